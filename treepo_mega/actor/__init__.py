@@ -1,0 +1,1 @@
+"""The Megatron-Core actor and reference: model, attention, forward passes, update, checkpoints."""

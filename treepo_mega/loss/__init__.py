@@ -1,0 +1,1 @@
+"""From hidden states to the policy gradient without ever holding [T, V] logits."""

@@ -1,0 +1,1 @@
+"""The vLLM engine in process, and the generator that drives tree search with it."""

@@ -1,0 +1,124 @@
+"""The tree of one prompt: nodes are token segments, leaves are trajectories.
+
+Words (DESIGN section 2). The root is node 0 and holds the prompt. Every other node is one *segment*:
+the tokens sampled in one go after its parent's. A *leaf* is a node at which sampling ended; the
+root-to-leaf path is one *trajectory* with one reward. A fallback adds children to an earlier node of
+a finished path, so a trajectory is always exactly a root-to-leaf path and no token is stored twice.
+
+Nodes are stored in creation order and a parent always comes before its children. `path` (child
+indices from the root) names a node independently of creation order, so seeds derived from it do not
+depend on which segment finished first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+ROOT = 0
+
+
+@dataclass(slots=True)
+class Node:
+    """One segment. `tokens` and `logprobs` have equal length (the root has no logprobs).
+
+    `logprobs` are the engine's processed logprobs (after temperature) of the sampled tokens, in nats.
+    `stop` is None while the path may go on, else the reason it ended (see `tree/stop.py`).
+    """
+
+    id: int
+    parent: int
+    path: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    children: list[int] = field(default_factory=list)
+    stop: str | None = None
+    fallback: bool = False
+    policy_version: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Segments from the root to this node; the root has depth 0."""
+        return len(self.path)
+
+
+@dataclass(slots=True)
+class Tree:
+    """All samples of one prompt. `leaves[i]` is a node id and `rewards[i]` its reward, once graded."""
+
+    prompt_id: str
+    nodes: list[Node]
+    leaves: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    shortfall: str | None = None
+    """Why the tree has fewer leaves than asked for; None when it has them all."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """What sampling this tree cost (generated, cached, recomputed tokens, fallbacks, ...)."""
+
+    @classmethod
+    def start(cls, prompt_id: str, prompt_tokens: list[int]) -> Tree:
+        """A tree that holds only its root."""
+        return cls(prompt_id, [Node(ROOT, -1, (), list(prompt_tokens))])
+
+    def add_child(self, parent: int, *, fallback: bool = False, policy_version: int = 0) -> Node:
+        """Append an empty child segment to node `parent` and return it."""
+        up = self.nodes[parent]
+        node = Node(
+            len(self.nodes), parent, (*up.path, len(up.children)), fallback=fallback, policy_version=policy_version
+        )
+        up.children.append(node.id)
+        self.nodes.append(node)
+        return node
+
+    def ancestry(self, node_id: int) -> list[int]:
+        """Node ids from the root to `node_id`, both included."""
+        out = []
+        while node_id >= 0:
+            out.append(node_id)
+            node_id = self.nodes[node_id].parent
+        return out[::-1]
+
+    def prefix(self, node_id: int) -> list[int]:
+        """Prompt and response tokens up to and including `node_id`: what its children are conditioned on."""
+        return [t for i in self.ancestry(node_id) for t in self.nodes[i].tokens]
+
+    def response(self, node_id: int) -> list[int]:
+        """Response tokens (without the prompt) up to and including `node_id`."""
+        return [t for i in self.ancestry(node_id)[1:] for t in self.nodes[i].tokens]
+
+    def response_logprobs(self, node_id: int) -> list[float]:
+        """Engine logprobs of `response(node_id)`."""
+        return [x for i in self.ancestry(node_id)[1:] for x in self.nodes[i].logprobs]
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        """The prompt's token ids."""
+        return self.nodes[ROOT].tokens
+
+    def unique_tokens(self) -> int:
+        """Response tokens of the nodes on some trajectory, each once (the prompt is not counted)."""
+        used = {i for leaf in self.leaves for i in self.ancestry(leaf)[1:]}
+        return sum(len(self.nodes[i].tokens) for i in used)
+
+    def flat_tokens(self) -> int:
+        """Response tokens of all trajectories one by one: shared tokens count once a trajectory."""
+        return sum(len(self.response(leaf)) for leaf in self.leaves)
+
+    def walk(self) -> Iterator[Node]:
+        """Nodes in depth-first pre-order, children in the order they were added."""
+        stack = [ROOT]
+        while stack:
+            node = self.nodes[stack.pop()]
+            yield node
+            stack.extend(reversed(node.children))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dict; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Tree:
+        """Rebuild a tree from `to_dict` (JSON turns tuples into lists; this turns them back)."""
+        nodes = [Node(**{**n, "path": tuple(n["path"])}) for n in d["nodes"]]
+        return cls(**{**d, "nodes": nodes})
