@@ -1,0 +1,208 @@
+"""Megatron-Core without a GPU: retarget its CUDA calls while its modules are imported.
+
+Megatron-Core 0.16.1 names `torch.cuda` and the device string "cuda" in a few dozen places that CPU runs
+reach (RNG tracker, gradient buffers, pipeline communication, clipping, rotary tables). Patching
+`torch.cuda` itself would disturb vLLM and transformers, which share this process; so `install()` puts an
+import finder in front that parses each `megatron.*` source file and rewrites, in the syntax tree only:
+
+    torch.cuda.X            ->  <stand-in>.X          from torch.cuda import X -> X = <stand-in>.X
+    "cuda"                  ->  "cpu"                 "torch.cuda.FloatTensor" -> "torch.FloatTensor"
+    t.cuda(...)             ->  t.cpu()               pin_memory=True          -> pin_memory=False
+
+Line numbers survive, so tracebacks point into Megatron's own files. torch stays untouched. With CUDA
+present `install()` does nothing at all: GPU runs use Megatron as shipped.
+
+Call `install()` before the first import of megatron; importing `treepo_mega.runtime` users do so through
+`treepo_mega.runtime.dist`, and a late call raises.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from treepo_mega.runtime.device import has_cuda
+
+STAND_IN = "__treepo_cuda__"
+ROOT = "megatron"
+
+
+class _Inert:
+    """Stands for a stream, event or NVTX handle: every method returns the object itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *exc: object) -> bool:
+        return False
+
+
+class _DefaultGenerators:
+    """`torch.cuda.default_generators[i]`: the CPU's one default generator."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Synchronisation and cache calls mean nothing on a CPU."""
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    """Allocator statistics: the CPU allocator keeps none."""
+    return 0
+
+
+class CpuCuda:
+    """What `torch.cuda` means inside megatron.* on a CPU. Unknown names fall through to the real module."""
+
+    Stream = Event = device = _Inert
+    FloatTensor = torch.FloatTensor
+    HalfTensor = torch.HalfTensor
+    BFloat16Tensor = torch.BFloat16Tensor
+    nvtx = _Inert()
+    default_generators = _DefaultGenerators()
+    synchronize = empty_cache = set_device = _lazy_init = staticmethod(_ignore)
+    memory_allocated = max_memory_allocated = memory_reserved = max_memory_reserved = staticmethod(_zero)
+    manual_seed = staticmethod(torch.manual_seed)
+
+    @property
+    def random(self) -> CpuCuda:
+        """torch.cuda.random has the RNG functions of torch.cuda."""
+        return self
+
+    def is_available(self) -> bool:
+        """No GPU: the reason this class exists."""
+        return False
+
+    def device_count(self) -> int:
+        """One CPU."""
+        return 1
+
+    def current_device(self) -> torch.device:
+        """The CPU; Megatron passes this on as `device=`."""
+        return torch.device("cpu")
+
+    def current_stream(self, *args: Any) -> _Inert:
+        """CPU work is synchronous: a stream that does nothing."""
+        return _Inert()
+
+    default_stream = current_stream
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
+        """`with torch.cuda.stream(s)`: no streams, nothing to switch."""
+        return contextlib.nullcontext()
+
+    def get_rng_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """State of the CPU generator."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Set the CPU generator."""
+        torch.set_rng_state(state)
+
+    def _lazy_call(self, callback: Any, **kwargs: Any) -> None:
+        callback()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _Retarget(ast.NodeTransformer):
+    """The rewriting rules of the module docstring."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if node.value == "cuda":
+            node.value = "cpu"
+        elif isinstance(node.value, str) and node.value.startswith("torch.cuda.") and node.value.endswith("Tensor"):
+            node.value = node.value.replace("torch.cuda.", "torch.")
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        if node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            return ast.copy_location(ast.Name(STAND_IN, ast.Load()), node)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            node.func.attr, node.args, node.keywords = "cpu", [], []
+        return node
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        self.generic_visit(node)
+        if node.arg == "pin_memory":
+            node.value = ast.copy_location(ast.Constant(False), node.value)
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.Assign]:
+        if node.module != "torch.cuda":
+            return node
+        return [
+            ast.copy_location(
+                ast.Assign(
+                    [ast.Name(alias.asname or alias.name, ast.Store())],
+                    ast.Attribute(ast.Name(STAND_IN, ast.Load()), alias.name, ast.Load()),
+                ),
+                node,
+            )
+            for alias in node.names
+        ]
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Compiles the rewritten tree; byte code is never cached, since it would shadow the real module's."""
+
+    def get_code(self, fullname: str) -> Any:
+        path = self.get_filename(fullname)
+        tree = _Retarget().visit(ast.parse(self.get_data(path), path))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__[STAND_IN] = CpuCuda()
+        super().exec_module(module)
+
+
+class _Finder(MetaPathFinder):
+    """Hands source modules under `megatron` to `_Loader`; every other import is none of its business."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".")[0] != ROOT:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def install() -> bool:
+    """Retarget Megatron-Core when there is no CUDA; returns whether it is (or was already) retargeted.
+
+    Raises RuntimeError when megatron was imported before: those modules would still call CUDA.
+    """
+    if has_cuda():
+        return False
+    if any(isinstance(f, _Finder) for f in sys.meta_path):
+        return True
+    early = sorted(m for m in sys.modules if m.split(".")[0] == ROOT and hasattr(sys.modules[m], "__file__"))
+    if any(sys.modules[m].__file__ for m in early):
+        raise RuntimeError(f"{early[0]} was imported before treepo_mega.runtime.cpu_megatron.install(): import it later")
+    sys.meta_path.insert(0, _Finder())
+    return True

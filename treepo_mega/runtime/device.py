@@ -1,0 +1,43 @@
+"""Which device this process computes on. The only module that asks torch whether there is a GPU.
+
+On a machine with CUDA every rank takes GPU `LOCAL_RANK` and talks NCCL; without, everything runs on the
+CPU over gloo. Nothing else in the project calls `torch.cuda`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+
+def has_cuda() -> bool:
+    """True when torch sees a GPU that it can use."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """torch.distributed backend: NCCL for CUDA tensors with gloo for CPU ones, gloo alone without a GPU."""
+    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+
+
+def bind() -> torch.device:
+    """Make this rank's device current and return it; call once, before any collective."""
+    if has_cuda():
+        torch.cuda.set_device(device())
+    return device()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: CUDA allocator peak on a GPU, peak resident set size on the CPU. Bytes."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,155 @@
+"""Processes and groups: torchrun (or a plain python, one rank) to Megatron's parallel state, and back.
+
+Every wait here has a deadline. `monitored_barrier` and gloo's own time-out name the ranks that did not come.
+`gather_objects` moves our own plain Python objects between our own ranks (JSON, not pickle).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from treepo_mega.config import Config, check
+from treepo_mega.runtime import cpu_megatron
+from treepo_mega.runtime.device import backend, bind
+from treepo_mega.runtime.seeding import derive_seed
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
+
+
+def _default_environment() -> None:
+    """A plain `python` run is a torchrun of one rank, on a free port of the loopback interface."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+def world_size_from_env() -> int:
+    """Ranks of this launch (torchrun's WORLD_SIZE), 1 when started with plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(cfg: Config, hf: dict[str, Any] | None = None) -> list[str]:
+    """Start torch.distributed and Megatron's parallel state; returns the notes of `config.check`.
+
+    Collective over all ranks. Raises ConfigError when the world size does not fit the layout, and
+    torch.distributed's time-out error after `distributed.timeout_s` when ranks are missing.
+    """
+    notes = check(cfg, world_size_from_env(), hf)
+    _default_environment()
+    bind()
+    timeout = timedelta(seconds=cfg.distributed.timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group(backend(), timeout=timeout)
+    p = cfg.parallel
+    if not ps.model_parallel_is_initialized():
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=p.tensor_model_parallel_size,
+            pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=p.virtual_pipeline_model_parallel_size,
+            context_parallel_size=p.context_parallel_size,
+            distributed_timeout_minutes=max(1, round(cfg.distributed.timeout_s / 60)),
+        )
+    seed_everything(cfg.train.seed)
+    return notes
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (the latter differ by TP rank)."""
+    value = derive_seed("global", seed) % 2**31
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def rank() -> int:
+    """This process's global rank."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one rank that writes logs and files."""
+    return rank() == 0
+
+
+def barrier(what: str, timeout_s: float) -> None:
+    """Wait for all ranks on the CPU; after `timeout_s` seconds RuntimeError names `what` and the missing ranks."""
+    if world_size() == 1:
+        return
+    group = ps.get_default_process_group_gloo() if hasattr(ps, "get_default_process_group_gloo") else None
+    try:
+        dist.monitored_barrier(group, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+    except RuntimeError as e:
+        raise RuntimeError(f"rank {rank()} waited {timeout_s:.0f} s for all ranks to finish {what}: {e}") from e
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's JSON-able `value`, in rank order, on every rank. Collective over all ranks (CPU tensors).
+
+    Moves bytes padded to the longest: an all_gather of sizes, then one of the data.
+    """
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()]))
+    longest = int(max(s.item() for s in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: data.numel()] = data
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(p[: int(s)].numpy())) for p, s in zip(parts, sizes, strict=True)]
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Element-wise sum of equally keyed dicts over all ranks, in fp64. Collective over all ranks."""
+    keys = sorted(values)
+    t = torch.tensor([values[k] for k in keys], dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(t)
+    return dict(zip(keys, t.tolist(), strict=True))
+
+
+def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Element-wise maximum of equally keyed dicts over all ranks. Collective over all ranks."""
+    keys = sorted(values)
+    t = torch.tensor([values[k] for k in keys], dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+    return dict(zip(keys, t.tolist(), strict=True))
+
+
+def leave(code: int = 0) -> None:
+    """End this process now. vLLM's destructor would tear down the process group under the other ranks."""
+    import sys
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
