@@ -1,0 +1,190 @@
+"""metrics.jsonl, one line a step, and TensorBoard events written from the same numbers.
+
+    logger = MetricsLogger(run_dir, tensorboard=True, resume_step=None)
+    logger.log(step, {"train/loss": 0.1, "learning-rate": 1e-6})
+    logger.close()
+
+The file is the record; TensorBoard is a view of it (`<run_dir>/tensorboard`). Each line is
+`{"step": int, "time": unix seconds, name: value, ...}` and is flushed before `log` returns, so that a
+killed run loses at most the line being written. Names, units and healthy ranges: `monitor/registry.py`.
+
+- A step has one line. Logging a step again (training first, evaluation later) extends its line.
+- A NaN or infinite value is written as null and left out of TensorBoard, and the line carries
+  `train/nonfinite_metrics`, their number: JSON has no NaN, and most readers of JSON lines die of it.
+- Resuming at step k rewrites the file without the lines after k (through a temporary file and a
+  rename) and tells TensorBoard to discard the events after k. A torn last line is dropped.
+- A new run in a folder that holds an older one moves the old file to `metrics.<n>.jsonl`.
+
+Only one process may log (rank 0); this module does not check that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from treepo_mega.monitor.registry import METRICS, Metric, check_known
+
+__all__ = ["METRICS", "METRICS_FILE", "Metric", "MetricsError", "MetricsLogger", "check_known", "read_metrics"]
+
+METRICS_FILE = "metrics.jsonl"
+_RESERVED = ("step", "time")
+
+
+class MetricsError(ValueError):
+    """A metrics file cannot be used; the message names the file, the line and what was expected."""
+
+
+def _parse_line(text: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise MetricsError(f"{where}: not valid JSON: {e.msg} (column {e.colno})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise MetricsError(f'{where}: expected an object with an integer "step"')
+    for name, value in row.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise MetricsError(f"{where}: {name!r} is {value!r}; expected a number or null")
+    return row
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, in file order.
+
+    A last line without its newline that does not parse was torn by a kill (or is being written):
+    it is left out with a warning. Raises MetricsError (file:line) for anything else that is malformed,
+    for steps that do not ascend, and when the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise MetricsError(f"{path}: cannot read the metrics: {e}") from None
+    rows: list[dict[str, Any]] = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = _parse_line(line, f"{path}:{number}")
+        except MetricsError:
+            if number == len(lines):
+                warnings.warn(f"{path}:{number}: the last line is torn and was left out", stacklevel=2)
+                break
+            raise
+        if rows and row["step"] <= rows[-1]["step"]:
+            raise MetricsError(f"{path}:{number}: step {row['step']} comes after step {rows[-1]['step']}")
+        rows.append(row)
+    return rows
+
+
+def _plain(value: Any) -> int | float | None:
+    """A JSON number, or None when it is not finite (also for numpy and torch scalars)."""
+    if isinstance(value, int):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class MetricsLogger:
+    """Writes metrics.jsonl and TensorBoard events; see the module's page.
+
+    `resume_step`: the last step whose line is kept; None starts a new file. Raises MetricsError when
+    resuming from a malformed file, ValueError from `log` for a step before the last one.
+    """
+
+    def __init__(self, run_dir: str | Path, *, tensorboard: bool = True, resume_step: int | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = self.run_dir / METRICS_FILE
+        kept = self._keep_until(resume_step) if resume_step is not None else self._set_aside()
+        self._last: dict[str, Any] | None = kept[-1] if kept else None
+        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+        self._offset = _last_line_offset(self._file)
+        self._file.seek(0, os.SEEK_END)
+        self._writer = self._open_tensorboard(resume_step) if tensorboard else None
+
+    def _keep_until(self, step: int) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        replacement = self.path.with_suffix(".jsonl.tmp")
+        with replacement.open("w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(replacement, self.path)
+        return rows
+
+    def _set_aside(self) -> list[dict[str, Any]]:
+        if self.path.exists():
+            number = 1
+            while (target := self.run_dir / f"metrics.{number}.jsonl").exists():
+                number += 1
+            os.replace(self.path, target)
+        return []
+
+    def _open_tensorboard(self, resume_step: int | None) -> Any:
+        # Imported here: it costs a torch import, which readers of the file do not need.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: TensorBoard hides what earlier event files of the folder hold from that step on.
+        purge = 0 if resume_step is None else resume_step + 1
+        return SummaryWriter(log_dir=str(self.run_dir / "tensorboard"), purge_step=purge)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record `metrics` (name -> number) of `step`; flushed when this returns."""
+        if reserved := [name for name in _RESERVED if name in metrics]:
+            raise ValueError(f"metric name {reserved[0]!r} is reserved for the line's own field")
+        if self._last is not None and step < self._last["step"]:
+            raise ValueError(f"step {step} logged after step {self._last['step']}: steps must ascend")
+        again = self._last is not None and self._last["step"] == step
+        old = self._last if again and self._last is not None else {"step": step}
+        values = {name: _plain(value) for name, value in metrics.items()}
+        row = {**old, "time": round(time.time(), 3), **values}
+        if lost := sum(value is None for name, value in row.items()):
+            row["train/nonfinite_metrics"] = lost
+        if again:
+            self._file.seek(self._offset)
+        else:
+            self._offset = self._file.tell()
+        self._file.write((json.dumps(row) + "\n").encode())
+        self._file.truncate()
+        self._file.flush()
+        self._last = row
+        self._to_tensorboard(row, [*values, *(["train/nonfinite_metrics"] if lost else [])])
+
+    def _to_tensorboard(self, row: dict[str, Any], names: list[str]) -> None:
+        if self._writer is None:
+            return
+        for name in names:
+            if row[name] is not None:
+                self._writer.add_scalar(name, row[name], global_step=row["step"], walltime=row["time"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close both files; calling it again does nothing."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _last_line_offset(file: Any) -> int:
+    """Byte offset at which the last line of a file of whole lines starts; 0 for an empty file."""
+    file.seek(0)
+    data = file.read()
+    return data.rfind(b"\n", 0, len(data) - 1) + 1 if data else 0

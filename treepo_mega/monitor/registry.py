@@ -1,0 +1,123 @@
+"""Every metric a run may log, with its unit, its healthy range and what it means.
+
+One place for names, so that dashboards, the report and the trainer cannot drift apart: a test asks
+`check_known` for every name a run wrote. Prefixes follow what users of slime and verl expect
+(`train/ rollout/ tree/ reward/ reshard/ perf/ timing_s/ eval/`); `learning-rate` and `grad-norm` are
+Megatron's own names, kept as they are for people with old dashboards.
+
+A name may hold alternatives in braces: `tree/stop_{eos,answer}` stands for two metrics. No name is
+both a metric and the folder of another (`a` and `a/b`): loggers that map names to files cannot store that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One documented metric. `healthy` is prose: what a run that works shows."""
+
+    name: str
+    unit: str
+    healthy: str
+    meaning: str
+
+    def names(self) -> list[str]:
+        """The concrete names: one, or one per alternative in braces."""
+        match = re.fullmatch(r"(.*)\{([^}]*)\}(.*)", self.name)
+        if match is None:
+            return [self.name]
+        head, alternatives, tail = match.groups()
+        return [head + a + tail for a in alternatives.split(",")]
+
+
+_OPTIMISATION = (
+    Metric("train/loss", "nats/token", "no trend required; finite", "policy loss plus KL and entropy terms"),
+    Metric("train/pg_loss", "nats/token", "near 0", "clipped policy-gradient term alone"),
+    Metric("train/pg_clipfrac", "share", "0 at the first mini-batch; below 0.2", "tokens at which the clip was active"),
+    Metric("train/ppo_kl", "nats/token", "0 at the first mini-batch; below 0.1", "mean of old_logp - logp"),
+    Metric("train/ratio_max_diff", "ratio", "0 at the first mini-batch", "largest |exp(logp - old_logp) - 1|"),
+    Metric("train/kl_loss", "nats/token", "0 at the first step; below 1", "KL(actor || reference), kl_loss_type"),
+    Metric("train/entropy", "nats/token", "slow decline; not 0", "mean entropy of the actor's next-token law"),
+    Metric("train/skipped_steps", "count", "0", "optimizer steps skipped for a non-finite gradient, this step"),
+    Metric("train/nonfinite_metrics", "count", "absent", "metrics of this step that were NaN or infinite (null here)"),
+    Metric("learning-rate", "1", "follows the schedule", "learning rate of the last optimizer step (Megatron's name)"),
+    Metric("grad-norm", "1", "no spikes", "gradient norm before clipping (Megatron's name)"),
+)
+
+_ROLLOUT = (
+    Metric("rollout/reward_mean", "reward", "rises", "mean reward of the trajectories sampled, before any drop"),
+    Metric("rollout/accuracy", "share", "rises; 0.1 to 0.9 teaches most", "trajectories whose reward is full marks"),
+    Metric("rollout/response_len_mean", "tokens", "no jump", "mean response length"),
+    Metric("rollout/response_len_max", "tokens", "at most max_response_len", "longest response"),
+    Metric("rollout/truncated_share", "share", "below 0.2", "trajectories cut by length or depth"),
+    Metric("rollout/prompts_dropped_zero_std", "count", "below half", "prompts dropped: all rewards equal"),
+    Metric("rollout/refills", "count", "at most rollout.max_refills", "extra generation rounds to replace them"),
+    Metric("rollout/logprob_abs_diff_mean", "nats", "below 1e-4 in fp32, 1e-2 in bf16", "mean |engine - actor| logp"),
+    Metric("rollout/logprob_abs_diff_max", "nats", "below 1e-3 in fp32, 1 in bf16", "largest |engine - actor| logp"),
+    Metric("rollout/generated_tokens", "tokens", "unique_tokens plus dropped prompts", "tokens sampled"),
+    Metric("rollout/cached_tokens", "tokens", "most of the prefix tokens", "prefix tokens found in the KV cache"),
+    Metric("rollout/recomputed_tokens", "tokens", "small beside cached_tokens", "prefix tokens prefilled again"),
+    Metric("rollout/engine_steps", "count", "near the longest path", "forward steps of the engine"),
+)
+
+_TREE = (
+    Metric("tree/token_ratio", "ratio", "below 1; 1 without sharing", "unique tokens / flat tokens"),
+    Metric("tree/unique_tokens", "tokens", "-", "response tokens of the forest, shared ones once"),
+    Metric("tree/flat_tokens", "tokens", "-", "response tokens of all trajectories one by one"),
+    Metric("tree/depth_mean", "segments", "above 1", "mean depth of the leaves"),
+    Metric("tree/leaves", "count", "prompts x n_samples_per_prompt", "trajectories trained on"),
+    Metric("tree/fallbacks", "count", "small beside leaves", "paths cut back and resampled to reach the leaf count"),
+    Metric("tree/shortfall", "count", "0", "leaves missing from trees that ran dry (reason kept in the tree)"),
+    Metric("tree/stop_{eos,answer,length,depth,repetition}", "count", "mostly eos or answer", "leaves by stop reason"),
+)
+
+_REWARD = (
+    Metric("reward/lost", "count", "0", "gradings lost to a timeout, crash or NaN; never scored 0 in silence"),
+    Metric("reward/mean", "reward", "rises", "mean reward of the trajectories trained on"),
+)
+
+_RESHARD = (
+    Metric("reshard/bytes", "bytes", "constant", "weight bytes moved into the engine, all ranks"),
+    Metric("reshard/seconds", "s", "small beside rollout", "time of one refit"),
+    Metric("reshard/gb_per_s", "GB/s", "near the link's speed", "bytes / seconds / 1e9"),
+    Metric("reshard/canary_abs_diff", "nats", "below 1e-4 in fp32", "engine vs actor logp of a fixed prompt, after it"),
+)
+
+_PERF = (
+    Metric("perf/tokens_per_s", "tokens/s", "steady", "response tokens trained on / step time, all ranks"),
+    Metric("perf/step_s", "s", "steady", "wall time of the step, evaluation and checkpoint excluded"),
+    Metric(
+        "timing_s/{rollout,reward,advantage,old_logprobs,ref_logprobs,update,reshard,checkpoint,eval,step}",
+        "s",
+        "rollout and update lead",
+        "wall time of a phase on rank 0",
+    ),
+)
+
+_EVAL = (
+    Metric("eval/accuracy", "share", "rises", "mean correctness of single samples at eval.temperature"),
+    Metric("eval/pass_at_n", "share", "at least accuracy", "prompts with one correct sample of n"),
+    Metric("eval/maj_at_n", "share", "at least accuracy as a rule", "prompts whose majority answer is correct"),
+    Metric("eval/greedy_accuracy", "share", "rises", "correctness of the greedy response"),
+    Metric("eval/response_len_mean", "tokens", "no jump", "mean response length in evaluation"),
+)
+
+METRICS: tuple[Metric, ...] = _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + _EVAL
+
+
+def known_names() -> dict[str, Metric]:
+    """Concrete name -> its documentation."""
+    return {name: metric for metric in METRICS for name in metric.names()}
+
+
+def check_known(name: str) -> Metric:
+    """The documentation of `name`; KeyError names the nearest documented metric when there is none."""
+    names = known_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        raise KeyError(f"metric {name!r} is not documented in monitor/registry.py; nearest: {near[0] if near else '-'}")
+    return names[name]
