@@ -17,6 +17,7 @@ means the same for trees and for plain sampling. Mini-batches never split a prom
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 from pathlib import Path
@@ -42,7 +43,7 @@ class ModelConfig(Section):
     hf_checkpoint: str
     """Directory with config.json, *.safetensors and the tokenizer (Llama, Qwen2/2.5, Qwen3)."""
     load: str | None = None
-    """Megatron distributed checkpoint with the initial weights (from convert_hf_to_mcore.py); default: read hf_checkpoint."""
+    """Megatron checkpoint with the initial weights (from convert_hf_to_mcore.py); None: read hf_checkpoint."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     """Parameter and activation dtype of actor and reference. Optimizer state is always fp32."""
     make_vocab_size_divisible_by: int = Field(128, ge=1)
@@ -102,7 +103,7 @@ class DataConfig(Section):
     prompt_suffix: str = ""
     """Text appended to every prompt before the template, such as an answer-format instruction."""
     verifier: str = "math"
-    """math | boxed | last_number | exact | reasoning_gym | path/to/file.py:function (verl's compute_score signature)."""
+    """math | boxed | last_number | exact | reasoning_gym | path/to/file.py:function (verl's compute_score)."""
     max_prompt_len: int = Field(1024, ge=1)
     """Longer prompts are dropped, counted and reported. Tokens."""
     shuffle: bool = True
@@ -163,7 +164,7 @@ class RolloutConfig(Section):
     budget: Literal["equal"] = "equal"
     """Who gets the branches at a level."""
     transfer: Literal["level"] = "level"
-    """level: the branches of stopped paths go to their living siblings, level by level (a tree waits only for itself)."""
+    """level: branches of stopped paths go to their living siblings, level by level (a tree waits only for itself)."""
     fallback: Literal["finished", "any", "longest", "none"] = "finished"
     """Which ended paths are cut back and resampled when a tree ran dry before it had all its leaves."""
     fallback_cut: Literal["random"] = "random"
@@ -220,7 +221,7 @@ class AlgoConfig(Section):
     loss_agg_mode: Literal["token-mean"] = "token-mean"
     """token-mean: sum over all (trajectory, token) pairs of the global batch / their number."""
     use_tis: bool | None = None
-    """Truncated importance sampling against the engine's logprobs; None: on when engine and trainer precision differ."""
+    """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ."""
     tis_clip: float = Field(2.0, gt=0)
 
 
@@ -341,10 +342,8 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         raise ConfigError(f"override {text!r}: the value is not YAML: {e}") from None
     # YAML 1.1 reads 1e-6 (no dot) as a string; people mean a number.
     if isinstance(parsed, str):
-        try:
+        with contextlib.suppress(ValueError):  # not a number after all: it stays the string it is
             parsed = float(parsed) if any(c in parsed for c in "eE.") else parsed
-        except ValueError:
-            pass
     return key.strip().lstrip("+").split("."), parsed
 
 
@@ -553,10 +552,13 @@ def _check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
         if n % tp:
             near = max(d for d in range(1, tp + 1) if n % d == 0)
             bad.append(
-                f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {n} (nearest that does: {near})"
+                f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {n} "
+                f"(nearest that does: {near})"
             )
     if hf["intermediate_size"] % tp:
-        bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {hf['intermediate_size']}")
+        bad.append(
+            f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {hf['intermediate_size']}"
+        )
     if p.sequence_parallel and hf["hidden_size"] % tp:
         bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide hidden_size {hf['hidden_size']}")
     stages = p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
@@ -564,5 +566,8 @@ def _check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
         bad.append(f"{hf['num_hidden_layers']} layers cannot be split evenly over {stages} pipeline stages")
     window = hf.get("max_position_embeddings")
     if window and cfg.max_model_len > window:
-        bad.append(f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's {window} positions")
+        bad.append(
+            f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
+            f"{window} positions"
+        )
     return bad
