@@ -31,12 +31,12 @@ def layouts(draw):
         architecture="LlamaForCausalLM",
         hidden_size=draw(st.integers(1, 9)),
         num_layers=pp * vpp * draw(st.integers(1, 2)),
-        num_heads=kv * draw(st.integers(1, 3)),
-        num_kv_heads=kv,
+        num_attention_heads=kv * draw(st.integers(1, 3)),
+        num_key_value_heads=kv,
         head_dim=draw(st.integers(1, 4)),
-        ffn_size=tp * draw(st.integers(1, 5)),
+        intermediate_size=tp * draw(st.integers(1, 5)),
         vocab_size=draw(st.integers(1, 40)),
-        tied=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
     )
@@ -67,7 +67,7 @@ def test_each_element_once_per_replica(case):
             assert local.max(initial=0) <= 1
     for name, count in seen.items():
         expected = tp if name.endswith("norm.weight") else 1
-        if name == "model.embed_tokens.weight" and spec.tied and pp > 1:
+        if name == "model.embed_tokens.weight" and spec.tie_word_embeddings and pp > 1:
             expected = 2  # the last stage's copy
         assert (count == expected).all(), name
 
@@ -120,8 +120,8 @@ def test_stages_hold_every_layer_once_in_execution_order(case):
 
 def small(**changes):
     base = {
-        "architecture": "LlamaForCausalLM", "hidden_size": 8, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": 2, "ffn_size": 6, "vocab_size": 10,
+        "architecture": "LlamaForCausalLM", "hidden_size": 8, "num_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 2, "intermediate_size": 6, "vocab_size": 10,
     }  # fmt: skip
     return ModelSpec(**{**base, **changes})
 
@@ -136,7 +136,7 @@ def test_qkv_rows_are_interleaved_by_query_group():
     (True, 1, True, False), (False, 1, True, True), (True, 2, False, True), (False, 2, False, True),
 ])  # fmt: skip
 def test_output_layer_on_the_last_stage(tied, pp, first, last):
-    params = [mcore_layout(small(tied=tied), pp=pp, pp_rank=p) for p in range(pp)]
+    params = [mcore_layout(small(tie_word_embeddings=tied), pp=pp, pp_rank=p) for p in range(pp)]
     assert ("embedding.word_embeddings.weight" in params[-1]) == first
     assert ("output_layer.weight" in params[-1]) == last
     if last:
@@ -151,7 +151,7 @@ def test_interleaved_stage_layers():
 
 
 @pytest.mark.parametrize("sizes, words", [
-    ({"tp": 4}, "num_kv_heads 2 \\(nearest that does: 2"),
+    ({"tp": 4}, "num_key_value_heads 2 \\(nearest that does: 2"),
     ({"pp": 3}, "4 layers .* pipeline size 3"),
     ({"vpp": 2}, "needs a pipeline size above 1"),
     ({"tp": 2, "tp_rank": 2}, "tp_rank is 2; expected 0 to 1"),

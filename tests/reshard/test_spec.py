@@ -20,15 +20,21 @@ LLAMA = {
 
 def test_defaults_of_absent_keys():
     spec = ModelSpec.from_config({k: v for k, v in LLAMA.items() if k != "num_key_value_heads"})
-    assert (spec.num_kv_heads, spec.head_dim, spec.tied, spec.qkv_bias, spec.qk_norm) == (4, 16, False, False, False)
+    assert (spec.num_key_value_heads, spec.head_dim, spec.tie_word_embeddings, spec.qkv_bias, spec.qk_norm) == (
+        4,
+        16,
+        False,
+        False,
+        False,
+    )
     assert (spec.rope_theta, spec.rope_type, spec.rope_scaling) == (10000.0, "default", {})
 
 
 def test_switches_follow_the_architecture():
     qwen2 = ModelSpec.from_config({**LLAMA, "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True})
     qwen3 = ModelSpec.from_config({**LLAMA, "architectures": ["Qwen3ForCausalLM"]})
-    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.tied, qwen2.head_dim) == (True, False, True, 16)
-    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.tied, qwen3.head_dim) == (False, True, False, 128)
+    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.tie_word_embeddings, qwen2.head_dim) == (True, False, True, 16)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.tie_word_embeddings, qwen3.head_dim) == (False, True, False, 128)
 
 
 def test_old_and_new_rope_keys_mean_the_same():

@@ -12,7 +12,7 @@ every other rank.
 
 What Megatron does to the tensors (megatron-core 0.16, local layer spec):
 - `linear_qkv` interleaves by query group: for each key/value head its query heads, then k, then v. A
-  tensor-parallel rank holds num_kv_heads / tp whole groups.
+  tensor-parallel rank holds num_key_value_heads / tp whole groups.
 - `linear_fc1` is the rank's part of gate above the rank's part of up (not a part of [gate | up]).
 - The vocabulary is padded to a multiple of divisible_by * tp; rows beyond the true one have no block and
   are zero. A rank may hold padding only.
@@ -139,7 +139,7 @@ def _vocab_rows(rank: _Rank, hf_name: str, divisible_by: int) -> ParamLayout:
 
 def _gate_up(rank: _Rank, prefix: str) -> ParamLayout:
     """This rank's rows of gate_proj above its rows of up_proj."""
-    a, b = rank.part(rank.spec.ffn_size)
+    a, b = rank.part(rank.spec.intermediate_size)
     n, rest = b - a, (0, rank.spec.hidden_size)
     blocks = tuple(
         Block(f"{prefix}{name}.weight", ((a, b), rest), ((i * n, (i + 1) * n), rest))
@@ -151,8 +151,8 @@ def _gate_up(rank: _Rank, prefix: str) -> ParamLayout:
 def _qkv(rank: _Rank, prefix: str, kind: str) -> ParamLayout:
     """Interleaved rows of q, k and v by query group; `kind` is "weight" (2-d) or "bias" (1-d)."""
     spec = rank.spec
-    first, last = rank.part(spec.num_kv_heads)
-    per_group = spec.num_heads // spec.num_kv_heads
+    first, last = rank.part(spec.num_key_value_heads)
+    per_group = spec.num_attention_heads // spec.num_key_value_heads
     rest: Box = ((0, spec.hidden_size),) if kind == "weight" else ()
     blocks, row = [], 0
     for group in range(first, last):
@@ -172,11 +172,11 @@ def _layer(rank: _Rank, hf_layer: int) -> dict[str, ParamLayout]:
         "input_layernorm.weight": _whole(f"{hf}input_layernorm.weight", hidden),
         "self_attention.linear_qkv.weight": _qkv(rank, f"{hf}self_attn.", "weight"),
         "self_attention.linear_proj.weight": _columns(
-            rank, f"{hf}self_attn.o_proj.weight", hidden, spec.num_heads * spec.head_dim
+            rank, f"{hf}self_attn.o_proj.weight", hidden, spec.num_attention_heads * spec.head_dim
         ),
         "pre_mlp_layernorm.weight": _whole(f"{hf}post_attention_layernorm.weight", hidden),
         "mlp.linear_fc1.weight": _gate_up(rank, f"{hf}mlp."),
-        "mlp.linear_fc2.weight": _columns(rank, f"{hf}mlp.down_proj.weight", hidden, spec.ffn_size),
+        "mlp.linear_fc2.weight": _columns(rank, f"{hf}mlp.down_proj.weight", hidden, spec.intermediate_size),
     }
     if spec.qkv_bias:
         params["self_attention.linear_qkv.bias"] = _qkv(rank, f"{hf}self_attn.", "bias")
@@ -188,7 +188,8 @@ def _layer(rank: _Rank, hf_layer: int) -> dict[str, ParamLayout]:
 
 def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1) -> None:
     """Raise LayoutError unless the model divides evenly over these sizes."""
-    for name, n in (("num_heads", spec.num_heads), ("num_kv_heads", spec.num_kv_heads), ("ffn_size", spec.ffn_size)):
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        n = getattr(spec, name)
         if tp < 1 or n % tp:
             near = max(d for d in range(1, max(1, tp) + 1) if n % d == 0)
             raise LayoutError(
@@ -213,7 +214,7 @@ def mcore_layout(
     spec: ModelSpec,
     tp: int = 1,
     pp: int = 1,
-    vpp: int = 1,
+    vpp: int | None = 1,
     tp_rank: int = 0,
     pp_rank: int = 0,
     vp_stage: int = 0,
@@ -221,10 +222,11 @@ def mcore_layout(
 ) -> dict[str, ParamLayout]:
     """Layout of one chunk of one rank, by Megatron's parameter names (local spec, layer index local to the chunk).
 
-    `vpp` is the number of chunks per pipeline rank (1: no virtual stages), `divisible_by` the configuration's
+    `vpp` is the number of chunks per pipeline rank (1 or None: no virtual stages), `divisible_by` the configuration's
     make_vocab_size_divisible_by. Raises LayoutError when the model does not divide over the sizes, or a rank is
     out of range.
     """
+    vpp = vpp or 1
     check_parallel(spec, tp, pp, vpp)
     for name, index, size in (("tp_rank", tp_rank, tp), ("pp_rank", pp_rank, pp), ("vp_stage", vp_stage, vpp)):
         if not 0 <= index < size:
@@ -241,17 +243,17 @@ def mcore_layout(
             params[f"decoder.layers.{local}.{name}"] = param
     if last:
         params["decoder.final_layernorm.weight"] = _whole(FINAL_NORM, spec.hidden_size)
-        if not (spec.tied and first):
-            head = EMBEDDING if spec.tied else LM_HEAD
+        if not (spec.tie_word_embeddings and first):
+            head = EMBEDDING if spec.tie_word_embeddings else LM_HEAD
             params["output_layer.weight"] = _vocab_rows(rank, head, divisible_by)
     return params
 
 
 def chunk_layouts(
-    spec: ModelSpec, *, tp: int, pp: int, vpp: int = 1, tp_rank: int, pp_rank: int, divisible_by: int = 128
+    spec: ModelSpec, *, tp: int, pp: int, vpp: int | None = 1, tp_rank: int, pp_rank: int, divisible_by: int = 128
 ) -> list[dict[str, ParamLayout]]:
     """`mcore_layout` of every chunk of one rank, in the order of its virtual stages."""
-    return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, v, divisible_by) for v in range(vpp)]
+    return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, v, divisible_by) for v in range(vpp or 1)]
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -76,12 +76,12 @@ class ModelSpec:
     architecture: str
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    ffn_size: int
+    intermediate_size: int
     vocab_size: int
-    tied: bool = False
+    tie_word_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     rms_norm_eps: float = 1e-6
@@ -92,7 +92,10 @@ class ModelSpec:
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> ModelSpec:
-        """Read `directory`/config.json. Raises ModelSpecError: missing file, bad JSON, unsupported architecture or value."""
+        """Read `directory`/config.json.
+
+        Raises ModelSpecError: missing file, bad JSON, unsupported architecture or value.
+        """
         path = Path(directory) / "config.json"
         if not path.is_file():
             raise ModelSpecError(f"{path}: no such file; expected a Hugging Face checkpoint directory with config.json")
@@ -125,12 +128,12 @@ class ModelSpec:
             architecture=name,
             hidden_size=hidden,
             num_layers=_count(config, "num_hidden_layers", where),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
             head_dim=_count(config, "head_dim", where, default=arch.head_dim or hidden // heads),
-            ffn_size=_count(config, "intermediate_size", where),
+            intermediate_size=_count(config, "intermediate_size", where),
             vocab_size=_count(config, "vocab_size", where),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=arch.qkv_bias,
             qk_norm=arch.qk_norm,
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
