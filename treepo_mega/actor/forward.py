@@ -1,0 +1,140 @@
+"""Passes over packs through Megatron's pipeline schedules: logprobs, and loss with gradients.
+
+`get_forward_backward_func` drives TP, PP, VPP and DP. A pass takes the packs of one optimizer step on this
+data-parallel rank: equally long, and equally many on every data-parallel rank (`tree/pack.py` sees to it).
+
+The last stage turns hidden states into (logp, entropy) for the pack's rows. Hidden states arrive as
+[T/tp, 1, K] under sequence parallelism and are gathered; else they pass through Megatron's copy region.
+Both make the backward sum the shards' hidden gradients over the tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treepo_mega.actor.attention import PACKS, PackLayout
+from treepo_mega.actor.model import PolicyModel
+from treepo_mega.config import Config
+from treepo_mega.loss.head import logprob_entropy
+from treepo_mega.runtime import cpu_megatron
+from treepo_mega.runtime.device import device
+from treepo_mega.tree.pack import Pack
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import mappings  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
+
+LossFunction = Callable[[Tensor, Tensor, Pack], tuple[Tensor, dict[str, Tensor]]]
+"""(logp [N], entropy [N], pack) -> (loss summed over rows, sums for logging)."""
+
+
+@dataclass(slots=True)
+class Head:
+    """What the head needs besides the model."""
+
+    vocab_size: int
+    temperature: float
+    chunk: int
+
+
+def padding_multiple(cfg: Config) -> int:
+    """Packs are padded to a multiple of this: sequence parallelism splits the sequence over TP."""
+    return cfg.parallel.tensor_model_parallel_size if cfg.parallel.sequence_parallel else 1
+
+
+def on_device(values: np.ndarray) -> Tensor:
+    """A pack's array on this rank's device."""
+    return torch.from_numpy(values).to(device())
+
+
+def head_outputs(model: PolicyModel, hidden: Tensor, pack: Pack, head: Head) -> tuple[Tensor, Tensor]:
+    """(logp [N], entropy [N]) of the pack's rows from the last stage's hidden states."""
+    if model.config.sequence_parallel:
+        hidden = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = mappings.copy_to_tensor_model_parallel_region(hidden)
+    weight = model.head_weight()
+    return logprob_entropy(
+        hidden[:, 0].index_select(0, on_device(pack.predictor)),
+        weight,
+        on_device(pack.target),
+        vocab_start=ps.get_tensor_model_parallel_rank() * weight.shape[0],
+        vocab_size=head.vocab_size,
+        temperature=head.temperature,
+        chunk=head.chunk,
+        group=ps.get_tensor_model_parallel_group(),
+    )
+
+
+def _loss_func(
+    model: PolicyModel, pack: Pack, head: Head, loss: LossFunction | None, hidden: Tensor, non_loss_data: bool = False
+) -> Any:
+    """Megatron's loss callback. Without `loss`: the pack's logprobs, as data."""
+    logp, entropy = head_outputs(model, hidden, pack, head)
+    if loss is None:
+        return {"logprobs": logp.detach().float().cpu().numpy(), "entropy": entropy.detach().float().sum().cpu()}
+    total, sums = loss(logp, entropy, pack)
+    # Megatron scales `total` in place; the sums for logging are separate tensors.
+    return total.clone(), torch.tensor(pack.pairs, dtype=torch.int, device=total.device), sums
+
+
+def _forward_step(
+    layouts: dict[int, PackLayout],
+    head: Head,
+    loss: LossFunction | None,
+    packs: Iterator[Pack],
+    model: Any,
+    *_: Any,
+) -> tuple[Tensor, Any]:
+    pack = next(packs)
+    layout = layouts.setdefault(
+        id(pack), PackLayout.build(len(pack.tokens), pack.blocks, pack.subtree_end, device())
+    )
+    hidden = model(on_device(pack.tokens)[None], on_device(pack.position)[None], PACKS.add(layout))
+    return hidden, partial(_loss_func, unwrap_model(model), pack, head, loss)
+
+
+def run_schedule(
+    chunks: list[Any], packs: list[Pack], head: Head, *, loss: LossFunction | None, seq_length: int | None = None
+) -> list[dict[str, Any]]:
+    """One pass over `packs` through the pipeline; with `loss`, gradients too (left in Megatron's buffers).
+
+    Collective over the model-parallel group. Returns one dict per pack on the last stage, [] elsewhere.
+    """
+    layouts: dict[int, PackLayout] = {}
+    iterators = [iter(packs) for _ in chunks]
+    try:
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, layouts, head, loss),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(packs),
+            seq_length=seq_length or len(packs[0].tokens),
+            micro_batch_size=1,
+            forward_only=loss is None,
+            collect_non_loss_data=loss is None,
+        )
+    finally:
+        PACKS.clear()
+
+
+def compute_logprobs(chunks: list[Any], packs: list[Pack], head: Head) -> list[np.ndarray] | None:
+    """Logprobs of every pack's rows [N], fp32, without gradients: on last-stage ranks, None elsewhere."""
+    modes = [c.training for c in chunks]
+    for c in chunks:
+        c.eval()
+    with torch.no_grad():
+        data = run_schedule(chunks, packs, head, loss=None)
+    for c, mode in zip(chunks, modes, strict=True):
+        c.train(mode)
+    return [d["logprobs"] for d in data] if data else None

@@ -1,0 +1,195 @@
+"""The policy as Megatron-Core chunks, built from a Hugging Face configuration.
+
+`PolicyModel` is Megatron's GPTModel with two changes: rotary angles come from the pack's positions instead
+of the row number, and the last stage returns hidden states, because `loss/head.py` turns them into
+logprobs without the [T, V] logits that GPTModel would make. Parameters have Megatron's local-spec names on
+every device, so one map (`reshard/layout.py`) serves them.
+
+Own RMSNorm: Megatron's torch norm refuses sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treepo_mega.config import Config
+from treepo_mega.reshard.layout import ModelSpec, padded_vocab
+from treepo_mega.runtime import cpu_megatron
+from treepo_mega.runtime.device import device, has_cuda
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from treepo_mega.actor.attention import PackAttention  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension; its weight gradient is summed over TP under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and dtype."""
+        return F.rms_norm(x, (self.weight.shape[0],), self.weight, self.eps)
+
+
+class PolicyModel(GPTModel):
+    """GPTModel that rotates by `position_ids` and returns hidden states [T, 1, K] on its last stage.
+
+    Under sequence parallelism the hidden states are this rank's slice [T/tp, 1, K].
+    """
+
+    inv_freq: Tensor
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        out = list(super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs))
+        angles = position_ids[0].float()[:, None] * self.inv_freq.to(position_ids.device)
+        out[1] = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, D]
+        return tuple(out)
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows [V/tp, K] of the output matrix (the embedding when tied)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
+    """Megatron's configuration for this model and layout. No fusion that needs Apex or Transformer Engine."""
+    p, dtype = cfg.parallel, DTYPES[cfg.model.params_dtype]
+    pp = p.pipeline_model_parallel_size
+    # With two stages the next and the previous rank are the same peer, and batched point-to-point
+    # operations of the interleaved schedule pair up wrongly, silently (gradient norm off by 1000x).
+    separate_p2p = pp == 2 and p.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_key_value_heads,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.rms_norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline_model_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        overlap_p2p_comm=separate_p2p,
+        batch_p2p_comm=not separate_p2p,
+        recompute_granularity=p.recompute_granularity,
+        recompute_method=p.recompute_method,
+        recompute_num_layers=p.recompute_num_layers,
+        calculate_per_token_loss=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not has_cuda(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's local layer with our norm and pack attention, for the layers of this stage."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[ModuleSpec(module=layer.module, submodules=layer.submodules) for _ in range(count)],
+        layer_norm=RMSNorm,
+    )
+
+
+def rope_inverse_frequencies(hf_dir: str | Path) -> Tensor:
+    """Rotary inverse frequencies [head_dim / 2] exactly as transformers computes them for this checkpoint.
+
+    Raises ValueError for rotary types that also scale attention (yarn and the like), which are not supported.
+    """
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = AutoConfig.from_pretrained(hf_dir, local_files_only=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        steps = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return 1.0 / (parameters.get("rope_theta", 10000.0) ** steps)
+    if kind not in ("llama3", "linear"):
+        raise ValueError(f"{hf_dir}/config.json: rope_type {kind!r} is not supported; expected default, linear or llama3")
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    if factor != 1.0:
+        raise ValueError(f"{hf_dir}/config.json: rotary attention factor {factor} is not supported; expected 1.0")
+    return inv_freq
+
+
+def build_model(cfg: Config, hf_dir: str | Path) -> list[PolicyModel]:
+    """This rank's model chunks (one, or one per virtual stage), uninitialised weights, on this rank's device.
+
+    Needs Megatron's parallel state. Padded vocabulary rows are part of the embedding and output shards.
+    """
+    spec = ModelSpec.from_hf(hf_dir)
+    config = transformer_config(cfg, spec)
+    p = cfg.parallel
+    vpp = p.virtual_pipeline_model_parallel_size
+    vocab = padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, p.tensor_model_parallel_size)
+    inv_freq = rope_inverse_frequencies(hf_dir)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    chunks = []
+    for stage in range(vpp or 1):
+        vp_stage = stage if vpp else None
+        model = PolicyModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, vp_stage),
+            vocab_size=vocab,
+            max_sequence_length=cfg.max_model_len,
+            pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=spec.tie_word_embeddings,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        model.inv_freq = inv_freq
+        chunks.append(model.to(device()))
+    return chunks

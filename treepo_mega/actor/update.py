@@ -1,0 +1,192 @@
+"""The actor (trained) and the reference (frozen), each a stack of Megatron chunks.
+
+    actor = Actor(cfg, hf_dir)            weights read from HF files by slices (or a Megatron checkpoint)
+    logprobs = actor.logprobs(packs)      list of [N] on last-stage ranks
+    stats = actor.update(packs, loss)     forward, backward, clip, optimizer, schedule: all Megatron's
+
+A step with a non-finite gradient norm is skipped and counted; `max_skipped_steps` in a row stop the run
+with a diagnosis. The loss is a sum over (trajectory, token) pairs; Megatron's per-token loss divides the
+gradient by the number of pairs of the whole step, all-reduced over data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treepo_mega.actor.forward import Head, LossFunction, compute_logprobs, on_device, run_schedule
+from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
+from treepo_mega.config import AlgoConfig, Config
+from treepo_mega.loss.policy import policy_loss, supervised_loss
+from treepo_mega.reshard.gather import load_from_hf
+from treepo_mega.reshard.layout import ModelSpec
+from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.tree.pack import Pack
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many optimizer steps in a row had a non-finite gradient."""
+
+
+class Policy:
+    """Weights and forward passes. The reference is exactly this; the actor adds an optimizer."""
+
+    def __init__(self, cfg: Config, hf_dir: str | Path) -> None:
+        """Build this rank's chunks and fill them from the HF files in `hf_dir`, reading only its slices."""
+        self.cfg, self.hf_dir = cfg, Path(hf_dir)
+        self.spec = ModelSpec.from_hf(hf_dir)
+        self.models: list[PolicyModel] = build_model(cfg, hf_dir)
+        load_from_hf(self.models, self.spec, cfg, hf_dir)
+        self.chunks: list[torch.nn.Module] = list(self.models)
+
+    def head(self, temperature: float | None = None) -> Head:
+        """The loss head at `temperature` (default: the sampling temperature, so that ratios are of what was sampled)."""
+        t = self.cfg.rollout.temperature if temperature is None else temperature
+        return Head(self.spec.vocab_size, t, self.cfg.train.logprob_chunk_size)
+
+    def logprobs(self, packs: list[Pack], temperature: float | None = None) -> list[np.ndarray] | None:
+        """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel."""
+        return compute_logprobs(self.chunks, packs, self.head(temperature))
+
+
+def policy_gradient(algo: AlgoConfig) -> LossFunction:
+    """The segment-advantage loss as a callback on packs (old logprobs must be filled in)."""
+
+    def loss(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
+        if pack.old_logprobs is None:
+            raise ValueError("the pack has no old logprobs: run actor.logprobs first")
+        return policy_loss(
+            logp,
+            entropy,
+            old_logprobs=on_device(pack.old_logprobs),
+            rollout_logprobs=on_device(pack.rollout_logprobs),
+            ref_logprobs=None if pack.ref_logprobs is None else on_device(pack.ref_logprobs),
+            A_pos=on_device(pack.A_pos),
+            A_neg=on_device(pack.A_neg),
+            n=on_device(pack.n),
+            algo=algo,
+        )
+
+    return loss
+
+
+def supervised(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy as a callback on packs: warm starts."""
+    return supervised_loss(logp, on_device(pack.n))
+
+
+class Actor(Policy):
+    """The trained policy: Megatron DDP, distributed optimizer, LR schedule, clipping."""
+
+    def __init__(self, cfg: Config, hf_dir: str | Path) -> None:
+        super().__init__(cfg, hf_dir)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+            overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
+        )
+        config = self.models[0].config
+        self.chunks = [
+            DistributedDataParallel(config=config, ddp_config=ddp, module=m, disable_bucketing=i > 0)
+            for i, m in enumerate(self.models)
+        ]
+        for chunk in self.chunks:
+            chunk.broadcast_params()
+        self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), self.chunks)
+        self.scheduler = _scheduler(cfg, self.optimizer)
+        config.grad_scale_func = self.optimizer.scale_loss
+        if cfg.parallel.overlap_grad_reduce:
+            syncs = [c.no_sync for c in self.chunks]
+            config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        self.skipped_in_a_row = 0
+
+    def update(self, packs: list[Pack], loss: LossFunction) -> dict[str, float]:
+        """One optimizer step over this rank's packs; returns global statistics, the same on every rank.
+
+        Collective over all ranks. Keys: the loss's sums divided by the pairs of the step, `grad-norm`,
+        `learning-rate`, `skipped_steps`. Raises TrainingDiverged after too many skipped steps in a row.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        data = run_schedule(self.chunks, packs, self.head(), loss=loss)
+        lr = self.optimizer.param_groups[0]["lr"]
+        done, grad_norm, _ = self.optimizer.step()
+        skipped = not done or grad_norm is None or not math.isfinite(float(grad_norm))
+        self._after_step(skipped, grad_norm)
+        stats = self._mean_over_pairs(data, packs)
+        return {**stats, "grad-norm": float(grad_norm or 0.0), "learning-rate": float(lr), "skipped_steps": float(skipped)}
+
+    def _after_step(self, skipped: bool, grad_norm: float | None) -> None:
+        if not skipped:
+            self.skipped_in_a_row = 0
+            self.scheduler.step(increment=1)
+            return
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.cfg.train.max_skipped_steps:
+            raise TrainingDiverged(
+                f"{self.skipped_in_a_row} optimizer steps in a row had the gradient norm {grad_norm}; the last good "
+                f"weights are in the newest checkpoint. Lower train.lr (now {self.cfg.train.lr}) or train.clip_grad, "
+                "and look at rollout/logprob_abs_diff_max and train/pg_clipfrac before the first skipped step"
+            )
+
+    def _mean_over_pairs(self, data: list[dict[str, Tensor]], packs: list[Pack]) -> dict[str, float]:
+        """Sums of all last-stage ranks (one per tensor-parallel group) / pairs of the step, on every rank."""
+        counts = ps.is_pipeline_last_stage(ignore_virtual=True) and ps.get_tensor_model_parallel_rank() == 0
+        keys = dist.gather_objects(sorted(data[0]) if counts and data else [])
+        names = sorted({k for ks in keys for k in ks})
+        local = {k: sum(float(d[k]) for d in data) if counts else 0.0 for k in names}
+        local["pairs"] = float(sum(p.pairs for p in packs)) if counts else 0.0
+        total = dist.sum_over_ranks(local)
+        pairs = max(total.pop("pairs"), 1.0)
+        return {k: v / pairs for k, v in total.items()}
+
+
+def _optimizer_config(cfg: Config) -> OptimizerConfig:
+    t = cfg.train
+    dtype = DTYPES[cfg.model.params_dtype]
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=t.lr,
+        min_lr=t.min_lr,
+        weight_decay=t.weight_decay,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_eps=t.adam_eps,
+        clip_grad=t.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+    )
+
+
+def _scheduler(cfg: Config, optimizer: object) -> OptimizerParamScheduler:
+    """Learning rate and weight decay per optimizer step; without it Megatron decays norms and biases too."""
+    t = cfg.train
+    # Megatron wants warm-up strictly inside the decay span.
+    decay = max(t.lr_decay_iters or 1, t.lr_warmup_iters + 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=t.lr,
+        min_lr=t.min_lr,
+        lr_warmup_steps=t.lr_warmup_iters,
+        lr_decay_steps=decay,
+        lr_decay_style=t.lr_decay_style,
+        start_wd=t.weight_decay,
+        end_wd=t.weight_decay,
+        wd_incr_steps=decay,
+        wd_incr_style="constant",
+    )
