@@ -1,0 +1,222 @@
+"""The sampler as a state machine, driven by pure fake samplers over random stop patterns and budgets.
+
+The main oracle is a sampler whose tokens are a hash of the whole prefix it was given (and of the seed): if a path's
+recorded tokens are not what the sampler was conditioned on, also after a fallback, the hashes cannot agree.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treepo_mega.config import RolloutConfig
+from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.node import ROOT, Tree
+from treepo_mega.tree.search import Segment, TreeSearch, Want
+from treepo_mega.tree.stop import STOP_REASONS, StopRules
+
+SYMBOLS = ["<eos>", "\\boxed{", "}", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+EOS, BOX, CLOSE = 0, 1, 2
+
+
+def decode(tokens: list[int]) -> str:
+    return "".join(SYMBOLS[t] for t in tokens)
+
+
+def sample(prefix: list[int], seed: int, max_tokens: int, eos: float, box: float) -> list[int]:
+    """A pure sampler: every token is a function of the whole prefix before it and the seed."""
+    tokens: list[int] = []
+    while len(tokens) < max_tokens:
+        rng = random.Random(derive_seed(seed, *prefix, -1, *tokens))
+        tokens.append(rng.randrange(3, len(SYMBOLS)))
+        draw = rng.random()
+        if draw < eos:
+            tokens[-1] = EOS
+            break
+        if draw < eos + box:
+            tokens = [*tokens, BOX, 5, CLOSE][:max_tokens]
+    return tokens
+
+
+def config(**changes: object) -> RolloutConfig:
+    values = {"n_samples_per_prompt": 8, "segment_length": 4, "max_response_len": 20, "branch_factor": 2}
+    return RolloutConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def grow(
+    cfg: RolloutConfig, *, seed: int = 1, eos: float = 0.1, box: float = 0.0, order: random.Random | None = None
+) -> Tree:
+    """Grow one tree; `order` shuffles the arrival of segments and delivers some before others are asked for."""
+    search = TreeSearch("p", [7, 8, 9], cfg, seed=seed, stop=StopRules.from_config(cfg, [EOS], decode))
+    pending: list[Want] = []
+    while not search.done:
+        pending += search.wants()
+        if order is not None:
+            order.shuffle(pending)
+        want = pending.pop()
+        tokens = sample(want.prefix, want.seed, want.max_tokens, eos, box)
+        search.take(want.node_id, Segment(tokens, [-0.5] * len(tokens), "length"))
+    assert not pending and not search.wants()
+    return search.tree
+
+
+configs = st.builds(
+    config,
+    n_samples_per_prompt=st.integers(1, 20),
+    segment_length=st.integers(1, 8),
+    max_response_len=st.integers(1, 24),
+    branch_factor=st.integers(1, 4),
+    initial_branches=st.none() | st.tuples(st.integers(1, 3), st.integers(3, 9)),
+    fallback=st.sampled_from(["finished", "any", "longest", "none"]),
+    mode=st.sampled_from(["tree", "sequential"]),
+)
+rates = st.sampled_from([(0.0, 0.0), (0.05, 0.0), (0.3, 0.0), (0.9, 0.0), (0.05, 0.1), (0.0, 0.4), (1.0, 0.0)])
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs, rates, st.integers(0, 10**6))
+def test_exactly_w_leaves_or_a_recorded_reason(cfg, rate, seed):
+    tree = grow(cfg, seed=seed, eos=rate[0], box=rate[1])
+    if tree.shortfall is None:
+        assert len(tree.leaves) == cfg.n_samples_per_prompt
+    else:
+        assert cfg.fallback == "none" and len(tree.leaves) < cfg.n_samples_per_prompt
+        assert f"{cfg.n_samples_per_prompt - len(tree.leaves)} of {cfg.n_samples_per_prompt}" in tree.shortfall
+    assert len(set(tree.leaves)) == len(tree.leaves)
+    for node in tree.nodes[1:]:
+        is_leaf = node.id in tree.leaves
+        assert is_leaf == (node.stop in STOP_REASONS) == (not node.children)
+        assert 1 <= len(node.tokens) <= cfg.segment_tokens and len(node.tokens) == len(node.logprobs)
+        assert node.depth <= cfg.depth_limit and node.parent < node.id
+    for leaf in tree.leaves:
+        response = tree.response(leaf)
+        assert len(response) <= cfg.max_response_len
+        assert EOS not in response[:-1], "nothing behind EOS is kept"
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs, rates, st.integers(0, 10**6))
+def test_every_segment_is_what_its_own_path_was_conditioned_on(cfg, rate, seed):
+    tree = grow(cfg, seed=seed, eos=rate[0], box=rate[1])
+    for node in tree.nodes[1:]:
+        prefix = tree.prefix(node.parent)
+        room = min(cfg.segment_tokens, cfg.max_response_len - (len(prefix) - 3))
+        again = sample(prefix, derive_seed(seed, *node.path), room, *rate)
+        assert node.tokens == again[: len(node.tokens)]
+        assert node.stop is not None or node.tokens == again
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs, rates, st.integers(0, 10**6), st.integers(0, 10**6))
+def test_arrival_order_does_not_matter(cfg, rate, seed, order):
+    one = grow(cfg, seed=seed, eos=rate[0], box=rate[1])
+    other = grow(cfg, seed=seed, eos=rate[0], box=rate[1], order=random.Random(order))
+    assert one == other
+
+
+def test_another_seed_is_another_tree_and_the_same_seed_the_same():
+    assert grow(config(), seed=1) == grow(config(), seed=1)
+    assert grow(config(), seed=1).nodes != grow(config(), seed=2).nodes
+
+
+def test_a_full_binary_tree_doubles_until_the_width_and_then_only_grows_longer():
+    tree = grow(config(n_samples_per_prompt=8), eos=0.0)
+    assert [sum(n.depth == d for n in tree.nodes) for d in range(6)] == [1, 2, 4, 8, 8, 8]
+    assert {tree.nodes[i].stop for i in tree.leaves} == {"length"}
+    assert tree.counts["fallbacks"] == 0 and tree.counts["levels"] == 5
+    assert tree.unique_tokens() / tree.flat_tokens() == (2 + 4 + 8 * 3) / (8 * 5)
+
+
+def test_the_branches_of_a_stopped_path_go_to_its_siblings():
+    cfg = config(n_samples_per_prompt=8)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    first, second = search.wants()
+    search.take(first.node_id, Segment([EOS], [-1.0], "stop"))
+    assert search.wants() == [], "the level is incomplete"
+    search.take(second.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length"))
+    assert len(search.wants()) == 4, "max(1, min(8 - 1, 2 * (1 + 1)))"
+
+
+def test_initial_branches_are_drawn_per_tree_within_the_range_and_the_width():
+    widths = {len(grow(config(initial_branches=(2, 6)), seed=s).nodes[ROOT].children) for s in range(60)}
+    assert widths == {2, 3, 4, 5, 6}
+    assert len(grow(config(n_samples_per_prompt=3, initial_branches=(5, 6)), eos=0.0).nodes[ROOT].children) == 3
+
+
+def test_fallback_fills_the_tree_from_borders_of_ended_paths():
+    tree = grow(config(n_samples_per_prompt=16), eos=0.25, seed=3)
+    again = [n for n in tree.nodes if n.fallback]
+    assert again and len(again) == tree.counts["fallbacks"]
+    for node in again:
+        others = [c for c in tree.nodes[node.parent].children if c != node.id]
+        assert others, "it joins earlier children of the node it falls back to"
+    assert any(tree.nodes[n.parent].depth > 0 for n in again), "cuts are not always at the prompt"
+
+
+def test_fallback_without_a_finished_path_starts_over_from_the_prompt():
+    cfg = config(n_samples_per_prompt=5, segment_length=4, max_response_len=4)
+    tree = grow(cfg, eos=0.0)
+    assert {tree.nodes[i].stop for i in tree.leaves} == {"length"}
+    assert len(tree.nodes[ROOT].children) == 5 and tree.counts["fallbacks"] == 3
+
+
+def test_longest_always_falls_back_to_the_longest_path():
+    cfg = config(n_samples_per_prompt=10, fallback="longest", segment_length=2, max_response_len=8, branch_factor=1)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    for k in range(12):  # one path of three segments, then nothing but paths that end at once
+        (want,) = search.wants()
+        tokens = [[4, 5], [4, 5], [4, EOS]][k] if k < 3 else [EOS]
+        search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length"))
+    assert search.done and len(search.tree.leaves) == 10
+    parents = {n.parent for n in search.tree.nodes if n.fallback}
+    assert parents <= {0, 1, 2} and len(parents) > 1
+
+
+def test_sequential_mode_is_n_children_of_the_root_with_the_whole_response():
+    cfg = config(mode="sequential", n_samples_per_prompt=6)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    wants = search.wants()
+    assert [w.max_tokens for w in wants] == [20] * 6 and len({w.seed for w in wants}) == 6
+    tree = grow(cfg, eos=0.2)
+    assert tree.nodes[ROOT].children == tree.leaves == [1, 2, 3, 4, 5, 6]
+
+
+def test_tokens_behind_an_answer_are_dropped_and_counted():
+    cfg = config(mode="sequential", n_samples_per_prompt=1)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    search.take(1, Segment([BOX, 5, CLOSE, 6, 7, EOS], [-1.0] * 6, "stop"))
+    tree = search.tree
+    assert search.done and tree.nodes[1].tokens == [BOX, 5, CLOSE] and tree.nodes[1].stop == "answer"
+    assert (tree.counts["generated_tokens"], tree.counts["dropped_tokens"]) == (6, 3)
+
+
+def test_duplicates_are_counted():
+    cfg = config(mode="sequential", n_samples_per_prompt=3)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    for want in search.wants():
+        search.take(want.node_id, Segment([5, EOS], [-1.0] * 2, "stop"))
+    assert search.tree.counts["duplicates"] == 2
+
+
+def test_a_drivers_mistakes_are_named():
+    cfg = config()
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    first = search.wants()[0]
+    good = Segment([4, 5, 6, 7], [-1.0] * 4, "length")
+    with pytest.raises(ValueError, match="no segment is wanted"):
+        search.take(99, good)
+    with pytest.raises(ValueError, match="wanted 1 to 4 tokens, got 5"):
+        search.take(first.node_id, replace(good, tokens=[4] * 5, logprobs=[-1.0] * 5))
+    with pytest.raises(ValueError, match="wanted 1 to 4 tokens, got 0"):
+        search.take(first.node_id, Segment([], [], "abort"))
+    with pytest.raises(ValueError, match="logprobs"):
+        search.take(first.node_id, replace(good, logprobs=[]))
+    search.take(first.node_id, good)
+    with pytest.raises(ValueError, match="already delivered"):
+        search.take(first.node_id, good)
+    with pytest.raises(ValueError, match="no tokens"):
+        TreeSearch("p", [], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))

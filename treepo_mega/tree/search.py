@@ -1,0 +1,211 @@
+"""The tree sampler as a pure state machine: it says which segments it wants and takes them, in any order.
+
+    search = TreeSearch("p0", prompt_tokens, cfg.rollout, seed=derive_seed(run_seed, step, "p0"), stop=rules)
+    while not search.done:
+        for want in search.wants():             # new ones since the last call
+            search.take(want.node_id, Segment(*sample(want)))
+    search.tree                                 # n_samples_per_prompt leaves, or tree.shortfall says why not
+
+It knows nothing of engines: whoever drives it may keep many trees in flight, delay, batch and reorder as it
+likes. The tree does not change, because
+
+- a decision (who stops, who branches, where to fall back) is made only when a *level* of this tree is
+  complete (`transfer: level`: all segments wanted so far have arrived), and in path order;
+- every node's sampling seed is a hash of the tree's seed and the node's path;
+- every other choice is drawn from a generator that belongs to the tree.
+
+Algorithm: TreePO, section 2.2 (arXiv 2508.17445), with the released code's defects avoided. The root gets
+`branch_factor` children (or a draw from `initial_branches`); after each level `tree/budget.py` decides how many
+children each living path gets; `tree/stop.py` decides which paths end. A stopped path of any kind is a leaf.
+When every path ended and leaves are missing, *fallback* picks ended paths, cuts each back to a random segment
+border strictly before its end, and samples new children there. A fallback adds children to an existing node, and
+a want's prefix is always rebuilt from the tree, so that what is recorded is what the engine was conditioned on.
+
+`mode: sequential` is the same machine with depth 1: n children of the root, the whole response one segment. The
+engine knows nothing of answer boxes, so what it sampled behind a box is dropped afterwards (see `counts`).
+
+`tree.counts` (per tree): `segments`, `generated_tokens` (all that were sampled), `dropped_tokens` (of those, cut
+off behind an answer), `levels`, `fallbacks` (nodes made by fallback), `duplicates` (leaves whose response equals
+an earlier leaf's).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from treepo_mega.config import RolloutConfig
+from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.budget import level_budget, split_equally
+from treepo_mega.tree.node import ROOT, Node, Tree
+from treepo_mega.tree.stop import StopRules
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A segment to sample: at most `max_tokens` tokens after `prefix` (prompt and response so far), with `seed`."""
+
+    node_id: int
+    prefix: list[int]
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A sampled segment. `logprobs`: nats, one a token. `finish_reason`: the engine's word, "stop" or "length"."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class TreeSearch:
+    """Grows one tree. `seed` names the tree (run seed, step, prompt id); see the module docstring."""
+
+    def __init__(
+        self,
+        prompt_id: str,
+        prompt_tokens: list[int],
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+        stop: StopRules,
+        policy_version: int = 0,
+    ) -> None:
+        if not prompt_tokens:
+            raise ValueError(f"prompt {prompt_id!r} has no tokens: there is nothing to condition on")
+        self.tree = Tree.start(prompt_id, prompt_tokens)
+        self._cfg, self._seed, self._stop, self._version = rollout, seed, stop, policy_version
+        self._rng = random.Random(derive_seed(seed, "tree"))
+        self._new: list[Want] = []
+        self._level: dict[int, int] = {}  # node id -> max_tokens of this level's wants
+        self._arrived: dict[int, Segment] = {}
+        names = ("segments", "generated_tokens", "dropped_tokens", "levels", "fallbacks", "duplicates")
+        self.tree.counts = dict.fromkeys(names, 0)
+        self._branch(ROOT, self._initial_width())
+
+    @property
+    def done(self) -> bool:
+        """True once no segment is wanted any more: the tree is complete or its shortfall is recorded."""
+        return not self._level
+
+    def wants(self) -> list[Want]:
+        """Segments wanted since the last call, in path order; empty while a level is incomplete."""
+        new, self._new = self._new, []
+        return new
+
+    def take(self, node_id: int, segment: Segment) -> None:
+        """Accept the segment of `node_id`. When it completes the level, the next level's wants come into being.
+
+        Raises ValueError for a node that is not waited for, a second delivery, an empty or too long segment, or
+        logprobs that do not match the tokens: a driver's error, never the model's.
+        """
+        where = f"prompt {self.tree.prompt_id!r}, node {node_id}"
+        if node_id not in self._level:
+            raise ValueError(f"{where}: no segment is wanted; waiting for {sorted(self._level)}")
+        if node_id in self._arrived:
+            raise ValueError(f"{where}: its segment was already delivered")
+        if not 0 < len(segment.tokens) <= self._level[node_id]:
+            raise ValueError(f"{where}: wanted 1 to {self._level[node_id]} tokens, got {len(segment.tokens)}")
+        if len(segment.logprobs) != len(segment.tokens):
+            raise ValueError(f"{where}: {len(segment.tokens)} tokens but {len(segment.logprobs)} logprobs")
+        self._arrived[node_id] = segment
+        if len(self._arrived) == len(self._level):
+            self._close_level()
+
+    def _initial_width(self) -> int:
+        width = self._cfg.n_samples_per_prompt
+        if self._cfg.mode == "sequential":
+            return width
+        if self._cfg.initial_branches is None:
+            return min(width, self._cfg.branch_factor)
+        return min(width, self._rng.randint(*self._cfg.initial_branches))
+
+    def _branch(self, parent: int, children: int, *, fallback: bool = False) -> None:
+        """Give `parent` that many children and want a segment for each."""
+        prefix = self.tree.prefix(parent)
+        room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
+        size = min(self._cfg.segment_tokens, room)
+        for _ in range(children):
+            node = self.tree.add_child(parent, fallback=fallback, policy_version=self._version)
+            self._level[node.id] = size
+            self._new.append(Want(node.id, prefix, size, derive_seed(self._seed, *node.path)))
+        self.tree.counts["fallbacks"] += children * fallback
+
+    def _close_level(self) -> None:
+        tree, counts = self.tree, self.tree.counts
+        nodes = sorted((tree.nodes[i] for i in self._level), key=lambda n: n.path)
+        segments, self._level, self._arrived = self._arrived, {}, {}
+        for node in nodes:
+            self._settle(node, segments[node.id])
+        active = [n.id for n in nodes if n.stop is None]
+        ended = [n.id for n in nodes if n.stop is not None]
+        tree.leaves += ended
+        counts["levels"] += 1
+        if active:
+            width = self._cfg.n_samples_per_prompt
+            total = level_budget(len(active), len(tree.leaves), len(ended), width, self._cfg.branch_factor)
+            for node_id, children in zip(active, split_equally(total, len(active), self._rng), strict=True):
+                self._branch(node_id, children)
+        elif len(tree.leaves) < self._cfg.n_samples_per_prompt:
+            self._fall_back()
+        if self.done:
+            responses = {tuple(tree.response(leaf)) for leaf in tree.leaves}
+            counts["duplicates"] = len(tree.leaves) - len(responses)
+
+    def _settle(self, node: Node, segment: Segment) -> None:
+        """Apply the stop rules to a node's segment and store what is kept of it."""
+        verdict = self._stop.judge(self.tree.response(node.parent), segment.tokens, node.depth)
+        node.tokens, node.logprobs = segment.tokens[: verdict.keep], segment.logprobs[: verdict.keep]
+        node.stop = verdict.reason
+        self.tree.counts["segments"] += 1
+        self.tree.counts["generated_tokens"] += len(segment.tokens)
+        self.tree.counts["dropped_tokens"] += len(segment.tokens) - verdict.keep
+
+    def _fall_back(self) -> None:
+        """Every path ended, leaves are missing: sample again from borders of ended paths, or give up and say so."""
+        left = self._cfg.n_samples_per_prompt - len(self.tree.leaves)
+        if self._cfg.fallback == "none":
+            self.tree.shortfall = (
+                f"{left} of {self._cfg.n_samples_per_prompt} leaves missing: all paths ended, rollout.fallback is none"
+            )
+            return
+        cuts = [self._cut(leaf) for leaf in _PICK[self._cfg.fallback](self.tree, self._rng)]
+        # Candidates in turn until the budget is spent; without a candidate, start over from the prompt.
+        for node_id in cuts or [ROOT]:
+            children = min(self._cfg.branch_factor, left)
+            if children == 0:
+                break
+            self._branch(node_id, children, fallback=True)
+            left -= children
+
+    def _cut(self, leaf: int) -> int:
+        """A node on the path to `leaf`, drawn uniformly among the borders strictly before its end (root included)."""
+        return self._rng.choice(self.tree.ancestry(leaf)[:-1])
+
+
+def _ended_well(tree: Tree, rng: random.Random) -> list[int]:
+    """Leaves that ended with an answer or EOS, shuffled (the released code's soft_boxed_and_eos)."""
+    found = [i for i in tree.leaves if tree.nodes[i].stop in ("answer", "eos")]
+    rng.shuffle(found)
+    return found
+
+
+def _any(tree: Tree, rng: random.Random) -> list[int]:
+    found = list(tree.leaves)
+    rng.shuffle(found)
+    return found
+
+
+def _longest(tree: Tree, rng: random.Random) -> list[int]:
+    """Longest response first; equals in random order."""
+    return sorted(_any(tree, rng), key=lambda i: -len(tree.response(i)))
+
+
+_PICK: dict[str, Callable[[Tree, random.Random], list[int]]] = {
+    "finished": _ended_well,
+    "any": _any,
+    "longest": _longest,
+}

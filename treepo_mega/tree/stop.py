@@ -1,0 +1,169 @@
+"""When a path ends, and how much of its last segment is kept.
+
+Rules, tried in this order on every new segment (the released TreePO code's order):
+
+    answer      the response holds a closed answer box `\\boxed{...}`
+    eos         the segment holds an end-of-sequence token
+    length      the response has max_response_len tokens
+    depth       the path has max_depth segments
+    repetition  the text goes round in circles
+
+Two of them also *cut* the segment, because nothing behind the end of a path may be trained on:
+
+- A segment is cut behind its first EOS. An EOS at position 0 of a segment counts like any other.
+- When an answer box closes inside a segment, the segment is cut behind the token that closes it; the
+  tokens sampled after it are dropped. One exception: if the very next token is EOS it is kept and the
+  reason is "eos". The model has then ended its answer by itself, and dropping that token would mean that
+  EOS is never reinforced and is unlearnt. (The exception depends on the dropped token, so that EOS gets
+  gradient only where it was sampled, and its alternatives behind a box never do: a small bias, in favour of
+  ending on successful paths.)
+
+The box is looked for in the text of the whole response, so a box that straddles a segment border is seen.
+The prompt is not looked at: instructions often contain a box. An empty box (`put it in \\boxed{}`) is talk
+about an answer, not an answer. Braces may nest; `\\{` and `\\}` are characters, not braces.
+
+Repetition is a property of characters, not tokens: some window of `repetition_window` characters occurs
+`repetition_count` times (overlaps count) in the new segment's text plus the `window * count` characters
+before it. The look-back sees a loop that began in the last segment; a whole-response count would end long
+derivations for their stock phrases.
+
+Model output is data: it is decoded, scanned once from left to right, and never evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from treepo_mega.config import RolloutConfig
+
+STOP_REASONS = ("eos", "answer", "length", "depth", "repetition")
+BOX = "\\boxed{"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of a segment: its first `keep` tokens stay; `reason` is None while the path may go on."""
+
+    keep: int
+    reason: str | None
+
+
+def closed_box(text: str) -> int | None:
+    """Index just behind the first `}` that closes a non-empty answer box; None when there is none. Linear time."""
+    opened: list[int] = []  # content start of each open box; -1 for an ordinary brace
+    i = 0
+    while i < len(text):
+        if text.startswith(BOX, i):
+            i += len(BOX)
+            opened.append(i)
+            continue
+        c = text[i]
+        if c == "\\":  # an escaped character, or the start of a command: neither opens nor closes
+            i += 2
+            continue
+        if c == "{":
+            opened.append(-1)
+        elif c == "}" and opened:
+            start = opened.pop()
+            if start >= 0 and text[start:i].strip():
+                return i + 1
+        i += 1
+    return None
+
+
+def repeats(text: str, window: int, count: int) -> bool:
+    """True when some `window` characters of `text` occur `count` times, overlaps included. window 0: never."""
+    if window == 0 or len(text) - window + 1 < count:
+        return False
+    seen: dict[str, int] = {}
+    for i in range(len(text) - window + 1):
+        piece = text[i : i + window]
+        seen[piece] = seen.get(piece, 0) + 1
+        if seen[piece] >= count:
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """The stop rules of a run. `decode` turns response token ids into text (special tokens may be left out)."""
+
+    eos_token_ids: frozenset[int]
+    decode: Callable[[list[int]], str]
+    max_response_len: int
+    max_depth: int
+    answer_box: bool = True
+    repetition_window: int = 32
+    repetition_count: int = 8
+
+    @classmethod
+    def from_config(
+        cls, rollout: RolloutConfig, eos_token_ids: Sequence[int], decode: Callable[[list[int]], str]
+    ) -> StopRules:
+        """The rules of a `rollout` section. Raises ValueError without any EOS id: no path could end by itself."""
+        if not eos_token_ids:
+            raise ValueError("stop rules need at least one EOS token id, got none (rollout.stop.eos_token_ids)")
+        s = rollout.stop
+        return cls(
+            frozenset(eos_token_ids),
+            decode,
+            rollout.max_response_len,
+            rollout.depth_limit,
+            s.answer_box,
+            s.repetition_window,
+            s.repetition_count,
+        )
+
+    def judge(self, before: Sequence[int], segment: Sequence[int], depth: int) -> Verdict:
+        """Judge `segment`, sampled after the response tokens `before` (no prompt), at `depth` segments (1 = first).
+
+        `before` belongs to a path that has not ended. Raises ValueError for an empty segment.
+        """
+        if not segment:
+            raise ValueError("a segment has at least one token")
+        room = self.max_response_len - len(before)
+        end = next((i + 1 for i, t in enumerate(segment) if t in self.eos_token_ids), None)
+        kept = list(segment[:end])[:room]
+        box = self._closing_token(before, kept) if self.answer_box else None
+        if box is not None:
+            if box < len(kept) and kept[box] in self.eos_token_ids:
+                return Verdict(box + 1, "eos")
+            return Verdict(box, "answer")
+        return Verdict(len(kept), self._reason(before, kept, depth))
+
+    def _reason(self, before: Sequence[int], kept: Sequence[int], depth: int) -> str | None:
+        if kept[-1] in self.eos_token_ids:
+            return "eos"
+        if len(before) + len(kept) >= self.max_response_len:
+            return "length"
+        if depth >= self.max_depth:
+            return "depth"
+        if self.repetition_window and self._loops(before, kept):
+            return "repetition"
+        return None
+
+    def _closing_token(self, before: Sequence[int], segment: Sequence[int]) -> int | None:
+        """Tokens of `segment` up to and with the one that closes a box; None without a closed box.
+
+        Decoding is not per-token (a byte-level token can be half a character), so the shortest prefix whose
+        text has a closed box is found by bisection: once closed, a box stays closed.
+        """
+
+        def closed(k: int) -> bool:
+            return closed_box(self.decode([*before, *segment[:k]])) is not None
+
+        if not closed(len(segment)):
+            return None
+        low, high = 1, len(segment)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if closed(middle) else (middle + 1, high)
+        return low
+
+    def _loops(self, before: Sequence[int], segment: Sequence[int]) -> bool:
+        new = self.decode(list(segment))
+        # A token is at least one character as a rule, so this many tokens hold the look-back; fewer cost nothing.
+        span = self.repetition_window * self.repetition_count
+        old = self.decode(list(before[-span:]))[-span:]
+        return repeats(old + new, self.repetition_window, self.repetition_count)
