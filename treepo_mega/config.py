@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +136,8 @@ class StopConfig(Section):
     answer_box: bool = True
     """End a path once its response holds a closed \\boxed{...}, also across segment borders."""
     repetition_window: int = Field(32, ge=0)
-    """Characters; a window of this size seen repetition_count times in the response ends the path. 0: off."""
+    """Characters; a window of this size seen repetition_count times (in the new segment and the window * count
+    characters before it) ends the path. 0: off."""
     repetition_count: int = Field(8, ge=2)
 
 
@@ -430,6 +432,25 @@ def _numbers(value: Any) -> Any:
 def dump_config(cfg: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML; `load_config` reads it back to an equal Config."""
     Path(path).write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
+    """The model's config.json in `hf_dir`, with the sizes that `check` needs; weights need not be there.
+
+    Raises ConfigError naming the file and what is missing.
+    """
+    path = Path(hf_dir) / "config.json"
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"model.hf_checkpoint: cannot read {path}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise ConfigError(f"{path}: not valid JSON: {e}") from None
+    needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    if not isinstance(hf, dict) or (missing := [n for n in needed if not isinstance(hf.get(n), int)]):
+        what = ", ".join(missing) if isinstance(hf, dict) else "a mapping"
+        raise ConfigError(f"{path}: expected a transformers model configuration; missing or not an integer: {what}")
+    return hf
 
 
 def batch_invariant(cfg: Config) -> str:

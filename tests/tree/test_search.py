@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.node import ROOT, Tree
-from treepo_mega.tree.search import Segment, TreeSearch, Want
+from treepo_mega.tree.search import _PICK, Segment, TreeSearch, Want
 from treepo_mega.tree.stop import STOP_REASONS, StopRules
 
 SYMBOLS = ["<eos>", "\\boxed{", "}", *"abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -164,16 +164,16 @@ def test_fallback_without_a_finished_path_starts_over_from_the_prompt():
     assert len(tree.nodes[ROOT].children) == 5 and tree.counts["fallbacks"] == 3
 
 
-def test_longest_always_falls_back_to_the_longest_path():
-    cfg = config(n_samples_per_prompt=10, fallback="longest", segment_length=2, max_response_len=8, branch_factor=1)
-    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
-    for k in range(12):  # one path of three segments, then nothing but paths that end at once
-        (want,) = search.wants()
-        tokens = [[4, 5], [4, 5], [4, EOS]][k] if k < 3 else [EOS]
-        search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length"))
-    assert search.done and len(search.tree.leaves) == 10
-    parents = {n.parent for n in search.tree.nodes if n.fallback}
-    assert parents <= {0, 1, 2} and len(parents) > 1
+def test_which_ended_paths_are_resampled_first():
+    tree = Tree.start("p", [7])
+    for tokens, stop in (([4], "eos"), ([4, 5, 6], "length"), ([4, 5], "answer"), ([4, 5], "repetition")):
+        node = tree.add_child(ROOT)
+        node.tokens, node.stop = tokens, stop
+        tree.leaves.append(node.id)
+    orders = {name: {tuple(pick(tree, random.Random(s))) for s in range(50)} for name, pick in _PICK.items()}
+    assert orders["finished"] == {(1, 3), (3, 1)}
+    assert {frozenset(o) for o in orders["any"]} == {frozenset((1, 2, 3, 4))} and len(orders["any"]) > 10
+    assert orders["longest"] == {(2, 3, 4, 1), (2, 4, 3, 1)}
 
 
 def test_sequential_mode_is_n_children_of_the_root_with_the_whole_response():
