@@ -56,7 +56,9 @@ class PackLayout:
     batches: list[BlockBatch]
 
     @classmethod
-    def build(cls, length: int, blocks: list[tuple[int, int]], subtree_end: np.ndarray, device: torch.device) -> PackLayout:
+    def build(
+        cls, length: int, blocks: list[tuple[int, int]], subtree_end: np.ndarray, device: torch.device
+    ) -> PackLayout:
         """Group blocks of similar size; padding tokens after the last block form a block of their own."""
         spans = list(blocks)
         covered = spans[-1][1] if spans else 0

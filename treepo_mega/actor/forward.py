@@ -52,6 +52,12 @@ def padding_multiple(cfg: Config) -> int:
     return cfg.parallel.tensor_model_parallel_size if cfg.parallel.sequence_parallel else 1
 
 
+def count_multiple(cfg: Config) -> int:
+    """Micro-batches per step come in multiples of this: the interleaved schedule takes groups of PP."""
+    p = cfg.parallel
+    return p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
+
+
 def on_device(values: np.ndarray) -> Tensor:
     """A pack's array on this rank's device."""
     return torch.from_numpy(values).to(device())
@@ -97,9 +103,7 @@ def _forward_step(
     *_: Any,
 ) -> tuple[Tensor, Any]:
     pack = next(packs)
-    layout = layouts.setdefault(
-        id(pack), PackLayout.build(len(pack.tokens), pack.blocks, pack.subtree_end, device())
-    )
+    layout = layouts.setdefault(id(pack), PackLayout.build(len(pack.tokens), pack.blocks, pack.subtree_end, device()))
     hidden = model(on_device(pack.tokens)[None], on_device(pack.position)[None], PACKS.add(layout))
     return hidden, partial(_loss_func, unwrap_model(model), pack, head, loss)
 

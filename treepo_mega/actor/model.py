@@ -29,6 +29,12 @@ from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.tensor_parallel.layers import (  # noqa: E402
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
@@ -157,11 +163,24 @@ def rope_inverse_frequencies(hf_dir: str | Path) -> Tensor:
         steps = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / (parameters.get("rope_theta", 10000.0) ** steps)
     if kind not in ("llama3", "linear"):
-        raise ValueError(f"{hf_dir}/config.json: rope_type {kind!r} is not supported; expected default, linear or llama3")
+        raise ValueError(
+            f"{hf_dir}/config.json: rope_type {kind!r} is not supported; expected default, linear or llama3"
+        )
     inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if factor != 1.0:
         raise ValueError(f"{hf_dir}/config.json: rotary attention factor {factor} is not supported; expected 1.0")
     return inv_freq
+
+
+def mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Tell Megatron which weights are shards. It does so itself only when it also initialises them, which would
+    cost the full matrices; unmarked shards count as duplicates, and the gradient norm misses all but rank 0's.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
 
 
 def build_model(cfg: Config, hf_dir: str | Path) -> list[PolicyModel]:
@@ -191,5 +210,6 @@ def build_model(cfg: Config, hf_dir: str | Path) -> list[PolicyModel]:
             vp_stage=vp_stage,
         )
         model.inv_freq = inv_freq
+        mark_tensor_parallel(model)
         chunks.append(model.to(device()))
     return chunks

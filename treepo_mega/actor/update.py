@@ -127,7 +127,12 @@ class Actor(Policy):
         skipped = not done or grad_norm is None or not math.isfinite(float(grad_norm))
         self._after_step(skipped, grad_norm)
         stats = self._mean_over_pairs(data, packs)
-        return {**stats, "grad-norm": float(grad_norm or 0.0), "learning-rate": float(lr), "skipped_steps": float(skipped)}
+        return {
+            **stats,
+            "grad-norm": float(grad_norm or 0.0),
+            "learning-rate": float(lr),
+            "skipped_steps": float(skipped),
+        }
 
     def _after_step(self, skipped: bool, grad_norm: float | None) -> None:
         if not skipped:

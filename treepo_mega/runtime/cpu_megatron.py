@@ -203,6 +203,8 @@ def install() -> bool:
         return True
     early = sorted(m for m in sys.modules if m.split(".")[0] == ROOT and hasattr(sys.modules[m], "__file__"))
     if any(sys.modules[m].__file__ for m in early):
-        raise RuntimeError(f"{early[0]} was imported before treepo_mega.runtime.cpu_megatron.install(): import it later")
+        raise RuntimeError(
+            f"{early[0]} was imported before treepo_mega.runtime.cpu_megatron.install(): import it later"
+        )
     sys.meta_path.insert(0, _Finder())
     return True

@@ -142,25 +142,33 @@ def balance(costs: list[int], bins: int) -> list[list[int]]:
 
 
 def plan_step(
-    trajectories: list[Trajectory], *, dp_size: int, dp_rank: int, max_tokens: int, multiple: int, pad_id: int = 0
+    trajectories: list[Trajectory],
+    *,
+    dp_size: int,
+    dp_rank: int,
+    max_tokens: int,
+    multiple: int = 1,
+    count_multiple: int = 1,
+    pad_id: int = 0,
 ) -> StepPlan:
     """Micro-batches of one optimizer step for `dp_rank`: at most `max_tokens` tokens each, padded to one length.
 
     The number of micro-batches and their length are those of the fullest rank; ranks with less get padding.
-    Raises ValueError when a single trajectory is longer than `max_tokens`.
+    Lengths are padded to `multiple`; the number of micro-batches is a multiple of `count_multiple` (Megatron's
+    interleaved schedule wants whole groups of pipeline-size micro-batches). Raises ValueError when a single trajectory is longer than `max_tokens`.
     """
     longest = max((len(t.tokens) for t in trajectories), default=0)
     if longest > max_tokens:
         raise ValueError(f"a trajectory of {longest} tokens does not fit max_tokens_per_gpu={max_tokens}")
     per_rank = [[trajectories[i] for i in b] for b in balance([len(t.tokens) for t in trajectories], dp_size)]
     most = max(sum(len(t.tokens) for t in r) for r in per_rank)
-    count = max(1, -(-most // max_tokens))
+    count = _round_up(max(1, -(-most // max_tokens)), count_multiple)
     while True:
         dealt = [[[r[i] for i in b] for b in balance([len(t.tokens) for t in r], count)] for r in per_rank]
         fullest = max(sum(len(t.tokens) for t in b) for r in dealt for b in r)
         if fullest <= max_tokens:
             break
-        count += 1
+        count += count_multiple
     length = _round_up(max(fullest, 2), multiple)
     packs = [flat_pack(b, length, pad_id) for b in dealt[dp_rank]]
     mine = per_rank[dp_rank]
