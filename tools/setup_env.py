@@ -1,0 +1,213 @@
+"""Build the project's virtual environment; quick and silent when it is already there.
+
+    python3 tools/setup_env.py --venv .venv            (what `make setup` runs)
+    python3 tools/setup_env.py --venv .venv --dry-run  (say what would be done)
+
+Steps, each run once:
+ 1. check Python (3.11 or newer), the venv module and free disk space;
+ 2. make the virtual environment;
+ 3. install torch first and alone, as the CPU build that the engine was compiled against: from pip's own
+    configured sources if they have it, else from PyTorch's CPU wheel index. Nothing else is ever asked for
+    at that second index;
+ 4. install this project with its extras [cpu,test];
+ 5. remove companions of torch that cannot load beside it, and triton, which CPU runs never use (1 GB);
+ 6. check the result with treepo_mega.runtime.environment and write a stamp.
+
+The stamp holds a hash of setup.py and of this script: while it matches, the environment is up to date and
+nothing is asked of the network. pip's full output goes to <venv>/setup.log. Standard library only, and
+written so that an old Python gets as far as the message about its age.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+STAMP = ".treepo_mega_setup.json"
+TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+cpu"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+NOT_NEEDED = ("triton",)
+
+
+class SetupError(Exception):
+    """Set-up cannot go on; the message says what is missing and how to get it."""
+
+
+def fingerprint() -> str:
+    """Hash of everything that decides what is installed."""
+    digest = hashlib.sha256(f"{REPO} {sys.version_info[:2]}".encode())
+    for path in (REPO / "setup.py", Path(__file__).resolve()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_current(venv: Path) -> bool:
+    """True when `venv` was completed for this very setup.py, script, checkout and Python."""
+    try:
+        stamp = json.loads((venv / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return stamp.get("fingerprint") == fingerprint() and python_of(venv).exists()
+
+
+def python_of(venv: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return venv / "bin" / "python"
+
+
+def check_machine(venv: Path, need_gb: float) -> None:
+    """Raise SetupError when this Python or this disk cannot carry the environment."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is the one place an older Python gets to
+        raise SetupError(
+            f"Python 3.11 or newer is needed, and {sys.executable} is {sys.version.split()[0]}. Install one, then name "
+            "it: make PYTHON=/path/to/python3.11 setup"
+        )
+    try:
+        import ensurepip  # noqa: F401
+        import venv as _  # noqa: F401
+    except ImportError as e:
+        raise SetupError(
+            f"this Python lacks the {e.name} module, which makes virtual environments. On Debian or Ubuntu: "
+            f"apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-venv"
+        ) from None
+    place = next(p for p in [venv, *venv.parents] if p.exists())
+    free_gb = shutil.disk_usage(place).free / 1e9
+    if free_gb < need_gb:
+        raise SetupError(
+            f"set-up needs {need_gb:g} GB free while it installs, and {place} has {free_gb:.1f} GB. Free some, or put "
+            "the environment elsewhere: make VENV=/other/disk/venv setup"
+        )
+
+
+class Installer:
+    """Runs pip in one virtual environment, output to a log; with `dry_run` only prints the commands."""
+
+    def __init__(self, venv: Path, dry_run: bool) -> None:
+        self.venv, self.dry_run = venv, dry_run
+        self.log = venv / "setup.log"
+
+    def say(self, text: str) -> None:
+        """A progress line, at once."""
+        print(f"[setup] {text}", flush=True)
+
+    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command, append its output to the log, return it; never raises for its exit status."""
+        if self.dry_run:
+            self.say("would run: " + " ".join(command))
+            return subprocess.CompletedProcess(command, 0, "", "")
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        with self.log.open("a", encoding="utf-8") as f:
+            f.write("$ " + " ".join(command) + "\n" + done.stdout + "\n")
+        return done
+
+    def pip(self, *args: str) -> "subprocess.CompletedProcess[str]":
+        """`pip ARGS` inside the environment."""
+        # --require-virtualenv: pip itself refuses to touch an interpreter that is not an environment's own.
+        return self.run(str(python_of(self.venv)), "-m", "pip", "--require-virtualenv", *args)
+
+    def must(self, what: str, done: "subprocess.CompletedProcess[str]") -> None:
+        """Raise SetupError with the end of the output when a command failed."""
+        if done.returncode:
+            tail = "\n  ".join(done.stdout.strip().splitlines()[-12:])
+            raise SetupError(f"{what} failed (all of it: {self.log}):\n  {tail}")
+
+    def make_venv(self) -> None:
+        """Create the environment, unless it has a working interpreter already."""
+        if (self.venv / "pyvenv.cfg").exists() and python_of(self.venv).exists():
+            return
+        if self.venv.exists() and any(self.venv.iterdir()):
+            raise SetupError(f"{self.venv} exists and is not a virtual environment: name another, or remove it")
+        self.say(f"making {self.venv}")
+        if not self.dry_run:
+            self.venv.mkdir(parents=True, exist_ok=True)
+        self.must("making the virtual environment", self.run(sys.executable, "-m", "venv", str(self.venv)))
+
+    def install_torch(self) -> None:
+        """torch, first and alone, from the configured sources or else from PyTorch's CPU wheel index."""
+        self.say(f"installing {TORCH} (about 200 MB)")
+        done = self.pip("install", TORCH)
+        if done.returncode and "No matching distribution found" in done.stdout:
+            self.say(f"the configured package sources do not have it; asking {TORCH_INDEX}")
+            done = self.pip("install", "--index-url", TORCH_INDEX, TORCH)
+        self.must(f"installing {TORCH}", done)
+
+    def install_project(self) -> None:
+        """This project, editable, with the CPU engine and the test tools."""
+        self.say("installing treepo-mega[cpu,test] (about 130 packages, the engine is 130 MB)")
+        self.must("installing the project", self.pip("install", "-e", f"{REPO}[cpu,test]"))
+
+    def remove_misfits(self) -> None:
+        """Uninstall what vLLM's requirements bring but this torch cannot load, and what only GPUs use."""
+        for name in COMPANIONS:
+            if self.dry_run or (self.has(name) and not self.loads(name)):
+                self.say(f"removing {name}: it was built for another torch and would break `import vllm`; not needed")
+                self.must(f"removing {name}", self.pip("uninstall", "-y", name))
+        for name in NOT_NEEDED:
+            if self.dry_run or self.has(name):
+                self.say(f"removing {name}: 1 GB that runs without a GPU never use (pip check will list it as missing)")
+                self.must(f"removing {name}", self.pip("uninstall", "-y", name))
+
+    def has(self, name: str) -> bool:
+        """Is distribution `name` installed in the environment?"""
+        return any(self.venv.glob(f"lib/python*/site-packages/{name}-*.dist-info"))
+
+    def loads(self, name: str) -> bool:
+        """Can the environment import module `name`?"""
+        return self.run(str(python_of(self.venv)), "-c", f"import {name}").returncode == 0
+
+    def verify(self) -> None:
+        """Raise SetupError when the finished environment has one of the known problems."""
+        self.say("checking that torch, the engine and Megatron-Core fit together")
+        code = (
+            "import sys, torch, megatron.core; from treepo_mega.runtime.environment import check_environment; "
+            "sys.exit('\\n'.join(check_environment()) or 0)"
+        )
+        self.must("the check of the environment", self.run(str(python_of(self.venv)), "-c", code))
+
+
+def set_up(venv: Path, need_gb: float, dry_run: bool) -> None:
+    """Bring `venv` up to date; see the module's page. Raises SetupError."""
+    if is_current(venv):
+        print(f"[setup] {venv} is up to date")
+        return
+    started = time.monotonic()
+    # An environment that is there already takes little more: only a new one needs the room.
+    check_machine(venv, need_gb if not python_of(venv).exists() or dry_run else min(need_gb, 1.0))
+    installer = Installer(venv, dry_run)
+    installer.make_venv()
+    installer.install_torch()
+    installer.install_project()
+    installer.remove_misfits()
+    installer.verify()
+    seconds = round(time.monotonic() - started, 1)
+    if not dry_run:
+        text = json.dumps({"fingerprint": fingerprint(), "seconds": seconds})
+        (venv / STAMP).write_text(text, encoding="utf-8")
+    installer.say(f"done in {seconds:.0f} s")
+
+
+def main() -> int:
+    """Command line; exit status 2 when set-up cannot go on."""
+    parser = argparse.ArgumentParser(description="Build the virtual environment of treepo_mega.")
+    parser.add_argument("--venv", type=Path, default=REPO / ".venv", help="where (default: .venv in the checkout)")
+    parser.add_argument("--need-gb", type=float, default=6.0, help="free disk space to insist on (default: 6)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and do nothing")
+    args = parser.parse_args()
+    try:
+        set_up(args.venv.absolute(), args.need_gb, args.dry_run)
+    except SetupError as e:
+        print(f"[setup] error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

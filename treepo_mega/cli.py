@@ -1,0 +1,172 @@
+"""The `treepo-mega` command.
+
+    treepo-mega train CONFIG.yaml [a.b=c ...]            the trainer; start it under torchrun or srun
+    treepo-mega train CONFIG.yaml --dry-run --world-size 128
+                                                         resolve and check everything, start nothing
+    treepo-mega train --help-config                      every configuration key
+    treepo-mega report RUN [RUN ...]                     report.html and report.json of finished or live runs
+
+`--dry-run`, `--help-config` and `report` need neither a GPU nor torch, vLLM or Megatron: they work on a
+laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
+`train` otherwise exits with what the trainer returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from treepo_mega import __version__
+from treepo_mega.config import Config, ConfigError, Section, check, load_config, read_hf_config
+from treepo_mega.runtime.environment import check_environment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's); returns the exit status."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse hands back overrides that follow an option; anything else left over is a mistake.
+    if rest and (args.command != "train" or any(r.startswith("-") for r in rest)):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    try:
+        if args.command == "report":
+            return _report(args.runs, args.output)
+        if args.help_config:
+            print("\n".join(help_config()))
+            return 0
+        return _train(args.config, [*args.overrides, *rest], args.dry_run, args.world_size)
+    except ConfigError as e:
+        print(f"treepo-mega: error: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader left early, as in `treepo-mega train --help-config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="treepo-mega", description="TreePO on Megatron-Core and vLLM.")
+    parser.add_argument("--version", action="version", version=f"treepo-mega {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train (under torchrun or srun), or check a configuration with --dry-run")
+    train.add_argument("config", nargs="?", help="YAML file; a key may be overridden by a.b=c arguments after it")
+    train.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of one key, such as train.lr=1e-6")
+    train.add_argument("--dry-run", action="store_true", help="resolve and check the configuration, then stop")
+    train.add_argument("--world-size", type=_positive, help="processes to check for (--dry-run; default: WORLD_SIZE)")
+    train.add_argument("--help-config", action="store_true", help="print every configuration key and stop")
+    report = commands.add_parser("report", help="write report.html and report.json for one run or several")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (holds metrics.jsonl)")
+    report.add_argument("--output", type=Path, help="directory to write to (default: the first RUN)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number of processes, got {value}")
+    return value
+
+
+def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: int | None) -> int:
+    if path is None:
+        raise ConfigError("train: name a configuration file, such as examples/llama3_70b_16x8.yaml")
+    if world_size is not None and not dry_run:
+        raise ConfigError("--world-size only goes with --dry-run: torchrun or srun decides it for a run")
+    cfg = load_config(path, overrides)
+    if dry_run:
+        return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    # One rank of each node speaks for it; the launcher ends the others when it leaves.
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (problems := check_environment()):
+        raise ConfigError("\n  ".join(["this environment cannot run the trainer:", *problems]))
+    from treepo_mega.train import main as run  # heavy: torch, Megatron and vLLM
+
+    return int(run(cfg) or 0)
+
+
+def _dry_run(cfg: Config, world_size: int) -> int:
+    """Print the resolved configuration and what follows from it, after every check that needs no weights."""
+    hf_dir = Path(cfg.model.hf_checkpoint)
+    hf = read_hf_config(hf_dir)
+    notes = check(cfg, world_size, hf)
+    print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), end="")
+    print("---")
+    for note in [*notes, _describe_model(hf, hf_dir)]:
+        print(f"# {note}")
+    # Only a warning: the machine that plans a run is rarely the one that runs it.
+    for problem in check_environment(try_imports=False):
+        print(f"# warning: on this machine, {problem}")
+    print("# dry run: the configuration is consistent; nothing was started")
+    return 0
+
+
+def _describe_model(hf: dict[str, typing.Any], hf_dir: Path) -> str:
+    heads = hf["num_attention_heads"]
+    weights = "weights present" if any(hf_dir.glob("*.safetensors")) else "no weights there: architecture only"
+    return (
+        f"model {(hf.get('architectures') or ['unnamed'])[0]}: {hf['num_hidden_layers']} layers, hidden "
+        f"{hf['hidden_size']}, {heads} heads, {hf.get('num_key_value_heads') or heads} key/value groups, "
+        f"vocabulary {hf['vocab_size']} ({weights})"
+    )
+
+
+def _report(runs: list[Path], output: Path | None) -> int:
+    from treepo_mega.monitor.report import ReportError, write_report
+
+    try:
+        written = write_report(runs, output or runs[0])
+    except ReportError as e:
+        raise ConfigError(str(e)) from None
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def help_config() -> list[str]:
+    """Every configuration key as lines: dotted name, type, default, and its documentation indented below."""
+    return list(_describe(Config, ""))
+
+
+def _describe(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if _section_in(field.annotation) is not None:
+            continue
+        key = f"{prefix}{name}"
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        yield f"  {key}: {_type_name(field.annotation)}, {default}"
+        if field.description:
+            yield f"      {' '.join(field.description.split())}"
+    # Sections inside this one come after its own keys, so that each block of keys stays together.
+    for name, field in section.model_fields.items():
+        inner = _section_in(field.annotation)
+        if inner is not None:
+            key = f"{prefix}{name}" + (".<i>" if typing.get_origin(field.annotation) is list else "")
+            yield f"\n{key}: {(inner.__doc__ or '').splitlines()[0]}"
+            yield from _describe(inner, f"{key}.")
+
+
+def _section_in(annotation: object) -> type[Section] | None:
+    """The section that `annotation` is, or is a list of; None for a plain value."""
+    candidates = [annotation, *typing.get_args(annotation)]
+    return next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), None)
+
+
+def _type_name(annotation: object) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, typing.get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

