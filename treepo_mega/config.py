@@ -202,6 +202,10 @@ class RewardConfig(Section):
     """Deadline of one grading; a worker past it is killed, replaced and the sample counted as lost."""
     max_chars: int = Field(20_000, ge=16)
     """Longer responses are graded by their last max_chars characters."""
+    startup_timeout_s: float = Field(120.0, gt=0)
+    """Deadline of starting a worker and importing its verifier (math-verify and reasoning-gym take seconds)."""
+    memory_mb: int = Field(4096, ge=256)
+    """Address space of one worker, MiB; an allocation beyond it fails and the sample counts as lost."""
 
 
 class AlgoConfig(Section):

@@ -1,0 +1,9 @@
+"""Grading: verifiers and the killable worker processes that run them.
+
+Importing this package loads the standard library only, because every worker process imports it.
+"""
+
+from treepo_mega.data.rewards.pool import RewardItem, RewardPool, RewardResult
+from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
+
+__all__ = ["RewardItem", "RewardPool", "RewardResult", "VerifierError", "check_verifier"]

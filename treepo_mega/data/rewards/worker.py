@@ -1,0 +1,176 @@
+"""A grader process: `python -m treepo_mega.data.rewards.worker`, started and killed by `pool.RewardPool`.
+
+Protocol, one JSON object a line. In: `{"id", "verifier", "data_source", "solution_str", "ground_truth",
+"extra_info"}`. Out, for each: `{"id", "loaded": true}` once the verifier is imported (so that imports have a
+deadline of their own), then `{"id", "score", "extra"}` or `{"id", "error"}`; `{"id", "load_error"}` when the
+import failed. First of all `{"ready": true}`.
+
+It grades untrusted text with code that may misbehave, so: the protocol's pipes are moved to private file
+descriptors and 0 and 1 pointed elsewhere (what a verifier prints, even from C, goes to stderr, and it
+cannot read requests); address space and file sizes are limited; and it never outlives its parent: a thread
+watches for that, and the kernel's CPU-time alarm ends code that never lets that thread run. It does not
+react to SIGINT, SIGTERM or SIGUSR1, which schedulers send to all processes of a job: the trainer decides.
+
+Imports only the standard library until a verifier needs more; never torch or megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import Any, BinaryIO
+
+from treepo_mega.data.rewards.verifiers import Verifier, load_verifier
+
+MAX_FILE_BYTES = 1 << 30
+MAX_EXTRAS = 32
+MAX_TEXT = 500
+"""Characters of an error or an extra that are sent back."""
+
+
+def protect_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Move the protocol off file descriptors 0 and 1; returns (requests, replies)."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def limit_resources(memory_mb: int) -> None:
+    """Allocations beyond `memory_mb` MiB of address space raise MemoryError; no core dumps."""
+    for what, value in ((resource.RLIMIT_AS, memory_mb << 20), (resource.RLIMIT_FSIZE, MAX_FILE_BYTES)):
+        hard = resource.getrlimit(what)[1]
+        limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def watch_parent(parent: int) -> None:
+    """End this process soon after its parent did, whatever the main thread is doing."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def ignore_job_signals() -> None:
+    """Handlers that do nothing: unlike SIG_IGN they are not inherited by programs a verifier starts."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+
+
+def interpret(value: Any) -> dict[str, Any]:
+    """What a verifier returned as `{"score", "extra"}`. Raises TypeError or ValueError for anything else."""
+    extra: dict[str, Any] = {}
+    if isinstance(value, dict):
+        if "score" not in value:
+            raise TypeError(f"the verifier returned a dict without 'score' (keys: {', '.join(map(str, value))[:200]})")
+        for key in list(value)[:MAX_EXTRAS]:
+            kept = _scalar(value[key])
+            if key != "score" and kept is not None:
+                extra[str(key)[:80]] = kept
+        value = value["score"]
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"the verifier returned {type(value).__name__}; expected a float or a dict with 'score'")
+    score = float(value)
+    if not math.isfinite(score):
+        raise ValueError(f"the verifier returned {score}; expected a finite score")
+    return {"score": score, "extra": extra}
+
+
+def _scalar(value: Any) -> float | str | None:
+    """A finite number or a short text; None for anything else, which is not sent back."""
+    if isinstance(value, str):
+        return value[:MAX_TEXT]
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _reason(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error)[:MAX_TEXT]}{where}"
+
+
+def grade(function: Verifier, request: dict[str, Any]) -> dict[str, Any]:
+    """Run a verifier on one request; whatever it raises, SystemExit included, becomes an error text."""
+    try:
+        return interpret(
+            function(
+                data_source=request["data_source"],
+                solution_str=request["solution_str"],
+                ground_truth=request["ground_truth"],
+                extra_info=request["extra_info"],
+            )
+        )
+    except BaseException as e:
+        return {"error": _reason(e)}
+
+
+def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeout_s: float) -> None:
+    """Answer requests until the parent closes the pipe."""
+
+    def reply(message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            data = data[replies.write(data) or 0 :]
+
+    def cpu_alarm(seconds: float) -> None:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+    loaded: dict[str, Verifier] = {}
+    reply({"ready": True})
+    for line in requests:
+        request = json.loads(line)
+        name, key = request["verifier"], {"id": request["id"]}
+        if name not in loaded:
+            cpu_alarm(2 * startup_timeout_s + 10)
+            try:
+                loaded[name] = load_verifier(name)
+            except BaseException as e:
+                cpu_alarm(0)
+                reply({**key, "load_error": _reason(e)})
+                continue
+        reply({**key, "loaded": True})
+        cpu_alarm(2 * timeout_s + 10)
+        result = grade(loaded[name], request)
+        cpu_alarm(0)
+        reply({**key, **result})
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory-mb", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
+    parser.add_argument("--startup-timeout-s", type=float, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    args = parser.parse_args()
+    requests, replies = protect_streams()
+    ignore_job_signals()
+    limit_resources(args.memory_mb)
+    watch_parent(args.parent)
+    serve(requests, replies, args.timeout_s, args.startup_timeout_s)
+    sys.stdout.flush()
+    os._exit(0)  # do not wait for threads that a verifier left behind
+
+
+if __name__ == "__main__":
+    main()
