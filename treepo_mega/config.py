@@ -96,15 +96,18 @@ class DataConfig(Section):
     train: list[PromptSource] = Field(min_length=1)
     eval: list[PromptSource] = Field(default_factory=list)
     input_key: str = "prompt"
+    """Key of the prompt, dots reach inside; with the default, messages, question, problem and input are tried too."""
     label_key: str = "answer"
-    """Key of the ground truth; label, ground_truth, solution and reward_model.ground_truth are tried too."""
+    """Key of the ground truth; with the default, label, ground_truth, solution and reward_model.ground_truth are
+    tried too."""
     apply_chat_template: bool = False
     """Wrap the prompt with the tokenizer's chat template (a list of messages is always wrapped)."""
     system_prompt: str | None = None
     prompt_suffix: str = ""
     """Text appended to every prompt before the template, such as an answer-format instruction."""
     verifier: str = "math"
-    """math | boxed | last_number | exact | reasoning_gym | path/to/file.py:function (verl's compute_score)."""
+    """math | boxed | last_number | exact | reasoning_gym | path/to/file.py:function (verl's compute_score).
+    A source's own verifier comes first; reasoning_gym sources without one use reasoning_gym."""
     max_prompt_len: int = Field(1024, ge=1)
     """Longer prompts are dropped, counted and reported. Tokens."""
     shuffle: bool = True

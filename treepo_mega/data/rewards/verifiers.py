@@ -186,7 +186,7 @@ def _load_reasoning_gym() -> Verifier:
         try:
             ref = extra_info["reasoning_gym"]
             task = dataset(ref["name"], json.dumps(ref["params"], sort_keys=True), ref["seed"], ref["size"])
-            index, question = ref["index"], ref["question"]
+            index, question = ref["index"], extra_info["entry"]["question"]
         except (KeyError, TypeError):
             raise ValueError(
                 "reasoning_gym: the prompt has no reference to its task in extra_info['reasoning_gym']; this "
