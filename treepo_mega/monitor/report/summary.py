@@ -1,0 +1,149 @@
+"""From a run's files to the figures of its report.
+
+Shares are of the time between the first and last phase of a step: `timing_s/step` where the run has it,
+else the sum of the phases; what no phase accounts for is shown as `other`. The token ratio is that of
+the whole run (sum of unique tokens / sum of flat tokens), not a mean of ratios, which would give a step
+of few tokens the weight of one of many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from treepo_mega.monitor.metrics import METRICS_FILE, MetricsError, read_metrics
+from treepo_mega.monitor.timers import PREFIX
+
+Row = dict[str, Any]
+TOKENS = {
+    "generated": "rollout/generated_tokens",
+    "cached": "rollout/cached_tokens",
+    "recomputed": "rollout/recomputed_tokens",
+    "unique": "tree/unique_tokens",
+    "flat": "tree/flat_tokens",
+}
+TRENDS = ("rollout/reward_mean", "rollout/accuracy", "reward/mean", "eval/accuracy", "eval/greedy_accuracy")
+MEDIANS = ("perf/tokens_per_s", "perf/step_s", "reshard/gb_per_s", "reshard/seconds", "reshard/bytes")
+TOTALS = ("reward/lost", "train/skipped_steps", "train/nonfinite_metrics", "tree/shortfall", "tree/fallbacks")
+
+
+class ReportError(ValueError):
+    """A run cannot be reported on; the message names the file, the line and what was expected."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind. `rows` ascend in step; `config` and `summary` are empty when the files are not there."""
+
+    name: str
+    rows: list[Row]
+    config: Row
+    summary: Row
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of `metric` where it was logged and finite."""
+        points = [(r["step"], r[metric]) for r in self.rows if r.get(metric) is not None]
+        return [p[0] for p in points], [p[1] for p in points]
+
+
+def load_run(path: Path) -> Run:
+    """Read a run directory. Raises ReportError for a missing or malformed file, or a run without a step."""
+    if not path.is_dir():
+        raise ReportError(f"{path}: no such run directory")
+    if not (path / METRICS_FILE).exists():
+        raise ReportError(f"{path}: holds no {METRICS_FILE}; expected the run_dir of a run that made a step")
+    try:
+        rows = read_metrics(path / METRICS_FILE)
+    except MetricsError as e:
+        raise ReportError(str(e)) from None
+    if not rows:
+        raise ReportError(f"{path / METRICS_FILE}: no step was logged yet")
+    return Run(str(path), rows, _mapping(path / "config.yaml"), _mapping(path / "summary.json"))
+
+
+def _mapping(path: Path) -> Row:
+    """The mapping in a YAML or JSON file; empty when there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise ReportError(f"{path}: cannot be read: {' '.join(str(e).split())}") from None
+    if not isinstance(value, dict):
+        raise ReportError(f"{path}: expected a mapping, got {type(value).__name__}")
+    return value
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that `share` of the values do not exceed (nearest rank); ValueError without values."""
+    if not values:
+        raise ValueError("percentile of no values")
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def phases(run: Run) -> list[Row]:
+    """Seconds by phase, longest first: name, steps (in which it ran), p50, p95, total, share of the step time."""
+    names = sorted({name for row in run.rows for name in row if name.startswith(PREFIX)} - {PREFIX + "step"})
+    found = []
+    for name in names:
+        values = run.series(name)[1]
+        if values:
+            found.append(_phase(name.removeprefix(PREFIX), values))
+    phase_total = sum(p["total"] for p in found)
+    whole = max(sum(run.series(PREFIX + "step")[1]), phase_total)
+    if whole - phase_total > 1e-3 * whole:
+        found.append({"name": "other", "steps": len(run.rows), "p50": None, "p95": None, "total": whole - phase_total})
+    for phase in found:
+        phase["share"] = phase["total"] / whole if whole else 0.0
+    return sorted(found, key=lambda p: -p["total"])
+
+
+def _phase(name: str, values: list[float]) -> Row:
+    return {
+        "name": name,
+        "steps": len(values),
+        "p50": percentile(values, 0.5),
+        "p95": percentile(values, 0.95),
+        "total": sum(values),
+    }
+
+
+def summarise(run: Run) -> Row:
+    """The figures of a run, JSON-safe. A figure the run did not log is null.
+
+    Keys: run, steps, first_step, last_step, phases (see `phases`), tokens (sums of generated, cached,
+    recomputed, unique, flat), token_ratio, trends (metric -> first, last, best, count), medians
+    (metric -> p50 over steps), totals (metric -> sum; faults that should be 0), summary (summary.json).
+    """
+    tokens = {name: _sum(run, metric) for name, metric in TOKENS.items()}
+    unique, flat = tokens["unique"], tokens["flat"]
+    trends = {}
+    for metric in TRENDS:
+        values = run.series(metric)[1]
+        if values:
+            trends[metric] = {"first": values[0], "last": values[-1], "best": max(values), "count": len(values)}
+    medians = {m: percentile(v, 0.5) for m in MEDIANS if (v := run.series(m)[1])}
+    return {
+        "run": run.name,
+        "steps": len(run.rows),
+        "first_step": run.rows[0]["step"],
+        "last_step": run.rows[-1]["step"],
+        "phases": phases(run),
+        "tokens": tokens,
+        "token_ratio": unique / flat if unique is not None and flat else None,
+        "trends": trends,
+        "medians": medians,
+        "totals": {m: t for m in TOTALS if (t := _sum(run, m)) is not None},
+        "summary": run.summary,
+    }
+
+
+def _sum(run: Run, metric: str) -> float | None:
+    values = run.series(metric)[1]
+    return sum(values) if values else None
