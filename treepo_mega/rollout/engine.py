@@ -1,0 +1,419 @@
+"""vLLM in the trainer's own process: submit token ids, step, take segments; new weights in place.
+
+    engine = Engine("path/to/hf", cfg, seed=0)
+    engine.submit("r0", prefix, max_tokens=16, seed=7, temperature=1.0, stop_token_ids=[2])
+    while engine.busy:
+        for finished in engine.step(): ...       # submit more at any time
+    engine.update_weights(pairs)                 # (Hugging Face name, full tensor), all of them
+    engine.score(token_ids)                      # logprobs of given tokens
+
+Under torchrun every rank builds one (`external_launcher`): with `tensor_parallel_size` 1 the engines are
+independent; with more, the ranks of an engine must make the same calls in the same order. Building is collective
+over all ranks. Logprobs are those of the distribution sampled from, after temperature (`processed_logprobs`),
+in nats; at temperature 0 (greedy) those of temperature 1.
+
+Traps of vLLM 0.32 on the CPU that this module exists to hide:
+
+- Deleting the engine destroys torch.distributed's default process group, the trainer's: hold the `Engine` until
+  the process ends.
+- Building it reseeds every global generator, replaces `torch.set_num_threads` by a no-op and overwrites
+  LOCAL_WORLD_SIZE and LD_PRELOAD: all restored here.
+- Linear weights are repacked at load; with tied embeddings a reload leaves the packed LM head stale, without an
+  error (`WeightSync`). The KV cache of old weights would be reused: the prefix cache is reset with every update.
+- A per-request seed and chunked prefill crash together: chunked prefill is off, so a whole sequence must fit into
+  `max_num_batched_tokens`.
+- Only full KV blocks are reused, and a segment's last token has no KV yet: a resubmitted prefix recomputes least
+  when (prompt + d * segment_length) mod block_size is 1.
+- VLLM_CPU_KVCACHE_SPACE, when set in the environment, wins over `kv_cache_memory_mb`.
+
+The engine's vocabulary is config.json's: the rows by which Megatron pads the embedding do not exist here and cannot
+be sampled. On CUDA the same code runs with the GPU's settings (memory by `gpu_memory_utilization`, no LM-head repack);
+that path has not been run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from treepo_mega.config import Config
+from treepo_mega.runtime.device import device, has_cuda
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes that the CPU attention kernels of vLLM 0.32 take."""
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores; the launcher decides about threads
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the cores from the other ranks
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class EngineError(RuntimeError):
+    """The engine cannot be built, or was used in a way that would give wrong samples; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished request: what was sampled, its logprobs (nats), "stop" or "length", and prefix tokens reused."""
+
+    request_id: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    num_cached_tokens: int
+
+
+class WeightSync:
+    """Mixed into vLLM's worker (`worker_extension_cls`): `self` is the worker."""
+
+    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load full tensors by their Hugging Face names, in place; without lm_head.weight when it is tied."""
+        self.reload_weights(weights_iterator=iter(weights))  # type: ignore[attr-defined]
+        if self.model_config.hf_config.tie_word_embeddings and not has_cuda():  # type: ignore[attr-defined]
+            # vLLM repacks the embedding it just loaded, but not the packed copy that the LM head computes with.
+            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+            lm_head = self.model_runner.get_model().lm_head  # type: ignore[attr-defined]
+            dispatch_cpu_unquantized_gemm(lm_head, remove_weight=False)
+
+    def scale_logits(self, factor: float) -> float:
+        """Multiply the model's logit scale by `factor` and return the old scale. Only for an idle engine."""
+        processor = self.model_runner.get_model().logits_processor  # type: ignore[attr-defined]
+        old: float = processor.scale
+        processor.scale = old * factor
+        return old
+
+    def engine_vocab_size(self) -> int:
+        """Ids that the LM head can produce."""
+        return int(self.model_runner.get_model().logits_processor.org_vocab_size)  # type: ignore[attr-defined]
+
+
+class Engine:
+    """One vLLM engine (or this rank's part of one). See the module docstring."""
+
+    def __init__(self, hf_dir: str | Path, cfg: Config, *, seed: int = 0) -> None:
+        """Load the checkpoint at `hf_dir`. Raises EngineError for a checkpoint or layout vLLM cannot take."""
+        self.hf_dir = Path(hf_dir)
+        hf = read_hf_config(self.hf_dir)
+        _check_model(self.hf_dir, hf, cfg)
+        self.vocab_size: int = hf["vocab_size"]
+        # One more than the longest trajectory, so that a full one can still be scored; never past the positions.
+        self.max_model_len = min(cfg.max_model_len + 1, hf.get("max_position_embeddings") or cfg.max_model_len + 1)
+        self._tied = bool(hf.get("tie_word_embeddings", False))
+        self._shapes = _checkpoint_shapes(self.hf_dir, self._tied)
+        self._open: dict[str, str] = {}  # vLLM's id -> ours
+        self._next = 0
+        self._broken = ""
+        with _process_left_alone():
+            self._llm = _build(self.hf_dir, cfg, self.max_model_len, seed)
+        produced = self._llm.collective_rpc("engine_vocab_size")[0]
+        if produced != self.vocab_size:
+            raise EngineError(
+                f"{self.hf_dir}: the engine samples from {produced} ids, config.json has {self.vocab_size}"
+            )
+
+    @property
+    def busy(self) -> bool:
+        """True while submitted requests have not finished."""
+        return bool(self._open)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Ids of the submitted requests that have not finished, oldest first."""
+        return list(self._open.values())
+
+    def submit(
+        self,
+        request_id: str,
+        prefix: Sequence[int],
+        max_tokens: int,
+        seed: int,
+        temperature: float,
+        stop_token_ids: Sequence[int],
+    ) -> None:
+        """Queue a request: sample at most `max_tokens` after `prefix`, ending behind a stop token (which is kept).
+
+        `temperature` 0 is greedy. Raises EngineError when the request cannot be computed as asked.
+        """
+        from vllm import SamplingParams
+
+        self._check_prefix(prefix, max_tokens, request_id)
+        if request_id in self._open.values():
+            raise EngineError(f"request {request_id!r} is already running")
+        params = SamplingParams(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed if temperature > 0 else None,
+            logprobs=0,
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,  # our own list is the whole truth about EOS
+            detokenize=False,
+        )
+        self._open[self._add(prefix, params)] = request_id
+
+    def step(self) -> list[Finished]:
+        """One forward pass over everything that runs; the requests that finished in it. Empty when idle."""
+        if not self._open:
+            return []
+        out = []
+        for x in self._llm.llm_engine.step():
+            if x.finished:
+                ours = self._open.pop(self._match(x.request_id))
+                out.append(self._finished(ours, x))
+        return out
+
+    def abort(self) -> None:
+        """Drop every unfinished request."""
+        self._llm.llm_engine.abort_request(list(self._open))
+        self._open.clear()
+
+    def update_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights: full tensors by Hugging Face name, any float dtype; lm_head.weight is optional if tied.
+
+        The tensors are taken one at a time, and the prefix cache is reset. Raises EngineError for unfinished
+        requests, an unknown, repeated or missing name and a wrong shape; after a failure half way the engine
+        refuses to sample until a complete update.
+        """
+        if self._open:
+            raise EngineError(f"weights cannot change while requests run: {self.unfinished[:5]}")
+        self._broken = "the last weight update did not complete"
+        self._llm.collective_rpc("sync_weights", args=(self._checked(pairs),))
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache: KV of the old weights would be reused")
+        self._broken = ""
+
+    def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+        """Logprobs (nats, at `temperature` > 0) of `token_ids[1:]`, each given all tokens before it.
+
+        Computed afresh, without the prefix cache. The engine must be idle.
+        """
+        from vllm import SamplingParams
+
+        if self._open:
+            raise EngineError(f"scoring needs an idle engine; running: {self.unfinished[:5]}")
+        self._check_prefix(token_ids, 1, "score")
+        old = self._llm.collective_rpc("scale_logits", args=(1.0 / temperature,))[0]
+        try:
+            params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False)
+            self._add(token_ids, params)
+            outputs: list[Any] = []
+            while self._llm.llm_engine.has_unfinished_requests():
+                outputs += self._llm.llm_engine.step()
+        finally:
+            now = self._llm.collective_rpc("scale_logits", args=(1.0,))[0]
+            self._llm.collective_rpc("scale_logits", args=(old / now,))
+        entries = outputs[-1].prompt_logprobs[1:]
+        return [e[t].logprob for e, t in zip(entries, token_ids[1:], strict=True)]
+
+    def _add(self, prefix: Sequence[int], params: Any) -> str:
+        self._next += 1
+        name = str(self._next)
+        self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(prefix)}, params)
+        return name
+
+    def _match(self, name: str) -> str:
+        """vLLM may add a suffix to the id it was given; ours are bare numbers."""
+        bare = name if name in self._open else name.partition("-")[0]
+        if bare not in self._open:
+            raise EngineError(f"vLLM finished a request {name!r} that was not submitted")
+        return bare
+
+    def _check_prefix(self, prefix: Sequence[int], max_tokens: int, request_id: str) -> None:
+        if self._broken:
+            raise EngineError(f"{self._broken}: call update_weights with all tensors first")
+        if not prefix or max_tokens < 1:
+            raise EngineError(f"request {request_id!r}: needs at least one token before and one to sample")
+        if len(prefix) + max_tokens > self.max_model_len:
+            raise EngineError(
+                f"request {request_id!r}: {len(prefix)} + {max_tokens} tokens exceed the engine's window of "
+                f"{self.max_model_len} (data.max_prompt_len + rollout.max_response_len)"
+            )
+        if not 0 <= min(prefix) <= max(prefix) < self.vocab_size:
+            raise EngineError(f"request {request_id!r}: token ids must be in [0, {self.vocab_size})")
+
+    def _finished(self, request_id: str, x: Any) -> Finished:
+        done = x.outputs[0]
+        tokens = list(done.token_ids)
+        logprobs = [entry[t].logprob for entry, t in zip(done.logprobs or [], tokens, strict=True)]
+        if not all(map(math.isfinite, logprobs)):
+            raise EngineError(f"request {request_id!r}: logprobs are not finite; the engine's weights are broken")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            raise EngineError(f"request {request_id!r}: sampled an id outside the vocabulary of {self.vocab_size}")
+        return Finished(request_id, tokens, logprobs, str(done.finish_reason), x.num_cached_tokens or 0)
+
+    def _checked(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass the tensors on, one at a time, verifying them against the checkpoint's names and shapes."""
+        missing = dict(self._shapes)
+        for name, tensor in pairs:
+            if self._tied and name == "lm_head.weight":
+                continue
+            if name not in missing:
+                known = "repeated" if name in self._shapes else "not a tensor of this model"
+                raise EngineError(f"update_weights: {name!r} is {known}")
+            shape = missing.pop(name)
+            if tuple(tensor.shape) != shape:
+                raise EngineError(f"update_weights: {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+            yield name, tensor
+        if missing:
+            raise EngineError(f"update_weights: {len(missing)} tensors missing, such as {sorted(missing)[:3]}")
+
+
+def read_hf_config(hf_dir: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face checkpoint directory. Raises EngineError naming what is missing or malformed."""
+    path = hf_dir / "config.json"
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise EngineError(f"{path}: cannot read the model's configuration: {e.strerror}") from None
+    except json.JSONDecodeError as e:
+        raise EngineError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
+    for key in ("vocab_size", "hidden_size", "num_attention_heads"):
+        if not isinstance(hf.get(key), int):
+            raise EngineError(f"{path}: {key} must be an integer, got {hf.get(key)!r}")
+    return dict(hf)
+
+
+def find_eos_token_ids(hf_dir: str | Path, tokenizer: Any = None) -> list[int]:
+    """End-of-sequence ids of a checkpoint: the union of generation_config.json, config.json and the tokenizer.
+
+    Each may hold an int or a list; the order is that of first mention. Raises EngineError when there is none at all.
+    """
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = Path(hf_dir) / name
+        if path.is_file():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found += value if isinstance(value, list) else [value]
+    found.append(getattr(tokenizer, "eos_token_id", None))
+    ids = list(dict.fromkeys(i for i in found if isinstance(i, int)))
+    if not ids:
+        raise EngineError(
+            f"{hf_dir}: no EOS token in generation_config.json, config.json or the tokenizer; no path could end by "
+            "itself. Set rollout.stop.eos_token_ids"
+        )
+    return ids
+
+
+def _check_model(hf_dir: Path, hf: dict[str, Any], cfg: Config) -> None:
+    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    if not has_cuda() and head not in CPU_HEAD_SIZES:
+        raise EngineError(
+            f"{hf_dir}: head size {head} is not one that vLLM's CPU kernels take: {', '.join(map(str, CPU_HEAD_SIZES))}"
+        )
+    window, tp = hf.get("max_position_embeddings"), cfg.rollout.engine.tensor_parallel_size
+    if window and cfg.max_model_len > window:
+        raise EngineError(
+            f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
+            f"{window} positions"
+        )
+    if tp > 1 and not _launched():
+        raise EngineError(f"rollout.engine.tensor_parallel_size {tp} needs torch.distributed: start with torchrun")
+    if hf["num_attention_heads"] % tp:
+        raise EngineError(
+            f"rollout.engine.tensor_parallel_size {tp} does not divide num_attention_heads {hf['num_attention_heads']}"
+        )
+
+
+def _launched() -> bool:
+    """True on a rank of an initialised torch.distributed job; an engine alone in a process brings its own group."""
+    return dist.is_initialized() and "RANK" in os.environ
+
+
+def _checkpoint_shapes(hf_dir: Path, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the checkpoint, from the safetensors headers; no lm_head.weight if tied."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    files = _weight_files(hf_dir)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as f:
+                shapes |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise EngineError(f"{path}: not a readable safetensors file: {e}") from None
+    if tied:
+        shapes.pop("lm_head.weight", None)
+    return {name: s for name, s in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _weight_files(hf_dir: Path) -> list[Path]:
+    """The checkpoint's safetensors files; with an index, exactly those it names, and each must exist."""
+    index = hf_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [hf_dir / n for n in names]
+    else:
+        files = sorted(hf_dir.glob("*.safetensors"))
+    missing = [f.name for f in files if not f.is_file()]
+    if missing or not files:
+        raise EngineError(f"{hf_dir}: missing weights: {', '.join(missing) or 'no *.safetensors file'}")
+    return files
+
+
+@contextlib.contextmanager
+def _process_left_alone() -> Iterator[None]:
+    """Undo what building an engine does to the process: generators, thread setter, launcher's environment."""
+    names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
+    before = {name: os.environ.get(name) for name in names}
+    set_num_threads, python_state, numpy_state = torch.set_num_threads, random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device()] if has_cuda() else []):
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
+    """vLLM's LLM with the settings that the module docstring explains."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise EngineError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the engine lives in the trainer's process")
+    from vllm import LLM
+
+    e = cfg.rollout.engine
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": e.gpu_memory_utilization}
+        if has_cuda()
+        else {"kv_cache_memory_bytes": e.kv_cache_memory_mb << 20}
+    )
+    if _launched():
+        memory["distributed_executor_backend"] = "external_launcher"
+    return LLM(
+        str(hf_dir),
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[e.dtype or cfg.model.params_dtype],
+        tensor_parallel_size=e.tensor_parallel_size,
+        max_model_len=max_model_len,
+        max_num_seqs=e.max_num_seqs,
+        max_num_batched_tokens=max(e.max_num_batched_tokens, max_model_len),
+        block_size=e.block_size,
+        enforce_eager=e.enforce_eager,
+        enable_chunked_prefill=False,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        skip_tokenizer_init=True,
+        worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
+        seed=seed,
+        **memory,
+    )
