@@ -141,7 +141,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeo
         request = json.loads(line)
         name, key = request["verifier"], {"id": request["id"]}
         if name not in loaded:
-            cpu_alarm(2 * startup_timeout_s + 10)
+            cpu_alarm(2 * startup_timeout_s + 5)
             try:
                 loaded[name] = load_verifier(name)
             except BaseException as e:
@@ -149,7 +149,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeo
                 reply({**key, "load_error": _reason(e)})
                 continue
         reply({**key, "loaded": True})
-        cpu_alarm(2 * timeout_s + 10)
+        cpu_alarm(2 * timeout_s + 5)
         result = grade(loaded[name], request)
         cpu_alarm(0)
         reply({**key, **result})
