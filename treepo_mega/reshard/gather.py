@@ -7,6 +7,9 @@
         ...
     gather.stats                                              # bytes and seconds of the last call
 
+With Megatron's parallel state up, `load_from_hf(models, spec, cfg, hf_dir)` and `HfGather.of(cfg, spec)` fill in
+the sizes, ranks and group.
+
 `HfGather` plans once (`plan.py`) and is called for every refit into the engine and for every export. It is
 a generator: tensors arrive one by one as soon as they are whole, each freshly allocated on the parameters'
 device, and memory stays at a few tensors plus the buffers. `group` holds the TP x PP ranks of one
@@ -19,18 +22,23 @@ plan's order, not the model's. The all-gather moves bytes, because not every bac
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from treepo_mega.config import Config
 from treepo_mega.reshard.hf import HfReader
 from treepo_mega.reshard.layout import Box, ModelSpec, ParamLayout, chunk_layouts, hf_shapes
 from treepo_mega.reshard.plan import GatherPlan, Piece, Round, gather_plan
+from treepo_mega.runtime import cpu_megatron
 
 Reader = Callable[[str, Box], Tensor]
 
@@ -98,6 +106,45 @@ def fill_local(params: Mapping[str, Tensor], layout: Mapping[str, ParamLayout], 
     return filled
 
 
+def load_from_hf(
+    models: Sequence[nn.Module], spec: ModelSpec, cfg: Config, hf_dir: str | Path, *, reader: HfReader | None = None
+) -> int:
+    """Fill this rank's model chunks from the HF checkpoint in `hf_dir`, reading only its slices. Not collective.
+
+    Needs Megatron's parallel state. Returns the bytes filled. Raises HfCheckpointError for what is wrong on disk,
+    ReshardError for a model that is not the map's. `reader`: an open reader to use instead of opening `hf_dir`.
+    """
+    ps = _parallel_state()
+    layouts = chunk_layouts(
+        spec,
+        **_sizes(cfg),
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+    )
+    with contextlib.ExitStack() as stack:
+        source = reader or stack.enter_context(HfReader(hf_dir, spec))
+        pairs = zip(models, layouts, strict=True)
+        return sum(fill_local(local_params(model), layout, source) for model, layout in pairs)
+
+
+def _parallel_state() -> Any:
+    """Megatron's parallel_state, imported when asked for: a gather over a plain group needs no Megatron."""
+    cpu_megatron.install()
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def _sizes(cfg: Config) -> dict[str, Any]:
+    p = cfg.parallel
+    return {
+        "tp": p.tensor_model_parallel_size,
+        "pp": p.pipeline_model_parallel_size,
+        "vpp": p.virtual_pipeline_model_parallel_size,
+        "divisible_by": cfg.model.make_vocab_size_divisible_by,
+    }
+
+
 def group_coords(group: dist.ProcessGroup | None, tp_rank: int, pp_rank: int) -> list[tuple[int, int]]:
     """(tp_rank, pp_rank) of every rank of `group`, in group order. Collective, CPU tensors; one rank: no collective."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
@@ -143,6 +190,14 @@ class HfGather:
         ]
         self._mine = layouts[self.rank]
         self.plan: GatherPlan = gather_plan(layouts, max(1, int(bucket_mib * 2**20) // dtype.itemsize))
+
+    @classmethod
+    def of(cls, cfg: Config, spec: ModelSpec, *, dtype: torch.dtype, bucket_mib: float = 64) -> HfGather:
+        """For this rank's data-parallel replica under Megatron's parallel state. Collective over all ranks."""
+        ps = _parallel_state()
+        group = ps.get_model_parallel_group()
+        coords = group_coords(group, ps.get_tensor_model_parallel_rank(), ps.get_pipeline_model_parallel_rank())
+        return cls(spec, **_sizes(cfg), coords=coords, group=group, dtype=dtype, bucket_mib=bucket_mib)
 
     @torch.no_grad()
     def __call__(self, chunks: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
