@@ -92,18 +92,24 @@ def load_prompts(sources: Sequence[PromptSource], data: DataConfig, tokenizer: A
             else:
                 prompts.append(replace(draft.prompt, tokens=tokens))
     total = len(prompts) + dropped.total()
-    if dropped:
-        logger.warning(
-            "%d of %d prompts dropped: longer than data.max_prompt_len = %d tokens",
-            dropped["too_long"],
-            total,
-            data.max_prompt_len,
-        )
+    _report(prompts, dropped, total, data, tokenizer)
     if not prompts:
         raise PromptError(
             f"no prompt is left of {total}: dropped {dict(dropped)} (data.max_prompt_len {data.max_prompt_len})"
         )
     return PromptSet(prompts, dict(dropped))
+
+
+def _report(prompts: list[Prompt], dropped: Counter[str], total: int, data: DataConfig, tokenizer: Any) -> None:
+    if dropped["too_long"]:
+        limit = data.max_prompt_len
+        text = "%d of %d prompts dropped: longer than data.max_prompt_len = %d tokens"
+        logger.warning(text, dropped["too_long"], total, limit)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    blurred = [p.id for p in prompts if unknown is not None and unknown in p.tokens]
+    if blurred:
+        text = "%d of %d prompts hold text that the tokenizer cannot spell (unknown token), such as %s"
+        logger.warning(text, len(blurred), total, blurred[0])
 
 
 @dataclass(slots=True)
