@@ -7,9 +7,11 @@ Every wait here has a deadline. `monitored_barrier` and gloo's own time-out name
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -147,9 +149,16 @@ def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def leave(code: int = 0) -> None:
-    """End this process now. vLLM's destructor would tear down the process group under the other ranks."""
-    import sys
+    """End this process now, with its helpers. Collective state is not torn down in order.
 
+    vLLM's destructor would destroy the process group under the other ranks, hence no ordinary exit; and
+    Megatron's checkpoint writer keeps a manager process that would outlive an `os._exit` of its parent, holding
+    the console open, hence the explicit end of children.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for child in multiprocessing.active_children():
+        child.join(timeout=5)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,0 +1,224 @@
+"""Megatron distributed checkpoints: save, resume in any layout, and never leave half of one looking whole.
+
+    <save>/step_000010/            torch_dist files of megatron.core.dist_checkpointing
+    <save>/step_000010/manifest.json   written last and fsynced: step, layout, file sizes
+
+A checkpoint is written under a name ending in `.partial` and renamed once its manifest is on disk, so a
+directory named `step_N` is complete or was tampered with (`find_latest` compares file sizes). Weights and
+optimizer state are saved by global tensor, so another TP x PP x DP layout can load them.
+
+Common state is plain JSON text inside the checkpoint: Megatron would unpickle anything else on load.
+
+Traps of the distributed optimizer over torch's AdamW (no Transformer Engine, no Apex), each silent or
+fatal, each undone here: its state must exist before loading; `step` is missing from what it copies back;
+and after loading every parameter shares one `step` tensor, which then advances once per parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treepo_mega.config import ConfigError
+from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime.device import has_cuda
+
+cpu_megatron.install()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core import parallel_state as ps  # noqa: E402
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is missing, incomplete or does not fit; the message names the directory and what to do."""
+
+
+def _model_state(models: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Sharded state of all chunks of this rank; keys are global names, so the chunk count may differ on load."""
+    return {f"model{i}": m.sharded_state_dict(metadata=metadata) for i, m in enumerate(models)}
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _inner_optimizers(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _uses_torch_adam(optimizer: Any) -> bool:
+    inner = getattr(optimizer, "optimizer", None)
+    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and hasattr(optimizer, "gbuf_ranges")
+
+
+def _prepare_optimizer_for_load(optimizer: Any) -> None:
+    """Give a fresh distributed optimizer the state that loading writes into (traps 1 and 2 of the docstring)."""
+    for o in _inner_optimizers(optimizer):
+        if not _uses_torch_adam(o):
+            continue
+        o._init_optimizer_states_with_dummy_values()
+        copy_back = o._set_main_param_and_optimizer_states
+
+        def with_step(model_param: Any, tensors: dict[str, Any], o: Any = o, copy_back: Any = copy_back) -> None:
+            group, order = o.model_param_group_index_map[model_param]
+            state = o.optimizer.state[o.optimizer.param_groups[group]["params"][order]]
+            copy_back(model_param, {**tensors, "step": tensors.get("step", state["step"])})
+
+        o._set_main_param_and_optimizer_states = with_step
+
+
+def _separate_steps(optimizer: Any) -> None:
+    """One `step` tensor per parameter again (trap 3)."""
+    for o in _inner_optimizers(optimizer):
+        if _uses_torch_adam(o):
+            for state in o.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def save_model_weights(models: list[torch.nn.Module], directory: str | Path, timeout_s: float = 600) -> None:
+    """Save weights only (for converters). `directory` must not exist; it appears whole. Collective over all ranks."""
+    state = _model_state(models, _metadata())
+    _save_whole(state, Path(directory), {"kind": "weights"}, timeout_s)
+
+
+def load_model_weights(models: list[torch.nn.Module], directory: str | Path) -> None:
+    """Load weights saved in any layout into `models`, in place. Collective over all ranks."""
+    check_complete(Path(directory))
+    loaded = dist_checkpointing.load(_model_state(models, _metadata()), str(directory))
+    for i, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{i}"], strict=True)
+
+
+def save_training(
+    directory: Path,
+    models: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    trainer: dict[str, Any],
+    timeout_s: float,
+) -> None:
+    """Save weights, optimizer, LR schedule and `trainer` (a JSON-able dict). Collective over all ranks."""
+    metadata = _metadata()
+    state = _model_state(models, metadata)
+    model_state = _merged(state)
+    state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
+    state[TRAINER_STATE] = json.dumps({"trainer": trainer, "scheduler": scheduler.state_dict()})
+    _save_whole(state, directory, {"kind": "training", "step": trainer["step"]}, timeout_s)
+
+
+def load_training(directory: Path, models: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Restore what `save_training` saved, in place; returns its `trainer` dict. Collective over all ranks."""
+    check_complete(directory)
+    metadata = _metadata()
+    _prepare_optimizer_for_load(optimizer)
+    state = _model_state(models, metadata)
+    state["optimizer"] = optimizer.sharded_state_dict(_merged(state), is_loading=True, metadata=metadata)
+    loaded = dist_checkpointing.load(state, str(directory))
+    for i, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{i}"], strict=True)
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+    _separate_steps(optimizer)
+    texts = json.loads(loaded[TRAINER_STATE])
+    scheduler.load_state_dict(texts["scheduler"])
+    return texts["trainer"]
+
+
+def _merged(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer looks parameters up in one state dict, or per chunk under model0, model1, ..."""
+    chunks = [v for k, v in state.items() if k.startswith("model")]
+    return chunks[0] if len(chunks) == 1 else state
+
+
+def _save_whole(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout_s: float) -> None:
+    partial = directory.with_name(directory.name + ".partial")
+    if dist.is_main():
+        for old in (partial, directory):
+            if old.exists():
+                shutil.rmtree(old)
+        partial.mkdir(parents=True)
+    dist.barrier(f"preparing checkpoint {directory}", timeout_s)
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier(f"writing checkpoint {directory}", timeout_s)
+    if dist.is_main():
+        _write_manifest(partial, note)
+        partial.rename(directory)
+        _fsync(directory.parent)
+    dist.barrier(f"finishing checkpoint {directory}", timeout_s)
+
+
+def _write_manifest(directory: Path, note: dict[str, Any]) -> None:
+    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+    layout = {
+        "tensor_model_parallel_size": ps.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": ps.get_pipeline_model_parallel_world_size(),
+        "data_parallel_size": ps.get_data_parallel_world_size(),
+        "cuda": has_cuda(),
+    }
+    path = directory / MANIFEST
+    with path.open("w", encoding="utf-8") as f:
+        json.dump({**note, "layout": layout, "files": files}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    _fsync(directory)
+
+
+def _fsync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_complete(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there with their sizes; else CheckpointError."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: no {MANIFEST}: not a checkpoint, or its writing was cut short; use another one"
+        )
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, size in manifest["files"].items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = file.stat().st_size if file.is_file() else "nothing"
+            raise CheckpointError(
+                f"{file}: expected {size} bytes, found {found}: the checkpoint is damaged; use another one"
+            )
+    return manifest
+
+
+def find_latest(save: str | Path) -> Path | None:
+    """The newest complete checkpoint under `save`, None when there is none. Damaged ones are passed over, with a word."""
+    found = sorted(Path(save).glob("step_" + "[0-9]" * 6), reverse=True)
+    for directory in found:
+        try:
+            check_complete(directory)
+        except (CheckpointError, ValueError) as e:
+            if dist.is_main():
+                print(f"passing over {directory}: {e}", flush=True)
+            continue
+        return directory
+    return None
+
+
+def prune(save: str | Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and any partial one. Rank 0 only."""
+    if not dist.is_main():
+        return
+    for old in sorted(Path(save).glob("step_" + "[0-9]" * 6))[:-keep_last]:
+        shutil.rmtree(old)
+    for partial in Path(save).glob("step_*.partial"):
+        shutil.rmtree(partial)
