@@ -1,0 +1,73 @@
+"""Evaluation metrics by hand on crafted samples, and once through the real engine and the real graders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from treepo_mega.config import RewardConfig, parse_config
+from treepo_mega.data.prompts import Prompt
+from treepo_mega.data.rewards import RewardPool
+from treepo_mega.rollout.engine import Engine
+from treepo_mega.rollout.eval import _metrics, evaluate, merge
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.tree.node import ROOT, Tree
+
+
+def tree(stops: list[str], length: int = 3) -> Tree:
+    out = Tree.start("p", [1])
+    for stop in stops:
+        node = out.add_child(ROOT)
+        node.tokens, node.logprobs, node.stop = [5] * length, [0.0] * length, stop
+        out.leaves.append(node.id)
+    return out
+
+
+def test_metrics_by_hand():
+    texts = [["\\boxed{4}", "so \\boxed{ 4 }", "\\boxed{5}"], ["7", "8", "9"], ["x\n1", "y\n1", "2"]]
+    scores = [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [None, None, 1.0]]
+    trees = [tree(["answer"] * 3), tree(["eos", "length", "depth"]), tree(["eos"] * 3, length=6)]
+    m = _metrics(trees, texts, scores, 3)
+    assert m["avg@3"] == pytest.approx(4 / 7), "lost samples are left out"
+    assert m["pass@3"] == 1.0
+    assert m["maj@3"] == pytest.approx(1 / 3), "4 is right; 7 wins the tie; 1 was lost"
+    assert (m["prompts"], m["samples"], m["graded"], m["lost"]) == (3, 9, 7, 2)
+    assert m["response_len"] == pytest.approx(4) and m["truncated"] == pytest.approx(2 / 9)
+
+
+def test_merging_ranks_equals_one_rank():
+    texts = [["\\boxed{4}"] * 2, ["7", "8"], ["1", "1"]]
+    scores: list[list[float | None]] = [[1.0, 1.0], [0.0, None], [0.0, 1.0]]
+    trees = [tree(["answer"] * 2), tree(["eos", "length"], 9), tree(["eos"] * 2, 6)]
+    whole = _metrics(trees, texts, scores, 2)
+    parts = [_metrics(trees[a:b], texts[a:b], scores[a:b], 2) for a, b in ((0, 1), (1, 3), (3, 3))]
+    assert merge(parts) == pytest.approx(whole)
+    assert merge([parts[2]])["avg@2"] == 0.0
+
+
+def test_through_the_engine_and_the_graders(tiny_llama: Path, keep_alive: list[object]):
+    raw = {
+        "model": {"hf_checkpoint": str(tiny_llama)},
+        "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
+        "rollout": {"max_response_len": 24, "segment_length": 8, "engine": {"max_num_batched_tokens": 1024}},
+    }
+    cfg = parse_config(raw)
+    engine = Engine(tiny_llama, cfg)
+    keep_alive.append(engine)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    generator = Generator(engine, cfg, tokenizer)
+    greedy = cfg.rollout.model_copy(update={"mode": "sequential", "n_samples_per_prompt": 1})
+    made = [Prompt(f"p{k}", t, tokenizer.encode(t), "?", "exact", "test") for k, t in enumerate(("1+2=", "3+4="))]
+    trees = generator.rollout(made, step=0, rollout=greedy, temperature=0.0)
+    said = generator.decode(trees[0].response(trees[0].leaves[0]))
+    known = [Prompt(p.id, p.text, p.tokens, said, p.verifier, p.data_source) for p in made]
+    with RewardPool(RewardConfig()) as pool:
+        m = evaluate(generator, known, pool, cfg, temperature=0.0, n=1, step=5)
+        none = evaluate(generator, [], pool, cfg, temperature=1.0, n=4, step=5)
+        four = evaluate(generator, known, pool, cfg, temperature=1.0, n=4, step=5)
+    assert m["avg@1"] == m["pass@1"] == m["maj@1"] == 0.5, "right on the prompt whose greedy answer was taken"
+    assert none["samples"] == 0 and (four["samples"], four["graded"]) == (8, 8)
+    with pytest.raises(ValueError, match="greedy"):
+        evaluate(generator, known, None, cfg, temperature=0.0, n=4, step=5)  # type: ignore[arg-type]
