@@ -21,8 +21,8 @@ from typing import Any
 
 from treepo_mega.data.rewards.pool import worker_environment
 
-TIMEOUT_S = 600.0
-"""Deadline for making one source's items."""
+TIMEOUT_S, TIMEOUT_PER_ITEM_S = 300.0, 0.1
+"""Deadline for making one source's items: a fixed part, and a part per item (slow tasks take 0.02 s an item)."""
 
 
 class GymError(ValueError):
@@ -32,9 +32,9 @@ class GymError(ValueError):
 def make_items(name: str, params: dict[str, Any], *, seed: int, size: int) -> list[dict[str, Any]]:
     """`size` items `{"question", "answer", "metadata"}` of task `name`; answers as text.
 
-    Raises GymError for an unknown task, parameters it refuses, and a helper that dies or takes longer than
-    TIMEOUT_S.
+    Raises GymError for an unknown task, parameters it refuses, and a helper that dies or passes its deadline.
     """
+    deadline = TIMEOUT_S + size * TIMEOUT_PER_ITEM_S
     request = json.dumps({"name": name, "params": params, "seed": seed, "size": size})
     what = f"reasoning_gym: {name}"
     try:
@@ -44,11 +44,11 @@ def make_items(name: str, params: dict[str, Any], *, seed: int, size: int) -> li
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=TIMEOUT_S,
+            timeout=deadline,
             env=worker_environment(),
         )
     except subprocess.TimeoutExpired:
-        raise GymError(f"{what}: making {size} items took more than {TIMEOUT_S:g} s") from None
+        raise GymError(f"{what}: making {size} items took more than {deadline:g} s") from None
     if done.returncode != 0:
         raise GymError(f"{what}: the helper died (exit code {done.returncode}): {done.stderr.strip()[-800:]}")
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -4,8 +4,8 @@
         results = pool.score([RewardItem("math", "gsm8k", text, "42")])     # in the order of the items
 
 Every item gets a result; nothing is scored 0 in silence. `score is None` means *lost*, `error` says why: the
-verifier raised or returned NaN, hung past its deadline, or its process died (twice: after a hang or a death
-the item is tried once more in a fresh process). A verifier that cannot be loaded at all is a mistake in the
+verifier raised or returned NaN, hung past its deadline, ran out of memory, or its process died (these three
+twice: the item is tried once more in a fresh process). A verifier that cannot be loaded at all is a mistake in the
 set-up, not a lost sample: `score` raises VerifierError.
 
 Why subprocesses with a pipe of JSON lines, not `multiprocessing`: a rank has torch, vLLM and gloo threads in
@@ -285,6 +285,8 @@ class _Batch:
             first = min(worker.deadline for worker in self.busy)
             events = selector.select(max(0.0, first - time.monotonic()))
         for key, mask in events:
+            if key.data not in self.busy:  # replaced a moment ago, by its other pipe's event
+                continue
             if mask & selectors.EVENT_WRITE:
                 key.data.write()
             else:
@@ -305,6 +307,9 @@ class _Batch:
         assert item is not None
         if "load_error" in reply:
             raise VerifierError(f"verifier {self.verifiers[item]!r} cannot be loaded: {reply['load_error']}")
+        if reply.get("retire"):
+            self._failed(worker, str(reply["error"]))
+            return
         if "error" in reply:
             self.results[item] = RewardResult(None, str(reply["error"]))
         else:

@@ -1,9 +1,10 @@
 """A grader process: `python -m treepo_mega.data.rewards.worker`, started and killed by `pool.RewardPool`.
 
 Protocol, one JSON object a line. In: `{"id", "verifier", "data_source", "solution_str", "ground_truth",
-"extra_info"}`. Out, for each: `{"id", "loaded": true}` once the verifier is imported (so that imports have a
-deadline of their own), then `{"id", "score", "extra"}` or `{"id", "error"}`; `{"id", "load_error"}` when the
-import failed. First of all `{"ready": true}`.
+"extra_info"}`. Out: `{"ready": true}` at the start; then for each item `{"id", "loaded": true}` once its
+verifier is imported (so that imports have a deadline of their own) or `{"id", "load_error"}`, and at last
+`{"id", "score", "extra"}` or `{"id", "error"}`, the latter with `"retire": true` when the process ran out of
+memory and should be replaced.
 
 It grades untrusted text with code that may misbehave, so: the protocol's pipes are moved to private file
 descriptors and 0 and 1 pointed elsewhere (what a verifier prints, even from C, goes to stderr, and it
@@ -119,6 +120,9 @@ def grade(function: Verifier, request: dict[str, Any]) -> dict[str, Any]:
                 extra_info=request["extra_info"],
             )
         )
+    except MemoryError as e:
+        # What filled the memory may be what earlier items left behind: this process must take no more of them.
+        return {"error": _reason(e), "retire": True}
     except BaseException as e:
         return {"error": _reason(e)}
 
