@@ -285,8 +285,7 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
     replaced. Raises HfCheckpointError when `target` exists and is not an empty directory.
     """
     target = Path(target).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise HfCheckpointError(f"{target}: exists already; choose another directory or remove it")
+    require_absent(target)
     partial = target.parent / f".{target.name}.partial"
     if partial.exists():
         shutil.rmtree(partial)
@@ -296,6 +295,18 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
+    publish(partial, target)
+
+
+def require_absent(target: str | Path) -> None:
+    """Raise HfCheckpointError when `target` exists and is not an empty directory: output is never merged."""
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise HfCheckpointError(f"{target}: exists already; choose another directory or remove it")
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Make a finished directory appear under its name: fsync everything in it, then rename."""
     for path in [*partial.rglob("*"), partial]:
         _fsync(path)
     partial.replace(target)
