@@ -129,6 +129,9 @@ class EngineConfig(Section):
     gpu_memory_utilization: float = Field(0.6, gt=0, lt=1)
     """Share of a GPU's memory for the engine (CUDA only)."""
     enforce_eager: bool = True
+    canary_max_abs_diff: float | None = Field(None, gt=0)
+    """After each refit the engine's logprobs of a fixed prompt may differ from the actor's by this much, nats;
+    None: 1e-3 when both are fp32, else 0.3."""
 
 
 class StopConfig(Section):
@@ -217,8 +220,8 @@ class AlgoConfig(Section):
     advantage_estimator: Literal["treepo", "treepo_size_weighted", "grpo", "rloo"] = "treepo"
     reject_zero_std_subgroups: bool = False
     """TreePO eq. 7: skip subgroups whose rewards are all equal."""
-    whiten_advantages: bool = True
-    """Token-weighted mean 0, standard deviation 1 over the global batch (grpo and rloo: off unless asked for)."""
+    whiten_advantages: bool | None = None
+    """Token-weighted mean 0 and standard deviation 1 over the rollout; None: on for the treepo estimators."""
     eps_clip: float = Field(0.2, gt=0, lt=1)
     eps_clip_high: float = Field(0.28, gt=0)
     eps_clip_c: float | None = Field(10.0, gt=1)
@@ -328,8 +331,12 @@ class Config(Section):
             t.global_batch_size = max(1, r.rollout_batch_size * r.n_samples_per_prompt // t.num_steps_per_rollout)
         if r.engine.dtype is None:
             r.engine.dtype = self.model.params_dtype
+        if r.engine.canary_max_abs_diff is None:
+            r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 0.3
         if self.algo.use_tis is None:
             self.algo.use_tis = r.engine.dtype != self.model.params_dtype or self.model.params_dtype == "bf16"
+        if self.algo.whiten_advantages is None:
+            self.algo.whiten_advantages = self.algo.advantage_estimator.startswith("treepo")
         if self.checkpoint.save is None:
             self.checkpoint.save = str(Path(self.logging.run_dir) / "checkpoints")
         if t.lr_decay_iters is None:

@@ -36,8 +36,10 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
-from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from treepo_mega.actor.attention import PackAttention  # noqa: E402

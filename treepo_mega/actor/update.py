@@ -148,15 +148,19 @@ class Actor(Policy):
             )
 
     def _mean_over_pairs(self, data: list[dict[str, Tensor]], packs: list[Pack]) -> dict[str, float]:
-        """Sums of all last-stage ranks (one per tensor-parallel group) / pairs of the step, on every rank."""
+        """Sums of all last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank."""
         counts = ps.is_pipeline_last_stage(ignore_virtual=True) and ps.get_tensor_model_parallel_rank() == 0
         keys = dist.gather_objects(sorted(data[0]) if counts and data else [])
         names = sorted({k for ks in keys for k in ks})
-        local = {k: sum(float(d[k]) for d in data) if counts else 0.0 for k in names}
-        local["pairs"] = float(sum(p.pairs for p in packs)) if counts else 0.0
-        total = dist.sum_over_ranks(local)
+        sums = {k: 0.0 for k in names if not k.startswith("max_")} | {"pairs": 0.0}
+        peaks = {k: 0.0 for k in names if k.startswith("max_")}
+        if counts:
+            sums |= {k: sum(float(d[k]) for d in data) for k in sums if k != "pairs"}
+            sums["pairs"] = float(sum(p.pairs for p in packs))
+            peaks = {k: max(float(d[k]) for d in data) for k in peaks}
+        total = dist.sum_over_ranks(sums)
         pairs = max(total.pop("pairs"), 1.0)
-        return {k: v / pairs for k, v in total.items()}
+        return {k: v / pairs for k, v in total.items()} | (dist.max_over_ranks(peaks) if peaks else {})
 
 
 def _optimizer_config(cfg: Config) -> OptimizerConfig:

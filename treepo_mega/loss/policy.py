@@ -58,6 +58,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over rows of policy loss + KL + entropy bonus, and sums for logging (to be divided by the pairs).
 
+    A statistic whose name begins with `max_` is a maximum instead.
+
     All arguments are [N]; `logp` and `entropy` carry gradients. Raises ValueError when a KL term is asked
     for without reference logprobs.
     """
@@ -84,6 +86,7 @@ def policy_loss(
             "pg_clipfrac": (n * clipped).sum(),
             "ppo_kl": (-n * log_ratio).sum(),
             "tis_weight": (n * weight).sum(),
+            "max_ratio_diff": (ratio - 1).abs().max() if len(ratio) else torch.zeros_like(pg),
         }
     return loss, sums
 

@@ -6,6 +6,7 @@ Every wait here has a deadline. `monitored_barrier` and gloo's own time-out name
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from treepo_mega.config import Config, check
 from treepo_mega.runtime import cpu_megatron
-from treepo_mega.runtime.device import backend, bind
+from treepo_mega.runtime.device import backend, bind, has_cuda
 from treepo_mega.runtime.seeding import derive_seed
 
 cpu_megatron.install()
@@ -64,6 +65,7 @@ def initialize(cfg: Config, hf: dict[str, Any] | None = None) -> list[str]:
     timeout = timedelta(seconds=cfg.distributed.timeout_s)
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timeout)
+    _cpu_group()
     p = cfg.parallel
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(
@@ -77,13 +79,19 @@ def initialize(cfg: Config, hf: dict[str, Any] | None = None) -> list[str]:
     return notes
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, step: int = 0) -> None:
     """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (the latter differ by TP rank)."""
-    value = derive_seed("global", seed) % 2**31
+    value = derive_seed("global", seed, step) % 2**31
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+@functools.cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks (None: the default one is), made collectively by `initialize`."""
+    return dist.new_group(backend="gloo") if has_cuda() else None
 
 
 def rank() -> int:
@@ -105,9 +113,8 @@ def barrier(what: str, timeout_s: float) -> None:
     """Wait for all ranks on the CPU; after `timeout_s` seconds RuntimeError names `what` and the missing ranks."""
     if world_size() == 1:
         return
-    group = ps.get_default_process_group_gloo() if hasattr(ps, "get_default_process_group_gloo") else None
     try:
-        dist.monitored_barrier(group, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+        dist.monitored_barrier(_cpu_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as e:
         raise RuntimeError(f"rank {rank()} waited {timeout_s:.0f} s for all ranks to finish {what}: {e}") from e
 

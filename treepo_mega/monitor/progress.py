@@ -1,0 +1,72 @@
+"""What a run shows on the console: a bar while sampling, one line a step. Rank 0; others print nothing.
+
+Bars appear on terminals only; logs and pipes get the lines alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+COLUMNS = (
+    ("rollout/accuracy", "acc", ".3f"),
+    ("reward/mean", "reward", ".3f"),
+    ("rollout/response_len_mean", "len", ".1f"),
+    ("tree/token_ratio", "token_ratio", ".3f"),
+    ("train/loss", "loss", "+.4f"),
+    ("grad-norm", "grad-norm", ".3f"),
+    ("train/entropy", "entropy", ".3f"),
+    ("rollout/logprob_abs_diff_max", "mismatch", ".1e"),
+    ("eval/accuracy", "eval", ".3f"),
+    ("eval/greedy_accuracy", "greedy", ".3f"),
+    ("perf/step_s", "s", ".1f"),
+)
+
+
+class Progress:
+    """Console output of a run; every method does nothing when not `enabled`."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._bars: Bars | None = None
+        self._task = 0
+        self._label = ""
+
+    def say(self, *lines: str) -> None:
+        """Print lines."""
+        if self.enabled:
+            for line in lines:
+                self.console.print(line, markup=False)
+
+    def begin(self, step: int, of: int) -> None:
+        """Name what comes."""
+        self._label = f"step {step + 1}/{of}"
+
+    def leaves(self, done: int, wanted: int) -> None:
+        """Trajectories finished on this rank's engine."""
+        if not self.enabled or not self.console.is_terminal:
+            return
+        if self._bars is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bars = Bars(*columns, console=self.console, transient=True)
+            self._bars.start()
+            self._task = self._bars.add_task(f"{self._label or 'evaluation'} sampling", total=wanted)
+        self._bars.update(self._task, completed=done, total=wanted)
+        if done >= wanted:
+            self.close()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line: the metrics people watch."""
+        self.close()
+        parts = [f"{label} {metrics[name]:{form}}" for name, label, form in COLUMNS if name in metrics]
+        self.say(f"{self._label or 'start':>12}  " + "  ".join(parts))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None

@@ -1,0 +1,284 @@
+"""The parts of a run and the verbs of its loop; `train.py` says in which order.
+
+    trainer = Trainer(cfg)                   collective over all ranks: groups, actor, reference, engine, prompts
+    trainer.collect(step) ...
+
+Everything is built in one order on every rank, because building the engine and the models is collective. The
+actor comes first: it fails fast on a bad checkpoint, and the engine must be built inside a running process group.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treepo_mega.actor import checkpoint
+from treepo_mega.actor.batch import plan_rollout
+from treepo_mega.actor.forward import padding_multiple
+from treepo_mega.actor.update import Actor, Policy, policy_gradient
+from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
+from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
+from treepo_mega.data.rewards import RewardPool
+from treepo_mega.monitor.metrics import MetricsLogger
+from treepo_mega.monitor.progress import Progress
+from treepo_mega.monitor.timers import Timers
+from treepo_mega.reshard.gather import HfGather, local_params
+from treepo_mega.reshard.hf import HfWriter
+from treepo_mega.reshard.refit import Refit
+from treepo_mega.rollout.collect import Collector, Forest
+from treepo_mega.rollout.engine import Engine
+from treepo_mega.rollout.eval import evaluate, merge
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime.signals import StopRequest
+from treepo_mega.tree.pack import Pack, StepPlan, Trajectory, plan_step
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+
+SUMMARY = "summary.json"
+
+
+class Trainer:
+    """A run: see the module docstring. All methods are collective over all ranks unless they say otherwise."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg, self.started = cfg, time.time()
+        hf_dir = cfg.model.hf_checkpoint
+        notes = dist.initialize(cfg, read_hf_config(hf_dir))
+        self.stop = StopRequest().install()
+        self.timers = Timers()
+        self.progress = Progress(enabled=cfg.logging.progress and dist.is_main())
+        self.progress.say(*notes)
+        self.pool = RewardPool(cfg.reward)
+        self.actor = Actor(cfg, hf_dir)
+        if cfg.model.load:
+            checkpoint.load_model_weights(self.actor.models, cfg.model.load)
+            self.actor.optimizer.reload_model_params()
+        self.reference = self._build_reference() if cfg.algo.kl_loss_coef > 0 else None
+        self._load_prompts(hf_dir)
+        self.engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
+        self.generator = Generator(self.engine, cfg, self.tokenizer, progress=self.progress.leaves)
+        self.collector = Collector(cfg, self.generator, self.pool, self.cursor, self.timers)
+        dtype = next(self.actor.models[0].parameters()).dtype
+        gather = HfGather.of(cfg, self.actor.spec, dtype=dtype)
+        self.refit = Refit(cfg, self.actor.models, self.engine, gather, self.score)
+        self.step = self._resume()
+        self.summary: dict[str, Any] = self._read_summary() if self.step else {}
+        self.logger = self._open_logger() if dist.is_main() else None
+
+    def _build_reference(self) -> Policy:
+        reference = Policy(self.cfg, self.cfg.model.hf_checkpoint)
+        if self.cfg.model.load:
+            checkpoint.load_model_weights(reference.models, self.cfg.model.load)
+        for model in reference.models:
+            model.requires_grad_(False)
+        return reference
+
+    def _load_prompts(self, hf_dir: str) -> None:
+        from transformers import AutoTokenizer
+
+        cfg = self.cfg
+        self.tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+        prompts = load_prompts(cfg.data.train, cfg.data, self.tokenizer)
+        self.eval_prompts: list[Prompt] = []
+        dropped = dict(prompts.dropped)
+        if cfg.data.eval:
+            held_out = load_prompts(cfg.data.eval, cfg.data, self.tokenizer)
+            self.eval_prompts = list(held_out.prompts)[: cfg.eval.max_prompts]
+            dropped |= {f"eval {reason}": n for reason, n in held_out.dropped.items()}
+        self.cursor = PromptCursor(prompts, seed=cfg.train.seed, shuffle=cfg.data.shuffle)
+        told = "".join(f"; dropped {n} ({reason})" for reason, n in dropped.items() if n)
+        self.progress.say(f"{len(prompts)} prompts to train on, {len(self.eval_prompts)} to evaluate{told}")
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> int:
+        """Restore the checkpoint that the configuration points to; returns the step to begin with."""
+        c = self.cfg.checkpoint
+        directory = checkpoint.find_latest(c.save) if c.load == "auto" and c.save else None
+        if c.load and c.load != "auto":
+            directory = Path(c.load)
+        if directory is None:
+            return 0
+        state = checkpoint.load_training(directory, self.actor.models, self.actor.optimizer, self.actor.scheduler)
+        self.cursor.load_state_dict(state["cursor"])
+        self.actor.skipped_in_a_row = state["skipped_in_a_row"]
+        self.progress.say(f"resumed from {directory}: next step {state['step']}")
+        return int(state["step"])
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after `step` steps and delete older ones beyond keep_last."""
+        c = self.cfg.checkpoint
+        if not c.save:
+            return
+        trainer = {
+            "step": step,
+            "cursor": self.cursor.state_dict(),
+            "skipped_in_a_row": self.actor.skipped_in_a_row,
+        }
+        directory = Path(c.save) / f"step_{step:06d}"
+        a = self.actor
+        checkpoint.save_training(directory, a.models, a.optimizer, a.scheduler, trainer, self.cfg.distributed.timeout_s)
+        checkpoint.prune(c.save, c.keep_last)
+
+    def export_hf(self) -> None:
+        """Write the actor as a Hugging Face checkpoint under <run_dir>/hf, replacing an earlier export whole."""
+        target = Path(self.cfg.logging.run_dir) / "hf"
+        tensors = self.refit.gather([local_params(m) for m in self.actor.models])
+        if not dist.is_main():
+            for _ in tensors:
+                pass
+        else:
+            dtype = next(self.actor.models[0].parameters()).dtype
+            spec = self.actor.spec
+            if target.exists():
+                shutil.rmtree(target)
+            with HfWriter(target, like=self.cfg.model.hf_checkpoint, spec=spec, dtype=dtype) as out:
+                for name, tensor in tensors:
+                    out.add(name, tensor)
+        dist.barrier("the Hugging Face export", self.cfg.distributed.timeout_s)
+
+    # Verbs of the loop --------------------------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """Every step's global generators are a function of (seed, step): a checkpoint needs no RNG state."""
+        dist.seed_everything(self.cfg.train.seed, step)
+        self.progress.begin(step, self.cfg.train.num_rollouts)
+
+    def collect(self, step: int) -> Forest:
+        """Sample, grade and exchange the trees of a step."""
+        return self.collector.collect(step)
+
+    def plan(self, forest: Forest) -> list[StepPlan]:
+        """Advantages, mini-batches and packs of this rank."""
+        return plan_rollout(forest.trees, self.cfg)
+
+    def old_logprobs(self, plans: list[StepPlan]) -> dict[str, float]:
+        """Fill in the actor's logprobs before the update; returns how far the engine's are from them."""
+        packs = [p for plan in plans for p in plan.packs]
+        for plan in plans:
+            for pack, logprobs in zip(plan.packs, self.actor.logprobs(plan.packs) or (), strict=False):
+                pack.old_logprobs = logprobs
+        return self._mismatch(packs)
+
+    def _mismatch(self, packs: list[Pack]) -> dict[str, float]:
+        diffs = [np.abs(p.old_logprobs - p.rollout_logprobs) for p in packs if p.old_logprobs is not None]
+        counts = bool(diffs) and ps.get_tensor_model_parallel_rank() == 0
+        sums = dist.sum_over_ranks(
+            {
+                "diff": float(sum(d.sum() for d in diffs)) if counts else 0.0,
+                "rows": float(sum(d.size for d in diffs)) if counts else 0.0,
+            }
+        )
+        peak = dist.max_over_ranks({"max": max((float(d.max()) for d in diffs if d.size), default=0.0)})
+        return {
+            "rollout/logprob_abs_diff_mean": sums["diff"] / max(1.0, sums["rows"]),
+            "rollout/logprob_abs_diff_max": peak["max"],
+        }
+
+    def ref_logprobs(self, plans: list[StepPlan]) -> None:
+        """Fill in the reference's logprobs, when a KL term needs them."""
+        if self.reference is None:
+            return
+        for plan in plans:
+            for pack, logprobs in zip(plan.packs, self.reference.logprobs(plan.packs) or (), strict=False):
+                pack.ref_logprobs = logprobs
+
+    def update(self, plans: list[StepPlan]) -> dict[str, float]:
+        """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""
+        loss = policy_gradient(self.cfg.algo)
+        stats = [self.actor.update(plan.packs, loss) for plan in plans]
+        out = {"train/skipped_steps": sum(s["skipped_steps"] for s in stats)}
+        for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
+            out[f"train/{name}"] = sum(s[name] for s in stats) / len(stats)
+        out["train/ratio_max_diff"] = max(s["max_ratio_diff"] for s in stats)
+        return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}
+
+    def score(self, tokens: list[int]) -> np.ndarray | None:
+        """Actor logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere."""
+        one = Trajectory(0, tokens, 1, 0.0, [0.0] * (len(tokens) - 1))
+        # The same sequence on every data-parallel rank: each computes it for itself.
+        plan = plan_step([one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=padding_multiple(self.cfg))
+        logprobs = self.actor.logprobs(plan.packs * self._schedule_packs())
+        return logprobs[0] if logprobs else None
+
+    def _schedule_packs(self) -> int:
+        """The interleaved schedule wants whole groups of micro-batches."""
+        p = self.cfg.parallel
+        return p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Sampled (and greedy) accuracy on the evaluation prompts, with the weights the engine holds."""
+        if not self.eval_prompts:
+            raise ConfigError("eval.interval, eval.at_start and eval.at_end need data.eval: there are no prompts")
+        e, tp = self.cfg.eval, self.cfg.rollout.engine.tensor_parallel_size
+        mine = self.eval_prompts[dist.rank() // tp :: max(1, dist.world_size() // tp)]
+        sampled = self._evaluate(mine, e.temperature, e.n_samples_per_prompt, step)
+        n = e.n_samples_per_prompt
+        out = {
+            "eval/accuracy": sampled[f"avg@{n}"],
+            "eval/pass_at_n": sampled[f"pass@{n}"],
+            "eval/maj_at_n": sampled[f"maj@{n}"],
+            "eval/response_len_mean": sampled["response_len"],
+        }
+        if e.greedy:
+            out["eval/greedy_accuracy"] = self._evaluate(mine, 0.0, 1, step)["avg@1"]
+        return out
+
+    def _evaluate(self, mine: list[Prompt], temperature: float, n: int, step: int) -> dict[str, float]:
+        here = evaluate(self.generator, mine, self.pool, self.cfg, temperature=temperature, n=n, step=step)
+        dist.barrier("evaluation", self.cfg.rollout.timeout_s)
+        speaks = dist.rank() % self.cfg.rollout.engine.tensor_parallel_size == 0
+        return merge([part for part in dist.gather_objects(here if speaks else None) if part])
+
+    # Records ------------------------------------------------------------------------------------------------------
+
+    def _open_logger(self) -> MetricsLogger:
+        run = Path(self.cfg.logging.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        dump_config(self.cfg, run / "config.yaml")
+        resume = self.step - 1 if self.step else None
+        return MetricsLogger(run, tensorboard=self.cfg.logging.tensorboard, resume_step=resume)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics (rank 0); `summary.json` keeps what a reader asks first."""
+        self._summarize(step, metrics)
+        if self.logger is not None:
+            self.logger.log(step, metrics)
+            self.progress.show(step, metrics)
+            path = Path(self.cfg.logging.run_dir) / SUMMARY
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.summary, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+
+    def _summarize(self, step: int, metrics: dict[str, float]) -> None:
+        s = self.summary
+        for name, key in (("eval/accuracy", "accuracy"), ("eval/greedy_accuracy", "greedy")):
+            if name in metrics:
+                s.setdefault(f"{key}_before", metrics[name])
+                s[f"{key}_after"] = metrics[name]
+        if "tree/token_ratio" in metrics:
+            s["steps"] = step + 1
+            s["unique_tokens"] = s.get("unique_tokens", 0.0) + metrics["tree/unique_tokens"]
+            s["flat_tokens"] = s.get("flat_tokens", 0.0) + metrics["tree/flat_tokens"]
+            s["token_ratio"] = s["unique_tokens"] / max(1.0, s["flat_tokens"])
+            s["mismatch_max"] = max(s.get("mismatch_max", 0.0), metrics.get("rollout/logprob_abs_diff_max", 0.0))
+        s["seconds_train"] = round(time.time() - self.started, 1)
+
+    def _read_summary(self) -> dict[str, Any]:
+        path = Path(self.cfg.logging.run_dir) / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def close(self) -> None:
+        """Close logs and graders (not collective). The engine stays until the process ends."""
+        if self.logger is not None:
+            self.logger.close()
+        self.progress.close()
+        self.pool.close()
