@@ -1,0 +1,64 @@
+"""One rank of test_ranks.py: `torchrun ... ranks.py HF_DIR OTHER_HF_DIR TP_V`. Rank 0 prints one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from treepo_mega.config import parse_config
+from treepo_mega.rollout.engine import Engine
+from treepo_mega.rollout.generator import Generator
+
+
+def main(hf: Path, other: Path, tp: int) -> None:
+    """Every check raises; rank 0 reports what the test compares between layouts."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cfg = parse_config(
+        {
+            "model": {"hf_checkpoint": str(hf)},
+            "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
+            "rollout": {
+                "n_samples_per_prompt": 6,
+                "max_response_len": 48,
+                "segment_length": 16,
+                "engine": {"max_num_batched_tokens": 1024, "tensor_parallel_size": tp},
+            },
+        }
+    )
+    engine = Engine(hf, cfg)
+    assert os.environ["LOCAL_WORLD_SIZE"] == str(world)
+    generator = Generator(engine, cfg, AutoTokenizer.from_pretrained(hf))
+    prompts = [SimpleNamespace(id=f"p{k}", tokens=[3 + k] * 33) for k in range(3)]
+    # One engine a rank: an uneven deal, rank 1 has a single prompt and then none. One engine: the same on all.
+    mine = prompts if tp > 1 else [prompts[:2], prompts[2:]][rank]
+    trees = generator.rollout(mine, step=0)
+    idle = generator.rollout([] if rank else prompts[:1], step=1) if tp == 1 else []
+    assert len(idle) == (tp == 1 and rank == 0)
+    engine.update_weights(load_file(other / "model.safetensors").items())
+    scores = engine.score(prompts[0].tokens, 0.7)
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == world, "the trainer's process group survives the engine"
+    paths: list[object] = [None] * world
+    dist.all_gather_object(paths, [[(n.path, n.tokens, n.stop) for n in t.nodes] for t in trees])
+    if rank == 0:
+        grown = paths[0] if tp > 1 else [t for part in paths for t in part]  # type: ignore[attr-defined]
+        assert tp == 1 or paths[0] == paths[1]
+        print(json.dumps({"trees": grown, "scores": scores}))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # not through the engine's destructor, which tears the process group down under the other ranks
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
