@@ -1,0 +1,111 @@
+"""The rules that join configuration keys; `config.check` applies them.
+
+Each function looks at one concern and returns the broken rules as sentences for people, naming the keys and
+the values; an empty list means that all hold. The types are only named here, not imported: config.py, which
+holds the keys, calls these rules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treepo_mega.config import Config
+
+
+def check_batch(cfg: Config) -> list[str]:
+    """The batch sizes agree, and the longest trajectory fits into a micro-batch."""
+    r, t = cfg.rollout, cfg.train
+    bad = []
+    made, used = r.rollout_batch_size * r.n_samples_per_prompt, (t.global_batch_size or 0) * t.num_steps_per_rollout
+    if made != used:
+        bad.append(
+            f"rollout.rollout_batch_size x rollout.n_samples_per_prompt = {made} trajectories per rollout, but "
+            f"train.global_batch_size x train.num_steps_per_rollout = {used}: they must be equal"
+        )
+    if r.rollout_batch_size % t.num_steps_per_rollout:
+        bad.append(
+            f"rollout.rollout_batch_size {r.rollout_batch_size} is not a multiple of train.num_steps_per_rollout "
+            f"{t.num_steps_per_rollout}: mini-batches never split a prompt"
+        )
+    if t.max_tokens_per_gpu < cfg.max_model_len:
+        bad.append(
+            f"train.max_tokens_per_gpu {t.max_tokens_per_gpu} is smaller than the longest trajectory "
+            f"(data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len})"
+        )
+    return bad
+
+
+def check_sampling(cfg: Config, world_size: int) -> list[str]:
+    """Sampling is one whose logprobs can be trained on, within the limits of engine and tree."""
+    r, bad = cfg.rollout, []
+    if r.top_p != 1.0 or r.top_k not in (-1, 0):
+        bad.append("rollout.top_p must be 1 and rollout.top_k -1: truncated sampling changes the logprobs trained on")
+    if world_size % r.engine.tensor_parallel_size:
+        bad.append(
+            f"world size {world_size} is not a multiple of rollout.engine.tensor_parallel_size "
+            f"{r.engine.tensor_parallel_size}"
+        )
+    if r.mode == "tree" and r.depth_limit * r.segment_length < r.max_response_len:
+        bad.append(
+            f"rollout.max_depth {r.depth_limit} x rollout.segment_length {r.segment_length} is less than "
+            f"rollout.max_response_len {r.max_response_len}: no path could reach it"
+        )
+    if r.initial_branches is not None and not 1 <= r.initial_branches[0] <= r.initial_branches[1]:
+        bad.append(f"rollout.initial_branches {list(r.initial_branches)}: expected [lo, hi] with 1 <= lo <= hi")
+    if r.engine.max_num_batched_tokens < cfg.max_model_len:
+        bad.append(
+            f"rollout.engine.max_num_batched_tokens {r.engine.max_num_batched_tokens} is smaller than the longest "
+            f"trajectory ({cfg.max_model_len} tokens)"
+        )
+    if r.dynamic_sampling and r.n_samples_per_prompt < 2:
+        bad.append("rollout.dynamic_sampling needs rollout.n_samples_per_prompt >= 2: one reward never differs")
+    for name, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
+        for i, s in enumerate(sources):
+            if (s.path is None) == (s.reasoning_gym is None):
+                bad.append(f"data.{name}.{i}: set exactly one of path and reasoning_gym")
+    return bad
+
+
+def check_parallel(cfg: Config) -> list[str]:
+    """The parallel settings do not contradict one another."""
+    p, bad = cfg.parallel, []
+    if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+        bad.append("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
+    if p.virtual_pipeline_model_parallel_size and p.pipeline_model_parallel_size < 2:
+        bad.append("parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1")
+    if p.context_parallel_size > 1:
+        bad.append("parallel.context_parallel_size > 1: context-parallel packs are not built yet; use 1")
+    if p.recompute_granularity == "full" and not (p.recompute_method and p.recompute_num_layers):
+        bad.append("parallel.recompute_granularity=full needs recompute_method and recompute_num_layers")
+    return bad
+
+
+def check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
+    """Parallel sizes divide the model described by config.json `hf`, and the window holds a trajectory."""
+    p, bad = cfg.parallel, []
+    tp, heads = p.tensor_model_parallel_size, hf["num_attention_heads"]
+    groups = hf.get("num_key_value_heads") or heads
+    for name, n in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
+        if n % tp:
+            near = max(d for d in range(1, tp + 1) if n % d == 0)
+            bad.append(
+                f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {n} "
+                f"(nearest that does: {near})"
+            )
+    if hf["intermediate_size"] % tp:
+        bad.append(
+            f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {hf['intermediate_size']}"
+        )
+    if p.sequence_parallel and hf["hidden_size"] % tp:
+        bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide hidden_size {hf['hidden_size']}")
+    stages = p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
+    if hf["num_hidden_layers"] % stages:
+        bad.append(f"{hf['num_hidden_layers']} layers cannot be split evenly over {stages} pipeline stages")
+    window = hf.get("max_position_embeddings")
+    if window and cfg.max_model_len > window:
+        bad.append(
+            f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
+            f"{window} positions"
+        )
+    return bad
