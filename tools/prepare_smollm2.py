@@ -76,7 +76,7 @@ def load_model(gguf: Path) -> LlamaForCausalLM:
 
 def load_tokenizer(gguf: Path) -> Any:
     """The tokenizer with its end of turn, padding and digit splitting put right; the chat template is kept."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, clean_up_tokenization_spaces=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
