@@ -4,8 +4,8 @@
 
 Every key below is documented where it is defined (`treepo-mega train --help-config` prints them). An
 unknown key is an error that names the nearest known one. `check(cfg, world_size, hf)` applies the
-rules that join several keys (`config_rules.py`): world size, divisibility, batch sizes. This module imports neither torch nor
-megatron nor vLLM, so that planning and `--dry-run` work anywhere.
+rules that join several keys (`config_rules.py`): world size, divisibility, batch sizes. This module
+imports neither torch nor megatron nor vLLM, so that planning and `--dry-run` work anywhere.
 
 What counts as a sample: one *trajectory* (a root-to-leaf path). A tree with `n_samples_per_prompt`
 leaves counts as that many samples, whatever it shares, so that
