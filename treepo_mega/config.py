@@ -300,6 +300,8 @@ class LoggingConfig(Section):
 
     run_dir: str = "runs/default"
     tensorboard: bool = True
+    trees_interval: int = Field(0, ge=0)
+    """Every that many steps the forest is written to <run_dir>/trees/step_N.jsonl, one tree a line; 0: never."""
     progress: bool = True
     """Progress bars on the console (rank 0)."""
 

@@ -14,6 +14,7 @@ import traceback
 from typing import Any
 
 from treepo_mega.config import Config, ConfigError
+from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
@@ -42,7 +43,7 @@ def train(cfg: Config) -> int:
         if (step + 1) % every == 0 or step + 1 == last or asked_to_stop:
             with t.timers("checkpoint"):
                 t.save(step + 1)
-        t.log(step + (1 if cfg.eval.at_start else 0), metrics | t.timers.pop())
+        t.log(step + 1, metrics | t.timers.pop())
         if asked_to_stop and step + 1 < last:
             t.progress.say(f"asked to stop: saved after step {step + 1}")
             t.close()
@@ -58,6 +59,7 @@ def one_step(t: Trainer, step: int) -> dict[str, float]:
     """Sample, learn, hand the new weights to the engine."""
     forest = t.collect(step)
     metrics = dict(forest.metrics)
+    t.save_trees(step + 1, forest)
     with t.timers("advantage"):
         plans = t.plan(forest)
     if not plans:
@@ -82,6 +84,7 @@ def throughput(times: dict[str, float], metrics: dict[str, Any]) -> dict[str, fl
 
 def main(cfg: Config) -> None:
     """Train and end the process. An error on one rank ends it at once: the launcher then ends the others."""
+    quieten_libraries()
     code = 1
     try:
         code = train(cfg)

@@ -244,11 +244,22 @@ class Trainer:
         run = Path(self.cfg.logging.run_dir)
         run.mkdir(parents=True, exist_ok=True)
         dump_config(self.cfg, run / "config.yaml")
-        resume = self.step - 1 if self.step else None
+        resume = self.step or None
         return MetricsLogger(run, tensorboard=self.cfg.logging.tensorboard, resume_step=resume)
 
+    def save_trees(self, step: int, forest: Forest) -> None:
+        """Every logging.trees_interval steps, the forest as one JSON tree a line (rank 0)."""
+        every = self.cfg.logging.trees_interval
+        if not every or step % every or not dist.is_main():
+            return
+        path = Path(self.cfg.logging.run_dir) / "trees" / f"step_{step:06d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(t.to_dict()) + "\n" for t in forest.trees), encoding="utf-8")
+        partial.replace(path)
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics (rank 0); `summary.json` keeps what a reader asks first."""
+        """The line of metrics after `step` finished steps (rank 0); `summary.json` keeps what a reader asks first."""
         self._summarize(step, metrics)
         if self.logger is not None:
             self.logger.log(step, metrics)
@@ -265,7 +276,7 @@ class Trainer:
                 s.setdefault(f"{key}_before", metrics[name])
                 s[f"{key}_after"] = metrics[name]
         if "tree/token_ratio" in metrics:
-            s["steps"] = step + 1
+            s["steps"] = step
             s["unique_tokens"] = s.get("unique_tokens", 0.0) + metrics["tree/unique_tokens"]
             s["flat_tokens"] = s.get("flat_tokens", 0.0) + metrics["tree/flat_tokens"]
             s["token_ratio"] = s["unique_tokens"] / max(1.0, s["flat_tokens"])

@@ -5,6 +5,7 @@ Bars appear on terminals only; logs and pipes get the lines alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -24,6 +25,16 @@ COLUMNS = (
     ("eval/greedy_accuracy", "greedy", ".3f"),
     ("perf/step_s", "s", ".1f"),
 )
+
+
+def quieten_libraries() -> None:
+    """Hide warnings of libraries about themselves: missing optional GPU packages, their own deprecated calls.
+
+    They repeat on every rank and bury the run's own lines. Warnings of this project are not touched.
+    """
+    for package in ("megatron", "torch", "vllm", "transformers"):
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{package}(\.|$)")
 
 
 class Progress:
