@@ -86,7 +86,8 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
         raise ConfigError("\n  ".join(["this environment cannot run the trainer:", *problems]))
     from treepo_mega.train import main as run  # heavy: torch, Megatron and vLLM
 
-    return int(run(cfg) or 0)
+    run(cfg)  # ends the process itself, with the trainer's exit status
+    return 0
 
 
 def _dry_run(cfg: Config, world_size: int) -> int:

@@ -1,7 +1,10 @@
 """metrics.jsonl: one line a step, through restarts, torn lines and values that are not numbers."""
 
+import ast
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +162,18 @@ def test_known_names():
     assert {"learning-rate", "grad-norm", "eval/pass_at_n"} <= set(known_names())
     with pytest.raises(KeyError, match="nearest: rollout/reward_mean"):
         check_known("rollout/rewards_mean")
+
+
+def test_every_metric_the_code_spells_out_is_documented():
+    pattern = re.compile(r"(train|rollout|tree|reward|reshard|perf|timing_s|eval|gpu)/[a-z0-9_]+")
+    package = Path(__file__).parents[2] / "treepo_mega"
+    spelled = set()
+    for path in package.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        # The fixed part of an f-string is no name by itself.
+        parts = {id(v) for n in nodes if isinstance(n, ast.JoinedStr) for v in n.values}
+        words = [n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in parts]
+        spelled |= {(path.name, w) for w in words if isinstance(w, str) and pattern.fullmatch(w)}
+    assert len(spelled) > 30
+    undocumented = sorted((file, name) for file, name in spelled if name not in known_names())
+    assert not undocumented
