@@ -43,7 +43,6 @@ _OPTIMISATION = (
     Metric("train/kl_loss", "nats/token", "0 at the first step; below 1", "KL(actor || reference), kl_loss_type"),
     Metric("train/tis_weight", "ratio", "near 1", "mean truncated importance weight; 1 when algo.use_tis is off"),
     Metric("train/entropy", "nats/token", "slow decline; not 0", "mean entropy of the actor's next-token law"),
-    Metric("train/tis_weight", "ratio", "near 1", "mean truncated importance weight against the engine; 1 when off"),
     Metric("train/skipped_steps", "count", "0", "optimizer steps skipped for a non-finite gradient, this step"),
     Metric("train/nonfinite_metrics", "count", "absent", "metrics of this step that were NaN or infinite (null here)"),
     Metric("learning-rate", "1", "follows the schedule", "learning rate of the last optimizer step (Megatron's name)"),
