@@ -20,6 +20,7 @@ def _tiny(directory, kind, *, tied=False, vocab=301, dtype=torch.float32, layers
     config = AutoConfig.for_model(
         kind, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=48, vocab_size=vocab, tie_word_embeddings=tied, max_position_embeddings=128,
+        initializer_range=0.2,  # logits of order 1, so that a wrong weight shows
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

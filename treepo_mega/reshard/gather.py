@@ -243,7 +243,7 @@ class HfGather:
         if self.world == 1:
             return received[:, : step.length]
         out = received.view(-1)[: self.world * step.length]
-        dist.all_gather_into_tensor(out.view(torch.uint8), send[: step.length].view(torch.uint8), group=self._group)
+        dist.all_gather_single(out.view(torch.uint8), send[: step.length].view(torch.uint8), group=self._group)
         return out.view(self.world, step.length)
 
     def _scatter(self, row: Tensor, pieces: Sequence[Piece], open_tensors: dict[str, Tensor]) -> None:
