@@ -9,6 +9,8 @@
 # there because clusters that use proctrack/cgroup signal only the step's direct child: torchrun would die of USR1 and
 # take the ranks with it before they saved, and torchrun's own hand-over kills them after 30 seconds, which a large
 # checkpoint does not fit in.
+# Seen on Slurm 22.05 with proctrack/cgroup, two nodes with two CPU processes each in the trainer's place: a save of 40
+# seconds finished on all four, the job requeued itself, started again and completed. Not yet run on GPU nodes.
 #
 # Variables (all optional):
 #   TREEPO_CONFIG          configuration file, when none is given as an argument
