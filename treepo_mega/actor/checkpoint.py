@@ -201,7 +201,7 @@ def check_complete(directory: Path) -> dict[str, Any]:
 
 
 def find_latest(save: str | Path) -> Path | None:
-    """The newest complete checkpoint under `save`, None when there is none. Damaged ones are passed over, with a word."""
+    """The newest complete checkpoint under `save`, or None. Damaged ones are passed over, with a word."""
     found = sorted(Path(save).glob("step_" + "[0-9]" * 6), reverse=True)
     for directory in found:
         try:

@@ -103,8 +103,9 @@ def _forward_step(
     *_: Any,
 ) -> tuple[Tensor, Any]:
     pack = next(packs)
-    layout = layouts.setdefault(id(pack), PackLayout.build(len(pack.tokens), pack.blocks, pack.subtree_end, device()))
-    hidden = model(on_device(pack.tokens)[None], on_device(pack.position)[None], PACKS.add(layout))
+    if id(pack) not in layouts:  # every model chunk of this rank sees the same packs
+        layouts[id(pack)] = PackLayout.build(len(pack.tokens), pack.blocks, pack.subtree_end, device())
+    hidden = model(on_device(pack.tokens)[None], on_device(pack.position)[None], PACKS.add(layouts[id(pack)]))
     return hidden, partial(_loss_func, unwrap_model(model), pack, head, loss)
 
 

@@ -36,7 +36,7 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import (
+from megatron.core.transformer.transformer_block import (  # noqa: E402
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
@@ -48,7 +48,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension; its weight gradient is summed over TP under sequence parallelism."""
+    """Root-mean-square norm over the last dimension; under sequence parallelism its gradient is summed over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class Policy:
         self.chunks: list[torch.nn.Module] = list(self.models)
 
     def head(self, temperature: float | None = None) -> Head:
-        """The loss head at `temperature` (default: the sampling temperature, so that ratios are of what was sampled)."""
+        """The loss head at `temperature` (default: the sampling temperature: ratios are of what was sampled)."""
         t = self.cfg.rollout.temperature if temperature is None else temperature
         return Head(self.spec.vocab_size, t, self.cfg.train.logprob_chunk_size)
 
@@ -123,18 +123,30 @@ class Actor(Policy):
         self.optimizer.zero_grad()
         data = run_schedule(self.chunks, packs, self.head(), loss=loss)
         lr = self.optimizer.param_groups[0]["lr"]
-        done, grad_norm, _ = self.optimizer.step()
-        skipped = not done or grad_norm is None or not math.isfinite(float(grad_norm))
+        grad_norm = self._apply_gradients()
+        skipped = not math.isfinite(grad_norm)
         self._after_step(skipped, grad_norm)
         stats = self._mean_over_pairs(data, packs)
         return {
             **stats,
-            "grad-norm": float(grad_norm or 0.0),
+            "grad-norm": grad_norm,
             "learning-rate": float(lr),
             "skipped_steps": float(skipped),
         }
 
-    def _after_step(self, skipped: bool, grad_norm: float | None) -> None:
+    def _apply_gradients(self) -> float:
+        """Clip and step; returns the gradient norm, the same on every rank. Nothing moves when it is not finite.
+
+        Megatron itself looks for NaN only under a loss scaler: in fp32 and bf16 its step would write them into the
+        weights, and a gradient norm that is reported afterwards comes too late.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        return grad_norm
+
+    def _after_step(self, skipped: bool, grad_norm: float) -> None:
         if not skipped:
             self.skipped_in_a_row = 0
             self.scheduler.step(increment=1)
@@ -148,7 +160,7 @@ class Actor(Policy):
             )
 
     def _mean_over_pairs(self, data: list[dict[str, Tensor]], packs: list[Pack]) -> dict[str, float]:
-        """Sums of all last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank."""
+        """Sums over last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank."""
         counts = ps.is_pipeline_last_stage(ignore_virtual=True) and ps.get_tensor_model_parallel_rank() == 0
         keys = dist.gather_objects(sorted(data[0]) if counts and data else [])
         names = sorted({k for ks in keys for k in ks})

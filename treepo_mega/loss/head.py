@@ -60,9 +60,10 @@ class _LogProbEntropy(torch.autograd.Function):
         mine = (local >= 0) & (local < valid)
         local = local.clamp(0, max(valid - 1, 0))
         sums = torch.zeros(3, rows, dtype=dtype, device=hidden.device)  # sum exp, sum exp * z, target logit
-        for part in _chunks(rows, chunk):
+        # A shard of nothing but padding has no part in the distribution: its sums stay 0 and its peak -inf.
+        for part in _chunks(rows if valid else 0, chunk):
             z = _logits(hidden[part], weight, temperature, valid)
-            top = z.amax(1) if valid else peak[part]
+            top = z.amax(1)
             peak[part] = top
             e = (z - top[:, None]).exp()
             sums[0, part] = e.sum(1)

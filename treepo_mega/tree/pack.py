@@ -10,14 +10,15 @@ and per predicted token (a *row*) the pack index whose hidden state predicts it 
 (`target`), the masses `A_pos >= 0`, `A_neg <= 0` and the multiplicity `n` of the trajectories through it,
 and the engine's logprob. Masses, not a net advantage: see `loss/policy.py`.
 
-`plan_steps` deals trajectories to optimizer steps (never splitting a prompt), data-parallel ranks and
-micro-batches. It is a pure function of its arguments, so every rank computes the same plan and no
-metadata is exchanged. All micro-batches of a step have one padded length, and every data-parallel rank
+`split_steps` deals trajectories to optimizer steps (never splitting a prompt), `plan_step` those of a step to
+data-parallel ranks and micro-batches. Both are pure functions of their arguments, so every rank computes the
+same plan and no metadata is exchanged. All micro-batches of a step have one padded length, and every data-parallel rank
 has the same number of them (Megatron's schedules need both).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,7 +127,7 @@ def split_steps(trajectories: list[Trajectory], steps: int) -> list[list[Traject
     """Deal prompts to optimizer steps in order, as evenly as their count allows; no prompt is split."""
     prompts = sorted({t.prompt_index for t in trajectories})
     bounds = np.linspace(0, len(prompts), steps + 1).round().astype(int)
-    chosen = [set(prompts[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    chosen = [set(prompts[a:b]) for a, b in itertools.pairwise(bounds)]
     return [[t for t in trajectories if t.prompt_index in c] for c in chosen]
 
 
@@ -155,7 +156,8 @@ def plan_step(
 
     The number of micro-batches and their length are those of the fullest rank; ranks with less get padding.
     Lengths are padded to `multiple`; the number of micro-batches is a multiple of `count_multiple` (Megatron's
-    interleaved schedule wants whole groups of pipeline-size micro-batches). Raises ValueError when a single trajectory is longer than `max_tokens`.
+    interleaved schedule wants whole groups of pipeline-size micro-batches). Raises ValueError when a single
+    trajectory is longer than `max_tokens`.
     """
     longest = max((len(t.tokens) for t in trajectories), default=0)
     if longest > max_tokens:

@@ -1,0 +1,49 @@
+"""Run a script on several ranks from a test, with a deadline; its output is shown when it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start_ranks(n: int, *command: object) -> subprocess.Popen[str]:
+    """Start `command` (a script, or "-m" and a module, with arguments) on `n` ranks, in a process group of its own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    env = {k: v for k, v in os.environ.items() if k not in _LAUNCH}
+    env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *torchrun, *map(str, command)],
+        env=env,
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str]:
+    """(exit status, stdout and stderr together); at the deadline the whole process group ends and the test fails."""
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        pytest.fail(f"{process.args} did not end within {timeout:.0f} s:\n{out[-6000:]}")
+    return process.returncode, out
+
+
+def run_ranks(n: int, *command: object, timeout: float = 240) -> str:
+    """The output of `command` on `n` ranks; the test fails, showing it, unless every rank left with 0."""
+    code, out = finish(start_ranks(n, *command), timeout)
+    if code:
+        pytest.fail(f"{command[0]} on {n} ranks ended with {code}:\n{out[-8000:]}")
+    return out
