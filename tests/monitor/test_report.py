@@ -58,6 +58,14 @@ def test_phases_are_shares_of_the_step_and_add_up(run):
     assert (found[1]["p50"], found[1]["p95"]) == (1.0, 2.0)
 
 
+def test_evaluation_and_checkpoints_lie_outside_the_step(run):
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"step": 10, "timing_s/eval": 30.0, "timing_s/checkpoint": 20.0}) + "\n")
+    share = {p["name"]: p["share"] for p in phases(load_run(run))}
+    # 10 steps of 5 s, and 50 s beside them.
+    assert share == pytest.approx({"rollout": 0.3, "eval": 0.3, "checkpoint": 0.2, "update": 0.11, "other": 0.09})
+
+
 def test_percentile_is_nearest_rank():
     values = [5.0, 1.0, 3.0, 2.0, 4.0]
     assert [percentile(values, s) for s in (0.0, 0.5, 0.95, 1.0)] == [1.0, 3.0, 5.0, 5.0]

@@ -1,7 +1,7 @@
 """From a run's files to the figures of its report.
 
-Shares are of the time between the first and last phase of a step: `timing_s/step` where the run has it,
-else the sum of the phases; what no phase accounts for is shown as `other`. The token ratio is that of
+Shares are of `timing_s/step` plus the phases that lie outside it (evaluation, checkpoints), or of the sum of
+all phases where a run has no `timing_s/step`; what no phase of the step accounts for is shown as `other`. The token ratio is that of
 the whole run (sum of unique tokens / sum of flat tokens), not a mean of ratios, which would give a step
 of few tokens the weight of one of many.
 """
@@ -30,6 +30,8 @@ TOKENS = {
 TRENDS = ("rollout/reward_mean", "rollout/accuracy", "reward/mean", "eval/accuracy", "eval/greedy_accuracy")
 MEDIANS = ("perf/tokens_per_s", "perf/step_s", "reshard/gb_per_s", "reshard/seconds", "reshard/bytes")
 TOTALS = ("reward/lost", "train/skipped_steps", "train/nonfinite_metrics", "tree/shortfall", "tree/fallbacks")
+OUTSIDE_STEP = ("eval", "checkpoint")
+"""Phases that the loop runs after `timing_s/step` has ended."""
 
 
 class ReportError(ValueError):
@@ -96,7 +98,8 @@ def phases(run: Run) -> list[Row]:
         if values:
             found.append(_phase(name.removeprefix(PREFIX), values))
     phase_total = sum(p["total"] for p in found)
-    whole = max(sum(run.series(PREFIX + "step")[1]), phase_total)
+    outside = sum(p["total"] for p in found if p["name"] in OUTSIDE_STEP)
+    whole = max(sum(run.series(PREFIX + "step")[1]) + outside, phase_total)
     if whole - phase_total > 1e-3 * whole:
         found.append({"name": "other", "steps": len(run.rows), "p50": None, "p95": None, "total": whole - phase_total})
     for phase in found:
