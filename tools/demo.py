@@ -137,8 +137,8 @@ def finish(args: argparse.Namespace, started: float) -> None:
     drift = abs(summary["greedy_export"] - summary["greedy_after"])
     if drift > 0.01:
         raise RuntimeError(
-            f"the export's greedy accuracy is {summary['greedy_export']:.3f}, the engine's {summary['greedy_after']:.3f}: "
-            "the exported weights are not the trained ones"
+            f"the export's greedy accuracy is {summary['greedy_export']:.3f} and the engine's "
+            f"{summary['greedy_after']:.3f}: the exported weights are not the trained ones"
         )
 
 

@@ -2,8 +2,9 @@
 
     python tools/bench/parity.py [--quick] [--steps 3]
 
-Runs the demo's model and tasks (fp32, real Megatron-Core over gloo, real vLLM, an engine a rank) as
-TP1 PP1 DP1 and as each layout, and compares loss, gradient norm and rewards of every step with those of the first.
+Runs the demo's model and tasks (fp32, real Megatron-Core over gloo, real vLLM, an engine a rank) as TP1 PP1 DP1
+and as each layout, and compares loss, gradient norm and rewards of every step with those of the first. Two
+optimizer steps a rollout and a KL term, because at ratio 1 the loss is the same constant for any layout.
 `trees_equal`: the forests of all steps are the same token by token. --quick: one layout, two steps.
 
 Last line, JSON: {"layouts": [{"name", "loss_max_diff", "grad_norm_rel_diff", "reward_max_diff", "trees_equal"}],
@@ -43,6 +44,8 @@ def train(base: Path, name: str, ranks: int, layout: dict[str, object], steps: i
     """Metrics and forests of one run."""
     overrides = [
         f"train.num_rollouts={steps}",
+        "train.num_steps_per_rollout=2",
+        "algo.kl_loss_coef=0.01",
         "checkpoint.save=''",
         "logging.trees_interval=1",
         *(f"parallel.{k}={str(v).lower()}" for k, v in layout.items()),
