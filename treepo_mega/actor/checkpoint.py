@@ -144,15 +144,16 @@ def _merged(state: dict[str, Any]) -> dict[str, Any]:
 def _save_whole(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout_s: float) -> None:
     partial = directory.with_name(directory.name + ".partial")
     if dist.is_main():
-        for old in (partial, directory):
-            if old.exists():
-                shutil.rmtree(old)
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
     dist.barrier(f"preparing checkpoint {directory}", timeout_s)
     dist_checkpointing.save(state, str(partial))
     dist.barrier(f"writing checkpoint {directory}", timeout_s)
     if dist.is_main():
         _write_manifest(partial, note)
+        if directory.exists():  # only now: an older checkpoint of this step stays usable until its successor is whole
+            shutil.rmtree(directory)
         partial.rename(directory)
         _fsync(directory.parent)
     dist.barrier(f"finishing checkpoint {directory}", timeout_s)
@@ -189,8 +190,12 @@ def check_complete(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory}: no {MANIFEST}: not a checkpoint, or its writing was cut short; use another one"
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    for name, size in manifest["files"].items():
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: not the manifest of a checkpoint; use another one") from None
+    for name, size in files.items():
         file = directory / name
         if not file.is_file() or file.stat().st_size != size:
             found = file.stat().st_size if file.is_file() else "nothing"
@@ -206,7 +211,7 @@ def find_latest(save: str | Path) -> Path | None:
     for directory in found:
         try:
             check_complete(directory)
-        except (CheckpointError, ValueError) as e:
+        except CheckpointError as e:
             if dist.is_main():
                 print(f"passing over {directory}: {e}", flush=True)
             continue

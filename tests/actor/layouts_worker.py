@@ -1,0 +1,131 @@
+"""One rank of test_layouts.py: several layouts after one another in the same processes.
+
+    layouts_worker.py DIRECTORY CASE...        CASE is kind:tied:tp:pp:vpp:sp[:override,override]
+
+For each case the actor's logprobs, gradients and weights after one update are compared with transformers; rank 0
+writes what it measured to DIRECTORY/results.json, {case: {name: number}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
+from treepo_mega.actor.forward import count_multiple, padding_multiple, run_schedule
+from treepo_mega.actor.update import Actor, Policy, policy_gradient
+from treepo_mega.config import Config
+from treepo_mega.reshard.gather import HfGather, local_params
+from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.tree.pack import StepPlan, plan_step
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+
+
+def settings(case: str) -> tuple[str, bool, list[str]]:
+    """(kind, tied, overrides) of a case."""
+    kind, tied, tp, pp, vpp, sp, *more = case.split(":")
+    out = [
+        f"parallel.tensor_model_parallel_size={tp}",
+        f"parallel.pipeline_model_parallel_size={pp}",
+        f"parallel.sequence_parallel={bool(int(sp))}",
+    ]
+    if int(vpp) > 1:
+        out.append(f"parallel.virtual_pipeline_model_parallel_size={vpp}")
+    return kind, tied == "tied", out + [o for m in more for o in m.split(",") if o]
+
+
+def plan(cfg: Config) -> StepPlan:
+    """This rank's packs of the one batch."""
+    return plan_step(
+        trajectories(),
+        dp_size=ps.get_data_parallel_world_size(),
+        dp_rank=ps.get_data_parallel_rank(),
+        max_tokens=160,
+        multiple=padding_multiple(cfg),
+        count_multiple=count_multiple(cfg),
+    )
+
+
+def logprob_diff(step: StepPlan, oracle: Oracle) -> float:
+    """Largest |actor - transformers| over this rank's rows; their order is that of the blocks."""
+    worst = 0.0
+    for pack in step.packs:
+        want = [oracle.logprobs[tuple(pack.tokens[s:e].tolist())] for s, e in pack.blocks]
+        if want:
+            worst = max(worst, float((torch.from_numpy(pack.old_logprobs) - torch.cat(want)).abs().max()))
+    return worst
+
+
+def gradient_diff(actor: Actor, step: StepPlan, cfg: Config, oracle: Oracle) -> float:
+    """Worst relative error of a parameter's gradient, gathered into transformers' names, before clipping changes it.
+
+    A data-parallel rank of the distributed optimizer holds only its share of the reduced gradient: one replica only.
+    """
+    if ps.get_data_parallel_world_size() > 1 and cfg.parallel.use_distributed_optimizer:
+        return 0.0
+    for chunk in actor.chunks:
+        chunk.zero_grad_buffer()
+    run_schedule(actor.chunks, step.packs, actor.head(), loss=policy_gradient(cfg.algo))
+    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
+    pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
+    return max(float((got - oracle.grads[n]).norm() / oracle.grads[n].norm()) for n, got in pairs)
+
+
+def weight_diff(actor: Actor, cfg: Config, oracle: Oracle) -> float:
+    """Largest |actor - transformers| weight after the update, in units of the learning rate."""
+    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
+    pairs = gather([local_params(m) for m in actor.models])
+    return max(float((t - oracle.weights[n]).abs().max()) for n, t in pairs) / cfg.train.lr
+
+
+def run(case: str, directory: Path) -> dict[str, float]:
+    """Measure one case; the layout is taken down again afterwards."""
+    kind, tied, overrides = settings(case)
+    hf_dir = directory / f"{kind}_{tied}"
+    cfg = configuration(hf_dir, *overrides)
+    dist.initialize(cfg)
+    if dist.is_main() and not (hf_dir / "config.json").exists():
+        write_checkpoint(hf_dir, kind, tied)
+    dist.barrier("the checkpoint", 60)
+    oracle = Oracle(hf_dir, cfg, trajectories())
+    actor, reference = Actor(cfg, hf_dir), Policy(cfg, hf_dir)
+    step = plan(cfg)
+    known = actor.logprobs(step.packs)
+    for i, x in enumerate(reference.logprobs(step.packs) or ()):
+        step.packs[i].old_logprobs, step.packs[i].ref_logprobs = known[i], x
+    far = {
+        "logprob_diff": logprob_diff(step, oracle) if known else 0.0,
+        "gradient_diff": gradient_diff(actor, step, cfg, oracle),
+    }
+    stats = actor.update(step.packs, policy_gradient(cfg.algo))
+    far["weight_diff"] = weight_diff(actor, cfg, oracle)
+    out = dist.max_over_ranks(far) | stats | {"packs": len(step.packs)}
+    out["grad_norm_rel"] = abs(stats["grad-norm"] - oracle.grad_norm) / oracle.grad_norm
+    out["loss_diff"] = abs(stats["loss"] - oracle.loss)
+    out["clipped_by"] = oracle.grad_norm / cfg.train.clip_grad
+    dist.barrier(case, 60)
+    ps.destroy_model_parallel()
+    return out
+
+
+def main() -> None:
+    """All cases of the command line, in this process."""
+    directory = Path(sys.argv[1])
+    results = {}
+    for case in sys.argv[2:]:
+        results[case] = run(case, directory)
+        if dist.is_main():
+            print(case, results[case], flush=True)
+    if dist.is_main():
+        (directory / "results.json").write_text(json.dumps(results))
+    dist.leave()
+
+
+if __name__ == "__main__":
+    main()

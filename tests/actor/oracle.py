@@ -1,0 +1,113 @@
+"""What the actor is compared with: transformers on the same tiny checkpoint, one trajectory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from treepo_mega.config import Config, load_config
+from treepo_mega.loss.policy import policy_loss
+from treepo_mega.tree.pack import Trajectory
+
+VOCAB = 83
+PROMPT_LEN = 8
+
+
+def write_checkpoint(directory: Path, kind: str, tied: bool) -> Path:
+    """A random checkpoint of `kind` (llama, qwen2, qwen3); biases and norms are not trivial, logits are of order 1."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16 if kind == "qwen2" else 32, tie_word_embeddings=tied,
+        max_position_embeddings=256, initializer_range=0.1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.copy_(torch.randn_like(p) * 0.1 + (1 if "norm" in name else 0))
+    model.save_pretrained(directory)
+    return directory
+
+
+def configuration(hf_dir: Path, *overrides: str) -> Config:
+    """The configuration of these tests, with the sizes of `oracle_step` in mind."""
+    return load_config(
+        None,
+        [
+            f"model.hf_checkpoint={hf_dir}",
+            "data.train=[{path: unused.jsonl}]",
+            "data.max_prompt_len=64",
+            "rollout.max_response_len=64",
+            "rollout.segment_length=16",
+            "rollout.temperature=0.8",
+            "model.make_vocab_size_divisible_by=8",
+            "algo.entropy_coef=0.01",
+            "algo.kl_loss_coef=0.1",
+            "train.lr=1e-3",
+            "train.weight_decay=0.1",
+            "train.adam_eps=1e-3",  # a smooth first step: g / (|g| + eps) would turn rounding into signs
+            "train.clip_grad=0.5",
+            "train.logprob_chunk_size=50",
+            *overrides,
+        ],
+    )
+
+
+def trajectories(count: int = 12, seed: int = 3) -> list[Trajectory]:
+    """Random trajectories of different lengths, two a prompt."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(count):
+        size = int(torch.randint(12, 60, (1,), generator=g))
+        tokens = torch.randint(0, VOCAB, (size,), generator=g).tolist()
+        advantage = float(torch.randn(1, generator=g))
+        out.append(Trajectory(i // 2, tokens, PROMPT_LEN, advantage, [0.0] * (size - PROMPT_LEN)))
+    return out
+
+
+def logprobs(model: torch.nn.Module, t: Trajectory, temperature: float) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropies) of the response tokens [response_len] by transformers."""
+    ids = torch.tensor([t.tokens])
+    dist = (model(ids).logits[0, t.prompt_len - 1 : -1] / temperature).log_softmax(-1)
+    return dist.gather(1, ids[0, t.prompt_len :, None])[:, 0], -(dist.exp() * dist).sum(-1)
+
+
+class Oracle:
+    """One optimizer step of the whole batch in transformers and torch."""
+
+    def __init__(self, hf_dir: Path, cfg: Config, batch: list[Trajectory]) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        t = cfg.rollout.temperature
+        loss, pairs = torch.zeros(()), 0
+        self.logprobs: dict[tuple[int, ...], Tensor] = {}
+        for x in batch:
+            logp, entropy = logprobs(self.model, x, t)
+            self.logprobs[tuple(x.tokens)] = logp.detach()
+            a = torch.full_like(logp, x.advantage)
+            same = logp.detach()
+            total, _ = policy_loss(
+                logp, entropy, old_logprobs=same, rollout_logprobs=same, ref_logprobs=same, A_pos=a.clamp(min=0),
+                A_neg=a.clamp(max=0), n=torch.ones_like(logp), algo=cfg.algo,
+            )  # fmt: skip
+            loss, pairs = loss + total, pairs + len(logp)
+        (loss / pairs).backward()
+        self.loss = float(loss.detach()) / pairs
+        self.grads = {n: p.grad.clone() for n, p in self.model.named_parameters()}
+        self.grad_norm = float(torch.sqrt(sum((g**2).sum() for g in self.grads.values())))
+        self.weights = self._step(cfg)
+
+    def _step(self, cfg: Config) -> dict[str, Tensor]:
+        """torch's AdamW after clipping; norms and biases do not decay."""
+        c = cfg.train
+        named = list(self.model.named_parameters())
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], c.clip_grad)
+        groups = [
+            {"params": [p for _, p in named if p.dim() > 1], "weight_decay": c.weight_decay},
+            {"params": [p for _, p in named if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        torch.optim.AdamW(groups, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_eps).step()
+        return {n: p.detach() for n, p in named}
