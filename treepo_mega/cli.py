@@ -25,6 +25,7 @@ import yaml
 
 from treepo_mega import __version__
 from treepo_mega.config import Config, ConfigError, Section, check, load_config, read_hf_config
+from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime.environment import check_environment
 
 
@@ -84,6 +85,7 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     # One rank of each node speaks for it; the launcher ends the others when it leaves.
     if os.environ.get("LOCAL_RANK", "0") == "0" and (problems := check_environment()):
         raise ConfigError("\n  ".join(["this environment cannot run the trainer:", *problems]))
+    quieten_libraries()  # before the import: most of them warn while being imported
     from treepo_mega.train import main as run  # heavy: torch, Megatron and vLLM
 
     run(cfg)  # ends the process itself, with the trainer's exit status

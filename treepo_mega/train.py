@@ -14,7 +14,6 @@ import traceback
 from typing import Any
 
 from treepo_mega.config import Config, ConfigError
-from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
@@ -39,11 +38,13 @@ def train(cfg: Config) -> int:
         if step + 1 == last and cfg.eval.at_end:
             with t.timers("eval"):
                 metrics |= t.evaluate(last)
+        # Logged before it is saved: a kill in between repeats the step, and no step is without its line.
+        t.log(step + 1, metrics | t.timers.pop())
         asked_to_stop = t.stop.agreed()
         if (step + 1) % every == 0 or step + 1 == last or asked_to_stop:
             with t.timers("checkpoint"):
                 t.save(step + 1)
-        t.log(step + 1, metrics | t.timers.pop())
+            t.add_to_log(step + 1, t.timers.pop())
         if asked_to_stop and step + 1 < last:
             t.progress.say(f"asked to stop: saved after step {step + 1}")
             t.close()
@@ -84,7 +85,6 @@ def throughput(times: dict[str, float], metrics: dict[str, Any]) -> dict[str, fl
 
 def main(cfg: Config) -> None:
     """Train and end the process. An error on one rank ends it at once: the launcher then ends the others."""
-    quieten_libraries()
     code = 1
     try:
         code = train(cfg)

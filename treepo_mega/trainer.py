@@ -269,6 +269,11 @@ class Trainer:
             partial.write_text(json.dumps(self.summary, indent=1) + "\n", encoding="utf-8")
             partial.replace(path)
 
+    def add_to_log(self, step: int, metrics: dict[str, float]) -> None:
+        """More metrics for the line of `step` (rank 0)."""
+        if self.logger is not None:
+            self.logger.log(step, metrics)
+
     def _summarize(self, step: int, metrics: dict[str, float]) -> None:
         s = self.summary
         for name, key in (("eval/accuracy", "accuracy"), ("eval/greedy_accuracy", "greedy")):

@@ -28,7 +28,7 @@ LAYOUTS = {
     "PP2-DP2": (4, {"pipeline_model_parallel_size": 2}),
     "TP2-SP-DP2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
-TOLERANCE = {"loss_max_diff": 1e-5, "grad_norm_rel_diff": 1e-3, "reward_max_diff": 0.0}
+TOLERANCE = {"loss_max_diff": 1e-6, "grad_norm_rel_diff": 1e-4, "reward_max_diff": 0.0}
 """fp32: other summation orders move logprobs by about 1e-6 and, after updates, weights by as much."""
 
 

@@ -5,6 +5,7 @@ Bars appear on terminals only; logs and pipes get the lines alone.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 
@@ -35,6 +36,7 @@ def quieten_libraries() -> None:
     for package in ("megatron", "torch", "vllm", "transformers"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{package}(\.|$)")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 class Progress:

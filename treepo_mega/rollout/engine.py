@@ -413,6 +413,7 @@ def _build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         skip_tokenizer_init=True,
+        use_tqdm_on_load=False,
         worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
         seed=seed,
         **memory,
