@@ -1,9 +1,9 @@
 """From a run's files to the figures of its report.
 
 Shares are of `timing_s/step` plus the phases that lie outside it (evaluation, checkpoints), or of the sum of
-all phases where a run has no `timing_s/step`; what no phase of the step accounts for is shown as `other`. The token ratio is that of
-the whole run (sum of unique tokens / sum of flat tokens), not a mean of ratios, which would give a step
-of few tokens the weight of one of many.
+all phases where a run has no `timing_s/step`; what no phase of the step accounts for is shown as `other`. The
+token ratio is that of the whole run (sum of unique tokens / sum of flat tokens), not a mean of ratios, which
+would give a step of few tokens the weight of one of many.
 """
 
 from __future__ import annotations
