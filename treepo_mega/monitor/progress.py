@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 COLUMNS = (
@@ -46,7 +46,7 @@ class Progress:
         self.enabled = enabled
         self.console = Console(highlight=False, soft_wrap=True)
         self._bars: Bars | None = None
-        self._task = 0
+        self._task = TaskID(0)
         self._label = ""
 
     def say(self, *lines: str) -> None:

@@ -105,8 +105,8 @@ def flat_pack(trajectories: list[Trajectory], length: int, pad_id: int = 0) -> P
         at += size
     count = [t.response_len for _, t in rows]
     first = [s + t.prompt_len - 1 for s, t in rows]
-    predictor = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)] or [np.zeros(0)])
-    predictor = predictor.astype(np.int64)
+    spans = [np.arange(f, f + c, dtype=np.int64) for f, c in zip(first, count, strict=True)]
+    predictor = np.concatenate([*spans, np.zeros(0, np.int64)])
     advantage = np.repeat(np.array([t.advantage for _, t in rows], np.float32), count)
     logprobs = np.array([x for _, t in rows for x in t.rollout_logprobs], np.float32)
     return Pack(
