@@ -122,7 +122,7 @@ def finish(args: argparse.Namespace, started: float) -> None:
     summary["seconds_setup"] = setup_seconds()
     summary["seconds_total"] = round(time.time() - started + summary["seconds_setup"], 1)
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "treepo_mega.cli", "report", str(run)], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "treepo_mega.cli", "report", args.run_dir], cwd=ROOT, check=True, timeout=120)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     accuracy = [r["rollout/accuracy"] for r in rows if "rollout/accuracy" in r]
     print(f"\nsampled accuracy by step   {accuracy[0]:.2f} {curve(accuracy)} {accuracy[-1]:.2f}")
