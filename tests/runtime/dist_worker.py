@@ -1,0 +1,51 @@
+"""Two ranks of test_dist.py: `dist_worker.py exchange|missing`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed
+
+from treepo_mega.runtime import dist
+from treepo_mega.runtime.signals import StopRequest
+
+
+def exchange() -> None:
+    """Collectives of plain values, and a stop request that reaches one rank only."""
+    rank = dist.rank()
+    mine = {"rank": rank, "text": "ü" * (rank * 1000), "list": list(range(rank))}
+    told = dist.gather_objects(mine)
+    assert told == [{"rank": r, "text": "ü" * (r * 1000), "list": list(range(r))} for r in range(2)], told
+    assert dist.gather_objects(None if rank else [0.1]) == [[0.1], None]
+    assert dist.sum_over_ranks({"b": rank + 1.0, "a": 1e-9}) == {"a": 2e-9, "b": 3.0}
+    assert dist.max_over_ranks({"x": -float(rank)}) == {"x": 0.0}
+    assert (dist.is_main(), dist.world_size()) == (rank == 0, 2)
+
+    stop = StopRequest().install()
+    assert not stop.agreed()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.agreed() and stop.requested == (rank == 1)
+    dist.barrier("the exchange", 30)
+
+
+def missing() -> None:
+    """Rank 1 does not come; rank 0 says so, and about what."""
+    if dist.rank() == 1:
+        time.sleep(4)
+        return
+    try:
+        dist.barrier("generation", 1.5)
+    except RuntimeError as e:
+        print("MESSAGE", str(e).replace("\n", " "), flush=True)
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    {"exchange": exchange, "missing": missing}[sys.argv[1]]()
+    print(f"finished {dist.rank()}\n", end="", flush=True)
+    dist.leave()

@@ -1,0 +1,65 @@
+"""Waits have deadlines that name what is missing; plain values travel between ranks of unequal sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import REPO, run_ranks
+from treepo_mega.config import ConfigError, parse_config
+from treepo_mega.runtime import dist
+
+WORKER = Path(__file__).with_name("dist_worker.py")
+
+
+def test_exchange_between_two_ranks():
+    out = run_ranks(2, WORKER, "exchange", timeout=120)
+    assert "finished 0" in out and "finished 1" in out
+
+
+def test_a_barrier_names_what_it_waits_for_and_the_missing_rank():
+    out = run_ranks(2, WORKER, "missing", timeout=120)
+    message = next(line for line in out.splitlines() if "MESSAGE" in line)
+    assert "rank 0 waited 2 s for all ranks to finish generation" in message
+    assert "Ranks 1 failed to pass monitoredBarrier" in message or "Rank 1 failed to pass" in message
+
+
+def test_one_process_needs_no_group():
+    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+    assert dist.gather_objects({"a": (1, 2)}) == [{"a": [1, 2]}]
+    assert dist.sum_over_ranks({"x": 2.0}) == {"x": 2.0} == dist.max_over_ranks({"x": 2.0})
+    dist.barrier("nobody", 0.001)
+
+
+def test_a_world_that_does_not_fit_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    cfg = parse_config(
+        {
+            "model": {"hf_checkpoint": "unused"},
+            "data": {"train": [{"path": "x"}]},
+            "parallel": {"tensor_model_parallel_size": 2},
+        }
+    )
+    with pytest.raises(ConfigError, match="world size 3 is not a multiple of tensor_model_parallel_size 2"):
+        dist.initialize(cfg)
+
+
+def test_leave_ends_helpers_and_keeps_the_exit_status():
+    # A child that would sleep past the deadline below, and holds the console open.
+    code = (
+        "import multiprocessing, sys, time\n"
+        "from treepo_mega.runtime import dist\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('fork').Process(target=time.sleep, args=(300,)).start()\n"
+        "    print('said', end='')\n"
+        "    dist.leave(75)\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    assert child.returncode == 75 and child.stdout.endswith("said"), child.stderr[-2000:]
