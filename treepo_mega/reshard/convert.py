@@ -99,7 +99,7 @@ def hf_to_mcore(
         models = build_model(cfg, hf_dir)
         load_from_hf(models, spec, cfg, hf_dir, reader=reader)
         staging = save.parent / f".{save.name}.converting"
-        save_model_weights(models, staging, cfg.distributed.timeout_s)
+        save_model_weights([*models], staging, cfg.distributed.timeout_s)
         p = cfg.parallel
         note: dict[str, Any] = {
             "architecture": spec.architecture,
@@ -140,7 +140,7 @@ def _verify(
         for model in models:
             for p in model.parameters():
                 p.fill_(float("nan"))
-    load_model_weights(models, saved)
+    load_model_weights([*models], saved)
     dtype = DTYPES[cfg.model.params_dtype]
     elements, wrong = 0, []
     for name, tensor in HfGather.of(cfg, spec, dtype=dtype)([local_params(m) for m in models]):
@@ -191,7 +191,7 @@ def mcore_to_hf(load: str | Path, save: str | Path, cfg: Config, *, max_shard_by
     require_absent(save)
     dist.initialize(cfg, read_hf_config(hf_dir))
     models = build_model(cfg, hf_dir)
-    load_model_weights(models, load)
+    load_model_weights([*models], load)
     gather = HfGather.of(cfg, spec, dtype=dtype)
     pairs = gather([local_params(m) for m in models])
     if dist.is_main():
