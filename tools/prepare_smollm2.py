@@ -95,8 +95,8 @@ def load_tokenizer(gguf: Path) -> Any:
 @torch.no_grad()
 def ask(directory: Path, question: str, max_new_tokens: int = 24) -> str:
     """The greedy answer of the checkpoint in `directory`, loaded as a user would load it."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
