@@ -163,7 +163,7 @@ def leave(code: int = 0) -> None:
     the console open, hence the explicit end of children.
     """
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()  # a forked child inherits our SIGTERM handler, which only takes note
     for child in multiprocessing.active_children():
         child.join(timeout=5)
     sys.stdout.flush()
