@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start_ranks(n: int, *command: object) -> subprocess.Popen[str]:
     """Start `command` (a script, or "-m" and a module, with arguments) on `n` ranks, in a process group of its own."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    env = {k: v for k, v in os.environ.items() if k not in _LAUNCH}
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, *torchrun, *map(str, command)],

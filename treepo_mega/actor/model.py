@@ -20,6 +20,7 @@ from torch import Tensor
 
 from treepo_mega.config import Config
 from treepo_mega.reshard.layout import ModelSpec, padded_vocab
+from treepo_mega.reshard.spec import ModelSpecError
 from treepo_mega.runtime import cpu_megatron
 from treepo_mega.runtime.device import device, has_cuda
 
@@ -152,7 +153,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
 def rope_inverse_frequencies(hf_dir: str | Path) -> Tensor:
     """Rotary inverse frequencies [head_dim / 2] exactly as transformers computes them for this checkpoint.
 
-    Raises ValueError for rotary types that also scale attention (yarn and the like), which are not supported.
+    Raises ModelSpecError for rotary types that also scale attention (yarn and the like), which are not supported.
     """
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -165,12 +166,12 @@ def rope_inverse_frequencies(hf_dir: str | Path) -> Tensor:
         steps = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / (parameters.get("rope_theta", 10000.0) ** steps)
     if kind not in ("llama3", "linear"):
-        raise ValueError(
+        raise ModelSpecError(
             f"{hf_dir}/config.json: rope_type {kind!r} is not supported; expected default, linear or llama3"
         )
     inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if factor != 1.0:
-        raise ValueError(f"{hf_dir}/config.json: rotary attention factor {factor} is not supported; expected 1.0")
+        raise ModelSpecError(f"{hf_dir}/config.json: rotary attention factor {factor} is not supported; expected 1.0")
     return inv_freq
 
 
