@@ -13,25 +13,25 @@ import sys
 import traceback
 from typing import Any
 
+from treepo_mega.actor.update import TrainingDiverged
 from treepo_mega.config import Config, ConfigError
+from treepo_mega.data.gym import GymError
 from treepo_mega.data.prompts import PromptError
 from treepo_mega.data.rewards import VerifierError
 from treepo_mega.monitor.metrics import MetricsError
 from treepo_mega.reshard.hf import HfCheckpointError
-from treepo_mega.reshard.spec import ModelSpecError
+from treepo_mega.reshard.layout import LayoutError, ModelSpecError
+from treepo_mega.reshard.refit import RefitError
 from treepo_mega.rollout.engine import EngineError
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
 
 EXPECTED = (
-    *(ConfigError, ModelSpecError, LayoutError, HfCheckpointError, ReshardError),
+    *(ConfigError, ModelSpecError, LayoutError, HfCheckpointError, MetricsError),
     *(PromptError, GymError, VerifierError, EngineError, RefitError, TrainingDiverged),
 )
-"""Errors whose message says all that a user needs: no traceback."""
-
-BAD_INPUT = (ConfigError, EngineError, HfCheckpointError, MetricsError, ModelSpecError, PromptError, VerifierError)
-"""What people can put right from the message alone; anything else shows where it happened."""
+"""Errors whose message says all that people need; anything else shows where it happened."""
 
 
 def train(cfg: Config) -> int:
@@ -103,8 +103,8 @@ def main(cfg: Config) -> None:
     code = 1
     try:
         code = train(cfg)
-    except BAD_INPUT as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+    except EXPECTED as e:
+        print(f"error (rank {dist.rank()}): {e}", file=sys.stderr, flush=True)
         code = 2
     except BaseException:
         traceback.print_exc()
