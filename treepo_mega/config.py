@@ -173,8 +173,10 @@ class RolloutConfig(Section):
     """[lo, hi]: children of the root, drawn per prompt; None: branch_factor."""
     budget: Literal["equal"] = "equal"
     """Who gets the branches at a level."""
-    transfer: Literal["level"] = "level"
-    """level: branches of stopped paths go to their living siblings, level by level (a tree waits only for itself)."""
+    transfer: Literal["level", "quota"] = "level"
+    """level: branches of stopped paths go to their living siblings, level by level (a tree waits only for itself).
+    quota: every node has a quota of leaves, which its children share; they start when their parent ends. What paths
+    that stopped early leave over is spent by fallback once nothing of the tree is running."""
     fallback: Literal["finished", "any", "longest", "none"] = "finished"
     """Which ended paths are cut back and resampled when a tree ran dry before it had all its leaves."""
     fallback_cut: Literal["random"] = "random"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from treepo_mega.tree.node import ROOT, Tree
 
 
@@ -50,3 +52,22 @@ def test_json_round_trip():
     tree.rewards, tree.shortfall, tree.counts = [0.0, 1.0, 0.5], "why", {"segments": 4}
     again = Tree.from_dict(json.loads(json.dumps(tree.to_dict())))
     assert again == tree
+
+
+def test_numbering_breadth_first_forgets_the_order_of_creation():
+    def build(order):
+        tree = Tree.start("p", [1])
+        for _ in range(2):
+            tree.add_child(0)
+        for parent in order:
+            tree.add_child(tree.nodes[0].children[parent]).stop = "eos"
+        tree.leaves = [n.id for n in tree.nodes if n.stop]
+        tree.number_breadth_first()
+        return tree
+
+    one = build([0, 1, 1])
+    assert one == build([1, 0, 1]) == build([1, 1, 0])
+    assert [n.path for n in one.nodes] == [(), (0,), (1,), (0, 0), (1, 0), (1, 1)] and one.leaves == [3, 4, 5]
+    one.rewards = [0.0] * 3
+    with pytest.raises(ValueError, match="graded"):
+        one.number_breadth_first()

@@ -73,6 +73,7 @@ configs = st.builds(
     initial_branches=st.none() | st.tuples(st.integers(1, 3), st.integers(3, 9)),
     fallback=st.sampled_from(["finished", "any", "longest", "none"]),
     mode=st.sampled_from(["tree", "sequential"]),
+    transfer=st.sampled_from(["level", "quota"]),
 )
 rates = st.sampled_from([(0.0, 0.0), (0.05, 0.0), (0.3, 0.0), (0.9, 0.0), (0.05, 0.1), (0.0, 0.4), (1.0, 0.0)])
 
@@ -139,6 +140,48 @@ def test_the_branches_of_a_stopped_path_go_to_its_siblings():
     assert search.wants() == [], "the level is incomplete"
     search.take(second.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length"))
     assert len(search.wants()) == 4, "max(1, min(8 - 1, 2 * (1 + 1)))"
+
+
+def test_under_quota_children_start_when_their_parent_ends_and_share_its_quota():
+    cfg = config(n_samples_per_prompt=8, transfer="quota")
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    first, second = search.wants()
+    search.take(second.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length"))
+    assert [w.prefix for w in search.wants()] == [[7, 4, 5, 6, 7]] * 2, "nobody waits for the other path"
+    search.take(first.node_id, Segment([EOS], [-1.0], "stop"))
+    assert search.wants() == [] and not search.done, "what the stopped path leaves over goes to fallback"
+
+
+def test_under_quota_a_full_tree_is_the_one_that_levels_give():
+    cfg = config(n_samples_per_prompt=16)
+    assert grow(config(n_samples_per_prompt=16, transfer="quota"), eos=0.0).to_dict() | {"counts": 0} == grow(
+        cfg, eos=0.0
+    ).to_dict() | {"counts": 0}
+
+
+def test_under_quota_fallback_spends_exactly_what_stopped_paths_left_over():
+    cfg = config(n_samples_per_prompt=9, transfer="quota", branch_factor=3, max_response_len=40)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    for want in search.wants():
+        search.take(want.node_id, Segment([5, EOS], [-1.0] * 2, "stop"))
+    again = search.wants()
+    assert len(search.tree.leaves) == 3 and len(again) == 6
+    assert all(w.prefix == [7] for w in again) and len({w.seed for w in again}) == 6
+    none = grow(config(n_samples_per_prompt=9, transfer="quota", fallback="none"), eos=0.4)
+    assert none.shortfall is not None and f"{9 - len(none.leaves)} of 9" in none.shortfall
+
+
+def test_under_quota_one_candidate_takes_all_that_is_left():
+    cfg = config(n_samples_per_prompt=9, transfer="quota", fallback="finished")
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    one, other = search.wants()
+    search.take(one.node_id, Segment([5, EOS], [-1.0] * 2, "stop"))
+    search.take(other.node_id, Segment([BOX, 5, CLOSE, EOS], [-1.0] * 4, "stop"))
+    assert len(search.wants()) == 4, "two candidates, branch_factor children each, seven leaves to come"
+    while not search.done:
+        node = next(iter(search._level))
+        search.take(node, Segment([6, 7, 8, 9][: search._level[node]], [-1.0] * search._level[node], "length"))
+    assert len(search.tree.leaves) == 9 and search.tree.shortfall is None
 
 
 def test_initial_branches_are_drawn_per_tree_within_the_range_and_the_width():

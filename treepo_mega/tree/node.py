@@ -113,6 +113,21 @@ class Tree:
             yield node
             stack.extend(reversed(node.children))
 
+    def number_breadth_first(self) -> None:
+        """Give the nodes new ids, sorted by (depth, path), and sort `leaves`; parents still precede children.
+
+        Two trees that hold the same paths are equal afterwards, whatever order their nodes were made in. Call it
+        before rewards are assigned and while nobody outside holds a node id: raises ValueError if graded.
+        """
+        if self.rewards:
+            raise ValueError(f"tree of prompt {self.prompt_id!r} is graded: its nodes keep their ids")
+        self.nodes.sort(key=lambda n: (len(n.path), n.path))
+        new = {node.id: i for i, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            node.id, node.parent = new[node.id], new.get(node.parent, -1)
+            node.children = [new[i] for i in node.children]
+        self.leaves = sorted(new[i] for i in self.leaves)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` is its inverse."""
         return asdict(self)

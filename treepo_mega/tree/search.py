@@ -9,8 +9,11 @@
 It knows nothing of engines: whoever drives it may keep many trees in flight, delay, batch and reorder as it
 likes. The tree does not change, because
 
-- a decision (who stops, who branches, where to fall back) is made only when a *level* of this tree is
-  complete (`transfer: level`: all segments wanted so far have arrived), and in path order;
+- under `transfer: level` a decision (who stops, who branches, where to fall back) is made only when a *level* of
+  this tree is complete (all segments wanted so far have arrived), and in path order;
+- under `transfer: quota` a node's children depend only on the segments of its own family (`tree/quota.py`), and
+  fallback waits until nothing of the tree is running. Node ids then follow arrival, so whenever the tree is at
+  rest (before a fallback, at the end) its nodes are renumbered breadth-first: ids given out before are void;
 - every node's sampling seed is a hash of the tree's seed and the node's path;
 - every other choice is drawn from a generator that belongs to the tree.
 
@@ -25,8 +28,8 @@ a want's prefix is always rebuilt from the tree, so that what is recorded is wha
 engine knows nothing of answer boxes, so what it sampled behind a box is dropped afterwards (see `counts`).
 
 `tree.counts` (per tree): `segments`, `generated_tokens` (all that were sampled), `dropped_tokens` (of those, cut
-off behind an answer), `levels`, `fallbacks` (nodes made by fallback), `duplicates` (leaves whose response equals
-an earlier leaf's).
+off behind an answer), `levels` (under quota: rounds, 1 + how often it fell back), `fallbacks` (nodes made by
+fallback), `duplicates` (leaves whose response equals an earlier leaf's).
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import level_budget, split_equally
 from treepo_mega.tree.node import ROOT, Node, Tree
+from treepo_mega.tree.quota import Quotas
 from treepo_mega.tree.stop import StopRules
 
 
@@ -80,11 +84,14 @@ class TreeSearch:
         self._cfg, self._seed, self._stop, self._version = rollout, seed, stop, policy_version
         self._rng = random.Random(derive_seed(seed, "tree"))
         self._new: list[Want] = []
-        self._level: dict[int, int] = {}  # node id -> max_tokens of this level's wants
+        self._level: dict[int, int] = {}  # node id -> max_tokens of this level's wants, under quota of what is running
         self._arrived: dict[int, Segment] = {}
+        self._quotas = Quotas(seed) if rollout.transfer == "quota" else None
         names = ("segments", "generated_tokens", "dropped_tokens", "levels", "fallbacks", "duplicates")
         self.tree.counts = dict.fromkeys(names, 0)
-        self._branch(ROOT, self._initial_width())
+        children = self._branch(ROOT, self._initial_width())
+        if self._quotas is not None:
+            self._quotas.split(rollout.n_samples_per_prompt, children, ())
 
     @property
     def done(self) -> bool:
@@ -92,12 +99,12 @@ class TreeSearch:
         return not self._level
 
     def wants(self) -> list[Want]:
-        """Segments wanted since the last call, in path order; empty while a level is incomplete."""
+        """Segments wanted since the last call; under `transfer: level` none while a level is incomplete."""
         new, self._new = self._new, []
         return new
 
     def take(self, node_id: int, segment: Segment) -> None:
-        """Accept the segment of `node_id`. When it completes the level, the next level's wants come into being.
+        """Accept the segment of `node_id`. What follows from it (a level, a node's children) is wanted from now on.
 
         Raises ValueError for a node that is not waited for, a second delivery, an empty or too long segment, or
         logprobs that do not match the tokens: a driver's error, never the model's.
@@ -111,6 +118,10 @@ class TreeSearch:
             raise ValueError(f"{where}: wanted 1 to {self._level[node_id]} tokens, got {len(segment.tokens)}")
         if len(segment.logprobs) != len(segment.tokens):
             raise ValueError(f"{where}: {len(segment.tokens)} tokens but {len(segment.logprobs)} logprobs")
+        if self._quotas is not None:
+            del self._level[node_id]
+            self._close_node(self.tree.nodes[node_id], segment, self._quotas)
+            return
         self._arrived[node_id] = segment
         if len(self._arrived) == len(self._level):
             self._close_level()
@@ -123,16 +134,17 @@ class TreeSearch:
             return min(width, self._cfg.branch_factor)
         return min(width, self._rng.randint(*self._cfg.initial_branches))
 
-    def _branch(self, parent: int, children: int, *, fallback: bool = False) -> None:
-        """Give `parent` that many children and want a segment for each."""
+    def _branch(self, parent: int, children: int, *, fallback: bool = False) -> list[Node]:
+        """Give `parent` that many children and want a segment for each; returns them."""
         prefix = self.tree.prefix(parent)
         room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
         size = min(self._cfg.segment_tokens, room)
-        for _ in range(children):
-            node = self.tree.add_child(parent, fallback=fallback, policy_version=self._version)
+        new = [self.tree.add_child(parent, fallback=fallback, policy_version=self._version) for _ in range(children)]
+        for node in new:
             self._level[node.id] = size
             self._new.append(Want(node.id, prefix, size, derive_seed(self._seed, *node.path)))
         self.tree.counts["fallbacks"] += children * fallback
+        return new
 
     def _close_level(self) -> None:
         tree, counts = self.tree, self.tree.counts
@@ -152,8 +164,31 @@ class TreeSearch:
         elif len(tree.leaves) < self._cfg.n_samples_per_prompt:
             self._fall_back()
         if self.done:
-            responses = {tuple(tree.response(leaf)) for leaf in tree.leaves}
-            counts["duplicates"] = len(tree.leaves) - len(responses)
+            self._count_duplicates()
+
+    def _close_node(self, node: Node, segment: Segment, quotas: Quotas) -> None:
+        """`transfer: quota`: settle one segment; who may branch by it branches at once."""
+        tree = self.tree
+        self._settle(node, segment)
+        if node.stop is not None:
+            tree.leaves.append(node.id)
+        for parent, quota in quotas.ended(node):
+            children = self._branch(parent, min(self._cfg.branch_factor, quota))
+            quotas.split(quota, children, tree.nodes[parent].path)
+        if self._level:
+            return
+        tree.number_breadth_first()
+        tree.counts["levels"] += 1
+        missing = self._cfg.n_samples_per_prompt - len(tree.leaves)
+        if missing:
+            made = self._fall_back()
+            quotas.share(missing, made, self._rng)
+        if self.done:
+            self._count_duplicates()
+
+    def _count_duplicates(self) -> None:
+        leaves = self.tree.leaves
+        self.tree.counts["duplicates"] = len(leaves) - len({tuple(self.tree.response(i)) for i in leaves})
 
     def _settle(self, node: Node, segment: Segment) -> None:
         """Apply the stop rules to a node's segment and store what is kept of it."""
@@ -164,22 +199,27 @@ class TreeSearch:
         self.tree.counts["generated_tokens"] += len(segment.tokens)
         self.tree.counts["dropped_tokens"] += len(segment.tokens) - verdict.keep
 
-    def _fall_back(self) -> None:
-        """Every path ended, leaves are missing: sample again from borders of ended paths, or give up and say so."""
+    def _fall_back(self) -> list[Node]:
+        """Every path ended, leaves are missing: sample again from borders of ended paths, or give up and say so.
+
+        Returns the new children: as many as leaves are missing, or fewer when candidates are few (they branch).
+        """
         left = self._cfg.n_samples_per_prompt - len(self.tree.leaves)
         if self._cfg.fallback == "none":
             self.tree.shortfall = (
                 f"{left} of {self._cfg.n_samples_per_prompt} leaves missing: all paths ended, rollout.fallback is none"
             )
-            return
+            return []
+        made: list[Node] = []
         cuts = [self._cut(leaf) for leaf in _PICK[self._cfg.fallback](self.tree, self._rng)]
         # Candidates in turn until the budget is spent; without a candidate, start over from the prompt.
         for node_id in cuts or [ROOT]:
             children = min(self._cfg.branch_factor, left)
             if children == 0:
                 break
-            self._branch(node_id, children, fallback=True)
+            made += self._branch(node_id, children, fallback=True)
             left -= children
+        return made
 
     def _cut(self, leaf: int) -> int:
         """A node on the path to `leaf`, drawn uniformly among the borders strictly before its end (root included)."""
