@@ -1,0 +1,132 @@
+"""The command people type, on two ranks: train, log, evaluate, save, export; then resume; everything real.
+
+Two starts of the engine in all: the first run (3 steps) and the resumed one (a 4th).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import REPO, run_ranks
+from treepo_mega.actor.checkpoint import check_complete
+from treepo_mega.config import load_config
+from treepo_mega.data.prompts import load_prompts
+from treepo_mega.data.rewards.verifiers import boxed
+from treepo_mega.monitor.metrics import read_metrics
+from treepo_mega.monitor.registry import check_known
+
+RECIPE = [
+    "parallel.tensor_model_parallel_size=2",
+    "rollout.rollout_batch_size=4",
+    "rollout.n_samples_per_prompt=8",
+    "train.num_steps_per_rollout=1",
+    "train.lr_warmup_iters=0",
+    "algo.kl_loss_coef=0.01",
+    "checkpoint.save_interval=2",
+    "eval.max_prompts=16",
+    "eval.n_samples_per_prompt=2",
+    "logging.trees_interval=1",
+    "logging.progress=true",
+]
+
+
+def train(run: Path, *overrides: str) -> str:
+    command = (
+        "-m",
+        "treepo_mega.cli",
+        "train",
+        "examples/tiny_cpu.yaml",
+        *RECIPE,
+        f"logging.run_dir={run}",
+        *overrides,
+    )
+    return run_ranks(2, *command, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("train") / "run"
+    train(directory, "train.num_rollouts=3")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(run) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in read_metrics(run / "metrics.jsonl")}
+
+
+def test_every_step_has_its_line_and_every_metric_is_documented(rows):
+    assert sorted(rows) == [0, 1, 2, 3]
+    for row in rows.values():
+        for name in set(row) - {"step", "time"}:
+            check_known(name)
+            assert row[name] is not None, f"{name} was not finite"
+
+
+def test_the_first_step_starts_from_equal_models(rows):
+    first = rows[1]
+    assert first["train/ratio_max_diff"] == 0 and first["train/ppo_kl"] == 0
+    assert first["train/kl_loss"] == 0, "the reference is the actor at step 0"
+    assert rows[2]["train/kl_loss"] > 0, "and stays behind when the actor moves"
+    assert all(rows[s]["rollout/logprob_abs_diff_max"] <= 1e-4 for s in (1, 2, 3))
+    assert all(rows[s]["reshard/canary_abs_diff"] <= 1e-4 for s in (0, 1, 2, 3))
+
+
+def test_trees_share_tokens_and_have_all_their_leaves(run, rows):
+    assert 0 < rows[1]["tree/token_ratio"] < 1
+    trees = [json.loads(x) for x in (run / "trees" / "step_000001.jsonl").read_text().splitlines()]
+    assert trees and all(len(t["leaves"]) == 8 == len(t["rewards"]) for t in trees)
+    assert rows[1]["tree/leaves"] == 8 * len(trees)
+
+
+def test_tensorboard_shows_the_same_numbers(run, rows):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    seen = {e.step: e.value for e in events.Scalars("grad-norm")}
+    assert seen == pytest.approx({s: rows[s]["grad-norm"] for s in (1, 2, 3)}, rel=1e-6)
+
+
+def test_checkpoints_are_whole_and_the_summary_has_what_people_ask(run):
+    saved = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert saved == ["step_000002", "step_000003"]
+    assert check_complete(run / "checkpoints" / "step_000003")["step"] == 3
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["token_ratio"] < 1 and summary["mismatch_max"] <= 1e-4
+    assert {"accuracy_before", "accuracy_after", "greedy_before", "greedy_after"} <= summary.keys()
+    assert load_config(run / "config.yaml").logging.run_dir == str(run)
+
+
+def test_transformers_loads_the_export_and_finds_the_same_accuracy(run, rows):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cfg = load_config(run / "config.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    model = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32)
+    prompts = list(load_prompts(cfg.data.eval, cfg.data, tokenizer).prompts)[:16]
+    right = 0.0
+    for p in prompts:
+        out = model.generate(torch.tensor([p.tokens]), max_new_tokens=64, do_sample=False)[0, len(p.tokens) :]
+        right += boxed(p.data_source, tokenizer.decode(out, skip_special_tokens=True), p.answer)
+    assert right / 16 == pytest.approx(rows[3]["eval/greedy_accuracy"])
+
+
+def test_the_same_command_goes_on_where_it_stopped(run):
+    before = (run / "metrics.jsonl").read_text().splitlines()
+    out = train(run, "train.num_rollouts=4", "checkpoint.save_hf=false")
+    assert "resumed from" in out and "next step 3" in out
+    after = (run / "metrics.jsonl").read_text().splitlines()
+    assert after[:4] == before and json.loads(after[4])["step"] == 4
+
+
+def test_the_report_reads_the_run(run, tmp_path):
+    from treepo_mega.monitor.report import write_report
+
+    page, data = write_report([run], tmp_path)
+    assert "<html" in Path(page).read_text() and json.loads(Path(data).read_text())
+    assert (REPO / "examples" / "tiny_cpu.yaml").exists()
