@@ -1,0 +1,66 @@
+"""A run that is asked to stop, and goes on later, equals one that was left alone: bit for bit, metrics and weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.ranks import finish, run_ranks, start_ranks
+from treepo_mega.actor.checkpoint import check_complete
+from treepo_mega.monitor.metrics import read_metrics
+
+STEPS = 12
+TIMES = ("time", "timing_s/", "perf/", "reshard/seconds", "reshard/gb_per_s")
+
+
+def command(run_dir: Path) -> list[str]:
+    """Two ranks, tensor parallel, with a reference model and two optimizer steps a rollout."""
+    return [
+        *("-m", "treepo_mega.cli", "train", "examples/tiny_cpu.yaml", f"logging.run_dir={run_dir}"),
+        *("parallel.tensor_model_parallel_size=2", "rollout.rollout_batch_size=8", "rollout.n_samples_per_prompt=8"),
+        *("algo.kl_loss_coef=0.05", f"train.num_rollouts={STEPS}", "eval.at_start=false", "eval.max_prompts=8"),
+    ]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Process ids of the ranks that a torchrun started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, timeout=30)
+    return [int(x) for x in listed.stdout.split()]
+
+
+def numbers(run_dir: Path) -> list[dict[str, float]]:
+    """The run's metrics without what a clock measured."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = start_ranks(2, *command(stopped))
+    metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    # To one rank only: the other must learn of it.
+    os.kill(ranks_of(process.pid)[-1], signal.SIGUSR1)
+    code, out = finish(process, 120)
+    assert "asked to stop: saved after step" in out, out[-6000:]
+    assert code != 0 and "exitcode  : 75" in out, "the status that job scripts requeue on"
+    (saved,) = (stopped / "checkpoints").iterdir()
+    done = check_complete(saved)["step"]
+    assert 1 <= done < STEPS and done == len(numbers(stopped))
+
+    resumed = run_ranks(2, *command(stopped), timeout=280)
+    assert f"next step {done}" in resumed
+    run_ranks(2, *command(whole), timeout=280)
+    assert numbers(stopped) == numbers(whole)
+    assert len(numbers(whole)) == STEPS
+    a, b = (load_file(d / "hf" / "model.safetensors") for d in (stopped, whole))
+    assert a.keys() == b.keys() and all(a[n].equal(b[n]) for n in a)
