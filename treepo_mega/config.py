@@ -171,8 +171,11 @@ class RolloutConfig(Section):
     """Children of a node while budget lasts (the paper's N)."""
     initial_branches: tuple[int, int] | None = None
     """[lo, hi]: children of the root, drawn per prompt; None: branch_factor."""
-    budget: Literal["equal"] = "equal"
-    """Who gets the branches at a level."""
+    budget: Literal["equal", "low_prob", "high_prob"] = "equal"
+    """Who gets the branches: every path alike, or more for paths whose newest segment the model found improbable
+    (low_prob) or probable (high_prob). The paper found equal at least as good as both."""
+    budget_temperature: float = Field(2.0, gt=0)
+    """Of the softmax over mean segment logprobs (nats a token) in low_prob and high_prob; higher is more equal."""
     transfer: Literal["level", "quota"] = "level"
     """level: branches of stopped paths go to their living siblings, level by level (a tree waits only for itself).
     quota: every node has a quota of leaves, which its children share; they start when their parent ends. What paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mega.tree.budget import level_budget, split_equally
+from treepo_mega.tree.budget import level_budget, mean_logprob, softmax_weights, split_by_weight, split_equally
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,51 @@ def test_impossible_budgets_are_refused():
         level_budget(3, 14, 0, 16, 2)
     with pytest.raises(ValueError, match="cannot give"):
         split_equally(2, 3, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    "total, weights, expected",
+    [
+        (4, [0.5, 0.5], [2, 2]),
+        (5, [0.5, 0.5], [3, 2]),  # a tie goes to the earlier path
+        (16, [0.9, 0.1], [14, 2]),  # 14 to share: 12.6 and 1.4
+        (8, [0.5, 0.3, 0.2], [4, 2, 2]),  # 5 to share: 2.5, 1.5, 1.0; the tie again
+        (3, [1.0, 0.0, 0.0], [1, 1, 1]),
+        (7, [0.0, 1.0, 0.0], [1, 5, 1]),
+        (9, [1.0], [9]),
+    ],
+)
+def test_largest_remainder_by_hand(total, weights, expected):
+    assert split_by_weight(total, weights) == expected
+
+
+@given(st.lists(st.floats(-60, 0), min_size=1, max_size=20), st.integers(0, 40), st.floats(1e-3, 100), st.booleans())
+def test_a_weighted_split_is_a_monotone_quota(xs, extra, temperature, low):
+    weights = softmax_weights(xs, temperature, favour_low=low)
+    assert math.isclose(math.fsum(weights), 1.0)
+    shares = split_by_weight(len(xs) + extra, weights)
+    assert sum(shares) == len(xs) + extra and min(shares) >= 1
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - 1 - extra * weight) < 1 + 1e-6, "a largest-remainder share is within one of the exact share"
+    for i, x in enumerate(xs):
+        for j, y in enumerate(xs):
+            if (x < y if low else x > y) and abs(weights[i] - weights[j]) > 1e-9:
+                assert shares[i] >= shares[j]
+
+
+def test_equal_certainty_is_an_equal_split_with_ties_in_path_order():
+    weights = softmax_weights([-0.7] * 7, 2.0, favour_low=True)
+    assert split_by_weight(7 + 7 + 3, weights) == [3, 3, 3, 2, 2, 2, 2]
+
+
+def test_weights_are_the_papers_softmax():
+    xs, tau = [-2.0, -0.5, -1.0], 2.0
+    exact = [math.exp(-(x - min(xs)) / tau) for x in xs]
+    assert softmax_weights(xs, tau, favour_low=True) == pytest.approx([e / sum(exact) for e in exact])
+    exact = [math.exp((x - min(xs)) / tau) for x in xs]
+    assert softmax_weights(xs, tau, favour_low=False) == pytest.approx([e / sum(exact) for e in exact])
+    assert mean_logprob([-1.0, -2.0]) == -1.5
+    with pytest.raises(ValueError, match="without tokens"):
+        mean_logprob([])
+    with pytest.raises(ValueError, match="cannot give"):
+        split_by_weight(1, [0.5, 0.5])

@@ -59,7 +59,7 @@ def grow(
             order.shuffle(pending)
         want = pending.pop()
         tokens = sample(want.prefix, want.seed, want.max_tokens, eos, box)
-        search.take(want.node_id, Segment(tokens, [-0.5] * len(tokens), "length"))
+        search.take(want.node_id, Segment(tokens, [-t / 10 for t in tokens], "length"))
     assert not pending and not search.wants()
     return search.tree
 
@@ -74,6 +74,8 @@ configs = st.builds(
     fallback=st.sampled_from(["finished", "any", "longest", "none"]),
     mode=st.sampled_from(["tree", "sequential"]),
     transfer=st.sampled_from(["level", "quota"]),
+    budget=st.sampled_from(["equal", "low_prob", "high_prob"]),
+    budget_temperature=st.sampled_from([0.01, 2.0]),
 )
 rates = st.sampled_from([(0.0, 0.0), (0.05, 0.0), (0.3, 0.0), (0.9, 0.0), (0.05, 0.1), (0.0, 0.4), (1.0, 0.0)])
 
@@ -182,6 +184,41 @@ def test_under_quota_one_candidate_takes_all_that_is_left():
         node = next(iter(search._level))
         search.take(node, Segment([6, 7, 8, 9][: search._level[node]], [-1.0] * search._level[node], "length"))
     assert len(search.tree.leaves) == 9 and search.tree.shortfall is None
+
+
+@pytest.mark.parametrize("transfer", ["level", "quota"])
+@pytest.mark.parametrize("budget, favoured", [("low_prob", 0), ("high_prob", 1)])
+def test_a_weighted_budget_gives_more_leaves_to_unsure_or_to_sure_paths(transfer, budget, favoured):
+    cfg = config(n_samples_per_prompt=16, transfer=transfer, budget=budget, budget_temperature=0.1)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    while not search.done:
+        for want in search.wants():
+            tokens = sample(want.prefix, want.seed, want.max_tokens, 0.0, 0.0)
+            sure = search.tree.nodes[want.node_id].path[0] == 1
+            search.take(want.node_id, Segment(tokens, [-0.1 if sure else -3.0] * len(tokens), "length"))
+    leaves = [sum(search.tree.nodes[i].path[0] == k for i in search.tree.leaves) for k in (0, 1)]
+    assert sum(leaves) == 16 and leaves[favoured] >= 12, leaves
+
+
+def test_under_quota_a_weighted_family_waits_for_itself_and_gives_stopped_members_no_more_than_their_leaf():
+    cfg = config(n_samples_per_prompt=9, branch_factor=3, transfer="quota", budget="low_prob", max_response_len=40)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    a, b, c = search.wants()
+    long = Segment([4, 5, 6, 7], [-1.0] * 4, "length")
+    search.take(c.node_id, long)
+    search.take(a.node_id, Segment([EOS], [-1.0], "stop"))
+    assert search.wants() == [], "the family is incomplete"
+    search.take(b.node_id, long)
+    assert len(search.wants()) == 6, "eight leaves over two living members, four each, at most three children each"
+    assert sorted(f.quota for f in {id(f): f for f in search._quotas._family.values()}.values()) == [4, 4]
+
+
+def test_under_quota_a_weighted_family_with_nothing_to_allot_does_not_wait():
+    cfg = config(n_samples_per_prompt=2, transfer="quota", budget="low_prob")
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    first, _ = search.wants()
+    search.take(first.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length"))
+    assert len(search.wants()) == 1
 
 
 def test_initial_branches_are_drawn_per_tree_within_the_range_and_the_width():

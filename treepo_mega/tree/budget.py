@@ -8,13 +8,23 @@ have w leaves in all. With branch factor N the level's budget is (paper section 
 so the branches of paths that stopped go to their living siblings, and a tree never promises more than w
 leaves. By induction A <= w - F always holds, hence no living path is ever dropped and no leaf is too many.
 
-The total is split equally. What does not divide evenly goes to paths drawn by the tree's own generator, not
-to the last ones in the list: a fixed choice would favour paths for their position.
+`budget: equal` splits the total equally. What does not divide evenly goes to paths drawn by the tree's own
+generator, not to the last ones in the list: a fixed choice would favour paths for their position.
+
+`low_prob` and `high_prob` weigh a path by its *local* certainty x, the mean logprob (nats a token) of its newest
+segment, which is what the paper calls the last tokens when fallback is aligned to segments (section 4.4):
+
+    weight = softmax(-+ (x - min x) / budget_temperature)          - for low_prob, + for high_prob
+
+so low_prob gives children to paths the model was unsure of, high_prob to those it was sure of. Every path gets one
+child; the rest follows the weights by largest remainder, ties in path order. There is nothing random in it.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 
 
 def level_budget(active: int, finished: int, just_finished: int, width: int, branch_factor: int) -> int:
@@ -38,3 +48,37 @@ def split_equally(total: int, paths: int, rng: random.Random) -> list[int]:
     base, extra = divmod(total, paths) if paths else (0, 0)
     lucky = set(rng.sample(range(paths), extra))
     return [base + (i in lucky) for i in range(paths)]
+
+
+def mean_logprob(logprobs: Sequence[float]) -> float:
+    """The local certainty x of a segment: mean over its tokens, nats. Raises ValueError for no tokens."""
+    if not logprobs:
+        raise ValueError("a segment without tokens has no mean logprob")
+    return math.fsum(logprobs) / len(logprobs)
+
+
+def softmax_weights(certainty: Sequence[float], temperature: float, *, favour_low: bool) -> list[float]:
+    """softmax(-+ (x - min x) / temperature), - when `favour_low`; positive as far as floats reach, sum 1."""
+    sign = -1.0 if favour_low else 1.0
+    scaled = [sign * x / temperature for x in certainty]
+    top = max(scaled)  # softmax does not see a shift: this one, unlike min x, cannot overflow
+    raw = [math.exp(z - top) for z in scaled]
+    total = math.fsum(raw)
+    return [r / total for r in raw]
+
+
+def split_by_weight(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` children over paths: one each, the rest in proportion to `weights` (sum 1) by largest remainder.
+
+    Ties go to the earlier path. Raises ValueError when `total < len(weights)`.
+    """
+    if total < len(weights):
+        raise ValueError(f"{total} children cannot give each of {len(weights)} paths one")
+    shares = [(total - len(weights)) * w for w in weights]
+    whole = [math.floor(share) for share in shares]
+    left = total - len(weights) - sum(whole)
+    # Rounded, so that equal weights tie although their products differ in the last bit.
+    order = sorted(range(len(weights)), key=lambda i: (round(whole[i] - shares[i], 12), i))
+    for i in order[:left]:
+        whole[i] += 1
+    return [1 + n for n in whole]

@@ -35,12 +35,12 @@ fallback), `duplicates` (leaves whose response equals an earlier leaf's).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree.budget import level_budget, split_equally
+from treepo_mega.tree.budget import level_budget, mean_logprob, softmax_weights, split_by_weight, split_equally
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.quota import Quotas
 from treepo_mega.tree.stop import StopRules
@@ -86,7 +86,8 @@ class TreeSearch:
         self._new: list[Want] = []
         self._level: dict[int, int] = {}  # node id -> max_tokens of this level's wants, under quota of what is running
         self._arrived: dict[int, Segment] = {}
-        self._quotas = Quotas(seed) if rollout.transfer == "quota" else None
+        weigh = None if rollout.budget == "equal" else self._weigh
+        self._quotas = Quotas(seed, weigh) if rollout.transfer == "quota" else None
         names = ("segments", "generated_tokens", "dropped_tokens", "levels", "fallbacks", "duplicates")
         self.tree.counts = dict.fromkeys(names, 0)
         children = self._branch(ROOT, self._initial_width())
@@ -159,12 +160,24 @@ class TreeSearch:
         if active:
             width = self._cfg.n_samples_per_prompt
             total = level_budget(len(active), len(tree.leaves), len(ended), width, self._cfg.branch_factor)
-            for node_id, children in zip(active, split_equally(total, len(active), self._rng), strict=True):
+            for node_id, children in zip(active, self._split(total, active), strict=True):
                 self._branch(node_id, children)
         elif len(tree.leaves) < self._cfg.n_samples_per_prompt:
             self._fall_back()
         if self.done:
             self._count_duplicates()
+
+    def _split(self, total: int, active: list[int]) -> list[int]:
+        """`total` children over the living paths of a level, by rollout.budget."""
+        if self._cfg.budget == "equal":
+            return split_equally(total, len(active), self._rng)
+        return self._weigh(total, [self.tree.nodes[i] for i in active])
+
+    def _weigh(self, total: int, living: Sequence[Node]) -> list[int]:
+        """`total` children (or leaves) over living nodes by how probable their segments were."""
+        certainty = [mean_logprob(node.logprobs) for node in living]
+        low = self._cfg.budget == "low_prob"
+        return split_by_weight(total, softmax_weights(certainty, self._cfg.budget_temperature, favour_low=low))
 
     def _close_node(self, node: Node, segment: Segment, quotas: Quotas) -> None:
         """`transfer: quota`: settle one segment; who may branch by it branches at once."""
