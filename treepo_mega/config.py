@@ -182,8 +182,9 @@ class RolloutConfig(Section):
     that stopped early leave over is spent by fallback once nothing of the tree is running."""
     fallback: Literal["finished", "any", "longest", "none"] = "finished"
     """Which ended paths are cut back and resampled when a tree ran dry before it had all its leaves."""
-    fallback_cut: Literal["random"] = "random"
-    """Where they are cut: at a random segment border before the end."""
+    fallback_cut: Literal["random", "low_prob"] = "random"
+    """Where they are cut: at a random segment border before the end, or at the border behind which the path's first
+    token had the lowest logprob."""
     dynamic_sampling: bool = True
     """Drop prompts whose rewards are all equal, and refill from new prompts."""
     max_refills: int = Field(2, ge=0)

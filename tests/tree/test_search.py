@@ -74,6 +74,7 @@ configs = st.builds(
     fallback=st.sampled_from(["finished", "any", "longest", "none"]),
     mode=st.sampled_from(["tree", "sequential"]),
     transfer=st.sampled_from(["level", "quota"]),
+    fallback_cut=st.sampled_from(["random", "low_prob"]),
     budget=st.sampled_from(["equal", "low_prob", "high_prob"]),
     budget_temperature=st.sampled_from([0.01, 2.0]),
 )
@@ -254,6 +255,28 @@ def test_which_ended_paths_are_resampled_first():
     assert orders["finished"] == {(1, 3), (3, 1)}
     assert {frozenset(o) for o in orders["any"]} == {frozenset((1, 2, 3, 4))} and len(orders["any"]) > 10
     assert orders["longest"] == {(2, 3, 4, 1), (2, 4, 3, 1)}
+
+
+@pytest.mark.parametrize("weak, prefix", [(0, [7]), (1, [7, 4, 5, 6, 8]), (2, [7, 4, 5, 6, 8, 4, 5, 6, 8])])
+def test_a_low_prob_cut_is_the_border_behind_which_the_path_was_least_sure(weak, prefix):
+    cfg = config(n_samples_per_prompt=2, branch_factor=1, fallback_cut="low_prob")
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    for depth in range(3):
+        (want,) = search.wants()
+        first = -4.0 if depth == weak else -1.0  # later tokens are less probable still, but are not at a border
+        tokens, reason = ([4, 5, 6, 8], "length") if depth < 2 else ([4, 5, 6, EOS], "stop")
+        search.take(want.node_id, Segment(tokens, [first, -9.0, -9.0, -9.0], reason))
+    (again,) = search.wants()
+    assert again.prefix == prefix and search.tree.nodes[again.node_id].fallback
+
+
+def test_a_low_prob_cut_among_equals_is_the_earliest():
+    cfg = config(n_samples_per_prompt=2, branch_factor=1, fallback_cut="low_prob", max_response_len=8)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    for tokens in ([4, 5, 6, 8], [4, 5, 6, EOS]):
+        (want,) = search.wants()
+        search.take(want.node_id, Segment(tokens, [-1.0] * 4, "length"))
+    assert [w.prefix for w in search.wants()] == [[7]]
 
 
 def test_sequential_mode_is_n_children_of_the_root_with_the_whole_response():

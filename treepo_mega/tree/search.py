@@ -20,9 +20,10 @@ likes. The tree does not change, because
 Algorithm: TreePO, section 2.2 (arXiv 2508.17445), with the released code's defects avoided. The root gets
 `branch_factor` children (or a draw from `initial_branches`); after each level `tree/budget.py` decides how many
 children each living path gets; `tree/stop.py` decides which paths end. A stopped path of any kind is a leaf.
-When every path ended and leaves are missing, *fallback* picks ended paths, cuts each back to a random segment
-border strictly before its end, and samples new children there. A fallback adds children to an existing node, and
-a want's prefix is always rebuilt from the tree, so that what is recorded is what the engine was conditioned on.
+When every path ended and leaves are missing, *fallback* picks ended paths, cuts each back to a segment border
+strictly before its end (`fallback_cut`: a random one, or the one behind which the model was least sure how to go
+on), and samples new children there. A fallback adds children to an existing node, and a want's prefix is always
+rebuilt from the tree, so that what is recorded is what the engine was conditioned on.
 
 `mode: sequential` is the same machine with depth 1: n children of the root, the whole response one segment. The
 engine knows nothing of answer boxes, so what it sampled behind a box is dropped afterwards (see `counts`).
@@ -37,6 +38,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
@@ -235,8 +237,15 @@ class TreeSearch:
         return made
 
     def _cut(self, leaf: int) -> int:
-        """A node on the path to `leaf`, drawn uniformly among the borders strictly before its end (root included)."""
-        return self._rng.choice(self.tree.ancestry(leaf)[:-1])
+        """A node on the path to `leaf`, strictly before its end (root included): where to sample anew.
+
+        random: drawn uniformly. low_prob: the border behind which the path's first token was the least probable,
+        the earliest of equals.
+        """
+        path = self.tree.ancestry(leaf)
+        if self._cfg.fallback_cut == "random":
+            return self._rng.choice(path[:-1])
+        return min(pairwise(path), key=lambda step: self.tree.nodes[step[1]].logprobs[0])[0]
 
 
 def _ended_well(tree: Tree, rng: random.Random) -> list[int]:
