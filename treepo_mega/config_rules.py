@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from treepo_mega.config import Config
+    from treepo_mega.config import Config, RolloutConfig
 
 
 def check_batch(cfg: Config) -> list[str]:
@@ -46,13 +46,7 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
             f"world size {world_size} is not a multiple of rollout.engine.tensor_parallel_size "
             f"{r.engine.tensor_parallel_size}"
         )
-    if r.mode == "tree" and r.depth_limit * r.segment_length < r.max_response_len:
-        bad.append(
-            f"rollout.max_depth {r.depth_limit} x rollout.segment_length {r.segment_length} is less than "
-            f"rollout.max_response_len {r.max_response_len}: no path could reach it"
-        )
-    if r.initial_branches is not None and not 1 <= r.initial_branches[0] <= r.initial_branches[1]:
-        bad.append(f"rollout.initial_branches {list(r.initial_branches)}: expected [lo, hi] with 1 <= lo <= hi")
+    bad += _check_tree(r)
     if r.engine.max_num_batched_tokens < cfg.max_model_len:
         bad.append(
             f"rollout.engine.max_num_batched_tokens {r.engine.max_num_batched_tokens} is smaller than the longest "
@@ -64,6 +58,39 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
         for i, s in enumerate(sources):
             if (s.path is None) == (s.reasoning_gym is None):
                 bad.append(f"data.{name}.{i}: set exactly one of path and reasoning_gym")
+    return bad
+
+
+def _check_tree(r: RolloutConfig) -> list[str]:
+    """A tree of this shape can have its n_samples_per_prompt leaves, and its paths can reach their length."""
+    if r.mode != "tree":
+        return []
+    bad, first, width = [], r.branch_factor, r.n_samples_per_prompt
+    if r.depth_limit * r.segment_length < r.max_response_len:
+        bad.append(
+            f"rollout.max_depth {r.depth_limit} x rollout.segment_length {r.segment_length} is less than "
+            f"rollout.max_response_len {r.max_response_len}: no path could reach it"
+        )
+    if r.initial_branches is not None:
+        low, first = r.initial_branches
+        if not 1 <= low <= first:
+            return [*bad, f"rollout.initial_branches {[low, first]}: expected [lo, hi] with 1 <= lo <= hi"]
+        if first > width:
+            bad.append(
+                f"rollout.initial_branches {[low, first]} exceeds rollout.n_samples_per_prompt {width}: a tree with "
+                f"{width} leaves cannot begin with more branches than that"
+            )
+    # A path ends by its length, whatever max_depth allows.
+    depth = min(r.depth_limit, -(-r.max_response_len // r.segment_length))
+    reachable = first * r.branch_factor ** min(depth - 1, 64)
+    if r.fallback == "none" and reachable < width:
+        begin = "rollout.branch_factor" if r.initial_branches is None else "the most of rollout.initial_branches"
+        bad.append(
+            f"rollout.n_samples_per_prompt {width} is out of reach: with rollout.fallback none, {begin} {first} at the "
+            f"prompt and rollout.branch_factor {r.branch_factor} behind each of the other {depth - 1} segments, paths "
+            f"that run to their end give {reachable} leaves; use another rollout.fallback, more branches, or a smaller "
+            f"rollout.segment_length than {r.segment_length}"
+        )
     return bad
 
 

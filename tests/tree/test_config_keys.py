@@ -1,0 +1,94 @@
+"""What a person is told about sampling keys that cannot be used: which key, what was found, what would do."""
+
+from __future__ import annotations
+
+import pytest
+
+from treepo_mega.config import Config, ConfigError, check, parse_config
+from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.search import Segment, TreeSearch
+from treepo_mega.tree.stop import StopRules
+
+
+def config(**rollout: object) -> Config:
+    return parse_config(
+        {
+            "model": {"hf_checkpoint": "m"},
+            "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
+            "rollout": {"n_samples_per_prompt": 8, "segment_length": 16, "max_response_len": 64, **rollout},
+        }
+    )
+
+
+def complaint(**rollout: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        check(config(**rollout), 1)
+    return str(error.value)
+
+
+def test_the_defaults_are_the_papers():
+    r = config().rollout
+    assert (r.budget, r.transfer, r.fallback_cut, r.budget_temperature) == ("equal", "level", "random", 2.0)
+    assert check(config(), 1)
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("segment_length", 0, "greater than or equal to 1 (got 0)"),
+        ("budget_temperature", 0, "greater than 0 (got 0)"),
+        ("budget", "entropy", "'equal', 'low_prob' or 'high_prob' (got 'entropy')"),
+        ("transfer", "levels", "'level' or 'quota' (got 'levels')"),
+        ("fallback_cut", "lowest", "'random' or 'low_prob' (got 'lowest')"),
+    ],
+)
+def test_an_impossible_value_names_its_key_and_what_was_expected(key, value, says):
+    with pytest.raises(ConfigError) as error:
+        config(**{key: value})
+    assert f"rollout.{key}: " in str(error.value) and says in str(error.value)
+
+
+def test_initial_branches_must_be_a_range_within_the_width():
+    assert "rollout.initial_branches [3, 2]: expected [lo, hi]" in complaint(initial_branches=[3, 2])
+    assert "rollout.initial_branches [0, 2]: expected [lo, hi]" in complaint(initial_branches=[0, 2])
+    said = complaint(initial_branches=[2, 9])
+    assert "rollout.initial_branches [2, 9] exceeds rollout.n_samples_per_prompt 8" in said
+    assert check(config(initial_branches=[2, 8]), 1)
+    assert check(config(initial_branches=[2, 9], mode="sequential"), 1), "sequential sampling has no branches"
+
+
+@pytest.mark.parametrize(
+    "shape, reachable",
+    [
+        ({"n_samples_per_prompt": 17}, 16),
+        ({"n_samples_per_prompt": 16}, None),
+        ({"n_samples_per_prompt": 2, "branch_factor": 1}, 1),
+        ({"max_response_len": 17}, 4),
+        ({"max_response_len": 33}, None),
+        ({"max_response_len": 33, "max_depth": 9, "n_samples_per_prompt": 9}, 8),  # the length ends paths first
+        ({"initial_branches": [2, 3], "max_response_len": 20}, 6),
+        ({"initial_branches": [2, 4], "max_response_len": 20}, None),
+    ],
+)
+@pytest.mark.parametrize("transfer", ["level", "quota"])
+def test_a_width_out_of_reach_is_refused_and_the_number_is_the_samplers(shape, reachable, transfer):
+    cfg = config(fallback="none", transfer=transfer, **shape)
+    if reachable is None:
+        assert check(cfg, 1)
+    else:
+        said = complaint(fallback="none", transfer=transfer, **shape)
+        assert f"{reachable} leaves" in said and "rollout.n_samples_per_prompt" in said and "rollout.fallback" in said
+        assert check(config(transfer=transfer, **shape), 1), "fallback makes up for it"
+    most = max(leaves_without_a_stop(cfg, seed) for seed in range(12))
+    assert most == (reachable or cfg.rollout.n_samples_per_prompt)
+
+
+def leaves_without_a_stop(cfg: Config, seed: int) -> int:
+    """Leaves of a tree in which no path ends before its length."""
+    stop = StopRules.from_config(cfg.rollout, [0], lambda tokens: " ".join(map(str, tokens)))
+    search = TreeSearch("p", [1], cfg.rollout, seed=seed, stop=stop)
+    while not search.done:
+        for want in search.wants():
+            tokens = [1 + derive_seed(want.seed, i) % 9999 for i in range(want.max_tokens)]
+            search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length"))
+    return len(search.tree.leaves)
