@@ -48,6 +48,12 @@ def test_resume_without_the_distributed_optimizer(results):
     assert run["dp2_plain_optimizer"]["weight_diff"] == 0
 
 
+@pytest.mark.parametrize("layout", ["tp2", "dp2_plain_optimizer"])
+def test_a_run_that_never_stepped_can_be_saved_and_resumed(results, layout):
+    run = results["before_the_first_step"][layout]
+    assert run[layout]["steps"] == run["whole"] and run[layout]["weight_diff"] == 0
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
 def test_a_nan_gradient_changes_nothing_and_is_counted(results, layout):
     got = results["skipping"][layout]

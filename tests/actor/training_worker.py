@@ -36,6 +36,8 @@ LAYOUTS = {
     "dp2_plain_optimizer": ["parallel.use_distributed_optimizer=false"],
 }
 
+UNSTEPPED = ("tp2", "dp2_plain_optimizer")
+
 
 def begin(directory: Path, layout: str) -> tuple[Config, Actor]:
     """A fresh actor in `layout`; an earlier layout of this process is taken down."""
@@ -77,20 +79,20 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[n] - b[n]).abs().nan_to_num(nan=float("inf")).max()) for n in a)
 
 
-def resume(directory: Path, saved: str, layouts: list[str]) -> dict[str, Any]:
-    """An uninterrupted run in layout `saved` against runs resumed from its checkpoint in `layouts`."""
-    where = directory / saved / "step_000002"
+def resume(directory: Path, saved: str, layouts: list[str], after: int = 2) -> dict[str, Any]:
+    """A run in layout `saved` that saves after `after` steps, against runs resumed from that in `layouts`."""
+    where = directory / saved / f"step_{after:06d}"
     cfg, actor = begin(directory, saved)
-    whole = steps(cfg, actor, range(2))
-    trainer = {"step": 2, "cursor": {"taken": 32}, "skipped_in_a_row": 1}
+    whole = steps(cfg, actor, range(after))
+    trainer = {"step": after, "cursor": {"taken": 32}, "skipped_in_a_row": 1}
     checkpoint.save_training(where, actor.models, actor.optimizer, actor.scheduler, trainer, 60)
-    whole += steps(cfg, actor, range(2, 4))
+    whole += steps(cfg, actor, range(after, 4))
     want = weights(cfg, actor)
     out: dict[str, Any] = {"whole": whole}
     for layout in layouts:
         cfg, actor = begin(directory, layout)
         back = checkpoint.load_training(where, actor.models, actor.optimizer, actor.scheduler)
-        rows = steps(cfg, actor, range(2, 4))
+        rows = steps(cfg, actor, range(after, 4))
         far = difference(weights(cfg, actor), want) / cfg.train.lr
         out[layout] = {"trainer": back == trainer, "steps": rows, "weight_diff": far}
     return out
@@ -142,6 +144,7 @@ def main() -> None:
     results = {
         "resume": {saved: resume(directory, saved, list(LAYOUTS)[:4]) for saved in ("tp2", "dp2")},
         "plain_optimizer": resume(directory, "dp2_plain_optimizer", ["dp2_plain_optimizer"]),
+        "before_the_first_step": {saved: resume(directory, saved, [saved], after=0) for saved in UNSTEPPED},
         "skipping": {layout: skipping(directory, layout) for layout in ("tp2", "pp2", "dp2")},
     }
     if dist.is_main():

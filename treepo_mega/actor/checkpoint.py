@@ -58,16 +58,30 @@ def _inner_optimizers(optimizer: Any) -> list[Any]:
 
 
 def _uses_torch_adam(optimizer: Any) -> bool:
-    inner = getattr(optimizer, "optimizer", None)
-    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and hasattr(optimizer, "gbuf_ranges")
+    return isinstance(getattr(optimizer, "optimizer", None), torch.optim.Adam | torch.optim.AdamW)
+
+
+def _is_distributed(optimizer: Any) -> bool:
+    return hasattr(optimizer, "gbuf_ranges")
+
+
+def _give_state(o: Any) -> None:
+    """The state that torch's AdamW makes in its first step, made now: loading writes into it, and a run that
+    saves before it ever stepped has something to save. (Megatron's own way takes a step, which decays weights.)
+    """
+    for group in o.optimizer.param_groups:
+        for param in group["params"]:
+            if not o.optimizer.state[param]:
+                zeros = {k: torch.zeros_like(param) for k in ("exp_avg", "exp_avg_sq")}
+                o.optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
 
 
 def _prepare_optimizer_for_load(optimizer: Any) -> None:
     """Give a fresh distributed optimizer the state that loading writes into (traps 1 and 2 of the docstring)."""
     for o in _inner_optimizers(optimizer):
-        if not _uses_torch_adam(o):
+        if not (_uses_torch_adam(o) and _is_distributed(o)):
             continue
-        o._init_optimizer_states_with_dummy_values()
+        _give_state(o)
         copy_back = o._set_main_param_and_optimizer_states
 
         def with_step(model_param: Any, tensors: dict[str, Any], o: Any = o, copy_back: Any = copy_back) -> None:
@@ -78,10 +92,17 @@ def _prepare_optimizer_for_load(optimizer: Any) -> None:
         o._set_main_param_and_optimizer_states = with_step
 
 
+def _restore_zero_step(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Megatron's unsharded optimizers leave out a `step` of 0 when they save, and miss it when they load."""
+    inner = _inner_optimizers(optimizer)
+    if len(inner) == 1 and _uses_torch_adam(inner[0]) and not _is_distributed(inner[0]):
+        loaded.get("optimizer", loaded)["state"].setdefault("common_step", torch.tensor(0.0))
+
+
 def _separate_steps(optimizer: Any) -> None:
     """One `step` tensor per parameter again (trap 3)."""
     for o in _inner_optimizers(optimizer):
-        if _uses_torch_adam(o):
+        if _uses_torch_adam(o) and _is_distributed(o):
             for state in o.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
@@ -110,6 +131,8 @@ def save_training(
 ) -> None:
     """Save weights, optimizer, LR schedule and `trainer` (a JSON-able dict). Collective over all ranks."""
     metadata = _metadata()
+    for o in filter(_uses_torch_adam, _inner_optimizers(optimizer)):
+        _give_state(o)
     state = _model_state(models, metadata)
     model_state = _merged(state)
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
@@ -127,6 +150,7 @@ def load_training(directory: Path, models: list[torch.nn.Module], optimizer: Any
     loaded = dist_checkpointing.load(state, str(directory))
     for i, model in enumerate(models):
         model.load_state_dict(loaded[f"model{i}"], strict=True)
+    _restore_zero_step(optimizer, loaded["optimizer"])
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
     _separate_steps(optimizer)
