@@ -25,6 +25,10 @@ strictly before its end (`fallback_cut`: a random one, or the one behind which t
 on), and samples new children there. A fallback adds children to an existing node, and a want's prefix is always
 rebuilt from the tree, so that what is recorded is what the engine was conditioned on.
 
+What the leaves are samples of: without fallback, a random descent (a child drawn uniformly at each node) ends as an
+independent sample of the model would, under every budget and transfer rule. A leaf drawn uniformly from a tree whose
+paths can end early does not: a path that goes on becomes several leaves, so long responses are over-represented.
+
 `mode: sequential` is the same machine with depth 1: n children of the root, the whole response one segment. The
 engine knows nothing of answer boxes, so what it sampled behind a box is dropped afterwards (see `counts`).
 
