@@ -468,8 +468,8 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"model.hf_checkpoint: cannot read {path}: {e.strerror or e}") from None
-    except ValueError as e:
-        raise ConfigError(f"{path}: not valid JSON: {e}") from None
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
     needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     if not isinstance(hf, dict) or (missing := [n for n in needed if not isinstance(hf.get(n), int)]):
         what = ", ".join(missing) if isinstance(hf, dict) else "a mapping"

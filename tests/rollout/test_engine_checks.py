@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from treepo_mega.config import parse_config
+from treepo_mega.config import ConfigError, parse_config
 from treepo_mega.rollout.engine import Engine, EngineError, find_eos_token_ids
 from treepo_mega.runtime.device import has_cuda
 
@@ -35,7 +35,7 @@ def edit(hf: Path, name: str, **changes: object) -> None:
 
 
 def test_a_missing_or_broken_checkpoint_is_named(copy):
-    with pytest.raises(EngineError, match=r"nowhere.*config\.json"):
+    with pytest.raises(ConfigError, match=r"nowhere.*config\.json"):
         start(copy / "nowhere")
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
@@ -50,7 +50,7 @@ def test_a_missing_or_broken_checkpoint_is_named(copy):
     with pytest.raises(EngineError, match=r"no \*\.safetensors file"):
         start(copy)
     (copy / "config.json").write_text('{\n"vocab_size": }')
-    with pytest.raises(EngineError, match=r"config\.json:2: not valid JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json:2: not valid JSON"):
         start(copy)
 
 

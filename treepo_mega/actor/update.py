@@ -64,6 +64,7 @@ def policy_gradient(algo: AlgoConfig) -> LossFunction:
     """The segment-advantage loss as a callback on packs (old logprobs must be filled in)."""
 
     def loss(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
+        """A `LossFunction`. Raises ValueError for a pack without old logprobs."""
         if pack.old_logprobs is None:
             raise ValueError("the pack has no old logprobs: run actor.logprobs first")
         return policy_loss(

@@ -53,6 +53,7 @@ class _LogProbEntropy(torch.autograd.Function):
         chunk: int,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
+        """(logp [N], entropy [N]); two all-reduces over `group`."""
         rows = hidden.shape[0]
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         peak = torch.full((rows,), float("-inf"), dtype=dtype, device=hidden.device)
@@ -83,6 +84,7 @@ class _LogProbEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden [N, K] (this shard's part) and weight [V/tp, K], logits recomputed; no collective."""
         g_logp, g_entropy = grads
         hidden, weight, local, mine, lse, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)

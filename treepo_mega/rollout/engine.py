@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from treepo_mega.config import Config
+from treepo_mega.config import Config, read_hf_config
 from treepo_mega.runtime.device import device, has_cuda
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -270,21 +270,6 @@ class Engine:
             yield name, tensor
         if missing:
             raise EngineError(f"update_weights: {len(missing)} tensors missing, such as {sorted(missing)[:3]}")
-
-
-def read_hf_config(hf_dir: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face checkpoint directory. Raises EngineError naming what is missing or malformed."""
-    path = hf_dir / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise EngineError(f"{path}: cannot read the model's configuration: {e.strerror}") from None
-    except json.JSONDecodeError as e:
-        raise EngineError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
-    for key in ("vocab_size", "hidden_size", "num_attention_heads"):
-        if not isinstance(hf.get(key), int):
-            raise EngineError(f"{path}: {key} must be an integer, got {hf.get(key)!r}")
-    return dict(hf)
 
 
 def find_eos_token_ids(hf_dir: str | Path, tokenizer: Any = None) -> list[int]:

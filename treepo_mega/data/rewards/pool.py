@@ -266,6 +266,7 @@ class _Batch:
         self.busy: set[_Worker] = set()
 
     def run(self) -> list[RewardResult]:
+        """Hand items to idle workers and take results until all are in; results in the items' order."""
         while self.waiting or self.busy:
             while self.waiting and (worker := self.pool._idle_worker()) is not None:
                 item = self.waiting.popleft()

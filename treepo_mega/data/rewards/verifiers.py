@@ -151,6 +151,7 @@ def _load_math() -> Verifier:
     def compute_score(
         data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None
     ) -> dict[str, float]:
+        """math-verify on the last closed box, else the whole text; 0 with a flag when it times out or cannot parse."""
         truth = gold(ground_truth)
         content = last_box(solution_str)
         text = solution_str if content is None else f"\\boxed{{{content}}}"
@@ -183,6 +184,7 @@ def _load_reasoning_gym() -> Verifier:
     def compute_score(
         data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None
     ) -> dict[str, float]:
+        """The task's own score_answer, thresholded at full marks, on the last box, <answer> or the whole text."""
         try:
             ref = extra_info["reasoning_gym"]
             task = dataset(ref["name"], json.dumps(ref["params"], sort_keys=True), ref["seed"], ref["size"])
