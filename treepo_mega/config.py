@@ -133,7 +133,7 @@ class EngineConfig(Section):
     enforce_eager: bool = True
     canary_max_abs_diff: float | None = Field(None, gt=0)
     """After each refit the engine's logprobs of a fixed prompt may differ from the actor's by this much, nats;
-    None: 1e-3 when both are fp32, else 0.3."""
+    None: 1e-3 when both are fp32, else 1 (random tokens are improbable, and bf16 rounds their logits coarsely)."""
 
 
 class StopConfig(Section):
@@ -342,7 +342,7 @@ class Config(Section):
         if r.engine.dtype is None:
             r.engine.dtype = self.model.params_dtype
         if r.engine.canary_max_abs_diff is None:
-            r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 0.3
+            r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 1.0
         if self.algo.use_tis is None:
             self.algo.use_tis = r.engine.dtype != self.model.params_dtype or self.model.params_dtype == "bf16"
         if self.algo.whiten_advantages is None:
