@@ -17,6 +17,7 @@ An earlier run in the same directory is deleted first. Exit status 0 only if eve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "examples/tiny_cpu.yaml"
@@ -67,12 +70,17 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     print(
         f"training on {ranks} ranks (TP {args.tp} x PP {args.pp} x DP {args.dp}); this takes a few minutes", flush=True
     )
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env})
     try:
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, timeout=args.timeout, check=False)
+        status = process.wait(args.timeout)
     except subprocess.TimeoutExpired:
+        # The ranks have sessions of their own: ending torchrun alone would leave them running.
+        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         raise RuntimeError(f"the training did not end within {args.timeout:.0f} s (--timeout)") from None
-    if done.returncode:
-        raise RuntimeError(f"the training failed with status {done.returncode}; its messages are above")
+    if status:
+        raise RuntimeError(f"the training failed with status {status}; its messages are above")
 
 
 def export_accuracy(run_dir: Path) -> float:

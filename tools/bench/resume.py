@@ -3,7 +3,7 @@
     python tools/bench/resume.py [--quick] [--ranks 2]
 
 One uninterrupted run of the demo's recipe (TP over the ranks), then the same run stopped several times: by SIGKILL
-of the whole process group in the middle of a step, and by SIGTERM (which saves and leaves). Each time it is
+of every process in the middle of a step, and by SIGTERM (which saves and leaves). Each time it is
 resumed from its newest checkpoint. At the end every metric of every step must be bit-equal to the
 uninterrupted run's, except times (timing_s/, perf/, reshard/seconds, reshard/gb_per_s). --quick: one kill.
 

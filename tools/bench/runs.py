@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = [
@@ -53,10 +56,20 @@ def wait(
 
 
 def kill(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
-    """Signal every process of the run's group; after SIGKILL wait for its end."""
-    os.killpg(process.pid, number)
+    """Signal the launcher and all its descendants; after SIGKILL wait until every one is gone.
+
+    torchrun starts each rank in a session of its own, so signalling its process group would miss them.
+    """
+    launcher = psutil.Process(process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for member in family if number == signal.SIGKILL else [launcher]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(number)
     if number == signal.SIGKILL:
         process.wait(30)
+        _, alive = psutil.wait_procs(family[1:], timeout=30)
+        if alive:
+            raise RuntimeError(f"processes {[p.pid for p in alive]} outlived SIGKILL by 30 s")
 
 
 def run(ranks: int, run_dir: Path, overrides: list[str], what: str) -> list[dict[str, Any]]:
