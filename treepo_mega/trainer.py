@@ -19,7 +19,7 @@ import numpy as np
 
 from treepo_mega.actor import checkpoint
 from treepo_mega.actor.batch import plan_rollout
-from treepo_mega.actor.forward import padding_multiple
+from treepo_mega.actor.forward import count_multiple, padding_multiple
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
 from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
 from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
@@ -206,13 +206,8 @@ class Trainer:
         one = Trajectory(0, tokens, 1, 0.0, [0.0] * (len(tokens) - 1))
         # The same sequence on every data-parallel rank: each computes it for itself.
         plan = plan_step([one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=padding_multiple(self.cfg))
-        logprobs = self.actor.logprobs(plan.packs * self._schedule_packs())
+        logprobs = self.actor.logprobs(plan.packs * count_multiple(self.cfg))
         return logprobs[0] if logprobs else None
-
-    def _schedule_packs(self) -> int:
-        """The interleaved schedule wants whole groups of micro-batches."""
-        p = self.cfg.parallel
-        return p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Sampled (and greedy) accuracy on the evaluation prompts, with the weights the engine holds."""

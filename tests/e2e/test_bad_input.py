@@ -23,7 +23,7 @@ def train(*overrides: str, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
 
 
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def check_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     for word in words:
@@ -41,53 +41,59 @@ def run_with(model: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_key_that_does_not_exist():
-    refused(train("rollout.segmnt_length=8"), "rollout.segmnt_length", "did you mean 'segment_length'")
+    check_refused(train("rollout.segmnt_length=8"), "rollout.segmnt_length", "did you mean 'segment_length'")
 
 
 def test_a_missing_checkpoint(tmp_path):
-    refused(train(f"model.hf_checkpoint={tmp_path}/nowhere"), "nowhere/config.json")
+    check_refused(train(f"model.hf_checkpoint={tmp_path}/nowhere"), "nowhere/config.json")
 
 
 def test_a_layout_that_does_not_divide_the_heads():
-    refused(train("parallel.tensor_model_parallel_size=3", WORLD_SIZE="3"), "does not divide", "num_attention_heads")
+    check_refused(
+        train("parallel.tensor_model_parallel_size=3", WORLD_SIZE="3"), "does not divide", "num_attention_heads"
+    )
 
 
 def test_a_world_size_that_does_not_fit():
-    refused(train("parallel.tensor_model_parallel_size=2"), "world size 1 is not a multiple")
+    check_refused(train("parallel.tensor_model_parallel_size=2"), "world size 1 is not a multiple")
 
 
 def test_missing_weights(model):
     (model / "model.safetensors").unlink()
-    refused(run_with(model), "model", "safetensors")
+    check_refused(run_with(model), "model", "safetensors")
 
 
 def test_a_tensor_of_the_wrong_shape(model):
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    refused(run_with(model), "model.norm.weight", "[63]", "[64]")
+    check_refused(run_with(model), "model.norm.weight", "[63]", "[64]")
 
 
 def test_a_malformed_line(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"prompt": "a", "answer": "1"}) + "\n{not json\n")
-    refused(train(f"data.train=[{{path: {bad}}}]", f"logging.run_dir={tmp_path}/run"), "bad.jsonl", "line 2")
+    check_refused(train(f"data.train=[{{path: {bad}}}]", f"logging.run_dir={tmp_path}/run"), "bad.jsonl", "line 2")
 
 
 def test_a_missing_answer(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"prompt": "a", "anser": "1"}) + "\n")
-    refused(train(f"data.train=[{{path: {bad}}}]", f"logging.run_dir={tmp_path}/run"), "bad.jsonl", "answer", "anser")
+    check_refused(
+        train(f"data.train=[{{path: {bad}}}]", f"logging.run_dir={tmp_path}/run"), "bad.jsonl", "answer", "anser"
+    )
 
 
 def test_an_unknown_verifier(tmp_path):
-    refused(train("data.verifier=boxd", f"logging.run_dir={tmp_path}/run"), "boxd", "boxed")
+    check_refused(train("data.verifier=boxd", f"logging.run_dir={tmp_path}/run"), "boxd", "boxed")
 
 
 def test_a_checkpoint_cut_short(tmp_path):
     partial = tmp_path / "step_000002"
     partial.mkdir()
-    refused(train(f"checkpoint.load={partial}", f"logging.run_dir={tmp_path}/run"), "step_000002", "manifest.json")
+    check_refused(
+        train(f"checkpoint.load={partial}", f"logging.run_dir={tmp_path}/run"), "step_000002", "manifest.json"
+    )
 
 
 def test_a_model_without_an_end_token(model):
@@ -98,4 +104,4 @@ def test_a_model_without_an_end_token(model):
     ):
         content = json.loads((model / name).read_text())
         (model / name).write_text(json.dumps({k: v for k, v in content.items() if k not in keys}))
-    refused(run_with(model), "eos")
+    check_refused(run_with(model), "eos")

@@ -16,13 +16,11 @@ from treepo_mega.config import Config
 from treepo_mega.data.prompts import Prompt, PromptCursor
 from treepo_mega.data.rewards import RewardItem, RewardPool
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, summarize
 from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal, set_rewards
 from treepo_mega.tree.node import Tree
-
-CORRECT = 0.5
-"""A reward above this counts as correct."""
 
 
 @dataclass(slots=True)

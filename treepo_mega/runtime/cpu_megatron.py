@@ -151,6 +151,7 @@ class _Retarget(ast.NodeTransformer):
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.Assign]:
+        """`from torch.cuda import a as b` -> `b = <stand-in>.a`, one assignment a name."""
         if node.module != "torch.cuda":
             return node
         return [
@@ -184,6 +185,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """The ordinary spec with our loader, for source modules under `megatron`; None for all else."""
         if fullname.split(".")[0] != ROOT:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
