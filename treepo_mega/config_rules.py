@@ -64,13 +64,20 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
 def _check_tree(r: RolloutConfig) -> list[str]:
     """A tree of this shape can have its n_samples_per_prompt leaves, and its paths can reach their length."""
     if r.mode != "tree":
-        return []
-    bad, first, width = [], r.branch_factor, r.n_samples_per_prompt
-    if r.depth_limit * r.segment_length < r.max_response_len:
+        odd = [name for name in ("token_budget", "partial_rollout") if getattr(r, name) is not None]
+        return [f"rollout.{name} needs rollout.mode tree: sequential samples have one segment" for name in odd]
+    bad, first, width = _check_segments(r), r.branch_factor, r.n_samples_per_prompt
+    if r.token_budget is not None and r.transfer == "quota":
+        bad.append("rollout.token_budget needs rollout.transfer level: under quota no path knows what others spent")
+    if r.token_budget is not None and r.token_budget < r.segment_length:
         bad.append(
-            f"rollout.max_depth {r.depth_limit} x rollout.segment_length {r.segment_length} is less than "
-            f"rollout.max_response_len {r.max_response_len}: no path could reach it"
+            f"rollout.token_budget {r.token_budget} is less than one segment (rollout.segment_length "
+            f"{r.segment_length}): it could not begin a tree"
         )
+    if r.budget_temperature_end is not None and r.budget == "equal":
+        bad.append("rollout.budget_temperature_end has no effect with rollout.budget equal: nothing is weighed")
+    if r.partial_rollout is not None and r.schedule == "level":
+        bad.append("rollout.partial_rollout needs rollout.schedule async")
     if r.initial_branches is not None:
         low, first = r.initial_branches
         if not 1 <= low <= first:
@@ -90,6 +97,28 @@ def _check_tree(r: RolloutConfig) -> list[str]:
             f"prompt and rollout.branch_factor {r.branch_factor} behind each of the other {depth - 1} segments, paths "
             f"that run to their end give {reachable} leaves; use another rollout.fallback, more branches, or a smaller "
             f"rollout.segment_length than {r.segment_length}"
+        )
+    return bad
+
+
+def _check_segments(r: RolloutConfig) -> list[str]:
+    """Segments can be as long as they are told to be, and enough of them fit on a path."""
+    bad = []
+    shortest = r.segment_length
+    if r.segment_end != "length":
+        shortest = r.segment_min_length
+        if r.segment_alignment == "kv_block":
+            bad.append("rollout.segment_alignment kv_block needs rollout.segment_end length: steps end where they end")
+        if r.segment_end == [] or (isinstance(r.segment_end, list) and not all(r.segment_end)):
+            bad.append("rollout.segment_end: a list names at least one string, and none of them is empty")
+        if shortest > r.segment_length:
+            bad.append(
+                f"rollout.segment_min_length {shortest} exceeds rollout.segment_length {r.segment_length}, the longest"
+            )
+    if r.depth_limit * r.segment_length < r.max_response_len:
+        bad.append(
+            f"rollout.max_depth {r.depth_limit} x rollout.segment_length {r.segment_length} is less than "
+            f"rollout.max_response_len {r.max_response_len}: no path could reach it"
         )
     return bad
 

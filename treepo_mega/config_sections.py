@@ -143,22 +143,52 @@ class RolloutConfig(Section):
     max_response_len: int = Field(1024, ge=1)
     """Tokens."""
     segment_length: int = Field(512, ge=1)
-    """Tokens sampled between two branch points (the paper's l)."""
+    """Tokens sampled between two branch points (the paper's l); with another segment_end than length, the most."""
+    segment_end: Literal["length", "newline", "sentence"] | list[str] = "length"
+    """Where a segment ends. length: after segment_length tokens. newline, sentence, or a list of strings: at the first
+    token from segment_min_length on whose text holds a newline, ends a sentence, or holds one of the strings, so that a
+    segment is a step of reasoning; after segment_length tokens at the latest."""
+    segment_min_length: int = Field(1, ge=1)
+    """Tokens of the shortest segment when segment_end is not length."""
+    segment_alignment: Literal["auto", "none", "kv_block"] = "auto"
+    """kv_block: segments of segment_length are stretched (by less than a KV block) to end one token behind a block
+    border, where resubmitting a path recomputes least. auto: that, when block_size divides segment_length (then only
+    the first segment of a path is stretched). none: never."""
     max_depth: int | None = Field(None, ge=1)
-    """Segments on a path; None: ceil(max_response_len / segment_length)."""
+    """Segments on a path; None: as many as max_response_len tokens of the shortest segments can be."""
     branch_factor: int = Field(2, ge=1)
     """Children of a node while budget lasts (the paper's N)."""
     initial_branches: tuple[int, int] | None = None
     """[lo, hi]: children of the root, drawn per prompt; None: branch_factor."""
-    budget: Literal["equal", "low_prob", "high_prob"] = "equal"
-    """Who gets the branches: every path alike, or more for paths whose newest segment the model found improbable
-    (low_prob) or probable (high_prob). The paper found equal at least as good as both."""
+    budget: Literal["equal", "low_prob", "high_prob", "entropy"] = "equal"
+    """Who gets the branches: every path alike; more for paths which the model found improbable (low_prob) or probable
+    (high_prob), by budget_signal; or more for paths whose next token is uncertain (entropy: of the budget_top_k
+    likeliest next tokens at the branch point). The paper found equal at least as good as low_prob and high_prob."""
+    budget_signal: Literal["segment", "branch_point"] = "segment"
+    """Of low_prob and high_prob. segment: mean logprob of the newest segment's tokens (the paper's). branch_point:
+    logprob of the likeliest next token behind it, for which one token more is sampled and dropped."""
+    budget_top_k: int = Field(10, ge=1, le=20)
+    """Next tokens that the entropy at a branch point is taken over (renormalised)."""
     budget_temperature: float = Field(2.0, gt=0)
-    """Of the softmax over mean segment logprobs (nats a token) in low_prob and high_prob; higher is more equal."""
+    """Of the softmax over certainties (nats) in low_prob, high_prob and entropy; higher is more equal."""
+    budget_temperature_end: float | None = Field(None, gt=0)
+    """The temperature at the last of train.num_rollouts; None: constant. (The paper's Naive2Low: 5.0 to 1.0.)"""
+    budget_temperature_schedule: Literal["linear", "cosine"] = "linear"
+    """The way from budget_temperature to budget_temperature_end."""
+    token_budget: int | None = Field(None, ge=1)
+    """Tokens to sample a tree, instead of a fixed number of leaves (n_samples_per_prompt is then the most): a tree
+    makes new branches only while its budget holds another segment_length; living paths are finished (transfer: level).
+    """
     transfer: Literal["level", "quota"] = "level"
     """level: branches of stopped paths go to their living siblings, level by level (a tree waits only for itself).
     quota: every node has a quota of leaves, which its children share; they start when their parent ends. What paths
     that stopped early leave over is spent by fallback once nothing of the tree is running."""
+    schedule: Literal["async", "level"] = "async"
+    """async: no tree waits for another. level: the published schedule, one blocking call a level for all prompts; with
+    transfer level the same trees, only slower. For comparison."""
+    partial_rollout: int | None = Field(None, ge=1)
+    """Tokens by which a path may grow in one step. A tree with longer paths is carried over and goes on in the next
+    step, under the weights of then (Node.policy_version says which segment is whose); None: trees are finished."""
     fallback: Literal["finished", "any", "longest", "none"] = "finished"
     """Which ended paths are cut back and resampled when a tree ran dry before it had all its leaves."""
     fallback_cut: Literal["random", "low_prob"] = "random"
@@ -178,12 +208,39 @@ class RolloutConfig(Section):
         """Segments allowed on a path: 1 in sequential mode."""
         if self.mode == "sequential":
             return 1
-        return self.max_depth or math.ceil(self.max_response_len / self.segment_length)
+        shortest = self.segment_length if self.segment_end == "length" else self.segment_min_length
+        return self.max_depth or math.ceil(self.max_response_len / shortest)
 
     @property
     def segment_tokens(self) -> int:
         """Tokens allowed in one segment: the whole response in sequential mode."""
         return self.max_response_len if self.mode == "sequential" else self.segment_length
+
+    @property
+    def alignment(self) -> int:
+        """Tokens of the KV block that segments are aligned to; 0: they are not (see segment_alignment)."""
+        fixed = self.mode == "tree" and self.segment_end == "length"
+        divides = self.segment_length % self.engine.block_size == 0
+        aligned = self.segment_alignment == "kv_block" or (self.segment_alignment == "auto" and divides)
+        return self.engine.block_size if fixed and aligned else 0
+
+    @property
+    def peek(self) -> int:
+        """Likeliest next tokens to look at behind a segment (`budget_top_k`, or 1); 0: the budget does not ask."""
+        if self.mode == "sequential" or self.budget == "equal":
+            return 0
+        if self.budget == "entropy":
+            return self.budget_top_k
+        return 1 if self.budget_signal == "branch_point" else 0
+
+    def budget_temperature_at(self, progress: float) -> float:
+        """The budget's temperature when a share `progress` in [0, 1] of the run is done."""
+        if self.budget_temperature_end is None:
+            return self.budget_temperature
+        x = min(max(progress, 0.0), 1.0)
+        if self.budget_temperature_schedule == "cosine":
+            x = 0.5 - 0.5 * math.cos(math.pi * x)
+        return self.budget_temperature + x * (self.budget_temperature_end - self.budget_temperature)
 
 
 class RewardConfig(Section):

@@ -37,7 +37,7 @@ def test_the_defaults_are_the_papers():
     [
         ("segment_length", 0, "greater than or equal to 1 (got 0)"),
         ("budget_temperature", 0, "greater than 0 (got 0)"),
-        ("budget", "entropy", "'equal', 'low_prob' or 'high_prob' (got 'entropy')"),
+        ("budget", "entropie", "'equal', 'low_prob', 'high_prob' or 'entropy' (got 'entropie')"),
         ("transfer", "levels", "'level' or 'quota' (got 'levels')"),
         ("fallback_cut", "lowest", "'random' or 'low_prob' (got 'lowest')"),
     ],

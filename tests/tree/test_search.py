@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.fallback import CANDIDATES
 from treepo_mega.tree.node import ROOT, Tree
-from treepo_mega.tree.search import _PICK, Segment, TreeSearch, Want
+from treepo_mega.tree.search import Segment, TreeSearch, Want
 from treepo_mega.tree.stop import STOP_REASONS, StopRules
 
 SYMBOLS = ["<eos>", "\\boxed{", "}", *"abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -59,7 +60,9 @@ def grow(
             order.shuffle(pending)
         want = pending.pop()
         tokens = sample(want.prefix, want.seed, want.max_tokens, eos, box)
-        search.take(want.node_id, Segment(tokens, [-t / 10 for t in tokens], "length"))
+        # Logprobs are a function of the tokens, so that what a budget makes of them is one of the tree.
+        peek = [-((tokens[-1] + k) % 7) / 3 for k in range(want.peek)]
+        search.take(want.node_id, Segment(tokens, [-t / 10 for t in tokens], "length", peek))
     assert not pending and not search.wants()
     return search.tree
 
@@ -75,7 +78,8 @@ configs = st.builds(
     mode=st.sampled_from(["tree", "sequential"]),
     transfer=st.sampled_from(["level", "quota"]),
     fallback_cut=st.sampled_from(["random", "low_prob"]),
-    budget=st.sampled_from(["equal", "low_prob", "high_prob"]),
+    budget=st.sampled_from(["equal", "low_prob", "high_prob", "entropy"]),
+    budget_signal=st.sampled_from(["segment", "branch_point"]),
     budget_temperature=st.sampled_from([0.01, 2.0]),
 )
 rates = st.sampled_from([(0.0, 0.0), (0.05, 0.0), (0.3, 0.0), (0.9, 0.0), (0.05, 0.1), (0.0, 0.4), (1.0, 0.0)])
@@ -251,7 +255,7 @@ def test_which_ended_paths_are_resampled_first():
         node = tree.add_child(ROOT)
         node.tokens, node.stop = tokens, stop
         tree.leaves.append(node.id)
-    orders = {name: {tuple(pick(tree, random.Random(s))) for s in range(50)} for name, pick in _PICK.items()}
+    orders = {name: {tuple(pick(tree, random.Random(s))) for s in range(50)} for name, pick in CANDIDATES.items()}
     assert orders["finished"] == {(1, 3), (3, 1)}
     assert {frozenset(o) for o in orders["any"]} == {frozenset((1, 2, 3, 4))} and len(orders["any"]) > 10
     assert orders["longest"] == {(2, 3, 4, 1), (2, 4, 3, 1)}

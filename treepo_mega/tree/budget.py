@@ -11,13 +11,23 @@ leaves. By induction A <= w - F always holds, hence no living path is ever dropp
 `budget: equal` splits the total equally. What does not divide evenly goes to paths drawn by the tree's own
 generator, not to the last ones in the list: a fixed choice would favour paths for their position.
 
-`low_prob` and `high_prob` weigh a path by its *local* certainty x, the mean logprob (nats a token) of its newest
-segment, which is what the paper calls the last tokens when fallback is aligned to segments (section 4.4):
+The other budgets weigh a path by its *local* certainty x (nats), which is
 
-    weight = softmax(-+ (x - min x) / budget_temperature)          - for low_prob, + for high_prob
+    the mean logprob of its newest segment's tokens          low_prob and high_prob, budget_signal: segment
+    the logprob of the likeliest next token at its end       low_prob and high_prob, budget_signal: branch_point
+    minus the entropy of the k likeliest next tokens there   entropy
 
-so low_prob gives children to paths the model was unsure of, high_prob to those it was sure of. Every path gets one
-child; the rest follows the weights by largest remainder, ties in path order. There is nothing random in it.
+(the first is what the paper calls the last tokens when fallback is aligned to segments, section 4.4; the others look
+at the very distribution that the children's first tokens will be drawn from). The weights are
+
+    softmax(-+ (x - min x) / budget_temperature)             - for low_prob and entropy, + for high_prob
+
+so low_prob and entropy give children to paths the model is unsure of, high_prob to those it is sure of. Every path
+gets one child; the rest follows the weights by largest remainder, ties in path order. There is nothing random in it.
+
+`token_budget` counts tokens instead of leaves: new branches are made only while what is left of the budget holds a
+segment for each; paths that live are finished, so the last tokens may exceed it (cutting them would favour short
+responses).
 """
 
 from __future__ import annotations
@@ -25,6 +35,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+
+from treepo_mega.config import RolloutConfig
+from treepo_mega.tree.node import Node
 
 
 def level_budget(active: int, finished: int, just_finished: int, width: int, branch_factor: int) -> int:
@@ -82,3 +95,32 @@ def split_by_weight(total: int, weights: Sequence[float]) -> list[int]:
     for i in order[:left]:
         whole[i] += 1
     return [1 + n for n in whole]
+
+
+def top_k_entropy(logprobs: Sequence[float]) -> float:
+    """Entropy (nats) of the distribution over the k tokens with these logprobs, renormalised to sum 1.
+
+    Raises ValueError for no logprobs.
+    """
+    if not logprobs:
+        raise ValueError("the entropy at a branch point needs the logprobs of the likeliest next tokens, got none")
+    top = max(logprobs)
+    weights = [math.exp(x - top) for x in logprobs]
+    total = math.fsum(weights)
+    return math.log(total) - math.fsum(w * (x - top) for w, x in zip(weights, logprobs, strict=True)) / total
+
+
+def certainty(node: Node, rollout: RolloutConfig) -> float:
+    """The x of the module docstring for a living node, by `rollout.budget` and `rollout.budget_signal`."""
+    if rollout.budget == "entropy":
+        return -top_k_entropy(node.peek)
+    if rollout.budget_signal == "branch_point":
+        return max(node.peek)
+    return mean_logprob(node.logprobs)
+
+
+def split_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:
+    """`total` children (or leaves) over living nodes, in their order, for every budget but `equal`."""
+    x = [certainty(node, rollout) for node in living]
+    favour_low = rollout.budget != "high_prob"
+    return split_by_weight(total, softmax_weights(x, rollout.budget_temperature, favour_low=favour_low))

@@ -25,6 +25,8 @@ class Node:
 
     `logprobs` are the engine's processed logprobs (after temperature) of the sampled tokens, in nats.
     `stop` is None while the path may go on, else the reason it ended (see `tree/stop.py`).
+    `peek`: logprobs (nats, descending) of the likeliest tokens to come next, where the budget asked for them.
+    `policy_version`: the step whose weights sampled the segment.
     """
 
     id: int
@@ -36,6 +38,7 @@ class Node:
     stop: str | None = None
     fallback: bool = False
     policy_version: int = 0
+    peek: list[float] = field(default_factory=list)
 
     @property
     def depth(self) -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import split_equally
@@ -81,3 +82,19 @@ class Quotas:
             return []
         living = sorted(family.living, key=lambda n: n.path)
         return [(n.id, q) for n, q in zip(living, self._weigh(family.quota, living), strict=True)]
+
+    def dump(self) -> dict[str, Any]:
+        """JSON-safe state; `load` is its inverse."""
+        families = {id(f): f for f in self._family.values()}
+        return {
+            "quota": list(self._quota.items()),
+            "families": [(f.quota, sorted(f.waiting), [n.id for n in f.living]) for f in families.values()],
+        }
+
+    def load(self, state: dict[str, Any], nodes: Sequence[Node]) -> None:
+        """Replace all quotas by those of `dump`; `nodes` are the tree's."""
+        self._quota = {int(i): q for i, q in state["quota"]}
+        self._family = {}
+        for quota, waiting, living in state["families"]:
+            family = _Family(quota, set(waiting), [nodes[i] for i in living])
+            self._family |= dict.fromkeys(family.waiting, family)

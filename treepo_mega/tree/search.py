@@ -32,6 +32,14 @@ paths can end early does not: a path that goes on becomes several leaves, so lon
 `mode: sequential` is the same machine with depth 1: n children of the root, the whole response one segment. The
 engine knows nothing of answer boxes, so what it sampled behind a box is dropped afterwards (see `counts`).
 
+Segments are `segment_length` tokens long, or stretched to end one token behind a KV block's border (`align`, the
+block's size, chosen by whoever drives; 0: not), or end where the text does: a driver that is told the border tokens
+(`rollout.segment_end`) may deliver any number of tokens up to `max_tokens`. A budget that looks at the branch point
+wants a *peek*: the logprobs of the likeliest tokens that would come next.
+
+`partial_rollout`: a path grows by that many tokens a step. What lies behind is wanted only after `resume`, in a later
+step; until then the tree may be `paused`, and `tree/carry.py` can write it down.
+
 `tree.counts` (per tree): `segments`, `generated_tokens` (all that were sampled), `dropped_tokens` (of those, cut
 off behind an answer), `levels` (under quota: rounds, 1 + how often it fell back), `fallbacks` (nodes made by
 fallback), `duplicates` (leaves whose response equals an earlier leaf's).
@@ -40,13 +48,13 @@ fallback), `duplicates` (leaves whose response equals an earlier leaf's).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree.budget import level_budget, mean_logprob, softmax_weights, split_by_weight, split_equally
+from treepo_mega.tree.budget import level_budget, split_by_certainty, split_equally
+from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.quota import Quotas
 from treepo_mega.tree.stop import StopRules
@@ -54,21 +62,31 @@ from treepo_mega.tree.stop import StopRules
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A segment to sample: at most `max_tokens` tokens after `prefix` (prompt and response so far), with `seed`."""
+    """A segment to sample: at most `max_tokens` tokens after `prefix` (prompt and response so far), with `seed`.
+
+    With `peek` > 0, whose segment does not end its path is also asked for the logprobs of the `peek` likeliest next
+    tokens. `min_tokens`: from here on a border token ends the segment, when `rollout.segment_end` is not length.
+    """
 
     node_id: int
     prefix: list[int]
     max_tokens: int
     seed: int
+    peek: int = 0
+    min_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A sampled segment. `logprobs`: nats, one a token. `finish_reason`: the engine's word, "stop" or "length"."""
+    """A sampled segment. `logprobs`: nats, one a token. `finish_reason`: "stop", "length" or "border".
+
+    `peek`: logprobs of the likeliest next tokens, descending; empty where none were wanted or the path ended.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
+    peek: list[float] = field(default_factory=list)
 
 
 class TreeSearch:
@@ -83,18 +101,21 @@ class TreeSearch:
         seed: int,
         stop: StopRules,
         policy_version: int = 0,
+        align: int = 0,
     ) -> None:
         if not prompt_tokens:
             raise ValueError(f"prompt {prompt_id!r} has no tokens: there is nothing to condition on")
         self.tree = Tree.start(prompt_id, prompt_tokens)
-        self._cfg, self._seed, self._stop, self._version = rollout, seed, stop, policy_version
+        self._cfg, self._seed, self._stop, self._version, self._align = rollout, seed, stop, policy_version, align
         self._rng = random.Random(derive_seed(seed, "tree"))
         self._new: list[Want] = []
+        self._held: list[Want] = []  # beyond this step's reach (partial_rollout)
+        self._step = 1
         self._level: dict[int, int] = {}  # node id -> max_tokens of this level's wants, under quota of what is running
         self._arrived: dict[int, Segment] = {}
         weigh = None if rollout.budget == "equal" else self._weigh
         self._quotas = Quotas(seed, weigh) if rollout.transfer == "quota" else None
-        names = ("segments", "generated_tokens", "dropped_tokens", "levels", "fallbacks", "duplicates")
+        names = ("segments", "generated_tokens", "dropped_tokens", "peeked_tokens", "levels", "fallbacks", "duplicates")
         self.tree.counts = dict.fromkeys(names, 0)
         children = self._branch(ROOT, self._initial_width())
         if self._quotas is not None:
@@ -104,6 +125,22 @@ class TreeSearch:
     def done(self) -> bool:
         """True once no segment is wanted any more: the tree is complete or its shortfall is recorded."""
         return not self._level
+
+    @property
+    def paused(self) -> bool:
+        """True when nothing is running and all that is left lies beyond this step's reach (partial_rollout)."""
+        return bool(self._held) and len(self._held) == len(self._level) - len(self._arrived)
+
+    def resume(self, policy_version: int, rollout: RolloutConfig) -> None:
+        """Begin another step of a carried-over tree: its paths may grow on, sampled by the weights of now.
+
+        `rollout` is the configuration of the run as it is now (its budget temperature may have moved on).
+        """
+        self._step, self._version, self._cfg = self._step + 1, policy_version, rollout
+        held, self._held = self._held, []
+        for want in held:
+            self.tree.nodes[want.node_id].policy_version = policy_version
+            self._ask(want)
 
     def wants(self) -> list[Want]:
         """Segments wanted since the last call; under `transfer: level` none while a level is incomplete."""
@@ -137,21 +174,45 @@ class TreeSearch:
         width = self._cfg.n_samples_per_prompt
         if self._cfg.mode == "sequential":
             return width
-        if self._cfg.initial_branches is None:
-            return min(width, self._cfg.branch_factor)
-        return min(width, self._rng.randint(*self._cfg.initial_branches))
+        between = self._cfg.initial_branches
+        drawn = self._cfg.branch_factor if between is None else self._rng.randint(*between)
+        return max(1, min(width, drawn, self._affordable(width)))
+
+    def _affordable(self, most: int) -> int:
+        """New segments that the token budget still holds, at most `most`."""
+        if self._cfg.token_budget is None:
+            return most
+        left = self._cfg.token_budget - int(self.tree.counts["generated_tokens"])
+        return max(0, min(most, left // self._cfg.segment_length))
+
+    def _size(self, prefix_len: int, room: int) -> int:
+        """Tokens of the next segment of a path of `prefix_len` tokens (prompt included) with `room` left."""
+        size = self._cfg.segment_tokens
+        if self._align:
+            size += (1 - prefix_len - size) % self._align
+        return min(size, room)
 
     def _branch(self, parent: int, children: int, *, fallback: bool = False) -> list[Node]:
         """Give `parent` that many children and want a segment for each; returns them."""
         prefix = self.tree.prefix(parent)
         room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
-        size = min(self._cfg.segment_tokens, room)
+        size = self._size(len(prefix), room)
+        depth = self.tree.nodes[parent].depth + 1
+        ends = size == room or depth >= self._stop.max_depth  # nobody will ask what comes behind its last token
+        peek = 0 if ends else self._cfg.peek
+        shortest = self._cfg.segment_tokens if self._cfg.segment_end == "length" else self._cfg.segment_min_length
         new = [self.tree.add_child(parent, fallback=fallback, policy_version=self._version) for _ in range(children)]
         for node in new:
             self._level[node.id] = size
-            self._new.append(Want(node.id, prefix, size, derive_seed(self._seed, *node.path)))
+            self._ask(Want(node.id, prefix, size, derive_seed(self._seed, *node.path), peek, min(shortest, size)))
         self.tree.counts["fallbacks"] += children * fallback
         return new
+
+    def _ask(self, want: Want) -> None:
+        """Want a segment now, or in a later step when its path has grown enough in this one."""
+        reach = self._cfg.partial_rollout
+        grown = len(want.prefix) - len(self.tree.prompt_tokens)
+        (self._new if reach is None or grown < reach * self._step else self._held).append(want)
 
     def _close_level(self) -> None:
         tree, counts = self.tree, self.tree.counts
@@ -159,31 +220,29 @@ class TreeSearch:
         segments, self._level, self._arrived = self._arrived, {}, {}
         for node in nodes:
             self._settle(node, segments[node.id])
-        active = [n.id for n in nodes if n.stop is None]
+        active = [n for n in nodes if n.stop is None]
         ended = [n.id for n in nodes if n.stop is not None]
         tree.leaves += ended
         counts["levels"] += 1
         if active:
             width = self._cfg.n_samples_per_prompt
             total = level_budget(len(active), len(tree.leaves), len(ended), width, self._cfg.branch_factor)
-            for node_id, children in zip(active, self._split(total, active), strict=True):
-                self._branch(node_id, children)
+            total = max(len(active), self._affordable(total))
+            for node, children in zip(active, self._split(total, active), strict=True):
+                self._branch(node.id, children)
         elif len(tree.leaves) < self._cfg.n_samples_per_prompt:
             self._fall_back()
         if self.done:
             self._count_duplicates()
 
-    def _split(self, total: int, active: list[int]) -> list[int]:
+    def _split(self, total: int, active: Sequence[Node]) -> list[int]:
         """`total` children over the living paths of a level, by rollout.budget."""
         if self._cfg.budget == "equal":
             return split_equally(total, len(active), self._rng)
-        return self._weigh(total, [self.tree.nodes[i] for i in active])
+        return self._weigh(total, active)
 
     def _weigh(self, total: int, living: Sequence[Node]) -> list[int]:
-        """`total` children (or leaves) over living nodes by how probable their segments were."""
-        certainty = [mean_logprob(node.logprobs) for node in living]
-        low = self._cfg.budget == "low_prob"
-        return split_by_weight(total, softmax_weights(certainty, self._cfg.budget_temperature, favour_low=low))
+        return split_by_certainty(total, living, self._cfg)
 
     def _close_node(self, node: Node, segment: Segment, quotas: Quotas) -> None:
         """`transfer: quota`: settle one segment; who may branch by it branches at once."""
@@ -213,24 +272,27 @@ class TreeSearch:
         """Apply the stop rules to a node's segment and store what is kept of it."""
         verdict = self._stop.judge(self.tree.response(node.parent), segment.tokens, node.depth)
         node.tokens, node.logprobs = segment.tokens[: verdict.keep], segment.logprobs[: verdict.keep]
-        node.stop = verdict.reason
+        node.stop, node.peek = verdict.reason, list(segment.peek) if verdict.reason is None else []
         self.tree.counts["segments"] += 1
         self.tree.counts["generated_tokens"] += len(segment.tokens)
         self.tree.counts["dropped_tokens"] += len(segment.tokens) - verdict.keep
+        self.tree.counts["peeked_tokens"] += bool(segment.peek)
 
     def _fall_back(self) -> list[Node]:
         """Every path ended, leaves are missing: sample again from borders of ended paths, or give up and say so.
 
         Returns the new children: as many as leaves are missing, or fewer when candidates are few (they branch).
         """
-        left = self._cfg.n_samples_per_prompt - len(self.tree.leaves)
-        if self._cfg.fallback == "none":
-            self.tree.shortfall = (
-                f"{left} of {self._cfg.n_samples_per_prompt} leaves missing: all paths ended, rollout.fallback is none"
-            )
+        tree, width = self.tree, self._cfg.n_samples_per_prompt
+        missing = width - len(tree.leaves)
+        left = self._affordable(missing)
+        if self._cfg.fallback == "none" or not left:
+            why = "rollout.fallback is none" if left else f"rollout.token_budget {self._cfg.token_budget} is spent"
+            tree.shortfall = f"{missing} of {width} leaves missing: all paths ended, {why}"
             return []
         made: list[Node] = []
-        cuts = [self._cut(leaf) for leaf in _PICK[self._cfg.fallback](self.tree, self._rng)]
+        candidates = CANDIDATES[self._cfg.fallback](tree, self._rng)
+        cuts = [cut(tree, leaf, self._cfg.fallback_cut, self._rng) for leaf in candidates]
         # Candidates in turn until the budget is spent; without a candidate, start over from the prompt.
         for node_id in cuts or [ROOT]:
             children = min(self._cfg.branch_factor, left)
@@ -239,39 +301,3 @@ class TreeSearch:
             made += self._branch(node_id, children, fallback=True)
             left -= children
         return made
-
-    def _cut(self, leaf: int) -> int:
-        """A node on the path to `leaf`, strictly before its end (root included): where to sample anew.
-
-        random: drawn uniformly. low_prob: the border behind which the path's first token was the least probable,
-        the earliest of equals.
-        """
-        path = self.tree.ancestry(leaf)
-        if self._cfg.fallback_cut == "random":
-            return self._rng.choice(path[:-1])
-        return min(pairwise(path), key=lambda step: self.tree.nodes[step[1]].logprobs[0])[0]
-
-
-def _ended_well(tree: Tree, rng: random.Random) -> list[int]:
-    """Leaves that ended with an answer or EOS, shuffled (the released code's soft_boxed_and_eos)."""
-    found = [i for i in tree.leaves if tree.nodes[i].stop in ("answer", "eos")]
-    rng.shuffle(found)
-    return found
-
-
-def _any(tree: Tree, rng: random.Random) -> list[int]:
-    found = list(tree.leaves)
-    rng.shuffle(found)
-    return found
-
-
-def _longest(tree: Tree, rng: random.Random) -> list[int]:
-    """Longest response first; equals in random order."""
-    return sorted(_any(tree, rng), key=lambda i: -len(tree.response(i)))
-
-
-_PICK: dict[str, Callable[[Tree, random.Random], list[int]]] = {
-    "finished": _ended_well,
-    "any": _any,
-    "longest": _longest,
-}

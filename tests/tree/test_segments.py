@@ -1,0 +1,163 @@
+"""Where segments end (KV blocks, reasoning steps), what a branch point is asked for, and budgets in tokens."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treepo_mega.config import RolloutConfig
+from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.budget import top_k_entropy
+from treepo_mega.tree.node import Tree
+from treepo_mega.tree.search import Segment, TreeSearch, Want
+from treepo_mega.tree.stop import StopRules
+
+EOS, BORDER = 0, 1
+
+
+def config(**changes: object) -> RolloutConfig:
+    values = {"n_samples_per_prompt": 8, "segment_length": 8, "max_response_len": 48, "branch_factor": 2}
+    return RolloutConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def sample(want: Want, eos: float, borders: bool) -> list[int]:
+    """Tokens as an engine that knows the border token would deliver them."""
+    rng, tokens = random.Random(derive_seed(want.seed, *want.prefix)), []
+    while len(tokens) < want.max_tokens:
+        tokens.append(EOS if rng.random() < eos else rng.randrange(1, 9))
+        if tokens[-1] == EOS or (borders and tokens[-1] == BORDER and len(tokens) >= want.min_tokens):
+            break
+    return tokens
+
+
+def grow(cfg: RolloutConfig, seed: int, *, prompt: int = 5, align: int = 0, eos: float = 0.05) -> Tree:
+    stop = StopRules.from_config(cfg, [EOS], lambda tokens: "".join(chr(97 + t) for t in tokens))
+    search = TreeSearch("p", [7] * prompt, cfg, seed=seed, stop=stop, align=align)
+    while not search.done:
+        for want in search.wants():
+            tokens = sample(want, eos, cfg.segment_end != "length")
+            peek = [-0.5 - k for k in range(want.peek)]
+            search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length", peek))
+    return search.tree
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 24), st.sampled_from([1, 4, 16]), st.integers(0, 999))
+def test_aligned_segments_end_one_token_behind_a_block_border(prompt, length, block, seed):
+    tree = grow(config(segment_length=length, n_samples_per_prompt=4), seed, prompt=prompt, align=block)
+    assert len(tree.leaves) == 4
+    for node in tree.nodes[1:]:
+        end = len(tree.prefix(node.id))
+        if node.stop is None:
+            assert end % block == 1 % block
+            assert length <= len(node.tokens) < length + block, "stretched by less than a block, never shortened"
+
+
+def test_only_the_first_segment_is_stretched_when_the_block_divides_the_length():
+    tree = grow(config(segment_length=8), 3, prompt=6, align=4, eos=0.0)
+    sizes = {(n.depth, len(n.tokens)) for n in tree.nodes[1:] if n.stop is None}
+    assert sizes == {(1, 11), (2, 8), (3, 8), (4, 8), (5, 8)}
+
+
+@pytest.mark.parametrize(
+    "changes, block",
+    [
+        ({"segment_length": 64}, 32),
+        ({"segment_length": 48}, 0),
+        ({"segment_length": 48, "segment_alignment": "kv_block"}, 32),
+        ({"segment_length": 64, "segment_alignment": "none"}, 0),
+        ({"segment_length": 64, "segment_end": "newline"}, 0),
+        ({"segment_length": 64, "mode": "sequential"}, 0),
+    ],
+)
+def test_alignment_is_automatic_where_it_costs_one_stretched_segment(changes, block):
+    assert config(max_response_len=256, **changes).alignment == block
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.sampled_from(["level", "quota"]), st.integers(0, 999))
+def test_segments_end_at_borders_of_the_text_within_their_window(shortest, transfer, seed):
+    cfg = config(segment_end=["b"], segment_min_length=shortest, transfer=transfer)
+    tree = grow(cfg, seed)
+    assert len(tree.leaves) == 8 and cfg.depth_limit == math.ceil(48 / shortest)
+    for node in tree.nodes[1:]:
+        if node.stop is None:
+            assert shortest <= len(node.tokens) <= 8
+            assert node.tokens[-1] == BORDER or len(node.tokens) == 8
+            assert BORDER not in node.tokens[shortest - 1 : -1], "the first border behind the shortest length"
+
+
+def test_entropy_of_the_likeliest_tokens():
+    assert top_k_entropy([math.log(0.25)] * 4) == pytest.approx(math.log(4))
+    assert top_k_entropy([math.log(0.05)] * 4) == pytest.approx(math.log(4)), "renormalised"
+    assert top_k_entropy([0.0, -1e9]) == 0.0
+    with pytest.raises(ValueError, match="branch point"):
+        top_k_entropy([])
+
+
+@pytest.mark.parametrize("transfer", ["level", "quota"])
+@pytest.mark.parametrize(
+    "changes, favoured",
+    [
+        ({"budget": "entropy"}, 0),
+        ({"budget": "low_prob", "budget_signal": "branch_point"}, 0),
+        ({"budget": "high_prob", "budget_signal": "branch_point"}, 1),
+    ],
+)
+def test_a_budget_at_the_branch_point_looks_at_the_next_token_not_at_the_segment(transfer, changes, favoured):
+    cfg = config(n_samples_per_prompt=16, transfer=transfer, budget_temperature=0.1, **changes)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], str))
+    while not search.done:
+        for want in search.wants():
+            sure = search.tree.nodes[want.node_id].path[0] == 1
+            peek = ([-0.01, -5.0, -6.0] if sure else [-1.1, -1.1, -1.1])[: want.peek]
+            tokens = sample(want, 0.0, False)
+            search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length", peek))
+    leaves = [sum(search.tree.nodes[i].path[0] == k for i in search.tree.leaves) for k in (0, 1)]
+    assert sum(leaves) == 16 and leaves[favoured] >= 12, leaves
+
+
+def test_nobody_peeks_behind_the_end_of_a_path():
+    cfg = config(budget="entropy", budget_top_k=5, max_response_len=16, n_samples_per_prompt=2)
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], str))
+    first = search.wants()
+    assert [w.peek for w in first] == [5, 5]
+    for want in first:
+        search.take(want.node_id, Segment([2] * 8, [-1.0] * 8, "length", [-1.0] * 5))
+    assert [w.peek for w in search.wants()] == [0, 0], "the last segment ends by length"
+    assert search.tree.counts["peeked_tokens"] == 2
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(8, 400), st.floats(0, 0.3), st.integers(0, 999))
+def test_a_token_budget_buys_branches_and_finishes_what_lives(budget, eos, seed):
+    cfg = config(token_budget=budget, n_samples_per_prompt=16)
+    tree = grow(cfg, seed, eos=eos)
+    spent = tree.counts["generated_tokens"]
+    if len(tree.leaves) < 16:
+        assert tree.shortfall is not None and f"token_budget {budget} is spent" in tree.shortfall
+    # A branch is made only with a segment's worth left; each path may then go on to its full length.
+    longest = max(len(tree.response(leaf)) for leaf in tree.leaves)
+    assert spent <= budget + len(tree.leaves) * longest
+    more = grow(cfg.model_copy(update={"token_budget": budget + 200}), seed, eos=eos)
+    assert len(more.leaves) >= len(tree.leaves) or more.shortfall is None
+
+
+def test_a_full_tree_costs_what_its_budget_says():
+    wide = grow(config(n_samples_per_prompt=64, token_budget=400), 1, eos=0.0)
+    none = grow(config(n_samples_per_prompt=64), 1, eos=0.0)
+    assert len(none.leaves) == 64 and 2 < len(wide.leaves) < 64
+    small = grow(config(n_samples_per_prompt=64, token_budget=8), 1, eos=0.0)
+    assert len(small.leaves) == 1, "one segment's worth: one path, which is finished"
+
+
+def test_the_budget_temperature_moves_over_the_run():
+    r = config(budget="low_prob", budget_temperature=5.0, budget_temperature_end=1.0)
+    assert [r.budget_temperature_at(x) for x in (0.0, 0.5, 1.0, 2.0)] == [5.0, 3.0, 1.0, 1.0]
+    r = r.model_copy(update={"budget_temperature_schedule": "cosine"})
+    assert [round(r.budget_temperature_at(x), 3) for x in (0.0, 0.25, 0.5, 1.0)] == [5.0, 4.414, 3.0, 1.0]
+    assert config(budget_temperature=3.0).budget_temperature_at(0.7) == 3.0
