@@ -38,7 +38,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
     engine = Engine(hf, cfg)
     assert os.environ["LOCAL_WORLD_SIZE"] == str(world)
     generator = Generator(engine, cfg, AutoTokenizer.from_pretrained(hf))
-    prompts = [SimpleNamespace(id=f"p{k}", tokens=[3 + k] * 33) for k in range(3)]
+    prompts = [SimpleNamespace(id=f"p{k}", tokens=[3 + k] * 33, data_source="test") for k in range(3)]
     # One engine a rank: an uneven deal, rank 1 has a single prompt and then none. One engine: the same on all.
     mine = prompts if tp > 1 else [prompts[:2], prompts[2:]][rank]
     trees = generator.rollout(mine, step=0)

@@ -173,3 +173,45 @@ def test_impossible_requests_are_refused(engine):
     assert engine.unfinished == ["x"]
     engine.abort()
     assert not engine.busy and engine.step() == []
+
+
+def test_a_border_token_ends_the_segment_from_its_shortest_length_on(engine):
+    (free,) = run(engine, prompts(1))
+    border = free.tokens[7]
+    first = next(k for k, t in enumerate(free.tokens) if t == border and k >= 3)
+    engine.submit("b", prompts(1)[0], 24, 100, 1.0, [], borders=frozenset([border]), min_tokens=4)
+    engine.submit("other", prompts(1)[0], 24, 100, 1.0, [])
+    done = {}
+    while engine.busy:
+        done |= {x.request_id: x for x in engine.step()}
+    assert done["b"].tokens == free.tokens[: first + 1] and done["b"].finish_reason == "border"
+    assert done["b"].logprobs == pytest.approx(free.logprobs[: first + 1], abs=1e-5)
+    assert done["other"].tokens == free.tokens, "ending one request early does not disturb the others"
+
+
+def test_a_peek_is_the_distribution_behind_the_segment(engine, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    (free,) = run(engine, prompts(1), temperature=0.7)
+    border = free.tokens[6]
+    at = free.tokens.index(border) + 1
+    asked = {"plain": {}, "border": {"borders": frozenset([border])}}
+    for name, more in asked.items():
+        engine.submit(name, prompts(1)[0], 10, 100, 0.7, [free.tokens[10]], peek=5, **more)
+    done = {}
+    while engine.busy:
+        done |= {x.request_id: x for x in engine.step()}
+    ended = free.tokens[: free.tokens.index(free.tokens[10]) + 1]
+    for name, n in (("plain", min(10, len(ended))), ("border", min(at, 10, len(ended)))):
+        x = done[name]
+        assert x.tokens == free.tokens[:n], name
+        with torch.no_grad():
+            logits = model(torch.tensor([prompts(1)[0] + x.tokens])).logits[0, -1].double() / 0.7
+        want = logits.log_softmax(-1).sort(descending=True).values[:5].tolist()
+        if x.finish_reason != "stop":
+            assert x.peek == pytest.approx(want, abs=1e-4), name
+    assert done["border"].finish_reason in ("border", "stop") and done["plain"].finish_reason in ("length", "stop")
+    assert any(x.peek for x in done.values())
+
+
+def test_the_cache_has_room(engine):
+    assert engine.kv_blocks > 100

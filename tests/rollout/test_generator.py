@@ -25,6 +25,7 @@ class FakePrompt:
 
     id: str
     tokens: list[int]
+    data_source: str = "test"
 
 
 def config(hf: Path) -> Config:

@@ -23,7 +23,7 @@ Traps of vLLM 0.32 on the CPU that this module exists to hide:
 - A per-request seed and chunked prefill crash together: chunked prefill is off, so a whole sequence must fit into
   `max_num_batched_tokens`.
 - Only full KV blocks are reused, and a segment's last token has no KV yet: a resubmitted prefix recomputes least
-  when (prompt + d * segment_length) mod block_size is 1.
+  when its length mod block_size is 1 (`rollout.segment_alignment`).
 - VLLM_CPU_KVCACHE_SPACE, when set in the environment, wins over `kv_cache_memory_mb`.
 
 The engine's vocabulary is config.json's: the rows by which Megatron pads the embedding do not exist here and cannot
@@ -39,7 +39,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,39 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished request: what was sampled, its logprobs (nats), "stop" or "length", and prefix tokens reused."""
+    """A finished request: what was sampled, its logprobs (nats), why it ended, and prefix tokens reused.
+
+    `finish_reason`: "stop" (a stop token, kept), "length", or "border" (a border token, kept).
+    """
 
     request_id: str
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
     num_cached_tokens: int
+    peek: list[float] = field(default_factory=list)
+    """Logprobs of the likeliest tokens behind the last one, descending, where they were asked for."""
+
+
+@dataclass(slots=True)
+class _Request:
+    """What was asked for, under our name."""
+
+    name: str
+    max_tokens: int
+    peek: int
+    borders: frozenset[int]
+    min_tokens: int
+
+    def end(self, tokens: Sequence[int], reason: str | None) -> tuple[int, str] | None:
+        """(tokens of the segment, why it ends), None while it goes on. `reason`: vLLM's, None while it samples."""
+        last = len(tokens) - (self.peek > 0)  # a peeked-at token is behind the segment
+        ended_itself = reason == "stop" and not self.peek
+        if not ended_itself and last >= self.min_tokens and last and tokens[last - 1] in self.borders:
+            return last, "border"
+        if reason is None:
+            return None
+        return (self.max_tokens, "length") if len(tokens) > self.max_tokens else (len(tokens), reason)
 
 
 class WeightSync:
@@ -115,7 +141,7 @@ class Engine:
         self.max_model_len = min(cfg.max_model_len + 1, hf.get("max_position_embeddings") or cfg.max_model_len + 1)
         self._tied = bool(hf.get("tie_word_embeddings", False))
         self._shapes = _checkpoint_shapes(self.hf_dir, self._tied)
-        self._open: dict[str, str] = {}  # vLLM's id -> ours
+        self._open: dict[str, _Request] = {}  # by vLLM's id
         self._next = 0
         self._broken = ""
         with _process_left_alone():
@@ -134,7 +160,12 @@ class Engine:
     @property
     def unfinished(self) -> list[str]:
         """Ids of the submitted requests that have not finished, oldest first."""
-        return list(self._open.values())
+        return [r.name for r in self._open.values()]
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks of `block_size` tokens that the KV cache holds (one of them is vLLM's own)."""
+        return int(self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks) - 1
 
     def submit(
         self,
@@ -144,36 +175,53 @@ class Engine:
         seed: int,
         temperature: float,
         stop_token_ids: Sequence[int],
+        *,
+        peek: int = 0,
+        borders: frozenset[int] = frozenset(),
+        min_tokens: int = 1,
     ) -> None:
         """Queue a request: sample at most `max_tokens` after `prefix`, ending behind a stop token (which is kept).
 
-        `temperature` 0 is greedy. Raises EngineError when the request cannot be computed as asked.
+        `temperature` 0 is greedy. `borders`: token ids that end it too, from its `min_tokens`-th token on. (vLLM's own
+        min_tokens would forbid the tokens instead, which changes the distribution.) `peek` > 0: one token more is
+        sampled and dropped, for the logprobs of the `peek` likeliest ones in its place. Raises EngineError when the
+        request cannot be computed as asked.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        self._check_prefix(prefix, max_tokens, request_id)
-        if request_id in self._open.values():
+        self._check_prefix(prefix, max_tokens + (peek > 0), request_id)
+        if any(r.name == request_id for r in self._open.values()):
             raise EngineError(f"request {request_id!r} is already running")
         params = SamplingParams(
             temperature=temperature,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens + (peek > 0),
             seed=seed if temperature > 0 else None,
-            logprobs=0,
+            logprobs=peek,
             stop_token_ids=list(stop_token_ids),
             ignore_eos=True,  # our own list is the whole truth about EOS
             detokenize=False,
+            # Whoever looks for borders looks at every token; for the others vLLM makes no output before the last.
+            output_kind=RequestOutputKind.CUMULATIVE if borders else RequestOutputKind.FINAL_ONLY,
         )
-        self._open[self._add(prefix, params)] = request_id
+        asked = _Request(request_id, max_tokens, peek, borders, min_tokens)
+        self._open[self._add(prefix, params)] = asked
 
     def step(self) -> list[Finished]:
         """One forward pass over everything that runs; the requests that finished in it. Empty when idle."""
         if not self._open:
             return []
-        out = []
+        out, cut = [], []
         for x in self._llm.llm_engine.step():
-            if x.finished:
-                ours = self._open.pop(self._match(x.request_id))
-                out.append(self._finished(ours, x))
+            name = self._match(x.request_id)
+            tokens = x.outputs[0].token_ids
+            end = self._open[name].end(tokens, str(x.outputs[0].finish_reason) if x.finished else None)
+            if end is not None:
+                out.append(self._finished(self._open.pop(name), x, *end))
+                if not x.finished:
+                    cut.append(name)
+        if cut:
+            self._llm.llm_engine.abort_request(cut)
         return out
 
     def abort(self) -> None:
@@ -245,15 +293,19 @@ class Engine:
         if not 0 <= min(prefix) <= max(prefix) < self.vocab_size:
             raise EngineError(f"request {request_id!r}: token ids must be in [0, {self.vocab_size})")
 
-    def _finished(self, request_id: str, x: Any) -> Finished:
+    def _finished(self, asked: _Request, x: Any, kept: int, reason: str) -> Finished:
         done = x.outputs[0]
-        tokens = list(done.token_ids)
-        logprobs = [entry[t].logprob for entry, t in zip(done.logprobs or [], tokens, strict=True)]
-        if not all(map(math.isfinite, logprobs)):
-            raise EngineError(f"request {request_id!r}: logprobs are not finite; the engine's weights are broken")
+        sampled, entries = list(done.token_ids), done.logprobs or []
+        tokens = sampled[:kept]
+        logprobs = [entry[t].logprob for entry, t in zip(entries, tokens, strict=False)]
+        peek: list[float] = []
+        if asked.peek and kept < len(sampled):
+            peek = sorted((e.logprob for e in entries[kept].values()), reverse=True)[: asked.peek]
+        if len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs)):
+            raise EngineError(f"request {asked.name!r}: logprobs are not finite; the engine's weights are broken")
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-            raise EngineError(f"request {request_id!r}: sampled an id outside the vocabulary of {self.vocab_size}")
-        return Finished(request_id, tokens, logprobs, str(done.finish_reason), x.num_cached_tokens or 0)
+            raise EngineError(f"request {asked.name!r}: sampled an id outside the vocabulary of {self.vocab_size}")
+        return Finished(asked.name, tokens, logprobs, reason, x.num_cached_tokens or 0, peek)
 
     def _checked(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the tensors on, one at a time, verifying them against the checkpoint's names and shapes."""

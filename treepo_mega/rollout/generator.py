@@ -2,6 +2,7 @@
 
     generator = Generator(engine, cfg, tokenizer)
     trees = generator.rollout(prompts, step=7)       # in the order of prompts, rewards still empty
+    grown = generator.grow(jobs, queue, step=7)      # prompts from a queue that engines share, carried-over trees
     generator.counts                                 # what that call cost, additive over ranks
 
 The loop is the engine's own: submit what any tree wants, take one engine step, hand the finished segments to their
@@ -9,27 +10,38 @@ trees, which may want more at once. There is no barrier over trees or levels, so
 wait for another's long ones. Because `tree/search.py` decides nothing by order of arrival and each node has its
 own seed, the trees are the same under any schedule, batch or split of prompts over ranks. The one leak is
 floating point: a kernel may round differently in another batch, and a token whose draw falls within that rounding
-of a boundary may differ.
+of a boundary may differ. (fp32 on the CPU: none seen. In bf16 the logits of one position differ by up to some 0.01
+between batch sizes, so that a tree of some hundred tokens may turn elsewhere; the same batch gives the same tree.)
 
-A tree lives on one engine, whose prefix cache makes resubmitting its prefixes cheap; `cached_tokens` and
-`recomputed_tokens` count what was reused and what was not. Segment borders are where the configuration puts them,
-they are not moved to KV-block borders (see `rollout/engine.py` for the lengths at which reuse is best).
+Who runs when is `rollout/admission.py`'s business: no more than the KV cache holds, begun trees before new ones,
+long ones first (`rollout/dealing.py`). `schedule: level` is the published way, kept to compare with: what the trees
+want is submitted only when nothing runs any more, one blocking call a level.
+
+A tree lives on one engine, whose prefix cache makes resubmitting its prefixes cheap. `cached_tokens` and
+`recomputed_tokens` are the prefix tokens that were found there and that were not; `forwarded_tokens` are all that
+went through the model: recomputed ones, and each sampled one but a segment's last.
 
 `counts`, all sums, for the last call: `prompts`, `trees_short` (trees with a shortfall), `leaves`, `stop/<reason>`
-(leaves by stop reason), the sums of `tree.counts` (`segments`, `generated_tokens`, `dropped_tokens`, `levels`,
-`fallbacks`, `duplicates`, `cached_tokens`, `recomputed_tokens`), `unique_tokens`, `flat_tokens`, `engine_steps`,
-`seconds`; and one ratio, `token_ratio` = unique / flat (after adding ranks, divide again).
+(leaves by stop reason), the sums of `tree.counts` (`segments`, `generated_tokens`, `dropped_tokens`,
+`peeked_tokens`, `levels`, `fallbacks`, `duplicates`, `cached_tokens`, `recomputed_tokens`, `forwarded_tokens`),
+`unique_tokens`, `flat_tokens`, `engine_steps`, `running` (segments in the batch, summed over steps), `seconds`; and
+one ratio, `token_ratio` = unique / flat (after adding ranks, divide again).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from treepo_mega.config import Config, RolloutConfig
-from treepo_mega.rollout.engine import Engine, EngineError, find_eos_token_ids
+from treepo_mega.rollout.admission import Admission, Key
+from treepo_mega.rollout.borders import border_tokens
+from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
+from treepo_mega.rollout.engine import Engine, EngineError, Finished, find_eos_token_ids
 from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree import carry
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import Segment, TreeSearch, Want
 from treepo_mega.tree.stop import STOP_REASONS, StopRules
@@ -41,6 +53,22 @@ Progress = Callable[[int, int], None]
 """Called with (leaves finished, leaves wanted) whenever the first number grows."""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A tree to grow: a prompt, and the state of its tree when it was carried over from an earlier step."""
+
+    prompt: Prompt
+    state: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Grown:
+    """What `grow` made of the jobs it took, by their index: finished trees, and the states of paused ones."""
+
+    trees: dict[int, Tree] = field(default_factory=dict)
+    paused: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
 class Generator:
     """Rollouts on one engine. `decode(ids)` is the text that stop rules, graders and people see."""
 
@@ -49,13 +77,24 @@ class Generator:
         self.engine, self.cfg, self.progress = engine, cfg, progress
         named = cfg.rollout.stop.eos_token_ids
         self.eos_token_ids = find_eos_token_ids(engine.hf_dir, tokenizer) if named is None else list(named)
+        self.costs = CostModel()
         self.counts: dict[str, float] = {}
         self._tokenizer = tokenizer
+        self._borders: dict[str, frozenset[int]] = {}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Response text without special tokens."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def borders(self, rollout: RolloutConfig) -> frozenset[int]:
+        """Token ids that end a segment under `rollout.segment_end`. Raises EngineError when there are none."""
+        if rollout.segment_end == "length" or rollout.mode == "sequential":
+            return frozenset()
+        name = repr(rollout.segment_end)
+        if name not in self._borders:
+            self._borders[name] = border_tokens(self._tokenizer, self.engine.vocab_size, rollout.segment_end)
+        return self._borders[name]
 
     def rollout(
         self,
@@ -67,9 +106,37 @@ class Generator:
         temperature: float | None = None,
         purpose: str = "train",
     ) -> list[Tree]:
-        """One tree a prompt, in their order. No prompts: returns at once.
+        """One finished tree a prompt, in their order. No prompts: returns at once.
 
-        `rollout` replaces cfg.rollout (evaluation); `temperature` replaces its temperature, 0 is greedy.
+        `rollout` replaces cfg.rollout (evaluation); `temperature` replaces its temperature, 0 is greedy. Raises what
+        `grow` raises.
+        """
+        r = (rollout or self.cfg.rollout).model_copy(update={"partial_rollout": None})
+        (order,) = deal_by_cost([self.costs.expected(p) for p in prompts], 1)
+        grown = self.grow(
+            [Job(p) for p in prompts],
+            LocalQueue(order),
+            step=step,
+            policy_version=policy_version,
+            rollout=r,
+            temperature=temperature,
+            purpose=purpose,
+        )
+        return [grown.trees[i] for i in range(len(prompts))]
+
+    def grow(
+        self,
+        jobs: Sequence[Job],
+        queue: Queue,
+        *,
+        step: int,
+        policy_version: int = 0,
+        rollout: RolloutConfig | None = None,
+        temperature: float | None = None,
+        purpose: str = "train",
+    ) -> Grown:
+        """Grow the trees of the jobs that `queue` hands out, to their end or to the reach of this step.
+
         Seeds come from (train.seed, purpose, step, prompt id), so ids must be unique within a step (those of
         `PromptCursor` are unique within a run): equal ids would give equal trees.
 
@@ -79,69 +146,196 @@ class Generator:
         """
         started = time.monotonic()
         r = rollout or self.cfg.rollout
-        searches: dict[str, TreeSearch] = {}
+        tau = r.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
+        r = r.model_copy(update={"budget_temperature": tau})
+        self._check(jobs, r)
         stop = StopRules.from_config(r, self.eos_token_ids, self.decode)
-        for prompt in prompts:
-            if prompt.id in searches:
+
+        def begin(job: Job) -> TreeSearch:
+            p = job.prompt
+            if job.state is not None:
+                search = carry.load(job.state, r, stop)
+                search.resume(policy_version, r)
+                return search
+            seed = derive_seed(self.cfg.train.seed, purpose, step, p.id)
+            return TreeSearch(p.id, p.tokens, r, seed=seed, stop=stop, policy_version=policy_version, align=r.alignment)
+
+        run = _Run(self, jobs, queue, r, r.temperature if temperature is None else temperature, begin)
+        try:
+            run.to_its_end()
+        except BaseException:
+            self.engine.abort()
+            raise
+        grown = run.harvest()
+        self.counts = summarize(list(grown.trees.values()))
+        self.counts |= {"engine_steps": run.steps, "running": run.occupied, "seconds": time.monotonic() - started}
+        return grown
+
+    def _check(self, jobs: Sequence[Job], r: RolloutConfig) -> None:
+        seen: set[str] = set()
+        for prompt in (job.prompt for job in jobs):
+            if prompt.id in seen:
                 raise ValueError(f"prompt {prompt.id!r} occurs twice in a rollout: its trees would be equal")
+            seen.add(prompt.id)
+            if not prompt.tokens:
+                raise ValueError(f"prompt {prompt.id!r} has no tokens: there is nothing to condition on")
             if len(prompt.tokens) + r.max_response_len > self.engine.max_model_len:
                 raise ValueError(
                     f"prompt {prompt.id!r}: {len(prompt.tokens)} tokens + rollout.max_response_len "
                     f"{r.max_response_len} exceed the engine's window of {self.engine.max_model_len}"
                 )
-            seed = derive_seed(self.cfg.train.seed, purpose, step, prompt.id)
-            searches[prompt.id] = TreeSearch(
-                prompt.id, prompt.tokens, r, seed=seed, stop=stop, policy_version=policy_version
-            )
-        steps = self._run(list(searches.values()), r, r.temperature if temperature is None else temperature)
-        trees = [s.tree for s in searches.values()]
-        self.counts = summarize(trees)
-        self.counts |= {"engine_steps": steps, "seconds": time.monotonic() - started}
-        return trees
 
-    def _run(self, searches: list[TreeSearch], r: RolloutConfig, temperature: float) -> int:
-        """Drive the searches to their end; returns the number of engine steps."""
-        deadline = time.monotonic() + r.timeout_s
-        running: dict[str, tuple[TreeSearch, Want]] = {}
-        steps, leaves = 0, 0
-        for search in searches:
-            search.tree.counts |= {"cached_tokens": 0, "recomputed_tokens": 0}
-        try:
-            for k, search in enumerate(searches):
-                self._submit(k, search, running, temperature)
-            while running:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(_unfinished(running, r.timeout_s))
-                done = self.engine.step()
-                steps += 1
-                for x in done:
-                    search, want = running.pop(x.request_id)
-                    if x.finish_reason not in ("stop", "length"):
-                        raise EngineError(f"request {x.request_id!r} ended with {x.finish_reason!r}")
-                    search.tree.counts["cached_tokens"] += x.num_cached_tokens
-                    search.tree.counts["recomputed_tokens"] += len(want.prefix) - x.num_cached_tokens
-                    search.take(want.node_id, Segment(x.tokens, x.logprobs, x.finish_reason))
-                    self._submit(int(x.request_id.partition(":")[0]), search, running, temperature)
-                leaves = self._report(searches, leaves, r) if done else leaves
-        except BaseException:
-            self.engine.abort()
-            raise
-        return steps
 
-    def _submit(
-        self, k: int, search: TreeSearch, running: dict[str, tuple[TreeSearch, Want]], temperature: float
+class _Run:
+    """The trees in flight of one rollout."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        jobs: Sequence[Job],
+        queue: Queue,
+        r: RolloutConfig,
+        temperature: float,
+        begin: Callable[[Job], TreeSearch],
     ) -> None:
-        """Queue what tree number `k` newly wants."""
-        for want in search.wants():
-            name = f"{k}:{want.node_id}"
-            self.engine.submit(name, want.prefix, want.max_tokens, want.seed, temperature, self.eos_token_ids)
-            running[name] = (search, want)
+        self.generator, self.engine, self.jobs, self.queue = generator, generator.engine, jobs, queue
+        self.r, self.temperature, self.begin = r, temperature, begin
+        self.borders = generator.borders(r)
+        e = r.engine
+        self.room = Admission(self.engine.kv_blocks, e.block_size, e.max_num_seqs)
+        self.searches: list[TreeSearch] = []  # by rank: the order in which they were begun
+        self.taken: list[int] = []  # rank -> index of the job
+        self.wants: dict[Key, Want] = {}
+        self.later: list[tuple[int, Want]] = []  # schedule: level
+        self.steps, self.occupied, self.leaves = 0, 0, 0
 
-    def _report(self, searches: list[TreeSearch], before: int, r: RolloutConfig) -> int:
-        now = sum(len(s.tree.leaves) for s in searches)
-        if self.progress is not None and now > before:
-            self.progress(now, len(searches) * r.n_samples_per_prompt)
-        return now
+    def to_its_end(self) -> None:
+        """Drive all trees until they are done or paused. Raises TimeoutError naming what is missing."""
+        deadline = time.monotonic() + self.r.timeout_s
+        while True:
+            self._fill()
+            if not self.room.running:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(self._unfinished())
+            finished = self.engine.step()
+            self.steps += 1
+            self.occupied += len(self.room.running)
+            for x in finished:
+                self._take(x)
+            if finished:
+                self._report()
+
+    def harvest(self) -> Grown:
+        """The trees by the index of their job."""
+        out = Grown()
+        for index, search in zip(self.taken, self.searches, strict=True):
+            if search.done:
+                out.trees[index] = search.tree
+            else:
+                out.paused[index] = carry.dump(search)
+        return out
+
+    def _fill(self) -> None:
+        """Submit what may run, beginning new trees while there is room for them."""
+        if self.r.schedule == "level":
+            self._fill_level()
+            return
+        self._submit()
+        while self.room.idle and (index := self.queue.take()) is not None:
+            self._begin(index)
+            self._submit()
+
+    def _fill_level(self) -> None:
+        """All trees at once; what they want waits for the last segment of the level."""
+        if not self.searches:
+            while (index := self.queue.take()) is not None:
+                self._begin(index)
+        if self.room.idle and not self.room.running:
+            for rank, want in self.later:
+                self._wait(rank, want)
+            self.later = []
+        self._submit()
+
+    def _begin(self, index: int) -> None:
+        search = self.begin(self.jobs[index])
+        for name in ("cached_tokens", "recomputed_tokens", "forwarded_tokens"):
+            search.tree.counts.setdefault(name, 0)
+        self.searches.append(search)
+        self.taken.append(index)
+        self._ask(len(self.searches) - 1)
+
+    def _ask(self, rank: int) -> None:
+        """Queue what tree `rank` newly wants; once that is known, its older prefixes need not be kept."""
+        search = self.searches[rank]
+        new = search.wants()
+        if self.r.schedule == "level":
+            self.later += [(rank, want) for want in new]
+        else:
+            for want in new:
+                self._wait(rank, want)
+        if new or search.done or search.paused:
+            self.room.settle(rank)
+
+    def _wait(self, rank: int, want: Want) -> None:
+        tree = self.searches[rank].tree
+        node = tree.nodes[want.node_id]
+        lengths = [len(tree.nodes[i].tokens) for i in tree.ancestry(node.parent)]
+        self.room.want(rank, node.path, lengths, want.max_tokens + (want.peek > 0))
+        self.wants[rank, node.path] = want
+
+    def _submit(self) -> None:
+        for key in self.room.admit():
+            want = self.wants[key]
+            self.engine.submit(
+                _name(key),
+                want.prefix,
+                want.max_tokens,
+                want.seed,
+                self.temperature,
+                self.generator.eos_token_ids,
+                peek=want.peek,
+                borders=self.borders,
+                min_tokens=want.min_tokens,
+            )
+
+    def _take(self, x: Finished) -> None:
+        """Hand a finished segment to its tree."""
+        rank, path = key = _key(x.request_id)
+        want, search = self.wants.pop(key), self.searches[rank]
+        if x.finish_reason not in ("stop", "length", "border"):
+            raise EngineError(f"request {x.request_id!r} ended with {x.finish_reason!r}")
+        counts, recomputed = search.tree.counts, len(want.prefix) - x.num_cached_tokens
+        counts["cached_tokens"] += x.num_cached_tokens
+        counts["recomputed_tokens"] += recomputed
+        counts["forwarded_tokens"] += recomputed + len(x.tokens) + bool(x.peek) - 1
+        self.room.finish(rank, path)
+        search.take(want.node_id, Segment(x.tokens, x.logprobs, x.finish_reason, x.peek))
+        self._ask(rank)
+
+    def _report(self) -> None:
+        now = sum(len(s.tree.leaves) for s in self.searches)
+        if self.generator.progress is not None and now > self.leaves:
+            self.generator.progress(now, len(self.jobs) * self.r.n_samples_per_prompt)
+        self.leaves = now
+
+    def _unfinished(self) -> str:
+        keys = sorted(self.room.running)
+        some = [f"{self.searches[rank].tree.prompt_id!r} path {path}" for rank, path in keys[:8]]
+        return (
+            f"generation passed its deadline of {self.r.timeout_s} s (rollout.timeout_s) with {len(keys)} segments "
+            f"unfinished: " + ", ".join(some) + (", ..." if len(keys) > len(some) else "")
+        )
+
+
+def _name(key: Key) -> str:
+    """A request's name: the tree's rank and the node's path."""
+    return f"{key[0]}:{'.'.join(map(str, key[1]))}"
+
+
+def _key(name: str) -> Key:
+    rank, _, path = name.partition(":")
+    return int(rank), tuple(map(int, path.split(".")))
 
 
 def summarize(trees: Sequence[Tree]) -> dict[str, float]:
@@ -160,12 +354,3 @@ def summarize(trees: Sequence[Tree]) -> dict[str, float]:
             counts[name] = counts.get(name, 0) + value
     counts["token_ratio"] = counts["unique_tokens"] / counts["flat_tokens"] if counts["flat_tokens"] else 1.0
     return counts
-
-
-def _unfinished(running: dict[str, tuple[TreeSearch, Want]], timeout_s: float) -> str:
-    some = [f"{s.tree.prompt_id!r} path {s.tree.nodes[w.node_id].path}" for s, w in list(running.values())[:8]]
-    return (
-        f"generation passed its deadline of {timeout_s} s (rollout.timeout_s) with {len(running)} segments unfinished: "
-        + ", ".join(some)
-        + (", ..." if len(running) > len(some) else "")
-    )

@@ -1,0 +1,134 @@
+"""Which wanted segments run now: as many as the KV cache and the batch hold, oldest trees first. Pure bookkeeping.
+
+    room = Admission(blocks=1023, block_size=32, max_running=256)
+    room.want(rank, key, path, lengths, tokens)     # a segment waits; rank: the order in which trees were begun
+    for key in room.admit(): submit(key)            # those that fit now, in order
+    room.finish(key)                                # its segment has arrived; its prefix stays booked
+    room.settle(tree)                               # what the tree wants next is known: forget the rest of it
+
+Why. An engine that is given more than its KV cache holds preempts: it throws a running request's blocks away and
+computes them again later, which makes room for a while, and then happens again. So nothing is submitted that might
+have to be preempted: a segment books the blocks that it can fill at most, and waits otherwise. Segments are short and
+always end, so waiting ends too.
+
+What a segment books: the full blocks of the nodes above it, which it shares with every other segment below those
+nodes (each is booked once a tree, by reference count), and its own: the rest of its prefix and `tokens` new ones.
+The prefix stays booked between a segment's arrival and the moment its tree has said what it wants next, so that the
+cache is not taken by others just before it is used again.
+
+Order. Trees that were begun go before trees that were not, and the earlier before the later: fewer trees are open,
+so more of their prefixes stay cached. A new tree is begun only when nothing waits (`idle`).
+
+Nodes are named by their `path` (child indices from the root), which unlike their ids never changes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Path = tuple[int, ...]
+Key = tuple[int, Path]
+"""(rank of the tree, path of the node)."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """`ends[d]`: tokens up to and with the node at depth d of the path above the wanted one."""
+
+    ends: list[int]
+    tokens: int
+
+
+class Admission:
+    """See the module docstring. `blocks`: of the whole cache; `max_running`: segments in one batch."""
+
+    def __init__(self, blocks: int, block_size: int, max_running: int) -> None:
+        self.blocks, self.block_size, self.max_running = blocks, block_size, max_running
+        self.used = 0
+        """Blocks booked now."""
+        self.running: set[Key] = set()
+        self._waiting: list[Key] = []
+        self._asked: dict[Key, _Waiting] = {}
+        self._own: dict[Key, int] = {}  # blocks of a running segment alone
+        self._shared: dict[Key, list[int]] = {}  # node -> [blocks, references]
+        self._done: dict[int, list[Key]] = {}  # tree -> arrived segments whose prefixes are still booked
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing waits and the batch has room: a new tree may begin."""
+        return not self._waiting and len(self.running) < self.max_running
+
+    def want(self, rank: int, path: Path, lengths: Sequence[int], tokens: int) -> None:
+        """A segment of at most `tokens` tokens waits, at `path` of tree `rank`; `lengths`: the nodes above, root first.
+
+        Raises ValueError when it alone is more than the cache holds.
+        """
+        ends = [sum(lengths[: d + 1]) for d in range(len(lengths))]
+        key, asked = (rank, path), _Waiting(ends, tokens)
+        alone = -(-(ends[-1] + tokens) // self.block_size)
+        if alone > self.blocks:
+            raise ValueError(
+                f"a path of {ends[-1] + tokens} tokens needs {alone} KV blocks of {self.block_size}, the engine has "
+                f"{self.blocks}: raise rollout.engine.kv_cache_memory_mb (gpu_memory_utilization on a GPU)"
+            )
+        self._asked[key] = asked
+        heapq.heappush(self._waiting, key)
+
+    def admit(self) -> list[Key]:
+        """Book and return what may run now, in order. Never empty while something waits and nothing runs."""
+        out = []
+        while self._waiting and len(self.running) < self.max_running:
+            key = self._waiting[0]
+            need = self._need(key)
+            # When nothing runs, booked prefixes only wait to be used: they may be evicted rather than block.
+            if self.used + need > self.blocks and self.running:
+                break
+            heapq.heappop(self._waiting)
+            self._book(key)
+            out.append(key)
+        return out
+
+    def finish(self, rank: int, path: Path) -> None:
+        """A running segment has arrived: its own blocks are free, its prefix stays booked until `settle`."""
+        key = (rank, path)
+        self.running.remove(key)
+        self.used -= self._own.pop(key)
+        self._done.setdefault(rank, []).append(key)
+
+    def settle(self, rank: int) -> None:
+        """Tree `rank` has said what it wants next, or is done: release the prefixes of what arrived before."""
+        for key in self._done.pop(rank, []):
+            for node in self._above(key):
+                entry = self._shared[node]
+                entry[1] -= 1
+                if not entry[1]:
+                    self.used -= entry[0]
+                    del self._shared[node]
+            del self._asked[key]
+
+    def _above(self, key: Key) -> list[Key]:
+        rank, path = key
+        return [(rank, path[:d]) for d in range(len(path))]
+
+    def _full(self, key: Key) -> list[int]:
+        """Full blocks that end inside each node above `key`."""
+        ends = [end // self.block_size for end in self._asked[key].ends]
+        return [b - a for a, b in zip([0, *ends], ends, strict=False)]
+
+    def _alone(self, key: Key) -> int:
+        """Blocks that only this segment fills (one more when its prefix ends at a border: that block is recomputed)."""
+        asked = self._asked[key]
+        return -(-(asked.ends[-1] + asked.tokens) // self.block_size) - (asked.ends[-1] - 1) // self.block_size
+
+    def _need(self, key: Key) -> int:
+        new = (n for node, n in zip(self._above(key), self._full(key), strict=True) if node not in self._shared)
+        return sum(new) + self._alone(key)
+
+    def _book(self, key: Key) -> None:
+        self.used += self._need(key)
+        for node, blocks in zip(self._above(key), self._full(key), strict=True):
+            self._shared.setdefault(node, [blocks, 0])[1] += 1
+        self._own[key] = self._alone(key)
+        self.running.add(key)

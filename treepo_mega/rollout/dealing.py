@@ -1,0 +1,159 @@
+"""Who samples which prompt: dealt to engines by expected cost, stolen when one runs dry.
+
+    costs = CostModel();  deal = deal_by_cost([costs.expected(p) for p in prompts], engines)
+    queue = LocalQueue(range(len(prompts)))                      # one engine, or no sharing
+    queue = SharedQueue(store, "step 7", deal, costs, engine)    # engines over a torch.distributed store
+    while (i := queue.take()) is not None: ...                   # index of the next prompt to begin
+
+The longest prompts are begun first, because a long tree begun last is a tail that every other engine waits for.
+Lengths are not known before they are sampled, so a tree's cost is expected to be that of the last tree of the same
+prompt, else the running mean of its data source, plus its prompt. A wrong guess costs time, never a sample: trees do
+not depend on where they grow.
+
+An engine takes from its own list until that is empty, then from the list with the most left: the list's next prompt,
+so that what is stolen is the longest that nobody has begun. A tree that was begun is not moved: its prefix cache is
+where it is. Each list is one counter in the store, advanced atomically; a take is one round trip on the CPU and never
+waits for another engine. The ranks that share an engine (TP_v > 1) must make the same moves: the first of them takes
+and writes down what it got, the others read that, within a deadline.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol
+
+from treepo_mega.tree.node import Tree
+
+if TYPE_CHECKING:
+    from treepo_mega.data.prompts import Prompt
+
+MEMORY = 0.8
+"""Share of the old value in a source's running mean."""
+
+
+class CostModel:
+    """Expected tokens of a tree: its prompt and its unique response tokens. Ranks that see all trees agree on it."""
+
+    def __init__(self) -> None:
+        self._by_text: dict[tuple[int, ...], float] = {}
+        self._by_source: dict[str, float] = {}
+
+    def update(self, prompts: Sequence[Prompt], trees: Sequence[Tree]) -> None:
+        """Learn from finished trees, in the order of their prompts."""
+        for prompt, tree in zip(prompts, trees, strict=True):
+            seen = float(tree.unique_tokens())
+            self._by_text[tuple(prompt.tokens)] = seen
+            old = self._by_source.get(prompt.data_source, seen)
+            self._by_source[prompt.data_source] = MEMORY * old + (1 - MEMORY) * seen
+
+    def expected(self, prompt: Prompt) -> float:
+        """Tokens; only their order and rough proportion matter."""
+        mean = self._by_source.get(prompt.data_source, 0.0)
+        return len(prompt.tokens) + self._by_text.get(tuple(prompt.tokens), mean)
+
+
+def deal_by_cost(costs: Sequence[float], engines: int) -> list[list[int]]:
+    """Indices for each engine, most expensive first: each goes to the engine with the least so far (LPT)."""
+    heap = [(0.0, e) for e in range(engines)]
+    deal: list[list[int]] = [[] for _ in range(engines)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, e = heapq.heappop(heap)
+        deal[e].append(i)
+        heapq.heappush(heap, (load + costs[i], e))
+    return deal
+
+
+class Queue(Protocol):
+    """Hands out prompts to begin."""
+
+    def take(self) -> int | None:
+        """Index of the next prompt; None when there are no more, now and later."""
+        ...
+
+
+class LocalQueue:
+    """All of `order`, one after the other."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self._rest = iter(order)
+
+    def take(self) -> int | None:
+        """The next of `order`."""
+        return next(self._rest, None)
+
+
+class Store(Protocol):
+    """What of torch.distributed's stores is used (a PrefixStore over the launcher's TCPStore)."""
+
+    def add(self, key: str, amount: int) -> int: ...
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+
+
+class SharedQueue:
+    """One engine's view of the lists of all engines; see the module docstring.
+
+    `name` must be new for every rollout; `rank` is this process's among the `ranks` that share the engine.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        deal: Sequence[Sequence[int]],
+        costs: Sequence[float],
+        engine: int,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._store, self._name, self._deal, self._costs = store, name, deal, costs
+        self._engine, self._rank, self._ranks, self._timeout_s = engine, rank, ranks, timeout_s
+        self._taken = 0
+        self._left = [self._remaining(e, 0) for e in range(len(deal))]
+        self.stolen = 0
+        """Prompts that this engine took from others' lists."""
+
+    def take(self) -> int | None:
+        """The next prompt: of this engine's list, else of the list with the most left. Raises TimeoutError."""
+        key = f"{self._name}/engine {self._engine}/{self._taken}"
+        self._taken += 1
+        if self._rank == 0:
+            found = self._claim()
+            if self._ranks > 1:
+                self._store.set(key, "none" if found is None else str(found))
+            return found
+        try:
+            self._store.wait([key], timedelta(seconds=self._timeout_s))
+        except RuntimeError as e:
+            raise TimeoutError(
+                f"engine {self._engine} waited {self._timeout_s:.0f} s for its first rank to take a prompt ({key}): {e}"
+            ) from e
+        text = self._store.get(key).decode()
+        return None if text == "none" else int(text)
+
+    def _claim(self) -> int | None:
+        while (victim := self._richest()) is not None:
+            position = self._store.add(f"{self._name}/list {victim}", 1) - 1
+            self._left[victim] = self._remaining(victim, position + 1)
+            if position < len(self._deal[victim]):
+                self.stolen += victim != self._engine
+                return self._deal[victim][position]
+        return None
+
+    def _richest(self) -> int | None:
+        """This engine while its list has something, else the one with the most expected left; None: nobody has."""
+        if self._left[self._engine] > 0:
+            return self._engine
+        for e in range(len(self._deal)):
+            if self._left[e] > 0:
+                self._left[e] = self._remaining(e, self._store.add(f"{self._name}/list {e}", 0))
+        rich = max(range(len(self._deal)), key=lambda e: (self._left[e], -e))
+        return rich if self._left[rich] > 0 else None
+
+    def _remaining(self, engine: int, position: int) -> float:
+        return sum(1.0 + self._costs[i] for i in self._deal[engine][position:])
