@@ -54,7 +54,7 @@ def test_json_round_trip():
     assert again == tree
 
 
-def test_numbering_breadth_first_forgets_the_order_of_creation():
+def test_renumbering_forgets_the_order_of_creation():
     def build(order):
         tree = Tree.start("p", [1])
         for _ in range(2):
@@ -62,7 +62,7 @@ def test_numbering_breadth_first_forgets_the_order_of_creation():
         for parent in order:
             tree.add_child(tree.nodes[0].children[parent]).stop = "eos"
         tree.leaves = [n.id for n in tree.nodes if n.stop]
-        tree.number_breadth_first()
+        tree.renumber()
         return tree
 
     one = build([0, 1, 1])
@@ -70,4 +70,4 @@ def test_numbering_breadth_first_forgets_the_order_of_creation():
     assert [n.path for n in one.nodes] == [(), (0,), (1,), (0, 0), (1, 0), (1, 1)] and one.leaves == [3, 4, 5]
     one.rewards = [0.0] * 3
     with pytest.raises(ValueError, match="graded"):
-        one.number_breadth_first()
+        one.renumber()

@@ -229,6 +229,11 @@ class Engine:
         self._llm.llm_engine.abort_request(list(self._open))
         self._open.clear()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Raises EngineError while requests run."""
+        if self._open or not self._llm.reset_prefix_cache():
+            raise EngineError(f"the prefix cache cannot be reset; unfinished requests: {self.unfinished[:5]}")
+
     def update_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights: full tensors by Hugging Face name, any float dtype; lm_head.weight is optional if tied.
 
@@ -240,8 +245,7 @@ class Engine:
             raise EngineError(f"weights cannot change while requests run: {self.unfinished[:5]}")
         self._broken = "the last weight update did not complete"
         self._llm.collective_rpc("sync_weights", args=(self._checked(pairs),))
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM did not reset its prefix cache: KV of the old weights would be reused")
+        self.reset_prefix_cache()  # the KV of the old weights would be reused
         self._broken = ""
 
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:

@@ -28,6 +28,7 @@ def dump(search: TreeSearch) -> dict[str, Any]:
         "seed": search._seed,
         "align": search._align,
         "step": search._step,
+        "full": search._full,
         "rng": [version, list(internal), gauss],
         "level": list(search._level.items()),
         "arrived": [(i, asdict(s)) for i, s in search._arrived.items()],
@@ -48,7 +49,7 @@ def load(state: dict[str, Any], rollout: RolloutConfig, stop: StopRules) -> Tree
         tree.prompt_id, tree.prompt_tokens, rollout, seed=state["seed"], stop=stop, align=state["align"]
     )
     version, internal, gauss = state["rng"]
-    search.tree, search._step, search._new = tree, state["step"], []
+    search.tree, search._step, search._full, search._new = tree, state["step"], state["full"], []
     search._rng.setstate((version, tuple(internal), gauss))
     search._level = {int(i): n for i, n in state["level"]}
     search._arrived = {int(i): Segment(**s) for i, s in state["arrived"]}

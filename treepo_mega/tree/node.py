@@ -26,7 +26,8 @@ class Node:
     `logprobs` are the engine's processed logprobs (after temperature) of the sampled tokens, in nats.
     `stop` is None while the path may go on, else the reason it ended (see `tree/stop.py`).
     `peek`: logprobs (nats, descending) of the likeliest tokens to come next, where the budget asked for them.
-    `policy_version`: the step whose weights sampled the segment.
+    `policy_version`: the step whose weights sampled the segment. `level`: one more than its parent's;
+    for nodes made by fallback one more than the highest before it.
     """
 
     id: int
@@ -39,6 +40,7 @@ class Node:
     fallback: bool = False
     policy_version: int = 0
     peek: list[float] = field(default_factory=list)
+    level: int = 0
 
     @property
     def depth(self) -> int:
@@ -64,11 +66,18 @@ class Tree:
         """A tree that holds only its root."""
         return cls(prompt_id, [Node(ROOT, -1, (), list(prompt_tokens))])
 
-    def add_child(self, parent: int, *, fallback: bool = False, policy_version: int = 0) -> Node:
-        """Append an empty child segment to node `parent` and return it."""
+    def add_child(
+        self, parent: int, *, fallback: bool = False, policy_version: int = 0, level: int | None = None
+    ) -> Node:
+        """Append an empty child segment to node `parent` and return it; `level` None: one more than the parent's."""
         up = self.nodes[parent]
         node = Node(
-            len(self.nodes), parent, (*up.path, len(up.children)), fallback=fallback, policy_version=policy_version
+            len(self.nodes),
+            parent,
+            (*up.path, len(up.children)),
+            fallback=fallback,
+            policy_version=policy_version,
+            level=up.level + 1 if level is None else level,
         )
         up.children.append(node.id)
         self.nodes.append(node)
@@ -116,20 +125,22 @@ class Tree:
             yield node
             stack.extend(reversed(node.children))
 
-    def number_breadth_first(self) -> None:
-        """Give the nodes new ids, sorted by (depth, path), and sort `leaves`; parents still precede children.
+    def renumber(self) -> None:
+        """Give the nodes new ids by level, and within a level by path; sort `leaves` so; parents still precede children.
 
-        Two trees that hold the same paths are equal afterwards, whatever order their nodes were made in. Call it
-        before rewards are assigned and while nobody outside holds a node id: raises ValueError if graded.
+        Nodes made by fallback keep their order: they were all made at once, while the tree was at rest. Two trees that
+        hold the same paths are equal afterwards, whatever order their nodes were made in. Call it before rewards are
+        assigned and while nobody outside holds a node id: raises ValueError if graded.
         """
         if self.rewards:
             raise ValueError(f"tree of prompt {self.prompt_id!r} is graded: its nodes keep their ids")
-        self.nodes.sort(key=lambda n: (len(n.path), n.path))
+        self.leaves.sort(key=lambda i: (self.nodes[i].level, self.nodes[i].path))
+        self.nodes.sort(key=lambda n: (n.level, n.id if n.fallback else 0, n.path))
         new = {node.id: i for i, node in enumerate(self.nodes)}
         for node in self.nodes:
             node.id, node.parent = new[node.id], new.get(node.parent, -1)
             node.children = [new[i] for i in node.children]
-        self.leaves = sorted(new[i] for i in self.leaves)
+        self.leaves = [new[i] for i in self.leaves]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` is its inverse."""

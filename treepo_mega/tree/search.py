@@ -10,10 +10,13 @@ It knows nothing of engines: whoever drives it may keep many trees in flight, de
 likes. The tree does not change, because
 
 - under `transfer: level` a decision (who stops, who branches, where to fall back) is made only when a *level* of
-  this tree is complete (all segments wanted so far have arrived), and in path order;
+  this tree is complete (all segments wanted so far have arrived), and in path order. Once living and ended paths
+  are as many as leaves were asked for, there is nothing left to decide: from then on no path waits for another, and
+  the tree is still the one that levels give;
 - under `transfer: quota` a node's children depend only on the segments of its own family (`tree/quota.py`), and
-  fallback waits until nothing of the tree is running. Node ids then follow arrival, so whenever the tree is at
-  rest (before a fallback, at the end) its nodes are renumbered breadth-first: ids given out before are void;
+  fallback waits until nothing of the tree is running;
+- where paths overtake one another node ids follow arrival, so whenever the tree is at rest (before a fallback, at
+  the end) its nodes are renumbered by level and path: ids given out before are void;
 - every node's sampling seed is a hash of the tree's seed and the node's path;
 - every other choice is drawn from a generator that belongs to the tree.
 
@@ -113,6 +116,7 @@ class TreeSearch:
         self._step = 1
         self._level: dict[int, int] = {}  # node id -> max_tokens of this level's wants, under quota of what is running
         self._arrived: dict[int, Segment] = {}
+        self._full = False  # transfer: level, and nothing is left to decide: every path just goes on to its end
         weigh = None if rollout.budget == "equal" else self._weigh
         self._quotas = Quotas(seed, weigh) if rollout.transfer == "quota" else None
         names = ("segments", "generated_tokens", "dropped_tokens", "peeked_tokens", "levels", "fallbacks", "duplicates")
@@ -143,7 +147,7 @@ class TreeSearch:
             self._ask(want)
 
     def wants(self) -> list[Want]:
-        """Segments wanted since the last call; under `transfer: level` none while a level is incomplete."""
+        """Segments wanted since the last call; none while a decision waits for segments that have not arrived."""
         new, self._new = self._new, []
         return new
 
@@ -162,9 +166,9 @@ class TreeSearch:
             raise ValueError(f"{where}: wanted 1 to {self._level[node_id]} tokens, got {len(segment.tokens)}")
         if len(segment.logprobs) != len(segment.tokens):
             raise ValueError(f"{where}: {len(segment.tokens)} tokens but {len(segment.logprobs)} logprobs")
-        if self._quotas is not None:
+        if self._quotas is not None or self._full:
             del self._level[node_id]
-            self._close_node(self.tree.nodes[node_id], segment, self._quotas)
+            self._close_node(self.tree.nodes[node_id], segment)
             return
         self._arrived[node_id] = segment
         if len(self._arrived) == len(self._level):
@@ -192,20 +196,27 @@ class TreeSearch:
             size += (1 - prefix_len - size) % self._align
         return min(size, room)
 
-    def _branch(self, parent: int, children: int, *, fallback: bool = False) -> list[Node]:
+    def _branch(self, parent: int, children: int, *, fallback_level: int | None = None) -> list[Node]:
         """Give `parent` that many children and want a segment for each; returns them."""
         prefix = self.tree.prefix(parent)
         room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
         size = self._size(len(prefix), room)
         depth = self.tree.nodes[parent].depth + 1
         ends = size == room or depth >= self._stop.max_depth  # nobody will ask what comes behind its last token
-        peek = 0 if ends else self._cfg.peek
+        peek = 0 if ends or self._full else self._cfg.peek
         shortest = self._cfg.segment_tokens if self._cfg.segment_end == "length" else self._cfg.segment_min_length
-        new = [self.tree.add_child(parent, fallback=fallback, policy_version=self._version) for _ in range(children)]
-        for node in new:
+        new = []
+        for _ in range(children):
+            node = self.tree.add_child(
+                parent,
+                fallback=fallback_level is not None,
+                policy_version=self._version,
+                level=fallback_level,
+            )
+            new.append(node)
             self._level[node.id] = size
             self._ask(Want(node.id, prefix, size, derive_seed(self._seed, *node.path), peek, min(shortest, size)))
-        self.tree.counts["fallbacks"] += children * fallback
+        self.tree.counts["fallbacks"] += children * (fallback_level is not None)
         return new
 
     def _ask(self, want: Want) -> None:
@@ -215,7 +226,7 @@ class TreeSearch:
         (self._new if reach is None or grown < reach * self._step else self._held).append(want)
 
     def _close_level(self) -> None:
-        tree, counts = self.tree, self.tree.counts
+        tree, width = self.tree, self._cfg.n_samples_per_prompt
         nodes = sorted((tree.nodes[i] for i in self._level), key=lambda n: n.path)
         segments, self._level, self._arrived = self._arrived, {}, {}
         for node in nodes:
@@ -223,17 +234,32 @@ class TreeSearch:
         active = [n for n in nodes if n.stop is None]
         ended = [n.id for n in nodes if n.stop is not None]
         tree.leaves += ended
-        counts["levels"] += 1
         if active:
-            width = self._cfg.n_samples_per_prompt
             total = level_budget(len(active), len(tree.leaves), len(ended), width, self._cfg.branch_factor)
             total = max(len(active), self._affordable(total))
+            self._full = total + len(tree.leaves) == width
             for node, children in zip(active, self._split(total, active), strict=True):
                 self._branch(node.id, children)
-        elif len(tree.leaves) < self._cfg.n_samples_per_prompt:
-            self._fall_back()
+        else:
+            self._come_to_rest()
+
+    def _come_to_rest(self) -> None:
+        """Every path has ended: number the nodes as if none had overtaken another, and fill up by fallback, or be done.
+
+        Nodes keep no trace of the order in which their segments arrived.
+        """
+        tree = self.tree
+        tree.renumber()
+        tree.counts["levels"] = max(n.level for n in tree.nodes)
+        missing = self._cfg.n_samples_per_prompt - len(tree.leaves)
+        if missing:
+            made = self._fall_back()
+            self._full = len(made) == missing
+            if self._quotas is not None:
+                self._quotas.share(missing, made, self._rng)
         if self.done:
-            self._count_duplicates()
+            leaves = tree.leaves
+            tree.counts["duplicates"] = len(leaves) - len({tuple(tree.response(i)) for i in leaves})
 
     def _split(self, total: int, active: Sequence[Node]) -> list[int]:
         """`total` children over the living paths of a level, by rollout.budget."""
@@ -244,29 +270,19 @@ class TreeSearch:
     def _weigh(self, total: int, living: Sequence[Node]) -> list[int]:
         return split_by_certainty(total, living, self._cfg)
 
-    def _close_node(self, node: Node, segment: Segment, quotas: Quotas) -> None:
-        """`transfer: quota`: settle one segment; who may branch by it branches at once."""
-        tree = self.tree
+    def _close_node(self, node: Node, segment: Segment) -> None:
+        """Settle one segment that waits for no other: who may go on by it does so at once."""
         self._settle(node, segment)
         if node.stop is not None:
-            tree.leaves.append(node.id)
-        for parent, quota in quotas.ended(node):
-            children = self._branch(parent, min(self._cfg.branch_factor, quota))
-            quotas.split(quota, children, tree.nodes[parent].path)
-        if self._level:
-            return
-        tree.number_breadth_first()
-        tree.counts["levels"] += 1
-        missing = self._cfg.n_samples_per_prompt - len(tree.leaves)
-        if missing:
-            made = self._fall_back()
-            quotas.share(missing, made, self._rng)
-        if self.done:
-            self._count_duplicates()
-
-    def _count_duplicates(self) -> None:
-        leaves = self.tree.leaves
-        self.tree.counts["duplicates"] = len(leaves) - len({tuple(self.tree.response(i)) for i in leaves})
+            self.tree.leaves.append(node.id)
+        if self._quotas is not None:
+            for parent, quota in self._quotas.ended(node):
+                children = self._branch(parent, min(self._cfg.branch_factor, quota))
+                self._quotas.split(quota, children, self.tree.nodes[parent].path)
+        elif node.stop is None:
+            self._branch(node.id, 1)
+        if not self._level:
+            self._come_to_rest()
 
     def _settle(self, node: Node, segment: Segment) -> None:
         """Apply the stop rules to a node's segment and store what is kept of it."""
@@ -291,6 +307,7 @@ class TreeSearch:
             tree.shortfall = f"{missing} of {width} leaves missing: all paths ended, {why}"
             return []
         made: list[Node] = []
+        level = max(n.level for n in tree.nodes) + 1
         candidates = CANDIDATES[self._cfg.fallback](tree, self._rng)
         cuts = [cut(tree, leaf, self._cfg.fallback_cut, self._rng) for leaf in candidates]
         # Candidates in turn until the budget is spent; without a candidate, start over from the prompt.
@@ -298,6 +315,6 @@ class TreeSearch:
             children = min(self._cfg.branch_factor, left)
             if children == 0:
                 break
-            made += self._branch(node_id, children, fallback=True)
+            made += self._branch(node_id, children, fallback_level=level)
             left -= children
         return made
