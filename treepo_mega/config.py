@@ -72,7 +72,8 @@ class Config(Section):
         if r.engine.canary_max_abs_diff is None:
             r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 1.0
         if self.algo.use_tis is None:
-            self.algo.use_tis = r.engine.dtype != self.model.params_dtype or self.model.params_dtype == "bf16"
+            bf16 = r.engine.dtype != self.model.params_dtype or self.model.params_dtype == "bf16"
+            self.algo.use_tis = bf16 or r.partial_rollout is not None
         if self.algo.whiten_advantages is None:
             self.algo.whiten_advantages = self.algo.advantage_estimator.startswith("treepo")
         if self.checkpoint.save is None:

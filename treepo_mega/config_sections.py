@@ -277,7 +277,8 @@ class AlgoConfig(Section):
     loss_agg_mode: Literal["token-mean"] = "token-mean"
     """token-mean: sum over all (trajectory, token) pairs of the global batch / their number."""
     use_tis: bool | None = None
-    """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ."""
+    """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, and with
+    rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over)."""
     tis_clip: float = Field(2.0, gt=0)
 
 

@@ -29,7 +29,7 @@ from treepo_mega.trainer import Trainer
 
 EXPECTED = (
     *(ConfigError, ModelSpecError, LayoutError, HfCheckpointError, MetricsError),
-    *(PromptError, GymError, VerifierError, EngineError, RefitError, TrainingDiverged),
+    *(PromptError, GymError, VerifierError, EngineError, RefitError, TrainingDiverged, dist.RankLost),
 )
 """Errors whose message says all that people need; anything else shows where it happened."""
 

@@ -110,6 +110,7 @@ class Trainer:
         state = checkpoint.load_training(directory, self.actor.models, self.actor.optimizer, self.actor.scheduler)
         self.cursor.load_state_dict(state["cursor"])
         self.actor.skipped_in_a_row = state["skipped_in_a_row"]
+        self.collector.carried = state.get("carried", [])
         self.progress.say(f"resumed from {directory}: next step {state['step']}")
         return int(state["step"])
 
@@ -122,6 +123,7 @@ class Trainer:
             "step": step,
             "cursor": self.cursor.state_dict(),
             "skipped_in_a_row": self.actor.skipped_in_a_row,
+            "carried": self.collector.carried,
         }
         directory = Path(c.save) / f"step_{step:06d}"
         a = self.actor

@@ -24,7 +24,7 @@ def test_exchange_between_two_ranks():
 def test_a_barrier_names_what_it_waits_for_and_the_missing_rank():
     out = run_ranks(2, WORKER, "missing", timeout=120)
     message = next(line for line in out.splitlines() if "MESSAGE" in line)
-    assert "rank 0 waited 2 s for all ranks to finish generation" in message
+    assert "rank 0 waited for all ranks to finish generation (deadline 2 s); missing: rank 1." in message
     assert "Ranks 1 failed to pass monitoredBarrier" in message or "Rank 1 failed to pass" in message
 
 

@@ -62,7 +62,20 @@ _ROLLOUT = (
     Metric("rollout/generated_tokens", "tokens", "unique_tokens plus dropped prompts", "tokens sampled"),
     Metric("rollout/cached_tokens", "tokens", "most of the prefix tokens", "prefix tokens found in the KV cache"),
     Metric("rollout/recomputed_tokens", "tokens", "small beside cached_tokens", "prefix tokens prefilled again"),
-    Metric("rollout/engine_steps", "count", "near the longest path", "forward steps of the engine"),
+    Metric("rollout/dropped_tokens", "tokens", "small beside generated_tokens", "of those, cut off behind an answer"),
+    Metric("rollout/forwarded_tokens", "tokens", "unique_tokens plus prompts", "tokens that went through the model"),
+    Metric("rollout/engine_steps", "count", "engines x the longest path", "forward steps of the engines"),
+    Metric(
+        "rollout/running_mean", "segments", "near engine.max_num_seqs", "segments in an engine's batch, mean of steps"
+    ),
+    Metric("rollout/engine_idle_share", "share", "below 0.1", "of the engines' time spent waiting for the slowest one"),
+    Metric("rollout/engine_idle_share_max", "share", "below 0.3", "the same, of the engine that waited most"),
+    Metric("rollout/prompts_stolen", "count", "small", "prompts begun by another engine than they were dealt to"),
+    Metric("rollout/trees_resumed", "count", "0 without partial_rollout", "trees carried over from the step before"),
+    Metric(
+        "rollout/trees_carried_over", "count", "0 without partial_rollout", "unfinished trees left to the next step"
+    ),
+    Metric("rollout/stale_token_share", "share", "below 0.3", "unique tokens trained on that older weights sampled"),
 )
 
 _TREE = (
@@ -70,6 +83,9 @@ _TREE = (
     Metric("tree/unique_tokens", "tokens", "-", "response tokens of the forest, shared ones once"),
     Metric("tree/flat_tokens", "tokens", "-", "response tokens of all trajectories one by one"),
     Metric("tree/depth_mean", "segments", "above 1", "mean depth of the leaves"),
+    Metric("tree/depth_max", "segments", "at most max_depth", "depth of the deepest leaf"),
+    Metric("tree/duplicates", "count", "small beside leaves", "leaves whose response equals another's of the tree"),
+    Metric("tree/budget_temperature", "nats", "follows its schedule", "temperature of the branching budget"),
     Metric("tree/leaves", "count", "prompts x n_samples_per_prompt", "trajectories trained on"),
     Metric("tree/fallbacks", "count", "small beside leaves", "paths cut back and resampled to reach the leaf count"),
     Metric("tree/shortfall", "count", "0", "leaves missing from trees that ran dry (reason kept in the tree)"),

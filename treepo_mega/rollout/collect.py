@@ -1,23 +1,30 @@
 """One rollout step over all ranks: deal prompts to engines, sample, grade, exchange, keep what teaches.
 
-Prompts are dealt round-robin to engines; a tree lives on one engine, and the ranks of that engine sample it
-together. Finished trees, already graded, are exchanged as JSON, so that afterwards every rank holds the same
-list and what follows (filtering, advantages, packing) is computed alike everywhere, without messages.
+Prompts are dealt to engines by expected cost, and an engine that runs dry takes from the others' lists
+(`rollout/dealing.py`); a tree lives on one engine, and the ranks of that engine sample it together. Finished trees,
+already graded, are exchanged as JSON, so that afterwards every rank holds the same list and what follows (filtering,
+advantages, packing) is computed alike everywhere, without messages.
 
 Dynamic sampling (DAPO): a prompt whose rewards are all equal has no signal and is dropped; new prompts are
 drawn to replace it, at most `max_refills` times, after which the step goes on with fewer.
+
+Partial rollouts: a tree with paths that reach beyond the step (`rollout.partial_rollout`) is carried over, as a state
+that every rank holds and a checkpoint keeps; the next step goes on with it in place of a new prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from treepo_mega.config import Config
 from treepo_mega.data.prompts import Prompt, PromptCursor
 from treepo_mega.data.rewards import RewardItem, RewardPool
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import CORRECT
-from treepo_mega.rollout.generator import Generator, summarize
+from treepo_mega.rollout.generator import Generator, Job, summarize
 from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal, set_rewards
 from treepo_mega.tree.node import Tree
@@ -39,6 +46,9 @@ class Collector:
     ) -> None:
         self.cfg, self.generator, self.pool, self.cursor, self.timers = cfg, generator, pool, cursor, timers
         self.tp = cfg.rollout.engine.tensor_parallel_size
+        self.carried: list[dict[str, Any]] = []
+        """Unfinished trees with their prompts, JSON-safe, the same on every rank; part of a checkpoint."""
+        self._rounds = 0
 
     def collect(self, step: int) -> Forest:
         """Trees of `rollout_batch_size` prompts with signal (all prompts without dynamic sampling)."""
@@ -46,31 +56,65 @@ class Collector:
         kept: list[Tree] = []
         seen: list[Tree] = []
         totals: dict[str, float] = {"refills": -1.0}
-        while len(kept) < r.rollout_batch_size and totals["refills"] < (r.max_refills if r.dynamic_sampling else 0):
+        resumed, self.carried = self.carried[: r.rollout_batch_size], self.carried[r.rollout_batch_size :]
+        jobs = [Job(Prompt(**c["prompt"]), c["state"]) for c in resumed]
+        totals["resumed"] = float(len(jobs))
+        while True:
             totals["refills"] += 1
-            trees, counts = self.sample(self.cursor.take(r.rollout_batch_size - len(kept)), step)
+            wanted = r.rollout_batch_size - len(kept) - len(self.carried) - len(jobs)
+            jobs += [Job(p) for p in self.cursor.take(max(0, wanted))]
+            trees, counts = self.sample(jobs, step)
             for name, value in counts.items():
-                totals[name] = totals.get(name, 0.0) + value
+                totals[name] = (
+                    max(totals.get(name, 0.0), value) if name.startswith("max_") else (totals.get(name, 0.0) + value)
+                )
             seen += trees
             kept += [t for t in trees if t.leaves and (not r.dynamic_sampling or has_signal(t))]
-        return Forest(kept, _metrics(seen, kept, totals, self.cfg))
+            jobs = []
+            missing = r.rollout_batch_size - len(kept) - len(self.carried)
+            if missing <= 0 or totals["refills"] >= (r.max_refills if r.dynamic_sampling else 0):
+                break
+        totals["carried"] = float(len(self.carried))
+        return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
 
-    def sample(self, prompts: list[Prompt], step: int) -> tuple[list[Tree], dict[str, float]]:
-        """Graded trees of `prompts`, in order, on every rank; and counts summed over engines."""
-        engine = dist.rank() // self.tp
-        engines = max(1, dist.world_size() // self.tp)
-        mine = prompts[engine::engines]
+    def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
+        """Graded finished trees of `jobs`, in order, and counts over engines, on every rank; paused ones are carried."""
+        started = time.monotonic()
+        queue = self.queue([self.generator.costs.expected(job.prompt) for job in jobs], f"step {step}")
         with self.timers("rollout"):
-            trees = self.generator.rollout(mine, step=step, policy_version=step)
+            grown = self.generator.grow(jobs, queue, step=step, policy_version=step)
+            busy = time.monotonic() - started
             dist.barrier("generation", self.cfg.rollout.timeout_s)
+            whole = time.monotonic() - started
         with self.timers("reward"):
             speaks = dist.rank() % self.tp == 0
-            lost = self._grade(mine, trees) if speaks else 0
-            told = dist.gather_objects([t.to_dict() for t in trees] if speaks else [])
-        steps = self.generator.counts["engine_steps"] if speaks else 0.0
-        counts = dist.sum_over_ranks({"lost": float(lost), "engine_steps": float(steps)})
-        by_id = {t["prompt_id"]: t for part in told for t in part}
-        return [Tree.from_dict(by_id[p.id]) for p in prompts], counts
+            mine = [(jobs[i].prompt, tree) for i, tree in grown.trees.items()]
+            lost = self._grade([p for p, _ in mine], [t for _, t in mine]) if speaks else 0
+            finished = [(i, tree.to_dict()) for i, tree in grown.trees.items()]
+            told = dist.gather_objects([finished, list(grown.paused.items())] if speaks else [[], []])
+        trees = {i: Tree.from_dict(t) for part, _ in told for i, t in part}
+        paused = {i: state for _, part in told for i, state in part}
+        self.carried += [{"prompt": asdict(jobs[i].prompt), "state": paused[i]} for i in sorted(paused)]
+        done = sorted(trees)
+        self.generator.costs.update([jobs[i].prompt for i in done], [trees[i] for i in done])
+        idle = {"idle_s": whole - busy, "engine_s": whole}
+        counts = {name: self.generator.counts[name] for name in ("engine_steps", "running")}
+        counts |= {"lost": float(lost), "stolen": float(queue.stolen), **idle}
+        counts = dist.sum_over_ranks(counts if speaks else dict.fromkeys(counts, 0.0))
+        most = dist.max_over_ranks({"max_idle_share": (whole - busy) / max(whole, 1e-9)})
+        return [trees[i] for i in done], counts | most
+
+    def queue(self, costs: list[float], what: str) -> Queue:
+        """This engine's way to the prompts of a round, by their expected costs. All ranks call it alike."""
+        engines = max(1, dist.world_size() // self.tp)
+        deal = deal_by_cost(costs, engines)
+        self._rounds += 1
+        if engines == 1:
+            return LocalQueue(deal[0])
+        engine, rank = divmod(dist.rank(), self.tp)
+        name = f"{what}, round {self._rounds}"
+        timeout_s = self.cfg.rollout.timeout_s
+        return SharedQueue(dist.store(), name, deal, costs, engine, rank=rank, ranks=self.tp, timeout_s=timeout_s)
 
     def _grade(self, prompts: list[Prompt], trees: list[Tree]) -> int:
         """Write rewards into `trees`; returns how many could not be graded (their leaves are taken out)."""
@@ -83,7 +127,7 @@ class Collector:
         return sum(set_rewards(t, [next(results).score for _ in t.leaves]) for t in trees)
 
 
-def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: Config) -> dict[str, float]:
+def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: Config, step: int) -> dict[str, float]:
     """The `rollout/`, `tree/` and `reward/` lines of the step (see monitor/registry.py)."""
     counts = summarize(seen)
     rewards = [x for t in seen for x in t.rewards]
@@ -91,6 +135,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     depths = [t.nodes[leaf].depth for t in seen for leaf in t.leaves] or [0]
     trained = [x for t in kept for x in t.rewards]
     leaves = max(1.0, counts["leaves"])
+    stale = sum(len(n.tokens) for t in kept for n in t.nodes[1:] if n.policy_version < step)
     out = {
         "rollout/reward_mean": sum(rewards) / max(1, len(rewards)),
         "rollout/accuracy": sum(x > CORRECT for x in rewards) / max(1, len(rewards)),
@@ -100,15 +145,24 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/prompts_dropped_zero_std": len(seen) - len(kept),
         "rollout/refills": totals["refills"],
         "rollout/engine_steps": totals["engine_steps"],
+        "rollout/running_mean": totals["running"] / max(1.0, totals["engine_steps"]),
+        "rollout/engine_idle_share": totals["idle_s"] / max(1e-9, totals["engine_s"]),
+        "rollout/engine_idle_share_max": totals["max_idle_share"],
+        "rollout/prompts_stolen": totals["stolen"],
+        "rollout/trees_resumed": totals["resumed"],
+        "rollout/trees_carried_over": totals["carried"],
+        "rollout/stale_token_share": stale / max(1, sum(t.unique_tokens() for t in kept)),
         "tree/depth_mean": sum(depths) / len(depths),
+        "tree/depth_max": max(depths),
         "tree/leaves": sum(len(t.leaves) for t in kept),
         "tree/shortfall": len(seen) * cfg.rollout.n_samples_per_prompt - counts["leaves"],
+        "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),
         "reward/lost": totals["lost"],
         "reward/mean": sum(trained) / max(1, len(trained)),
     }
-    for name in ("generated_tokens", "cached_tokens", "recomputed_tokens"):
+    for name in ("generated_tokens", "dropped_tokens", "cached_tokens", "recomputed_tokens", "forwarded_tokens"):
         out[f"rollout/{name}"] = counts.get(name, 0.0)
-    for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks"):
+    for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "duplicates"):
         out[f"tree/{name}"] = counts.get(name, 0.0)
     for reason in ("eos", "answer", "length", "depth", "repetition"):
         out[f"tree/stop_{reason}"] = counts[f"stop/{reason}"]

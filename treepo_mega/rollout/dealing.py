@@ -66,7 +66,9 @@ def deal_by_cost(costs: Sequence[float], engines: int) -> list[list[int]]:
 
 
 class Queue(Protocol):
-    """Hands out prompts to begin."""
+    """Hands out prompts to begin. `stolen`: how many of them were dealt to another engine."""
+
+    stolen: int
 
     def take(self) -> int | None:
         """Index of the next prompt; None when there are no more, now and later."""
@@ -77,7 +79,7 @@ class LocalQueue:
     """All of `order`, one after the other."""
 
     def __init__(self, order: Sequence[int]) -> None:
-        self._rest = iter(order)
+        self._rest, self.stolen = iter(order), 0
 
     def take(self) -> int | None:
         """The next of `order`."""

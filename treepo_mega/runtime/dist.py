@@ -6,7 +6,9 @@ Every wait here has a deadline. `monitored_barrier` and gloo's own time-out name
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +31,10 @@ cpu_megatron.install()
 
 from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
+
+
+class RankLost(RuntimeError):
+    """Other ranks did not come in time or died; the message names them and what was waited for."""
 
 
 def _default_environment() -> None:
@@ -109,14 +115,54 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def store() -> dist.Store:
+    """The launcher's key-value store, under a prefix of our own: counters and short messages between ranks, on the CPU.
+
+    One process alone gets a store in memory.
+    """
+    if world_size() == 1:
+        return _local_store()
+    return dist.PrefixStore("treepo_mega", dist.distributed_c10d._get_default_store())
+
+
+@functools.cache
+def _local_store() -> dist.Store:
+    return dist.HashStore()
+
+
+@functools.cache
+def _barriers() -> itertools.count[int]:
+    """Numbers the barriers of this process: every rank passes the same ones in the same order."""
+    return itertools.count()
+
+
 def barrier(what: str, timeout_s: float) -> None:
-    """Wait for all ranks on the CPU; after `timeout_s` seconds RuntimeError names `what` and the missing ranks."""
+    """Wait for all ranks on the CPU; after `timeout_s` seconds RankLost names `what` and the missing ranks.
+
+    A rank that died is noticed at once; the error then names those that had not arrived.
+    """
     if world_size() == 1:
         return
+    key = f"barrier/{next(_barriers())}"
+    with contextlib.suppress(RuntimeError):  # a lost store: the barrier itself will say what is wrong
+        store().set(f"{key}/{rank()}", "here")
     try:
         dist.monitored_barrier(_cpu_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as e:
-        raise RuntimeError(f"rank {rank()} waited {timeout_s:.0f} s for all ranks to finish {what}: {e}") from e
+        raise RankLost(
+            f"rank {rank()} waited for all ranks to finish {what} (deadline {timeout_s:.0f} s); missing: "
+            f"{_missing(key)}. A missing rank died or is stuck; its own output says why. ({e})"
+        ) from e
+    with contextlib.suppress(RuntimeError):
+        store().delete_key(f"{key}/{rank()}")
+
+
+def _missing(key: str) -> str:
+    try:
+        absent = [r for r in range(world_size()) if not store().check([f"{key}/{r}"])]
+    except RuntimeError:
+        return "not known, the launcher's store is gone as well"
+    return ", ".join(f"rank {r}" for r in absent) or "none any more (they were late)"
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -126,7 +126,7 @@ class Tree:
             stack.extend(reversed(node.children))
 
     def renumber(self) -> None:
-        """Give the nodes new ids by level, and within a level by path; sort `leaves` so; parents still precede children.
+        """Give the nodes new ids by level, in a level by path; sort `leaves` so; parents still precede children.
 
         Nodes made by fallback keep their order: they were all made at once, while the tree was at rest. Two trees that
         hold the same paths are equal afterwards, whatever order their nodes were made in. Call it before rewards are
