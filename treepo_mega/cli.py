@@ -4,11 +4,13 @@
     treepo-mega train CONFIG.yaml --dry-run --world-size 128
                                                          resolve and check everything, start nothing
     treepo-mega train --help-config                      every configuration key
+    treepo-mega eval CONFIG.yaml [a.b=c ...] --sampler both
+                                                         accuracy against compute: trees, independent samples
     treepo-mega report RUN [RUN ...]                     report.html and report.json of finished or live runs
 
 `--dry-run`, `--help-config` and `report` need neither a GPU nor torch, vLLM or Megatron: they work on a
 laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
-`train` otherwise exits with what the trainer returns.
+`train` and `eval` otherwise exit with what they return.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse hands back overrides that follow an option; anything else left over is a mistake.
-    if rest and (args.command != "train" or any(r.startswith("-") for r in rest)):
+    if rest and (args.command not in ("train", "eval") or any(r.startswith("-") for r in rest)):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         if args.command == "report":
             return _report(args.runs, args.output)
+        if args.command == "eval":
+            return _eval(args, [*args.overrides, *rest])
         if args.help_config:
             print("\n".join(help_config()))
             return 0
@@ -61,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="resolve and check the configuration, then stop")
     train.add_argument("--world-size", type=_positive, help="processes to check for (--dry-run; default: WORLD_SIZE)")
     train.add_argument("--help-config", action="store_true", help="print every configuration key and stop")
+    evaluate = commands.add_parser("eval", help="accuracy against compute, for trees and for independent samples")
+    evaluate.add_argument("config", help="YAML file; its data.eval are the prompts")
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as model.hf_checkpoint=runs/demo/hf")
+    evaluate.add_argument("--sampler", choices=["tree", "sequential", "both"], default="both")
+    evaluate.add_argument("--samples", type=_numbers, default=(1, 2, 4, 8), metavar="K,K,...", help="default: 1,2,4,8")
+    evaluate.add_argument("--branch-factor", type=_numbers, metavar="B,B,...", help="of trees; default: the config's")
+    evaluate.add_argument("--temperature", type=float, help="default: eval.temperature")
+    evaluate.add_argument(
+        "--compute-budget", type=float, metavar="TOKENS", help="a prompt; longer series are cut there"
+    )
+    evaluate.add_argument("--output", type=Path, help="directory to write to (default: <logging.run_dir>/eval)")
     report = commands.add_parser("report", help="write report.html and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (holds metrics.jsonl)")
     report.add_argument("--output", type=Path, help="directory to write to (default: the first RUN)")
@@ -74,6 +89,41 @@ def _positive(text: str) -> int:
     return value
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        values = ()
+    if not values or values[0] < 1:
+        raise argparse.ArgumentTypeError(f"expected positive numbers with commas between, such as 1,2,4, got {text!r}")
+    return values
+
+
+def _require_environment() -> None:
+    """One rank of each node speaks for it; the launcher ends the others when it leaves."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (problems := check_environment()):
+        raise ConfigError("\n  ".join(["this environment cannot run the trainer:", *problems]))
+
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    cfg = load_config(args.config, overrides)
+    temperature = cfg.eval.temperature if args.temperature is None else args.temperature
+    if temperature == 0 and max(args.samples) > 1:
+        raise ConfigError("eval: greedy (temperature 0) has one sample a prompt: use --samples 1 --sampler sequential")
+    if temperature < 0 or (args.compute_budget is not None and args.compute_budget <= 0):
+        raise ConfigError("eval: --temperature must not be negative, and --compute-budget must be positive")
+    _require_environment()
+    quieten_libraries()
+    from treepo_mega.evaluate import Plan
+    from treepo_mega.evaluate import main as run  # heavy: torch and vLLM
+
+    samplers = ("sequential", "tree") if args.sampler == "both" else (args.sampler,)
+    branches = args.branch_factor or (cfg.rollout.branch_factor,)
+    output = args.output or Path(cfg.logging.run_dir) / "eval"
+    run(cfg, Plan(samplers, args.samples, branches, temperature, args.compute_budget, output))
+    return 0
+
+
 def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: int | None) -> int:
     if path is None:
         raise ConfigError("train: name a configuration file, such as examples/llama3_70b_16x8.yaml")
@@ -82,9 +132,7 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     cfg = load_config(path, overrides)
     if dry_run:
         return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")))
-    # One rank of each node speaks for it; the launcher ends the others when it leaves.
-    if os.environ.get("LOCAL_RANK", "0") == "0" and (problems := check_environment()):
-        raise ConfigError("\n  ".join(["this environment cannot run the trainer:", *problems]))
+    _require_environment()
     quieten_libraries()  # before the import: most of them warn while being imported
     from treepo_mega.train import main as run  # heavy: torch, Megatron and vLLM
 

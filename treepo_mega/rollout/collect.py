@@ -78,7 +78,7 @@ class Collector:
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
 
     def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
-        """Graded finished trees of `jobs`, in order, and counts over engines, on every rank; paused ones are carried."""
+        """Graded finished trees of `jobs`, in order, and counts, on every rank; paused trees go to `carried`."""
         started = time.monotonic()
         queue = self.queue([self.generator.costs.expected(job.prompt) for job in jobs], f"step {step}")
         with self.timers("rollout"):

@@ -1,4 +1,4 @@
-"""Evaluation: n independent samples a prompt with the training engine, graded by the training graders.
+"""Evaluation: n samples a prompt with the training engine, graded by the training graders.
 
     here = evaluate(generator, my_prompts, pool, cfg, temperature=1.0, n=4, step=step)   # this rank's prompts
     metrics = merge([here, *others])                                                   # all ranks'
@@ -11,10 +11,13 @@ The caller deals prompts over ranks and gathers the dicts; `merge` weights them.
                     line, whitespace removed; the earliest sample wins a tie)
     response_len    mean tokens of a response
     truncated       share of responses that ended by length or depth
+    generated_tokens, forwarded_tokens    tokens sampled, and tokens that went through the model: sums
     prompts, samples, graded, lost    counts; a lost sample (grader crashed or timed out) has no score: it is left
                     out of avg@n and counts as not correct in pass@n and maj@n
 
-Sampling is `mode: sequential` whatever training uses: independent samples are what these metrics are defined for.
+Sampling is `mode: sequential` whatever training uses, unless `rollout` says otherwise: independent samples are what
+these metrics are defined for. The leaves of a tree share prefixes, so their avg@n is noisier and their pass@n lower
+than that of as many independent samples; they cost less (`treepo-mega eval` draws both over tokens).
 temperature 0 is greedy, for which n must be 1.
 """
 
@@ -24,7 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from treepo_mega.config import Config
+from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.rewards import RewardItem, RewardPool
 from treepo_mega.data.rewards.verifiers import last_box
 from treepo_mega.rollout.generator import Generator
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 CORRECT = 0.5
 """A score above this counts as correct: half of the range of a 0/1 verifier, and above 0 for a -1/+1 one."""
 
+COSTS = ("generated_tokens", "forwarded_tokens")
+
 
 def evaluate(
     generator: Generator,
@@ -46,14 +51,17 @@ def evaluate(
     temperature: float,
     n: int,
     step: int,
+    rollout: RolloutConfig | None = None,
 ) -> dict[str, float]:
     """Sample and grade; see the module docstring for the result. Zero weights for no prompts.
+
+    `rollout`: how to sample instead of independently; its n_samples_per_prompt must be `n`.
 
     Raises ValueError for greedy with n > 1, and what `Generator.rollout` raises.
     """
     if temperature == 0 and n > 1:
         raise ValueError(f"greedy evaluation has one sample a prompt, not {n}")
-    sampling = cfg.rollout.model_copy(update={"mode": "sequential", "n_samples_per_prompt": n})
+    sampling = rollout or cfg.rollout.model_copy(update={"mode": "sequential", "n_samples_per_prompt": n})
     trees = generator.rollout(prompts, step=step, rollout=sampling, temperature=temperature, purpose="eval")
     texts = [[generator.decode(tree.response(leaf)) for leaf in tree.leaves] for tree in trees]
     items = [
@@ -63,7 +71,8 @@ def evaluate(
     ]
     results = iter(reward_pool.score(items)) if items else iter(())
     scores = [[next(results).score for _ in samples] for samples in texts]
-    return _metrics(trees, texts, scores, n)
+    cost = {name: generator.counts.get(name, 0) for name in COSTS}
+    return _metrics(trees, texts, scores, n) | cost
 
 
 def merge(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -71,7 +80,7 @@ def merge(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     keys = list(dict.fromkeys(k for p in parts for k in p))
     out: dict[str, float] = {}
     for key in keys:
-        if key in ("prompts", "samples", "graded", "lost"):
+        if key in ("prompts", "samples", "graded", "lost", *COSTS):
             out[key] = sum(p[key] for p in parts)
             continue
         over = "graded" if key.startswith("avg@") else "prompts" if "@" in key else "samples"

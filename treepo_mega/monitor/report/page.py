@@ -53,10 +53,6 @@ PALETTE = ("#2f7ed8", "#e07b39", "#3a9d5d", "#b04a8f", "#8a6fd1", "#c2a83e", "#4
 
 def render_page(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> str:
     """The whole page. `figures[i]` is `summarise(runs[i])`."""
-    colours = "".join(
-        f".line.c{i}{{stroke:{c}}}.dot.c{i},.piece.c{i}{{fill:{c}}}.key.c{i}{{background:{c}}}"
-        for i, c in enumerate(PALETTE[:COLOURS])
-    )
     body = [
         "<h1>treepo_mega report</h1>",
         _overview(figures),
@@ -64,14 +60,23 @@ def render_page(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> str:
         f'<div class="charts">{"".join(_charts(runs))}</div>',
         *(_run_section(run, f) for run, f in zip(runs, figures, strict=True)),
     ]
+    return document("treepo_mega report", "".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """A self-contained page around `body`, which is HTML already, in the style of all our pages."""
+    colours = "".join(
+        f".line.c{i}{{stroke:{c}}}.dot.c{i},.piece.c{i}{{fill:{c}}}.key.c{i}{{background:{c}}}"
+        for i, c in enumerate(PALETTE[:COLOURS])
+    )
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>treepo_mega report</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<style>{STYLE}{colours}</style></head><body>{''.join(body)}</body></html>\n"
+        f"<style>{STYLE}{colours}</style></head><body>{body}</body></html>\n"
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are HTML already."""
     top = "".join(f"<th>{h}</th>" for h in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -97,7 +102,7 @@ def _overview(figures: Sequence[dict[str, Any]]) -> str:
         )
         for i, f in enumerate(figures)
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _charts(runs: Sequence[Run]) -> list[str]:
@@ -129,16 +134,16 @@ def _run_section(run: Run, figures: dict[str, Any]) -> str:
             )
             for i, p in enumerate(phases)
         ]
-        parts.append(_table(("phase", "share", "p50", "p95", "total", "steps"), rows))
+        parts.append(table(("phase", "share", "p50", "p95", "total", "steps"), rows))
     tokens = {f"{name} tokens": value for name, value in figures["tokens"].items()}
     figures_of_run = {**tokens, "unique / flat tokens": figures["token_ratio"], **figures["medians"]}
     parts.append("<p class=note>Sums over the run for tokens, medians over its steps for the others.</p>")
-    parts.append(_table(("figure", "value"), [(escape(k), _number(v)) for k, v in figures_of_run.items()]))
+    parts.append(table(("figure", "value"), [(escape(k), _number(v)) for k, v in figures_of_run.items()]))
     faults = [
         (escape(k), f'<span class="{"bad" if v else ""}">{short(v)}</span>') for k, v in figures["totals"].items()
     ]
     if faults:
-        parts.append(_table(("faults and repairs (0 is best)", "total"), faults))
+        parts.append(table(("faults and repairs (0 is best)", "total"), faults))
     for title, mapping in (("summary.json", run.summary), ("config.yaml", run.config)):
         if mapping:
             text = escape(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True))

@@ -43,8 +43,11 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def line_chart(series: Sequence[Series]) -> str:
-    """An SVG of (label, steps, values) lines, non-empty ones; points show their value when hovered over."""
+def line_chart(series: Sequence[Series], x_label: str = "step") -> str:
+    """An SVG of (label, steps, values) lines, non-empty ones; points show their value when hovered over.
+
+    `x_label` says what the steps are.
+    """
     xs = [x for _, steps, _ in series for x in steps]
     ys = [y for _, _, values in series for y in values]
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
@@ -61,14 +64,14 @@ def line_chart(series: Sequence[Series]) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(mark)}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">{x_low}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {max(xs)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)} {max(xs)}</text>')
     for i, (label, steps, values) in enumerate(series):
         chosen = _thin(len(steps))
         points = [place(steps[k], values[k]) for k in chosen]
         path = " ".join(f"{x},{y}" for x, y in points)
         parts.append(f'<polyline class="line c{i % COLOURS}" points="{path}"/>')
         for k, (x, y) in zip(chosen, points, strict=True):
-            tip = f"{label}: step {steps[k]}, {values[k]:.6g}"
+            tip = f"{label}: {x_label} {steps[k]}, {values[k]:.6g}"
             parts.append(
                 f'<circle class="dot c{i % COLOURS}" cx="{x}" cy="{y}" r="2.5"><title>{escape(tip)}</title></circle>'
             )

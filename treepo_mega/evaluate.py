@@ -1,0 +1,219 @@
+"""`treepo-mega eval`: accuracy against compute, for trees and for independent samples, on one engine.
+
+    treepo-mega eval CONFIG.yaml model.hf_checkpoint=runs/demo/hf
+    treepo-mega eval CONFIG.yaml --sampler both --samples 1,2,4,8,16 --branch-factor 2,4 --compute-budget 600
+    torchrun --nproc-per-node 4 --no-python treepo-mega eval CONFIG.yaml        an engine a rank
+
+Samples every prompt of data.eval with each sampler and number of samples, and reports avg@k, pass@k and maj@k beside
+what they cost: tokens that went through the model, a prompt. That is the paper's figure 9 (test-time scaling: which
+branch factor is best at which compute) as a command. A `--compute-budget` of tokens a prompt ends each sampler's
+series before it would be exceeded, and names the best maj@k within it.
+
+Reads Hugging Face weights (`model.hf_checkpoint`; for a Megatron checkpoint use tools/convert_mcore_to_hf.py first)
+and needs no Megatron layout: every rank has an engine, `rollout.engine.tensor_parallel_size` ranks share one. Writes
+eval.json and eval.html to `--output` (default: <logging.run_dir>/eval).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+
+from treepo_mega.config import Config, ConfigError, read_hf_config
+from treepo_mega.config_sections import ParallelConfig, RolloutConfig
+from treepo_mega.data.prompts import Prompt, load_prompts
+from treepo_mega.data.rewards import RewardPool
+from treepo_mega.monitor.progress import Progress
+from treepo_mega.monitor.report.page import document, table
+from treepo_mega.monitor.report.svg import COLOURS, line_chart
+from treepo_mega.rollout.engine import Engine
+from treepo_mega.rollout.eval import evaluate, merge
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.runtime import dist
+from treepo_mega.train import EXPECTED
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to sample: the command's options."""
+
+    samplers: tuple[str, ...]
+    samples: tuple[int, ...]
+    branch_factors: tuple[int, ...]
+    temperature: float
+    compute_budget: float | None
+    output: Path
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. `tokens`: through the model, a prompt; `seconds`: of sampling and grading, this run."""
+
+    sampler: str
+    k: int
+    tokens: float
+    avg: float
+    passed: float
+    majority: float
+    response_len: float
+    truncated: float
+    lost: int
+    seconds: float
+
+
+def series(cfg: Config, plan: Plan) -> list[tuple[str, RolloutConfig]]:
+    """(name, how to sample) of every sampler that the plan asks for."""
+    out = []
+    if "sequential" in plan.samplers:
+        out.append(("sequential", cfg.rollout.model_copy(update={"mode": "sequential"})))
+    if "tree" in plan.samplers:
+        for b in plan.branch_factors:
+            tree = {"mode": "tree", "branch_factor": b, "initial_branches": None}
+            out.append((f"tree b={b}", cfg.rollout.model_copy(update=tree)))
+    return out
+
+
+def run(cfg: Config, plan: Plan) -> list[Point]:
+    """All points, the same on every rank. Collective over all ranks. Raises ConfigError without data.eval."""
+    hf_dir = cfg.model.hf_checkpoint
+    if not cfg.data.eval:
+        raise ConfigError("data.eval: there are no prompts to evaluate on; set data.eval=[{path: FILE}]")
+    # Any number of ranks: what is sampled does not depend on Megatron's layout, and no batch is trained on.
+    cfg = cfg.model_copy(update={"parallel": ParallelConfig()})
+    progress = Progress(enabled=cfg.logging.progress)
+    dist.initialize(cfg, read_hf_config(hf_dir))
+    progress.enabled = progress.enabled and dist.is_main()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    prompts = list(load_prompts(cfg.data.eval, cfg.data, tokenizer).prompts)[: cfg.eval.max_prompts]
+    engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
+    generator = Generator(engine, cfg, tokenizer, progress=progress.leaves)
+    progress.say(f"{len(prompts)} prompts, temperature {plan.temperature}, {dist.world_size()} ranks")
+    points: list[Point] = []
+    with RewardPool(cfg.reward) as pool:
+        for name, sampling in series(cfg, plan):
+            mine: list[Point] = []
+            for k in plan.samples:
+                if plan.compute_budget and mine and mine[-1].tokens * k / mine[-1].k > plan.compute_budget:
+                    progress.say(
+                        f"{name:>12}  stopped before {k} samples: over {plan.compute_budget:g} tokens a prompt"
+                    )
+                    break
+                rollout = sampling.model_copy(update={"n_samples_per_prompt": k})
+                mine.append(_point(generator, prompts, pool, cfg, name, rollout, plan.temperature))
+                progress.close()
+                progress.say(_line(mine[-1]))
+            points += mine
+    return points
+
+
+def _point(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    pool: RewardPool,
+    cfg: Config,
+    name: str,
+    rollout: RolloutConfig,
+    temperature: float,
+) -> Point:
+    started, tp, k = time.monotonic(), cfg.rollout.engine.tensor_parallel_size, rollout.n_samples_per_prompt
+    mine = prompts[dist.rank() // tp :: max(1, dist.world_size() // tp)]
+    here = evaluate(generator, mine, pool, cfg, temperature=temperature, n=k, step=0, rollout=rollout)
+    dist.barrier("evaluation", cfg.rollout.timeout_s)
+    m = merge([part for part in dist.gather_objects(here if dist.rank() % tp == 0 else None) if part])
+    return Point(
+        sampler=name,
+        k=k,
+        tokens=m["forwarded_tokens"] / max(1.0, m["prompts"]),
+        avg=m[f"avg@{k}"],
+        passed=m[f"pass@{k}"],
+        majority=m[f"maj@{k}"],
+        response_len=m["response_len"],
+        truncated=m["truncated"],
+        lost=int(m["lost"]),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _line(p: Point) -> str:
+    return (
+        f"{p.sampler:>12}  k {p.k:<3} tokens/prompt {p.tokens:8.1f}  avg@{p.k} {p.avg:.3f}  pass@{p.k} {p.passed:.3f}"
+        f"  maj@{p.k} {p.majority:.3f}  len {p.response_len:.1f}  s {p.seconds:.1f}"
+    )
+
+
+def best_within(points: Sequence[Point], budget: float | None) -> dict[str, Point]:
+    """Each sampler's point with the highest maj@k that costs no more than `budget`; the cheapest of equals."""
+    out: dict[str, Point] = {}
+    for p in sorted(points, key=lambda p: (-p.majority, p.tokens)):
+        if budget is None or p.tokens <= budget:
+            out.setdefault(p.sampler, p)
+    return out
+
+
+def write(points: Sequence[Point], plan: Plan, prompts_from: str) -> list[Path]:
+    """eval.json and eval.html in plan.output; returns their paths."""
+    plan.output.mkdir(parents=True, exist_ok=True)
+    best = best_within(points, plan.compute_budget)
+    data = {
+        "checkpoint": prompts_from,
+        "temperature": plan.temperature,
+        "compute_budget": plan.compute_budget,
+        "points": [asdict(p) for p in points],
+        "best": {name: asdict(p) for name, p in best.items()},
+    }
+    paths = [plan.output / "eval.json", plan.output / "eval.html"]
+    paths[0].write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(page(points, best, plan, prompts_from), encoding="utf-8")
+    return paths
+
+
+def page(points: Sequence[Point], best: dict[str, Point], plan: Plan, checkpoint: str) -> str:
+    """One HTML page: three curves over tokens, and the table behind them."""
+    names = list(dict.fromkeys(p.sampler for p in points))
+    keys = "".join(f'<span class="key c{i % COLOURS}"></span>{escape(n)} &nbsp; ' for i, n in enumerate(names))
+    figures = []
+    for title, field in (("maj@k", "majority"), ("pass@k", "passed"), ("avg@k", "avg")):
+        lines = []
+        for name in names:
+            mine = sorted((p for p in points if p.sampler == name), key=lambda p: p.tokens)
+            lines.append((name, [round(p.tokens) for p in mine], [getattr(p, field) for p in mine]))
+        chart = line_chart(lines, "tokens a prompt")
+        figures.append(f"<figure><figcaption>{title} <small>over tokens a prompt</small></figcaption>{chart}</figure>")
+    head = ("sampler", "k", "tokens a prompt", "avg@k", "pass@k", "maj@k", "length", "truncated", "lost", "s")
+    rows = [
+        [
+            escape(p.sampler) + (" (best)" if best.get(p.sampler) == p else ""),
+            *(str(p.k), f"{p.tokens:.1f}", f"{p.avg:.3f}", f"{p.passed:.3f}", f"{p.majority:.3f}"),
+            *(f"{p.response_len:.1f}", f"{p.truncated:.3f}", str(p.lost), f"{p.seconds:.1f}"),
+        ]
+        for p in points
+    ]
+    limit = "" if plan.compute_budget is None else f", at most {plan.compute_budget:g} tokens a prompt"
+    note = f'<p class="note">{escape(checkpoint)}, temperature {plan.temperature}{limit}</p>'
+    body = f'<h1>Accuracy against compute</h1>{note}<p>{keys}</p><div class="charts">{"".join(figures)}</div>'
+    return document("treepo_mega eval", body + "<h2>Measurements</h2>" + table(head, rows))
+
+
+def main(cfg: Config, plan: Plan) -> None:
+    """Evaluate, write, and end the process. An error on one rank ends it at once: the launcher then ends the others."""
+    code = 1
+    try:
+        points = run(cfg, plan)
+        if dist.is_main():
+            for path in write(points, plan, cfg.model.hf_checkpoint):
+                print(f"wrote {path}")
+        code = 0
+    except EXPECTED as e:
+        print(f"error (rank {dist.rank()}): {e}", file=sys.stderr, flush=True)
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+    dist.leave(code)
