@@ -154,6 +154,9 @@ class RolloutConfig(Section):
     """kv_block: segments of segment_length are stretched (by less than a KV block) to end one token behind a block
     border, where resubmitting a path recomputes least. auto: that, when block_size divides segment_length (then only
     the first segment of a path is stretched). none: never."""
+    continue_paths: Literal["auto", "always", "never"] = "auto"
+    """Sample a path that cannot branch any more in one go to its end, instead of resubmitting it segment by segment.
+    auto: when segments do not end at KV-block borders, where resubmitting would recompute up to a block."""
     max_depth: int | None = Field(None, ge=1)
     """Segments on a path; None: as many as max_response_len tokens of the shortest segments can be."""
     branch_factor: int = Field(2, ge=1)
@@ -223,6 +226,13 @@ class RolloutConfig(Section):
         divides = self.segment_length % self.engine.block_size == 0
         aligned = self.segment_alignment == "kv_block" or (self.segment_alignment == "auto" and divides)
         return self.engine.block_size if fixed and aligned else 0
+
+    @property
+    def continues(self) -> bool:
+        """Whether paths that cannot branch any more are sampled in one go (see continue_paths)."""
+        if self.mode == "sequential" or self.partial_rollout is not None:
+            return False
+        return self.continue_paths == "always" or (self.continue_paths == "auto" and not self.alignment)
 
     @property
     def peek(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treepo_mega.config import Config, RolloutConfig, parse_config
+from treepo_mega.rollout.dealing import LocalQueue
 from treepo_mega.rollout.engine import Engine
-from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.generator import Generator, Grown, Job
 from treepo_mega.tree.node import Tree
 
 BLOCK = 32
@@ -85,7 +87,7 @@ def test_every_segment_has_the_logprobs_of_its_own_path(generator, tiny_llama):
 
 
 def test_counts_add_up(generator):
-    trees = generator.rollout(prompts(3), step=0)
+    trees = generator.rollout(prompts(3), step=0, rollout=change(generator, continue_paths="never"))
     c = generator.counts
     nodes = [n for t in trees for n in t.nodes[1:]]
     assert (c["prompts"], c["leaves"], c["trees_short"]) == (3, 24, 0)
@@ -97,6 +99,127 @@ def test_counts_add_up(generator):
     assert sum(c[f"stop/{s}"] for s in ("eos", "answer", "length", "depth", "repetition")) == 24
     assert c["token_ratio"] == c["unique_tokens"] / c["flat_tokens"] < 1
     assert c["engine_steps"] > 0 and c["seconds"] > 0
+    assert c["forwarded_tokens"] == c["recomputed_tokens"] + c["generated_tokens"] - c["segments"]
+    assert c["running"] >= c["generated_tokens"], "every sampled token was a place in some batch"
+
+
+def test_what_runs_on_is_not_computed_twice(generator):
+    """Prompts of 33 tokens and segments of 16 on blocks of 32: every other border is in the middle of a block."""
+    again = change(generator, continue_paths="never")
+    generator.rollout(prompts(3), step=0, rollout=again)
+    resubmitted = dict(generator.counts)
+    trees = generator.rollout(prompts(3), step=0)
+    c = generator.counts
+    unique = sum(len(n.tokens) for t in trees for n in t.nodes)
+    assert c["recomputed_tokens"] < resubmitted["recomputed_tokens"]
+    assert c["forwarded_tokens"] < resubmitted["forwarded_tokens"]
+    assert unique - 24 <= c["forwarded_tokens"] <= unique + c["recomputed_tokens"]
+
+
+def test_runs_are_the_same_watched_or_not(generator):
+    """The engine reports a run segment by segment only when its text may end it: the tokens are the same."""
+    stop = generator.cfg.rollout.stop.model_copy(update={"answer_box": False, "repetition_window": 0})
+    generator.decode = lambda ids: ""
+    watched = generator.rollout(prompts(4), step=2)
+    alone = generator.rollout(prompts(4), step=2, rollout=change(generator, stop=stop))
+    assert tokens(watched) == tokens(alone)
+
+
+def test_an_answer_ends_a_run_where_it_stands(generator):
+    """Token 25 opens a box, 26 closes it: with many of both, runs end early and nothing behind the box is kept."""
+    generator.decode = lambda ids: "".join("\\boxed{" if i % 5 == 0 else "}" if i % 5 == 1 else "x" for i in ids)
+    trees = generator.rollout(prompts(4), step=0)
+    ended = [t for t in trees for i in t.leaves if t.nodes[i].stop == "answer"]
+    assert ended and generator.counts["dropped_tokens"] > 0
+    for tree in trees:
+        for leaf in tree.leaves:
+            assert generator.decode(tree.response(leaf)[:-1]).count("\\boxed{x}") == 0
+        assert len(tree.leaves) == 8 and not generator.engine.busy
+
+
+@pytest.mark.parametrize("paths", ["auto", "never"])
+@pytest.mark.parametrize("budget", ["equal", "entropy"])
+def test_the_level_synchronous_schedule_gives_the_same_trees(generator, paths, budget):
+    generator.eos_token_ids = list(range(2, 9))
+    r = change(generator, continue_paths=paths, budget=budget)
+    trees = generator.rollout(prompts(4), step=1, rollout=r)
+    steps = generator.counts["engine_steps"]
+    level = generator.rollout(prompts(4), step=1, rollout=r.model_copy(update={"schedule": "level"}))
+    assert trees == level or [t.to_dict() | {"counts": 0} for t in trees] == [
+        t.to_dict() | {"counts": 0} for t in level
+    ]
+    assert generator.counts["engine_steps"] >= steps
+
+
+def test_peeks_are_the_distribution_behind_their_node(generator, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    trees = generator.rollout(prompts(2), step=0, rollout=change(generator, budget="entropy", budget_top_k=4))
+    peeked = [(t, n) for t in trees for n in t.nodes if n.peek]
+    assert len(peeked) == generator.counts["peeked_tokens"] >= 4
+    for tree, node in peeked:
+        with torch.no_grad():
+            law = model(torch.tensor([tree.prefix(node.id)])).logits[0, -1].double().log_softmax(-1)
+        assert node.peek == pytest.approx(law.sort(descending=True).values[:4].tolist(), abs=1e-4)
+        assert node.children, "only living paths are peeked at"
+
+
+@pytest.mark.parametrize("transfer", ["level", "quota"])
+def test_segments_end_at_steps_of_reasoning(generator, tiny_llama, transfer):
+    r = change(generator, segment_end=["a", "q", "="], segment_min_length=3, transfer=transfer)
+    trees = generator.rollout(prompts(4), step=0, rollout=r)
+    borders = generator.borders(r)
+    assert len(borders) == 3
+    ends = [n for t in trees for n in t.nodes[1:] if n.stop is None]
+    assert all(3 <= len(n.tokens) <= 16 and (n.tokens[-1] in borders or len(n.tokens) == 16) for n in ends)
+    assert any(len(n.tokens) < 16 for n in ends) and all(len(t.leaves) == 8 for t in trees)
+    assert all(not borders & set(n.tokens[2:-1]) for t in trees for n in t.nodes[1:])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for tree in trees:
+        path = tree.prefix(tree.leaves[-1])
+        with torch.no_grad():
+            table = model(torch.tensor([path])).logits[0, :-1].double().log_softmax(-1)
+        want = table.gather(1, torch.tensor(path[1:])[:, None])[32:, 0].numpy()
+        assert np.abs(want - np.array(tree.response_logprobs(tree.leaves[-1]))).max() <= 1e-4
+
+
+def test_carried_over_trees_go_on_in_the_next_step(generator):
+    """With the same weights, a tree that was carried over twice is the tree that was not."""
+    whole = generator.rollout(prompts(3), step=5, rollout=change(generator, continue_paths="never"))
+    r = change(generator, partial_rollout=24)
+    jobs, grown = [Job(p) for p in prompts(3)], Grown()
+    finished = {}
+    for step in (5, 6, 7):
+        grown = generator.grow(jobs, LocalQueue(range(len(jobs))), step=step, policy_version=step, rollout=r)
+        assert len(grown.trees) + len(grown.paused) == len(jobs)
+        finished |= {t.prompt_id: t for t in grown.trees.values()}
+        state = json.loads(json.dumps([grown.paused[i] for i in sorted(grown.paused)]))
+        jobs = [Job(jobs[i].prompt, s) for i, s in zip(sorted(grown.paused), state, strict=True)]
+    assert not jobs and len(finished) == 3
+    for tree in whole:
+        other = finished[tree.prompt_id]
+        assert [(n.path, n.tokens, n.stop) for n in tree.nodes] == [(n.path, n.tokens, n.stop) for n in other.nodes]
+        assert {n.policy_version for n in other.nodes[1:]} == {5, 6, 7}
+
+
+def test_a_small_cache_is_shared_without_preemption(generator, tiny_llama, keep_alive, monkeypatch):
+    """32 blocks for 6 trees of 8 leaves, each of which may need 5 blocks: segments wait instead of being thrown out."""
+    cfg = config(tiny_llama)
+    cfg.rollout.engine.kv_cache_memory_mb = 1
+    small = Engine(tiny_llama, cfg)
+    keep_alive.append(small)
+    scheduler = small._llm.llm_engine.engine_core.engine_core.scheduler
+    preempted = []
+    real = scheduler._preempt_request
+    monkeypatch.setattr(scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), real(*a, **k))[1])
+    assert 16 <= small.kv_blocks <= 40
+    tight = Generator(small, cfg, AutoTokenizer.from_pretrained(tiny_llama))
+    trees = tight.rollout(prompts(6), step=0)
+    assert tokens(trees) == tokens(generator.rollout(prompts(6), step=0)), "the cache's size changes no tree"
+    assert not preempted
+    assert (
+        tight.counts["running"] / tight.counts["engine_steps"]
+        < generator.counts["running"] / (generator.counts["engine_steps"])
+    )
 
 
 def test_trees_depend_on_the_seed_and_not_on_the_company(generator):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -122,13 +123,13 @@ def test_a_budget_at_the_branch_point_looks_at_the_next_token_not_at_the_segment
 
 
 def test_nobody_peeks_behind_the_end_of_a_path():
-    cfg = config(budget="entropy", budget_top_k=5, max_response_len=16, n_samples_per_prompt=2)
+    cfg = config(budget="entropy", budget_top_k=5, max_response_len=16, n_samples_per_prompt=8)
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], str))
     first = search.wants()
     assert [w.peek for w in first] == [5, 5]
     for want in first:
         search.take(want.node_id, Segment([2] * 8, [-1.0] * 8, "length", [-1.0] * 5))
-    assert [w.peek for w in search.wants()] == [0, 0], "the last segment ends by length"
+    assert [w.peek for w in search.wants()] == [0] * 4, "the last segment ends by length"
     assert search.tree.counts["peeked_tokens"] == 2
 
 
@@ -161,3 +162,59 @@ def test_the_budget_temperature_moves_over_the_run():
     r = r.model_copy(update={"budget_temperature_schedule": "cosine"})
     assert [round(r.budget_temperature_at(x), 3) for x in (0.0, 0.25, 0.5, 1.0)] == [5.0, 4.414, 3.0, 1.0]
     assert config(budget_temperature=3.0).budget_temperature_at(0.7) == 3.0
+
+
+def go_on(cfg: RolloutConfig, seed: int, order: random.Random, eos: float = 0.05) -> Tree:
+    """Grow a tree by a driver that samples runs in one go and hands them over segment by segment."""
+    stop = StopRules.from_config(cfg, [EOS], lambda tokens: "".join(chr(97 + t) for t in tokens))
+    search = TreeSearch("p", [7] * 5, cfg, seed=seed, stop=stop)
+    pending = [(w, []) for w in search.wants()]
+    while pending:
+        order.shuffle(pending)
+        want, sampled = pending.pop()
+        rest = sampled or sample(replace(want, max_tokens=max(want.run, want.max_tokens)), eos, False)
+        piece = rest[: want.max_tokens]
+        search.take(want.node_id, Segment(piece, [-1.0] * len(piece), "length"))
+        for new in search.wants():
+            ahead = rest[len(piece) :] if new.after == want.node_id and new.after is not None else []
+            assert new.after is None or ahead, "a run goes on behind the segment that was delivered"
+            pending.append((new, ahead))
+    assert search.done
+    return search.tree
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(["level", "quota"]), st.sampled_from(["equal", "low_prob"]), st.integers(1, 20), st.integers(0, 999)
+)
+def test_a_path_that_cannot_branch_is_sampled_in_one_go(transfer, budget, width, seed):
+    """A run is one sample of the law that its segments are samples of, cut at the same borders, in any order."""
+    cfg = config(transfer=transfer, budget=budget, n_samples_per_prompt=width)
+    tree, other = (go_on(cfg, seed, random.Random(k)) for k in (0, 1))
+    assert tree == other and len(tree.leaves) == width
+    for node in tree.nodes[1:]:
+        assert node.stop is not None or len(node.tokens) == 8, "borders are where they always are"
+
+
+def test_no_run_is_offered_where_segments_are_aligned_or_may_be_carried_over():
+    assert config().continues and not config(segment_length=32).continues
+    assert config(segment_length=32, continue_paths="always").continues
+    assert not config(continue_paths="never").continues and not config(mode="sequential").continues
+    assert not config(partial_rollout=16).continues
+
+
+@pytest.mark.parametrize("transfer", ["level", "quota"])
+def test_a_run_is_offered_from_where_the_tree_is_full_and_ends_with_the_path(transfer):
+    cfg = config(transfer=transfer, n_samples_per_prompt=4, max_response_len=32)
+    search = TreeSearch("p", [7] * 5, cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], str))
+    first = search.wants()
+    assert [w.run for w in first] == [0, 0], "these will branch"
+    for want in first:
+        search.take(want.node_id, Segment([2] * 8, [-1.0] * 8, "length"))
+    second = search.wants()
+    assert [(w.run, w.after) for w in second] == [(24, None)] * 4
+    search.take(second[0].node_id, Segment([2] * 8, [-1.0] * 8, "length"))
+    (next_,) = search.wants()
+    assert next_.after == second[0].node_id and next_.run == 16
+    search.take(next_.node_id, Segment([3, EOS], [-1.0] * 2, "stop"))
+    assert search.wants() == [], "the path has ended: nothing follows"

@@ -13,6 +13,7 @@ always end, so waiting ends too.
 
 What a segment books: the full blocks of the nodes above it, which it shares with every other segment below those
 nodes (each is booked once a tree, by reference count), and its own: the rest of its prefix and `tokens` new ones.
+A path that is sampled in one go books segment by segment when it reports them (`grow`), else all at once.
 The prefix stays booked between a segment's arrival and the moment its tree has said what it wants next, so that the
 cache is not taken by others just before it is used again.
 
@@ -89,6 +90,14 @@ class Admission:
             self._book(key)
             out.append(key)
         return out
+
+    def grow(self, rank: int, path: Path, tokens: int) -> None:
+        """A running segment became a run of `tokens` tokens so far: it books more. It is not asked to wait."""
+        key = (rank, path)
+        self._asked[key].tokens = tokens
+        more = self._alone(key) - self._own[key]
+        self._own[key] += more
+        self.used += more
 
     def finish(self, rank: int, path: Path) -> None:
         """A running segment has arrived: its own blocks are free, its prefix stays booked until `settle`."""

@@ -80,27 +80,50 @@ class Finished:
     num_cached_tokens: int
     peek: list[float] = field(default_factory=list)
     """Logprobs of the likeliest tokens behind the last one, descending, where they were asked for."""
+    more: bool = False
+    """A segment of a run that has not ended: the engine waits for `go_on` or `drop`."""
 
 
 @dataclass(slots=True)
 class _Request:
-    """What was asked for, under our name."""
+    """What was asked for, and what has been sampled of it. `start`: where the segment begins in a run."""
 
     name: str
     max_tokens: int
     peek: int
     borders: frozenset[int]
     min_tokens: int
+    streams: bool
+    runs: bool
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[float] = field(default_factory=list)
+    start: int = 0
+    waits: bool = False
 
-    def end(self, tokens: Sequence[int], reason: str | None) -> tuple[int, str] | None:
-        """(tokens of the segment, why it ends), None while it goes on. `reason`: vLLM's, None while it samples."""
-        last = len(tokens) - (self.peek > 0)  # a peeked-at token is behind the segment
+    def add(self, sampled: Any) -> None:
+        """Take the tokens that vLLM reports (new ones when it streams, else all at the end)."""
+        entries = sampled.logprobs or []
+        for token, entry in zip(sampled.token_ids, entries, strict=True):
+            self.tokens.append(token)
+            self.logprobs.append(entry[token].logprob)
+        if self.peek and entries:
+            self.top = sorted((e.logprob for e in entries[-1].values()), reverse=True)[: self.peek]
+
+    def end(self, reason: str | None) -> tuple[int, str] | None:
+        """(where the segment ends, why), None while it goes on. `reason`: vLLM's, None while it samples."""
+        seen = len(self.tokens) - self.start
+        last = seen - (self.peek > 0)  # a peeked-at token is behind the segment
         ended_itself = reason == "stop" and not self.peek
-        if not ended_itself and last >= self.min_tokens and last and tokens[last - 1] in self.borders:
-            return last, "border"
+        if not ended_itself and self.min_tokens <= last and last and self.tokens[self.start + last - 1] in self.borders:
+            return self.start + last, "border"
+        if self.streams and self.runs and seen >= self.max_tokens and not ended_itself:
+            return self.start + self.max_tokens, "length"
         if reason is None:
             return None
-        return (self.max_tokens, "length") if len(tokens) > self.max_tokens else (len(tokens), reason)
+        if self.peek and seen > self.max_tokens:
+            return self.max_tokens, "length"
+        return len(self.tokens), reason
 
 
 class WeightSync:
@@ -179,50 +202,84 @@ class Engine:
         peek: int = 0,
         borders: frozenset[int] = frozenset(),
         min_tokens: int = 1,
+        run: int = 0,
+        streams: bool = False,
     ) -> None:
         """Queue a request: sample at most `max_tokens` after `prefix`, ending behind a stop token (which is kept).
 
         `temperature` 0 is greedy. `borders`: token ids that end it too, from its `min_tokens`-th token on. (vLLM's own
         min_tokens would forbid the tokens instead, which changes the distribution.) `peek` > 0: one token more is
-        sampled and dropped, for the logprobs of the `peek` likeliest ones in its place. Raises EngineError when the
-        request cannot be computed as asked.
+        sampled and dropped, for the logprobs of the `peek` likeliest ones in its place. `run` > 0: sample up to that
+        many tokens instead; when it `streams` (or has borders), each segment of it is reported by `step` as soon as it
+        is there, and `go_on` or `drop` says what follows, else all of it at once at the end.
+
+        Raises EngineError when the request cannot be computed as asked.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._check_prefix(prefix, max_tokens + (peek > 0), request_id)
+        total = run or max_tokens + (peek > 0)
+        self._check_prefix(prefix, total, request_id)
         if any(r.name == request_id for r in self._open.values()):
             raise EngineError(f"request {request_id!r} is already running")
+        streams = bool(borders) or (streams and run > 0)
         params = SamplingParams(
             temperature=temperature,
-            max_tokens=max_tokens + (peek > 0),
+            max_tokens=total,
             seed=seed if temperature > 0 else None,
             logprobs=peek,
             stop_token_ids=list(stop_token_ids),
             ignore_eos=True,  # our own list is the whole truth about EOS
             detokenize=False,
             # Whoever looks for borders looks at every token; for the others vLLM makes no output before the last.
-            output_kind=RequestOutputKind.CUMULATIVE if borders else RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
         )
-        asked = _Request(request_id, max_tokens, peek, borders, min_tokens)
+        asked = _Request(request_id, max_tokens, peek, borders, min_tokens, streams, run > 0)
         self._open[self._add(prefix, params)] = asked
 
     def step(self) -> list[Finished]:
-        """One forward pass over everything that runs; the requests that finished in it. Empty when idle."""
+        """One forward pass over everything that runs; what finished in it. Empty when idle.
+
+        Raises EngineError while a run waits for `go_on` or `drop`.
+        """
         if not self._open:
             return []
-        out, cut = [], []
+        if waiting := [r.name for r in self._open.values() if r.waits]:
+            raise EngineError(f"runs wait for go_on or drop: {waiting[:5]}")
+        out = []
         for x in self._llm.llm_engine.step():
             name = self._match(x.request_id)
-            tokens = x.outputs[0].token_ids
-            end = self._open[name].end(tokens, str(x.outputs[0].finish_reason) if x.finished else None)
-            if end is not None:
-                out.append(self._finished(self._open.pop(name), x, *end))
-                if not x.finished:
-                    cut.append(name)
-        if cut:
-            self._llm.llm_engine.abort_request(cut)
+            asked = self._open[name]
+            asked.add(x.outputs[0])
+            end = asked.end(str(x.outputs[0].finish_reason) if x.finished else None)
+            if end is None:
+                continue
+            more = asked.runs and not x.finished
+            out.append(self._segment(asked, *end, x.num_cached_tokens or 0, more=more))
+            if more:
+                asked.start, asked.waits = end[0], True
+                continue
+            if not x.finished:
+                self._llm.llm_engine.abort_request([name])
+            del self._open[name]
         return out
+
+    def go_on(self, request_id: str, name: str, max_tokens: int, min_tokens: int = 1) -> None:
+        """The run `request_id` goes on with a segment of at most `max_tokens`, and is called `name` from now on."""
+        asked = self._open[self._waiting(request_id)]
+        asked.name, asked.max_tokens, asked.min_tokens, asked.waits = name, max_tokens, min_tokens, False
+
+    def drop(self, request_id: str) -> None:
+        """The run `request_id` ends behind the segment that was reported last."""
+        theirs = self._waiting(request_id)
+        self._llm.llm_engine.abort_request([theirs])
+        del self._open[theirs]
+
+    def _waiting(self, request_id: str) -> str:
+        for theirs, asked in self._open.items():
+            if asked.name == request_id and asked.waits:
+                return theirs
+        raise EngineError(f"request {request_id!r} is not a run that waits")
 
     def abort(self) -> None:
         """Drop every unfinished request."""
@@ -297,19 +354,14 @@ class Engine:
         if not 0 <= min(prefix) <= max(prefix) < self.vocab_size:
             raise EngineError(f"request {request_id!r}: token ids must be in [0, {self.vocab_size})")
 
-    def _finished(self, asked: _Request, x: Any, kept: int, reason: str) -> Finished:
-        done = x.outputs[0]
-        sampled, entries = list(done.token_ids), done.logprobs or []
-        tokens = sampled[:kept]
-        logprobs = [entry[t].logprob for entry, t in zip(entries, tokens, strict=False)]
-        peek: list[float] = []
-        if asked.peek and kept < len(sampled):
-            peek = sorted((e.logprob for e in entries[kept].values()), reverse=True)[: asked.peek]
+    def _segment(self, asked: _Request, end: int, reason: str, cached: int, *, more: bool) -> Finished:
+        tokens, logprobs = asked.tokens[asked.start : end], asked.logprobs[asked.start : end]
         if len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs)):
             raise EngineError(f"request {asked.name!r}: logprobs are not finite; the engine's weights are broken")
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
             raise EngineError(f"request {asked.name!r}: sampled an id outside the vocabulary of {self.vocab_size}")
-        return Finished(asked.name, tokens, logprobs, reason, x.num_cached_tokens or 0, peek)
+        peek = asked.top if end < len(asked.tokens) else []
+        return Finished(asked.name, tokens, logprobs, reason, cached, peek, more)
 
     def _checked(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the tensors on, one at a time, verifying them against the checkpoint's names and shapes."""

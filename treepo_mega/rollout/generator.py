@@ -205,7 +205,10 @@ class _Run:
         self.room = Admission(self.engine.kv_blocks, e.block_size, e.max_num_seqs)
         self.searches: list[TreeSearch] = []  # by rank: the order in which they were begun
         self.taken: list[int] = []  # rank -> index of the job
+        # Runs end early only by what their text says: only then somebody has to look at it while it is sampled.
+        self.streams = r.stop.answer_box or r.stop.repetition_window > 0
         self.wants: dict[Key, Want] = {}
+        self.runs: dict[Key, tuple[Key, int]] = {}  # a run's segment -> the run's first one, tokens before it
         self.later: list[tuple[int, Want]] = []  # schedule: level
         self.steps, self.occupied, self.leaves = 0, 0, 0
 
@@ -265,10 +268,10 @@ class _Run:
         self.taken.append(index)
         self._ask(len(self.searches) - 1)
 
-    def _ask(self, rank: int) -> None:
+    def _ask(self, rank: int, new: Sequence[Want] | None = None) -> None:
         """Queue what tree `rank` newly wants; once that is known, its older prefixes need not be kept."""
         search = self.searches[rank]
-        new = search.wants()
+        new = search.wants() if new is None else new
         if self.r.schedule == "level":
             self.later += [(rank, want) for want in new]
         else:
@@ -281,7 +284,8 @@ class _Run:
         tree = self.searches[rank].tree
         node = tree.nodes[want.node_id]
         lengths = [len(tree.nodes[i].tokens) for i in tree.ancestry(node.parent)]
-        self.room.want(rank, node.path, lengths, want.max_tokens + (want.peek > 0))
+        whole = want.run if want.run and not (self.streams or self.borders) else want.max_tokens + (want.peek > 0)
+        self.room.want(rank, node.path, lengths, whole)
         self.wants[rank, node.path] = want
 
     def _submit(self) -> None:
@@ -297,21 +301,52 @@ class _Run:
                 peek=want.peek,
                 borders=self.borders,
                 min_tokens=want.min_tokens,
+                run=want.run,
+                streams=self.streams,
             )
 
     def _take(self, x: Finished) -> None:
-        """Hand a finished segment to its tree."""
-        rank, path = key = _key(x.request_id)
-        want, search = self.wants.pop(key), self.searches[rank]
+        """Hand a finished segment, or the segments of a finished run, to their tree."""
+        key = _key(x.request_id)
+        rank, search = key[0], self.searches[key[0]]
+        counts, tokens, logprobs = search.tree.counts, x.tokens, x.logprobs
         if x.finish_reason not in ("stop", "length", "border"):
             raise EngineError(f"request {x.request_id!r} ended with {x.finish_reason!r}")
-        counts, recomputed = search.tree.counts, len(want.prefix) - x.num_cached_tokens
-        counts["cached_tokens"] += x.num_cached_tokens
-        counts["recomputed_tokens"] += recomputed
-        counts["forwarded_tokens"] += recomputed + len(x.tokens) + bool(x.peek) - 1
-        self.room.finish(rank, path)
-        search.take(want.node_id, Segment(x.tokens, x.logprobs, x.finish_reason, x.peek))
-        self._ask(rank)
+        first, before = self.runs.pop(key, (key, 0))
+        if not before:
+            recomputed = len(self.wants[key].prefix) - x.num_cached_tokens
+            counts["cached_tokens"] += x.num_cached_tokens
+            counts["recomputed_tokens"] += recomputed
+            counts["forwarded_tokens"] += recomputed - 1 + bool(x.peek)  # nobody goes on from the last token sampled
+        counts["forwarded_tokens"] += len(tokens)
+        while True:
+            want = self.wants.pop(key)
+            size = min(len(tokens), want.max_tokens)
+            search.take(want.node_id, Segment(tokens[:size], logprobs[:size], x.finish_reason, x.peek))
+            before, tokens, logprobs = before + size, tokens[size:], logprobs[size:]
+            new = search.wants()
+            behind = next((w for w in new if w.after is not None and w.after == want.node_id), None)
+            if behind is None or not (tokens or x.more):
+                break
+            new.remove(behind)
+            key = (rank, search.tree.nodes[behind.node_id].path)
+            self.wants[key] = behind
+            if not tokens:
+                self._go_on(x.request_id, key, behind, first, before)
+                return
+        # What was sampled behind the end of a path is void, but it was paid for.
+        counts["generated_tokens"] += len(tokens)
+        counts["dropped_tokens"] += len(tokens)
+        if x.more:
+            self.engine.drop(x.request_id)
+        self.room.finish(*first)
+        self._ask(rank, new)
+
+    def _go_on(self, name: str, key: Key, want: Want, first: Key, before: int) -> None:
+        """The run called `name` goes on with the segment that is wanted at `key`."""
+        self.engine.go_on(name, _name(key), want.max_tokens, want.min_tokens)
+        self.runs[key] = first, before
+        self.room.grow(*first, before + want.max_tokens)
 
     def _report(self) -> None:
         now = sum(len(s.tree.leaves) for s in self.searches)

@@ -67,6 +67,10 @@ class Quotas:
         for node, part in zip(nodes, split_equally(quota, len(nodes), rng), strict=True):
             self._quota[node.id] = part
 
+    def is_single(self, node: Node) -> bool:
+        """Whether only one leaf may still grow from `node`, which therefore goes on as a single path."""
+        return self._quota.get(node.id) == 1
+
     def ended(self, node: Node) -> list[tuple[int, int]]:
         """The segment of `node` has arrived: the nodes that may branch now, as (node id, quota)."""
         if node.id in self._quota:

@@ -52,7 +52,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
@@ -69,6 +69,11 @@ class Want:
 
     With `peek` > 0, whose segment does not end its path is also asked for the logprobs of the `peek` likeliest next
     tokens. `min_tokens`: from here on a border token ends the segment, when `rollout.segment_end` is not length.
+
+    With `run` > 0 nobody will branch from this path any more: the driver may go on sampling, up to `run` tokens in
+    all, and deliver segment after segment. Each is wanted when the one before was taken, with `after` naming that
+    one's node: then it is what was sampled behind it. When no such want follows, the path has ended, and what was
+    sampled behind is void.
     """
 
     node_id: int
@@ -77,6 +82,8 @@ class Want:
     seed: int
     peek: int = 0
     min_tokens: int = 1
+    run: int = 0
+    after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +128,13 @@ class TreeSearch:
         self._quotas = Quotas(seed, weigh) if rollout.transfer == "quota" else None
         names = ("segments", "generated_tokens", "dropped_tokens", "peeked_tokens", "levels", "fallbacks", "duplicates")
         self.tree.counts = dict.fromkeys(names, 0)
-        children = self._branch(ROOT, self._initial_width())
+        width = self._initial_width()
+        if self._quotas is None:
+            self._full = width == rollout.n_samples_per_prompt
+        children = self._branch(ROOT, width)
         if self._quotas is not None:
             self._quotas.split(rollout.n_samples_per_prompt, children, ())
+        self._let_run(children)
 
     @property
     def done(self) -> bool:
@@ -219,6 +230,18 @@ class TreeSearch:
         self.tree.counts["fallbacks"] += children * (fallback_level is not None)
         return new
 
+    def _let_run(self, nodes: Sequence[Node], after: int | None = None) -> None:
+        """Mark the wants of new nodes from which nobody will branch: they may be sampled to the end of their path."""
+        if not self._cfg.continues:
+            return
+        single = {n.id for n in nodes if (self._full if self._quotas is None else self._quotas.is_single(n))}
+        for i, want in enumerate(self._new):
+            if want.node_id in single:
+                room = self._stop.max_response_len - (len(want.prefix) - len(self.tree.prompt_tokens))
+                segments = self._stop.max_depth - self.tree.nodes[want.node_id].depth + 1
+                run = min(room, segments * want.max_tokens)
+                self._new[i] = replace(want, run=run, after=after, peek=0)
+
     def _ask(self, want: Want) -> None:
         """Want a segment now, or in a later step when its path has grown enough in this one."""
         reach = self._cfg.partial_rollout
@@ -239,7 +262,7 @@ class TreeSearch:
             total = max(len(active), self._affordable(total))
             self._full = total + len(tree.leaves) == width
             for node, children in zip(active, self._split(total, active), strict=True):
-                self._branch(node.id, children)
+                self._let_run(self._branch(node.id, children))
         else:
             self._come_to_rest()
 
@@ -257,6 +280,7 @@ class TreeSearch:
             self._full = len(made) == missing
             if self._quotas is not None:
                 self._quotas.share(missing, made, self._rng)
+            self._let_run(made)
         if self.done:
             leaves = tree.leaves
             tree.counts["duplicates"] = len(leaves) - len({tuple(tree.response(i)) for i in leaves})
@@ -272,6 +296,8 @@ class TreeSearch:
 
     def _close_node(self, node: Node, segment: Segment) -> None:
         """Settle one segment that waits for no other: who may go on by it does so at once."""
+        single = self._full if self._quotas is None else self._quotas.is_single(node)
+        after = node.id if single else None
         self._settle(node, segment)
         if node.stop is not None:
             self.tree.leaves.append(node.id)
@@ -279,8 +305,9 @@ class TreeSearch:
             for parent, quota in self._quotas.ended(node):
                 children = self._branch(parent, min(self._cfg.branch_factor, quota))
                 self._quotas.split(quota, children, self.tree.nodes[parent].path)
+                self._let_run(children, after)
         elif node.stop is None:
-            self._branch(node.id, 1)
+            self._let_run(self._branch(node.id, 1), after)
         if not self._level:
             self._come_to_rest()
 
