@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from treepo_mega.config import parse_config
+from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.engine import Engine
-from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.generator import Generator, Job
 
 
 def main(hf: Path, other: Path, tp: int) -> None:
@@ -39,9 +40,12 @@ def main(hf: Path, other: Path, tp: int) -> None:
     assert os.environ["LOCAL_WORLD_SIZE"] == str(world)
     generator = Generator(engine, cfg, AutoTokenizer.from_pretrained(hf))
     prompts = [SimpleNamespace(id=f"p{k}", tokens=[3 + k] * 33, data_source="test") for k in range(3)]
-    # One engine a rank: an uneven deal, rank 1 has a single prompt and then none. One engine: the same on all.
-    mine = prompts if tp > 1 else [prompts[:2], prompts[2:]][rank]
-    trees = generator.rollout(mine, step=0)
+    # One engine a rank: the prompts come from a queue that both take from. One engine over both: the same on all.
+    deal = deal_by_cost([1.0, 1.0, 1.0], world // tp)
+    store = dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
+    queue = SharedQueue(store, "step 0", deal, [1.0] * 3, rank // tp, rank=rank % tp, ranks=tp, timeout_s=60)
+    grown = generator.grow([Job(p) for p in prompts], queue, step=0)
+    trees = [grown.trees[i] for i in sorted(grown.trees)]
     idle = generator.rollout([] if rank else prompts[:1], step=1) if tp == 1 else []
     assert len(idle) == (tp == 1 and rank == 0)
     engine.update_weights(load_file(other / "model.safetensors").items())
@@ -50,11 +54,12 @@ def main(hf: Path, other: Path, tp: int) -> None:
     dist.all_reduce(total)
     assert total.item() == world, "the trainer's process group survives the engine"
     paths: list[object] = [None] * world
-    dist.all_gather_object(paths, [[(n.path, n.tokens, n.stop) for n in t.nodes] for t in trees])
+    told = [[t.prompt_id, [(n.path, n.tokens, n.stop) for n in t.nodes]] for t in trees]
+    dist.all_gather_object(paths, told)
     if rank == 0:
-        grown = paths[0] if tp > 1 else [t for part in paths for t in part]  # type: ignore[attr-defined]
+        parts = paths[:1] if tp > 1 else paths
         assert tp == 1 or paths[0] == paths[1]
-        print(json.dumps({"trees": grown, "scores": scores}))
+        print(json.dumps({"trees": sorted(t for part in parts for t in part), "scores": scores}))  # type: ignore[attr-defined]
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # not through the engine's destructor, which tears the process group down under the other ranks

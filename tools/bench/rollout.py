@@ -6,7 +6,7 @@ One vLLM engine, one process, one model of 24 M random weights; the three ways a
 before each, and the fastest of the repeats counts. All three give the same leaves and lengths:
 
     tree          this project's generator, `schedule: async`
-    level         the same trees, `schedule: level`: one blocking call a level for all prompts, as published
+    level         `schedule: level`, `continue_paths: never`: one blocking call a level for all prompts, as published
     independent   vLLM's n = w with the prefix cache on: w requests a prompt, each as long as one of the tree's leaves
 
 Random weights do not stop like a trained model, so where paths end is scripted: the length of a response is drawn from
@@ -121,13 +121,11 @@ class Script:
         z = random.Random(derive_seed(seed, "step")).gauss(0, 1)
         return max(1, min(most, round(share * most * math.exp(sigma * z))))
 
-    def end(self, prefix: Sequence[int], seed: int, most: int) -> int | None:
-        """Tokens behind `prefix` at which the path ends, if that is within `most`."""
+    def end(self, prompt: tuple[int, ...], far: int, seed: int, most: int) -> int | None:
+        """Tokens at which a path ends that has come `far` tokens behind `prompt`, if that is within `most` more."""
         if self.law is None:
             return None
-        far = len(prefix) - PROMPT
-        law = statistics.NormalDist(0, self.law[1])
-        median = self.medians[tuple(prefix[:PROMPT])]
+        law, median = statistics.NormalDist(0, self.law[1]), self.medians[prompt]
 
         def below(tokens: float) -> float:
             return law.cdf(math.log(tokens / median)) if tokens > 0 else 0.0
@@ -141,14 +139,25 @@ class Script:
 
 
 class ScriptedEngine:
-    """The engine, with the script instead of EOS; counts nothing and changes nothing else."""
+    """The engine, with the script instead of EOS and of borders; counts nothing and changes nothing else."""
 
-    def __init__(self, engine: Engine, script: Script) -> None:
-        self.engine, self.script = engine, script
+    def __init__(self, engine: Engine, script: Script, tree_seeds: dict[tuple[int, ...], int]) -> None:
+        self.engine, self.script, self.tree_seeds = engine, script, tree_seeds
         self.ends: set[str] = set()
+        self.far: dict[str, tuple[tuple[int, ...], int]] = {}  # a run's name -> its prompt, tokens behind it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
+
+    def _size(self, name: str, prompt: tuple[int, ...], far: int, seed: int, most: int) -> int:
+        """Tokens of a segment by the script; remembers whether the path ends with it."""
+        size = self.script.step(seed, most)
+        end = self.script.end(prompt, far, seed, size)
+        if end is not None:
+            self.ends.add(name)
+            return end
+        self.far[name] = prompt, far + size
+        return size
 
     def submit(
         self,
@@ -160,13 +169,17 @@ class ScriptedEngine:
         _: Any,
         **more: Any,
     ) -> None:
-        """As the engine's; a path that ends within the segment is asked for up to its end."""
-        max_tokens = self.script.step(seed, max_tokens)
-        end = self.script.end(prefix, seed, max_tokens)
-        if end is not None:
-            self.ends.add(request_id)
-            max_tokens, more = end, {**more, "peek": 0}
-        self.engine.submit(request_id, prefix, max_tokens, seed, temperature, [], **more)
+        """As the engine's; a segment is asked for up to where the script ends it."""
+        size = self._size(request_id, tuple(prefix[:PROMPT]), len(prefix) - PROMPT, seed, max_tokens)
+        if request_id in self.ends:
+            more = {**more, "peek": 0, "run": 0}
+        self.engine.submit(request_id, prefix, size, seed, temperature, [], **{**more, "streams": True})
+
+    def go_on(self, request_id: str, name: str, max_tokens: int, min_tokens: int = 1) -> None:
+        """As the engine's."""
+        prompt, far = self.far.pop(request_id)
+        seed = derive_seed(self.tree_seeds[prompt], *map(int, name.partition(":")[2].split(".")))
+        self.engine.go_on(request_id, name, self._size(name, prompt, far, seed, max_tokens), 1)
 
     def step(self) -> list[Finished]:
         """As the engine's; the last token of a path that ended is EOS."""
@@ -174,7 +187,9 @@ class ScriptedEngine:
         for x in self.engine.step():
             if x.request_id in self.ends:
                 self.ends.remove(x.request_id)
-                x = replace(x, tokens=[*x.tokens[:-1], EOS], finish_reason="stop")
+                if x.more:
+                    self.engine.drop(x.request_id)
+                x = replace(x, tokens=[*x.tokens[:-1], EOS], finish_reason="stop", more=False)
             out.append(x)
         return out
 
@@ -194,7 +209,9 @@ class Bench:
     def grow(self, script: Script, rollout: RolloutConfig) -> tuple[list[Tree], dict[str, float]]:
         """Trees by our generator under `rollout`; counts with seconds and CPU seconds."""
         self.engine.reset_prefix_cache()
-        generator = Generator(ScriptedEngine(self.engine, script), self.cfg, NoText())  # type: ignore[arg-type]
+        seeds = {tuple(p.tokens): derive_seed(self.cfg.train.seed, "train", 0, p.id) for p in self.prompts}
+        scripted = ScriptedEngine(self.engine, script, seeds)
+        generator = Generator(scripted, self.cfg, NoText())  # type: ignore[arg-type]
         generator.eos_token_ids = [EOS]
         generator.borders = lambda _: frozenset()  # type: ignore[method-assign]  # the script knows where steps end
         cpu, wall = time.process_time(), time.perf_counter()
@@ -263,13 +280,11 @@ def measure(bench: Bench, case: Case, repeats: int) -> dict[str, Any]:
     script = Script(case.pattern, case.window, bench.prompts, case.steps)
     shape = {"segment_length": case.length, "max_response_len": case.window}
     r = bench.cfg.rollout.model_copy(update={**shape, "segment_end": "newline" if case.steps else "length"})
-    level = r.model_copy(update={"schedule": "level"})
+    level = r.model_copy(update={"schedule": "level", "continue_paths": "never"})
     best: dict[str, dict[str, float]] = {}
     for _ in range(repeats):
         trees, tree = bench.grow(script, r)
         others, synchronous = bench.grow(script, level)
-        if [[n.tokens for n in t.nodes] for t in trees] != [[n.tokens for n in t.nodes] for t in others]:
-            print(f"note: {case.name}: bf16 rounding in other batches gave other tokens (the lengths are scripted)")
         if [len(t.response(i)) for t in trees for i in t.leaves] != [
             len(t.response(i)) for t in others for i in t.leaves
         ]:
@@ -345,6 +360,7 @@ def main() -> int:
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--prompts", type=int, default=8)
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--only", default="", help="only shapes whose name holds this")
     p.add_argument("--choices", action="store_true", help="also compare borders and transfer rules")
     args = p.parse_args()
     quieten_libraries()
@@ -353,6 +369,9 @@ def main() -> int:
     cases += [Case(7, 64, pattern, steps=True) for pattern in patterns]
     if args.quick:
         cases = [Case(7, 32, p, steps) for p, steps in (("trained", False), ("long-tailed", True))]
+    cases = [case for case in cases if args.only in case.name]
+    if not cases:
+        p.error(f"--only {args.only!r}: no shape has that in its name")
     with tempfile.TemporaryDirectory() as tmp:
         size = make_model(Path(tmp), args.dtype)
         bench = Bench(Path(tmp), args.dtype, args.prompts)

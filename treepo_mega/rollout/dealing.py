@@ -3,16 +3,17 @@
     costs = CostModel();  deal = deal_by_cost([costs.expected(p) for p in prompts], engines)
     queue = LocalQueue(range(len(prompts)))                      # one engine, or no sharing
     queue = SharedQueue(store, "step 7", deal, costs, engine)    # engines over a torch.distributed store
-    while (i := queue.take()) is not None: ...                   # index of the next prompt to begin
+    while (i := queue.take(dry=nothing_runs)) is not None: ...   # index of the next prompt to begin
 
 The longest prompts are begun first, because a long tree begun last is a tail that every other engine waits for.
 Lengths are not known before they are sampled, so a tree's cost is expected to be that of the last tree of the same
 prompt, else the running mean of its data source, plus its prompt. A wrong guess costs time, never a sample: trees do
 not depend on where they grow.
 
-An engine takes from its own list until that is empty, then from the list with the most left: the list's next prompt,
-so that what is stolen is the longest that nobody has begun. A tree that was begun is not moved: its prefix cache is
-where it is. Each list is one counter in the store, advanced atomically; a take is one round trip on the CPU and never
+An engine takes from its own list until that is empty. When all it began is finished too, it is dry, and takes from
+the list with the most left: the list's next prompt, so that what is stolen is the longest that nobody has begun (and
+nobody is robbed only for being a little late). A tree that was begun is not moved: its prefix cache is where it is.
+Each list is one counter in the store, advanced atomically; a take is one round trip on the CPU and never
 waits for another engine. The ranks that share an engine (TP_v > 1) must make the same moves: the first of them takes
 and writes down what it got, the others read that, within a deadline.
 """
@@ -70,8 +71,8 @@ class Queue(Protocol):
 
     stolen: int
 
-    def take(self) -> int | None:
-        """Index of the next prompt; None when there are no more, now and later."""
+    def take(self, dry: bool = False) -> int | None:
+        """Index of the next prompt; None when there are no more of this engine's, or, when it is `dry`, of anyone's."""
         ...
 
 
@@ -81,7 +82,7 @@ class LocalQueue:
     def __init__(self, order: Sequence[int]) -> None:
         self._rest, self.stolen = iter(order), 0
 
-    def take(self) -> int | None:
+    def take(self, dry: bool = False) -> int | None:
         """The next of `order`."""
         return next(self._rest, None)
 
@@ -116,19 +117,34 @@ class SharedQueue:
         self._store, self._name, self._deal, self._costs = store, name, deal, costs
         self._engine, self._rank, self._ranks, self._timeout_s = engine, rank, ranks, timeout_s
         self._taken = 0
+        self._own_done = not deal[engine]
         self._left = [self._remaining(e, 0) for e in range(len(deal))]
         self.stolen = 0
         """Prompts that this engine took from others' lists."""
 
-    def take(self) -> int | None:
-        """The next prompt: of this engine's list, else of the list with the most left. Raises TimeoutError."""
+    def take(self, dry: bool = False) -> int | None:
+        """The next prompt: of this engine's list; once that is empty and it is `dry`, of the list with the most left.
+
+        Raises TimeoutError when the engine's first rank does not say in time what it took.
+        """
+        if self._own_done and not dry:
+            return None
         key = f"{self._name}/engine {self._engine}/{self._taken}"
         self._taken += 1
-        if self._rank == 0:
-            found = self._claim()
-            if self._ranks > 1:
-                self._store.set(key, "none" if found is None else str(found))
-            return found
+        found = self._claim(key) if self._rank == 0 else self._hear(key)
+        if found is None:
+            self._own_done = True
+        return found
+
+    def _claim(self, key: str) -> int | None:
+        """Take, and tell the other ranks of the engine."""
+        found = self._steal() if self._own_done else self._advance(self._engine)
+        if self._ranks > 1:
+            self._store.set(key, "none" if found is None else str(found))
+        return found
+
+    def _hear(self, key: str) -> int | None:
+        """What the engine's first rank took."""
         try:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
         except RuntimeError as e:
@@ -138,19 +154,22 @@ class SharedQueue:
         text = self._store.get(key).decode()
         return None if text == "none" else int(text)
 
-    def _claim(self) -> int | None:
+    def _advance(self, owner: int) -> int | None:
+        """The next of `owner`'s list; None when it has none any more."""
+        position = self._store.add(f"{self._name}/list {owner}", 1) - 1
+        self._left[owner] = self._remaining(owner, position + 1)
+        return self._deal[owner][position] if position < len(self._deal[owner]) else None
+
+    def _steal(self) -> int | None:
         while (victim := self._richest()) is not None:
-            position = self._store.add(f"{self._name}/list {victim}", 1) - 1
-            self._left[victim] = self._remaining(victim, position + 1)
-            if position < len(self._deal[victim]):
-                self.stolen += victim != self._engine
-                return self._deal[victim][position]
+            found = self._advance(victim)
+            if found is not None:
+                self.stolen += 1
+                return found
         return None
 
     def _richest(self) -> int | None:
-        """This engine while its list has something, else the one with the most expected left; None: nobody has."""
-        if self._left[self._engine] > 0:
-            return self._engine
+        """The engine with the most expected left; None: nobody has anything."""
         for e in range(len(self._deal)):
             if self._left[e] > 0:
                 self._left[e] = self._remaining(e, self._store.add(f"{self._name}/list {e}", 0))

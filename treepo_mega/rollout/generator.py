@@ -245,7 +245,8 @@ class _Run:
             self._fill_level()
             return
         self._submit()
-        while self.room.idle and (index := self.queue.take()) is not None:
+        dry = not self.room.running
+        while self.room.idle and (index := self.queue.take(dry)) is not None:
             self._begin(index)
             self._submit()
 
