@@ -111,6 +111,8 @@ class Trainer:
         self.cursor.load_state_dict(state["cursor"])
         self.actor.skipped_in_a_row = state["skipped_in_a_row"]
         self.collector.carried = state.get("carried", [])
+        if "costs" in state:
+            self.generator.costs.load_state_dict(state["costs"])
         self.progress.say(f"resumed from {directory}: next step {state['step']}")
         return int(state["step"])
 
@@ -124,6 +126,7 @@ class Trainer:
             "cursor": self.cursor.state_dict(),
             "skipped_in_a_row": self.actor.skipped_in_a_row,
             "carried": self.collector.carried,
+            "costs": self.generator.costs.state_dict(),
         }
         directory = Path(c.save) / f"step_{step:06d}"
         a = self.actor

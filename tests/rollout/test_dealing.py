@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from datetime import timedelta
 
@@ -107,6 +108,9 @@ def test_costs_are_learnt_by_prompt_then_by_source():
     costs.update([short, long], [tree(10), tree(100)])
     assert [costs.expected(p) for p in (short, long, new)] == [13, 104, 105]
     costs.update([new], [tree(200)])
+    again = CostModel()
+    again.load_state_dict(json.loads(json.dumps(costs.state_dict())))
+    assert [again.expected(p) for p in (short, long, new)] == [costs.expected(p) for p in (short, long, new)]
     assert costs.expected(long) == 104 and costs.expected(prompt("d", 1, "hard")) == 1 + 0.8 * 100 + 0.2 * 200
 
 

@@ -5,7 +5,7 @@
 One uninterrupted run of the demo's recipe (TP over the ranks), then the same run stopped several times: by SIGKILL
 of every process in the middle of a step, and by SIGTERM (which saves and leaves). Each time it is
 resumed from its newest checkpoint. At the end every metric of every step must be bit-equal to the
-uninterrupted run's, except times (timing_s/, perf/, reshard/seconds, reshard/gb_per_s). --quick: one kill.
+uninterrupted run's, except those that depend on time (seconds, and who sampled what). --quick: one kill.
 
 Last line, JSON: {"kills": n, "bit_equal": n, "steps": n, "first_difference": null or text}. bit_equal counts the
 kills after which every step up to the next kill (or the end) was bit-equal. Exit status 1 when fewer than kills.
@@ -24,15 +24,16 @@ from typing import Any
 
 from runs import kill, metrics, run, start, wait, wait_for_step
 
+from treepo_mega.monitor.registry import depends_on_time
+
 SAVE_INTERVAL = 2
 PLANNED_STOP = (0, 1, 75)
 """torchrun turns the ranks' status 75 (stopped on request) into 1."""
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
-    """A step's metrics without the ones that measure time."""
-    timed = ("timing_s/", "perf/", "reshard/seconds", "reshard/gb_per_s", "time")
-    return {k: v for k, v in row.items() if not k.startswith(timed)}
+    """A step's metrics without the ones that depend on time."""
+    return {k: v for k, v in row.items() if not depends_on_time(k)}
 
 
 def difference(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> str | None:

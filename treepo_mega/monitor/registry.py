@@ -138,3 +138,18 @@ def check_known(name: str) -> Metric:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         raise KeyError(f"metric {name!r} is not documented in monitor/registry.py; nearest: {near[0] if near else '-'}")
     return names[name]
+
+
+_CLOCKED = (
+    *("time", "timing_s/", "perf/", "reshard/seconds", "reshard/gb_per_s"),
+    *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
+    *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
+)
+
+
+def depends_on_time(name: str) -> bool:
+    """Whether a metric says how a step went rather than what it made: its seconds, who sampled what and beside whom.
+
+    All others are the same in two runs of the same configuration, stopped and resumed or not.
+    """
+    return name.startswith(_CLOCKED)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
+from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.node import Tree
 
 if TYPE_CHECKING:
@@ -38,21 +39,34 @@ class CostModel:
     """Expected tokens of a tree: its prompt and its unique response tokens. Ranks that see all trees agree on it."""
 
     def __init__(self) -> None:
-        self._by_text: dict[tuple[int, ...], float] = {}
+        self._by_prompt: dict[str, float] = {}
         self._by_source: dict[str, float] = {}
 
     def update(self, prompts: Sequence[Prompt], trees: Sequence[Tree]) -> None:
         """Learn from finished trees, in the order of their prompts."""
         for prompt, tree in zip(prompts, trees, strict=True):
             seen = float(tree.unique_tokens())
-            self._by_text[tuple(prompt.tokens)] = seen
+            self._by_prompt[_name(prompt)] = seen
             old = self._by_source.get(prompt.data_source, seen)
             self._by_source[prompt.data_source] = MEMORY * old + (1 - MEMORY) * seen
 
     def expected(self, prompt: Prompt) -> float:
         """Tokens; only their order and rough proportion matter."""
         mean = self._by_source.get(prompt.data_source, 0.0)
-        return len(prompt.tokens) + self._by_text.get(tuple(prompt.tokens), mean)
+        return len(prompt.tokens) + self._by_prompt.get(_name(prompt), mean)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """What it has learnt, JSON-safe: a resumed run deals as the uninterrupted one would."""
+        return {"prompts": dict(self._by_prompt), "sources": dict(self._by_source)}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """The inverse of `state_dict`."""
+        self._by_prompt, self._by_source = dict(state["prompts"]), dict(state["sources"])
+
+
+def _name(prompt: Prompt) -> str:
+    """The same for the same tokens, in every epoch (ids differ) and every process."""
+    return f"{derive_seed(*prompt.tokens):x}"
 
 
 def deal_by_cost(costs: Sequence[float], engines: int) -> list[list[int]]:
