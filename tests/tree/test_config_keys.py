@@ -92,3 +92,26 @@ def leaves_without_a_stop(cfg: Config, seed: int) -> int:
             tokens = [1 + derive_seed(want.seed, i) % 9999 for i in range(want.max_tokens)]
             search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length"))
     return len(search.tree.leaves)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"token_budget": 100, "transfer": "quota"}, "rollout.token_budget needs rollout.transfer level"),
+        ({"token_budget": 3}, "rollout.token_budget 3 is less than one segment (rollout.segment_length 16)"),
+        ({"token_budget": 100, "mode": "sequential"}, "rollout.token_budget needs rollout.mode tree"),
+        ({"partial_rollout": 8, "mode": "sequential"}, "rollout.partial_rollout needs rollout.mode tree"),
+        ({"partial_rollout": 8, "schedule": "level"}, "rollout.partial_rollout needs rollout.schedule async"),
+        ({"budget_temperature_end": 1.0}, "has no effect with rollout.budget equal"),
+        (
+            {"segment_end": "newline", "segment_min_length": 17},
+            "segment_min_length 17 exceeds rollout.segment_length 16",
+        ),
+        ({"segment_end": "newline", "segment_alignment": "kv_block"}, "needs rollout.segment_end length"),
+        ({"segment_end": []}, "a list names at least one string"),
+        ({"segment_end": ["a", ""]}, "none of them is empty"),
+        ({"max_depth": 2}, "no path could reach it"),
+    ],
+)
+def test_keys_that_contradict_one_another_are_named(changes, says):
+    assert says in complaint(**changes)
