@@ -95,6 +95,8 @@ def test_exactly_w_leaves_or_a_recorded_reason(cfg, rate, seed):
         assert cfg.fallback == "none" and len(tree.leaves) < cfg.n_samples_per_prompt
         assert f"{cfg.n_samples_per_prompt - len(tree.leaves)} of {cfg.n_samples_per_prompt}" in tree.shortfall
     assert len(set(tree.leaves)) == len(tree.leaves)
+    seeds = {derive_seed(seed, *node.path) for node in tree.nodes}
+    assert len(seeds) == len(tree.nodes), "no two siblings, nor any two nodes, are the same by construction"
     for node in tree.nodes[1:]:
         is_leaf = node.id in tree.leaves
         assert is_leaf == (node.stop in STOP_REASONS) == (not node.children)

@@ -55,26 +55,24 @@ class Collector:
         r = self.cfg.rollout
         kept: list[Tree] = []
         seen: list[Tree] = []
-        totals: dict[str, float] = {"refills": -1.0}
+        totals: dict[str, float] = {}
+        waited: list[float] = []
         resumed, self.carried = self.carried[: r.rollout_batch_size], self.carried[r.rollout_batch_size :]
         jobs = [Job(Prompt(**c["prompt"]), c["state"]) for c in resumed]
-        totals["resumed"] = float(len(jobs))
-        while True:
-            totals["refills"] += 1
-            wanted = r.rollout_batch_size - len(kept) - len(self.carried) - len(jobs)
-            jobs += [Job(p) for p in self.cursor.take(max(0, wanted))]
+        rounds = 1 + (r.max_refills if r.dynamic_sampling else 0)
+        for refill in range(rounds):
+            missing = r.rollout_batch_size - len(kept) - len(self.carried) - len(jobs)
+            jobs += [Job(p) for p in self.cursor.take(max(0, missing))]
+            if not jobs:
+                break
             trees, counts = self.sample(jobs, step)
-            for name, value in counts.items():
-                totals[name] = (
-                    max(totals.get(name, 0.0), value) if name.startswith("max_") else (totals.get(name, 0.0) + value)
-                )
+            waited.append(counts.pop("idle_share_max"))
+            totals = {name: totals.get(name, 0.0) + value for name, value in counts.items()}
+            totals["refills"] = refill
             seen += trees
             kept += [t for t in trees if t.leaves and (not r.dynamic_sampling or has_signal(t))]
             jobs = []
-            missing = r.rollout_batch_size - len(kept) - len(self.carried)
-            if missing <= 0 or totals["refills"] >= (r.max_refills if r.dynamic_sampling else 0):
-                break
-        totals["carried"] = float(len(self.carried))
+        totals |= {"resumed": len(resumed), "carried": len(self.carried), "idle_share_max": max(waited)}
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
 
     def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
@@ -101,7 +99,7 @@ class Collector:
         counts = {name: self.generator.counts[name] for name in ("engine_steps", "running")}
         counts |= {"lost": float(lost), "stolen": float(queue.stolen), **idle}
         counts = dist.sum_over_ranks(counts if speaks else dict.fromkeys(counts, 0.0))
-        most = dist.max_over_ranks({"max_idle_share": (whole - busy) / max(whole, 1e-9)})
+        most = dist.max_over_ranks({"idle_share_max": (whole - busy) / max(whole, 1e-9)})
         return [trees[i] for i in done], counts | most
 
     def queue(self, costs: list[float], what: str) -> Queue:
@@ -147,7 +145,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/engine_steps": totals["engine_steps"],
         "rollout/running_mean": totals["running"] / max(1.0, totals["engine_steps"]),
         "rollout/engine_idle_share": totals["idle_s"] / max(1e-9, totals["engine_s"]),
-        "rollout/engine_idle_share_max": totals["max_idle_share"],
+        "rollout/engine_idle_share_max": totals["idle_share_max"],
         "rollout/prompts_stolen": totals["stolen"],
         "rollout/trees_resumed": totals["resumed"],
         "rollout/trees_carried_over": totals["carried"],
