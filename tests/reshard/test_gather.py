@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_mega.reshard.gather import HfGather, ReshardError, fill_local, local_params
+from treepo_mega.reshard.gather_plan import gather_plan
 from treepo_mega.reshard.layout import ModelSpec, chunk_layouts, hf_shapes
-from treepo_mega.reshard.plan import gather_plan
 
 WORKER = Path(__file__).with_name("gather_worker.py")
 SPEC = ModelSpec(

@@ -10,7 +10,7 @@
 With Megatron's parallel state up, `load_from_hf(models, spec, cfg, hf_dir)` and `HfGather.of(cfg, spec)` fill in
 the sizes, ranks and group.
 
-`HfGather` plans once (`plan.py`) and is called for every refit into the engine and for every export. It is
+`HfGather` plans once (`gather_plan.py`) and is called for every refit into the engine and for every export. It is
 a generator: tensors arrive one by one as soon as they are whole, each freshly allocated on the parameters'
 device, and memory stays at a few tensors plus the buffers. `group` holds the TP x PP ranks of one
 data-parallel replica and `coords[r]` is group rank r's (tp_rank, pp_rank); with one rank nothing is
@@ -35,9 +35,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from treepo_mega.config import Config
+from treepo_mega.reshard.gather_plan import GatherPlan, Piece, Round, gather_plan
 from treepo_mega.reshard.hf import HfReader
 from treepo_mega.reshard.layout import Box, ModelSpec, ParamLayout, chunk_layouts, hf_shapes
-from treepo_mega.reshard.plan import GatherPlan, Piece, Round, gather_plan
 from treepo_mega.runtime import cpu_megatron
 
 Reader = Callable[[str, Box], Tensor]

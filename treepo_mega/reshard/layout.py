@@ -10,7 +10,7 @@ HF boxes into local ones, exporting copies them back; both follow this map and n
 Megatron arranges tensors. The module is pure (no torch), so any rank, or a laptop, can state the layout of
 every other rank.
 
-What Megatron does to the tensors (megatron-core 0.16, local layer spec):
+What Megatron does to the tensors (megatron-core 0.16):
 - `linear_qkv` interleaves by query group: for each key/value head its query heads, then k, then v. A
   tensor-parallel rank holds num_key_value_heads / tp whole groups.
 - `linear_fc1` is the rank's part of gate above the rank's part of up (not a part of [gate | up]).
@@ -19,14 +19,19 @@ What Megatron does to the tensors (megatron-core 0.16, local layer spec):
 - Layer i of a chunk is local. Chunk v of pipeline rank r begins at layer v * L/vpp + r * L/(pp * vpp).
 - Tied embeddings: with one stage there is no `output_layer.weight`; with more, the last stage holds a copy of
   the embedding under that name. So one HF element can have several replicas (norms over TP, the tied copy).
+- `naming` "te": the Transformer Engine spec fuses the norms into the linear layers behind them
+  (`linear_qkv.layer_norm_weight`, `linear_fc1.layer_norm_weight`) and groups experts (`experts.linear_fc1.weight3`);
+  "local": `input_layernorm`, `pre_mlp_layernorm`, `experts.local_experts.3.linear_fc1.weight`.
+- Experts: rank ep_rank of EP holds num_experts / ep whole experts, each split by TP as a dense MLP is (Megatron's
+  default, expert-tensor-parallel size = TP). The norm before a router is never fused.
 
-Traps: parameters of the Transformer Engine spec have other names for the fused norms; they are not stated
-here yet. `tp` must divide the key/value heads: Megatron's duplication of groups below that is not stated either.
+Trap: `tp` must divide the key/value heads; Megatron's duplication of groups below that is not stated here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from treepo_mega.reshard.spec import ARCHITECTURES, Architecture, ModelSpec, ModelSpecError, padded_vocab
 
@@ -38,6 +43,7 @@ __all__ = [
     "LayoutError",
     "ModelSpec",
     "ModelSpecError",
+    "Naming",
     "ParamLayout",
     "check_parallel",
     "chunk_layouts",
@@ -50,6 +56,9 @@ __all__ = [
 Box = tuple[tuple[int, int], ...]
 """A box in a tensor: (start, stop) per dimension."""
 
+Naming = Literal["local", "te"]
+"""Which layer spec's parameter names: Megatron's own modules, or Transformer Engine's."""
+
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -59,7 +68,11 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`hf_slice` of HF tensor `hf_name` equals `local_slice` of the local parameter. Both have the same shape."""
+    """`hf_slice` of HF tensor `hf_name` equals `local_slice` of the local parameter.
+
+    Both have the same shape, except that a local parameter which stacks several HF tensors (vLLM's experts) has one
+    more dimension in front, in which the block is 1 wide.
+    """
 
     hf_name: str
     hf_slice: Box
@@ -137,13 +150,12 @@ def _vocab_rows(rank: _Rank, hf_name: str, divisible_by: int) -> ParamLayout:
     return ParamLayout(shape, (Block(hf_name, ((a, stop), rest), ((0, stop - a), rest)),))
 
 
-def _gate_up(rank: _Rank, prefix: str) -> ParamLayout:
-    """This rank's rows of gate_proj above its rows of up_proj."""
-    a, b = rank.part(rank.spec.intermediate_size)
+def _gate_up(rank: _Rank, gate: str, up: str, size: int) -> ParamLayout:
+    """This rank's rows of the gate projection above its rows of the up projection, of `size` rows each."""
+    a, b = rank.part(size)
     n, rest = b - a, (0, rank.spec.hidden_size)
     blocks = tuple(
-        Block(f"{prefix}{name}.weight", ((a, b), rest), ((i * n, (i + 1) * n), rest))
-        for i, name in enumerate(("gate_proj", "up_proj"))
+        Block(f"{name}.weight", ((a, b), rest), ((i * n, (i + 1) * n), rest)) for i, name in enumerate((gate, up))
     )
     return ParamLayout((2 * n, rank.spec.hidden_size), blocks)
 
@@ -156,39 +168,78 @@ def _qkv(rank: _Rank, prefix: str, kind: str) -> ParamLayout:
     rest: Box = ((0, spec.hidden_size),) if kind == "weight" else ()
     blocks, row = [], 0
     for group in range(first, last):
-        for name, heads in (("q_proj", per_group), ("k_proj", 1), ("v_proj", 1)):
+        for role, heads in (("q", per_group), ("k", 1), ("v", 1)):
             rows, start = heads * spec.head_dim, group * heads * spec.head_dim
             hf_slice = ((start, start + rows), *rest)
-            blocks.append(Block(f"{prefix}{name}.{kind}", hf_slice, ((row, row + rows), *rest)))
+            blocks.append(Block(f"{prefix}{spec.names[role]}.{kind}", hf_slice, ((row, row + rows), *rest)))
             row += rows
     return ParamLayout((row, *(b for _, b in rest)), tuple(blocks))
 
 
-def _layer(rank: _Rank, hf_layer: int) -> dict[str, ParamLayout]:
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """The experts that one expert-parallel rank holds, and how they are called."""
+
+    first: int
+    stop: int
+    naming: Naming
+
+    def name(self, local: int, linear: str) -> str:
+        """Megatron's name inside the layer of local expert `local`'s linear layer."""
+        if self.naming == "te":
+            return f"mlp.experts.{linear}.weight{local}"
+        return f"mlp.experts.local_experts.{local}.{linear}.weight"
+
+
+def _layer(rank: _Rank, hf_layer: int, experts: _Experts) -> dict[str, ParamLayout]:
     """Parameters of one transformer layer, by their names inside the layer."""
-    spec, hf = rank.spec, f"model.layers.{hf_layer}."
-    hidden = spec.hidden_size
+    spec, hf, te = rank.spec, f"model.layers.{hf_layer}.", experts.naming == "te"
+    names, hidden = {role: f"{hf}{name}" for role, name in spec.names.items()}, spec.hidden_size
+    input_norm = "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"
+    fused = te and not spec.num_experts
+    pre_mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"
     params = {
-        "input_layernorm.weight": _whole(f"{hf}input_layernorm.weight", hidden),
-        "self_attention.linear_qkv.weight": _qkv(rank, f"{hf}self_attn.", "weight"),
+        input_norm: _whole(f"{names['input_norm']}.weight", hidden),
+        "self_attention.linear_qkv.weight": _qkv(rank, hf, "weight"),
         "self_attention.linear_proj.weight": _columns(
-            rank, f"{hf}self_attn.o_proj.weight", hidden, spec.num_attention_heads * spec.head_dim
+            rank, f"{names['o']}.weight", hidden, spec.num_attention_heads * spec.head_dim
         ),
-        "pre_mlp_layernorm.weight": _whole(f"{hf}post_attention_layernorm.weight", hidden),
-        "mlp.linear_fc1.weight": _gate_up(rank, f"{hf}mlp."),
-        "mlp.linear_fc2.weight": _columns(rank, f"{hf}mlp.down_proj.weight", hidden, spec.intermediate_size),
+        pre_mlp_norm: _whole(f"{names['post_norm']}.weight", hidden),
     }
+    params |= _moe(rank, names, experts) if spec.num_experts else _mlp(rank, names)
     if spec.qkv_bias:
-        params["self_attention.linear_qkv.bias"] = _qkv(rank, f"{hf}self_attn.", "bias")
+        params["self_attention.linear_qkv.bias"] = _qkv(rank, hf, "bias")
     if spec.qk_norm:
-        params["self_attention.q_layernorm.weight"] = _whole(f"{hf}self_attn.q_norm.weight", spec.head_dim)
-        params["self_attention.k_layernorm.weight"] = _whole(f"{hf}self_attn.k_norm.weight", spec.head_dim)
+        params["self_attention.q_layernorm.weight"] = _whole(f"{names['q_norm']}.weight", spec.head_dim)
+        params["self_attention.k_layernorm.weight"] = _whole(f"{names['k_norm']}.weight", spec.head_dim)
     return params
 
 
-def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1) -> None:
+def _mlp(rank: _Rank, names: dict[str, str]) -> dict[str, ParamLayout]:
+    """A dense MLP."""
+    spec = rank.spec
+    return {
+        "mlp.linear_fc1.weight": _gate_up(rank, names["gate"], names["up"], spec.intermediate_size),
+        "mlp.linear_fc2.weight": _columns(rank, f"{names['down']}.weight", spec.hidden_size, spec.intermediate_size),
+    }
+
+
+def _moe(rank: _Rank, names: dict[str, str], experts: _Experts) -> dict[str, ParamLayout]:
+    """The router, whole on every rank, and this rank's experts."""
+    spec = rank.spec
+    params = {"mlp.router.weight": _whole(f"{names['router']}.weight", spec.num_experts, spec.hidden_size)}
+    for local, e in enumerate(range(experts.first, experts.stop)):
+        gate, up, down = (names[f"expert_{role}"].format(e=e) for role in ("gate", "up", "down"))
+        size = spec.expert_intermediate_size
+        params[experts.name(local, "linear_fc1")] = _gate_up(rank, gate, up, size)
+        params[experts.name(local, "linear_fc2")] = _columns(rank, f"{down}.weight", spec.hidden_size, size)
+    return params
+
+
+def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1, ep: int = 1) -> None:
     """Raise LayoutError unless the model divides evenly over these sizes."""
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+    width = "expert_intermediate_size" if spec.num_experts else "intermediate_size"
+    for name in ("num_attention_heads", "num_key_value_heads", width):
         n = getattr(spec, name)
         if tp < 1 or n % tp:
             near = max(d for d in range(1, max(1, tp) + 1) if n % d == 0)
@@ -201,6 +252,8 @@ def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1) -> None:
         )
     if vpp > 1 and pp == 1:
         raise LayoutError(f"virtual pipeline size {vpp} needs a pipeline size above 1")
+    if ep < 1 or (ep > 1 and (not spec.num_experts or spec.num_experts % ep)):
+        raise LayoutError(f"expert-parallel size {ep} does not divide the model's num_experts {spec.num_experts}")
 
 
 def stage_layers(spec: ModelSpec, *, pp: int, vpp: int, pp_rank: int, vp_stage: int) -> range:
@@ -219,16 +272,21 @@ def mcore_layout(
     pp_rank: int = 0,
     vp_stage: int = 0,
     divisible_by: int = 128,
+    *,
+    ep: int = 1,
+    ep_rank: int = 0,
+    naming: Naming = "local",
 ) -> dict[str, ParamLayout]:
-    """Layout of one chunk of one rank, by Megatron's parameter names (local spec, layer index local to the chunk).
+    """Layout of one chunk of one rank, by Megatron's parameter names (layer index local to the chunk).
 
     `vpp` is the number of chunks per pipeline rank (1 or None: no virtual stages), `divisible_by` the configuration's
     make_vocab_size_divisible_by. Raises LayoutError when the model does not divide over the sizes, or a rank is
     out of range.
     """
     vpp = vpp or 1
-    check_parallel(spec, tp, pp, vpp)
-    for name, index, size in (("tp_rank", tp_rank, tp), ("pp_rank", pp_rank, pp), ("vp_stage", vp_stage, vpp)):
+    check_parallel(spec, tp, pp, vpp, ep)
+    given = (("tp_rank", tp_rank, tp), ("pp_rank", pp_rank, pp), ("vp_stage", vp_stage, vpp), ("ep_rank", ep_rank, ep))
+    for name, index, size in given:
         if not 0 <= index < size:
             raise LayoutError(f"{name} is {index}; expected 0 to {size - 1}")
     rank = _Rank(spec, tp, tp_rank)
@@ -237,9 +295,11 @@ def mcore_layout(
     params: dict[str, ParamLayout] = {}
     if first:
         params["embedding.word_embeddings.weight"] = _vocab_rows(rank, EMBEDDING, divisible_by)
+    held = spec.num_experts // ep
+    experts = _Experts(ep_rank * held, (ep_rank + 1) * held, naming)
     layers = stage_layers(spec, pp=pp, vpp=vpp, pp_rank=pp_rank, vp_stage=vp_stage)
     for local, hf_layer in enumerate(layers):
-        for name, param in _layer(rank, hf_layer).items():
+        for name, param in _layer(rank, hf_layer, experts).items():
             params[f"decoder.layers.{local}.{name}"] = param
     if last:
         params["decoder.final_layernorm.weight"] = _whole(FINAL_NORM, spec.hidden_size)
@@ -250,10 +310,21 @@ def mcore_layout(
 
 
 def chunk_layouts(
-    spec: ModelSpec, *, tp: int, pp: int, vpp: int | None = 1, tp_rank: int, pp_rank: int, divisible_by: int = 128
+    spec: ModelSpec,
+    *,
+    tp: int,
+    pp: int,
+    vpp: int | None = 1,
+    tp_rank: int,
+    pp_rank: int,
+    divisible_by: int = 128,
+    ep: int = 1,
+    ep_rank: int = 0,
+    naming: Naming = "local",
 ) -> list[dict[str, ParamLayout]]:
     """`mcore_layout` of every chunk of one rank, in the order of its virtual stages."""
-    return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, v, divisible_by) for v in range(vpp or 1)]
+    more: dict[str, Any] = {"ep": ep, "ep_rank": ep_rank, "naming": naming}
+    return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, v, divisible_by, **more) for v in range(vpp or 1)]
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

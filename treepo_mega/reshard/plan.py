@@ -1,127 +1,392 @@
-"""Who sends what when the ranks of one model-parallel replica put whole HF tensors together. Pure.
+"""Who sends what to whom: the fewest bytes from one layout of the weights to another. Pure.
 
-Every rank knows every rank's layout from the configuration alone, so all make the same plan without talking.
-A plan is a sequence of rounds. In a round each rank contributes one flat run of elements (its `Piece`s one
-after another), runs are padded to the longest and exchanged by one all-gather, and the boxes are then copied
-into the HF tensors. `complete` lists the tensors that are whole after the round.
+    cluster = Cluster(world_size=512, ranks_per_node=8)
+    plan = plan_reshard(mcore_side(spec, grid, 512), vllm_side(spec, 8, 512), cluster, itemsize=2)
+    plan.traffic()                       # bytes by link, per rank, against the lower bound
+    plan.for_rank(17)                    # what that rank copies, sends and receives, round by round
 
-Each HF element is sent once: of equal replicas (norms over TP, the tied output layer) the first rank of the
-group sends. A rank sends in the order of its own layers, so pipeline stages progress side by side and the
-padding stays small; HF tensors therefore become complete in an order that is not the model's. A block larger
-than a round is cut along its rows, so that the buffers stay bounded whatever the vocabulary; only a single
-row may exceed the bound.
+Both sides are boxes of HF tensors (`sides.py`). Their intersections are the copies. All copies that the same
+coordinates hold and one coordinate wants form a *route*; a route is planned for all its ranks at once, which is
+why 4,096 ranks cost little more than eight. Every destination rank takes a route from exactly one source: itself if
+it holds the bytes, else a holder on its node, else one elsewhere, always the one with the least to send so far on
+that kind of link. So no byte moves that its receiver already had, and none moves twice: the sum is the lower bound.
+
+Time is divided into rounds: in round i of R every source sends what lies in the i-th part of its own parameters.
+Stages therefore progress side by side. R is the smallest number for which nobody holds more than `bucket_bytes`
+of one round in buffers; two rounds are in flight, so buffers take at most twice that.
+
+The plan depends on the configuration alone: ranks make it without talking, and `digest` is equal on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
 
-from treepo_mega.reshard.layout import Block, Box, ParamLayout
+import numpy as np
+from numpy.typing import NDArray
 
-ChunkLayouts = Sequence[Mapping[str, ParamLayout]]
-"""Layouts of one rank's model chunks."""
+from treepo_mega.reshard.layout import Block, Box, LayoutError
+from treepo_mega.reshard.sides import Ranks, Side
+
+LINKS = ("local", "node", "network")
+"""Nearest first: within the rank's own memory, between ranks of a node, between nodes."""
+
+
+class PlanError(LayoutError):
+    """No plan exists: the message names the tensor that nobody holds, or the bucket that is too small."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A block, or some rows of one, of parameter `param` in chunk `chunk` of the sending rank."""
+class Cluster:
+    """`world_size` ranks, the first `ranks_per_node` of them on the first node, and so on."""
 
+    world_size: int
+    ranks_per_node: int
+
+    def node(self, ranks: Ranks) -> Ranks:
+        """The node of each rank."""
+        return ranks // self.ranks_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`box` of HF tensor `hf_name`: from the holder's block `held` to `target_box` of the wanted parameter.
+
+    `start` and `row` place it in the holder's parameters: elements before `held`, and elements of a row of `held`.
+    """
+
+    hf_name: str
+    box: Box
+    held: Box
     chunk: int
     param: str
-    block: Block
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One exchange: `sends[r]` is what group rank r contributes; `length` elements are moved per rank."""
-
-    sends: tuple[tuple[Piece, ...], ...]
-    length: int
-    complete: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GatherPlan:
-    """All rounds. `elements` is what had to be sent; with the padding, len(ranks) * sum of lengths are."""
-
-    rounds: tuple[Round, ...]
-    elements: int
+    target_box: Box
+    start: int
+    row: int
 
     @property
-    def length(self) -> int:
-        """The longest round, in elements: the size of a rank's buffer."""
-        return max((r.length for r in self.rounds), default=0)
+    def numel(self) -> int:
+        """Elements."""
+        return prod(b - a for a, b in self.box)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the box."""
+        return tuple(b - a for a, b in self.box)
+
+    def rows(self, a: int, b: int) -> Copy:
+        """Rows [a, b) of the HF tensor only."""
+        extra = len(self.target_box) - len(self.box)
+        shift = self.target_box[extra][0] - self.box[0][0]
+        target = (*self.target_box[:extra], (a + shift, b + shift), *self.target_box[extra + 1 :])
+        box = ((a, b), *self.box[1:])
+        return Copy(self.hf_name, box, self.held, self.chunk, self.param, target, self.start, self.row)
 
 
-def gather_plan(ranks: Sequence[ChunkLayouts], max_elements: int) -> GatherPlan:
-    """Plan for the ranks of a group, given each one's chunk layouts in group order.
+@dataclass(slots=True)
+class Route:
+    """Copies from any rank of coordinates `holders` to each rank of coordinate `wanted`.
 
-    `max_elements` bounds what one rank sends in a round. Raises ValueError when it is not positive.
+    `sources[i]` serves `targets[i]`.
+    `rounds[i]` are the copies of round i, cut where a round ends; `elements[i]` their sizes.
     """
-    if max_elements < 1:
-        raise ValueError(f"max_elements is {max_elements}; expected at least 1")
-    streams = [_rounds_of(pieces, max_elements) for pieces in _owned(ranks)]
-    left: dict[str, int] = {}
-    for stream in streams:
-        for pieces in stream:
-            for piece in pieces:
-                left[piece.block.hf_name] = left.get(piece.block.hf_name, 0) + piece.block.numel
-    elements = sum(left.values())
-    rounds = []
-    for i in range(max((len(s) for s in streams), default=0)):
-        sends = tuple(s[i] if i < len(s) else () for s in streams)
-        complete = []
-        for piece in (p for pieces in sends for p in pieces):
-            left[piece.block.hf_name] -= piece.block.numel
-            if not left[piece.block.hf_name]:
-                complete.append(piece.block.hf_name)
-        length = max(sum(p.block.numel for p in pieces) for pieces in sends)
-        rounds.append(Round(sends, length, tuple(complete)))
-    return GatherPlan(tuple(rounds), elements)
+
+    wanted: int
+    holders: tuple[int, ...]
+    copies: list[Copy]
+    numel: int = 0
+    targets: Ranks = field(default_factory=lambda: np.empty(0, np.int64))
+    sources: Ranks = field(default_factory=lambda: np.empty(0, np.int64))
+    rounds: dict[int, list[Copy]] = field(default_factory=dict)
+    elements: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-def _owned(ranks: Sequence[ChunkLayouts]) -> list[list[Piece]]:
-    """Per rank, the blocks it is the first to hold, in the order of its parameters."""
-    seen: set[tuple[str, Box]] = set()
-    out: list[list[Piece]] = []
-    for chunks in ranks:
-        mine = []
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a plan moves. Bytes; `by_link` sums over all ranks, `*_max` are of the busiest rank.
+
+    `bound_by_link`: what cannot be avoided with direct transfers: bytes that a rank wants and does not hold (node
+    plus network), and bytes that nobody on its node holds (network).
+    """
+
+    by_link: dict[str, int]
+    bound: int
+    bound_network: int
+    sent_max: dict[str, int]
+    received_max: dict[str, int]
+    wanted_max: int
+    buffer_max: int
+    rounds: int
+
+    @property
+    def moved(self) -> int:
+        """Bytes that cross from one rank to another."""
+        return self.by_link["node"] + self.by_link["network"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """One contiguous message of a round: `copies` one after another from `offset` (elements) of `source`'s buffer."""
+
+    source: int
+    targets: tuple[int, ...]
+    offset: int
+    copies: tuple[Copy, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return sum(c.numel for c in self.copies)
+
+
+@dataclass(frozen=True, slots=True)
+class RankRound:
+    """One rank's part of a round."""
+
+    local: tuple[Copy, ...]
+    sends: tuple[Parcel, ...]
+    receives: tuple[Parcel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReshardPlan:
+    """All routes; see the module's page. `round_count` R; `itemsize` bytes per element on the way."""
+
+    cluster: Cluster
+    itemsize: int
+    bucket_bytes: int
+    routes: tuple[Route, ...]
+    round_count: int
+    buffer_bytes: int
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of every assignment and cut."""
+        h = hashlib.sha256(f"{self.cluster} {self.itemsize} {self.round_count}".encode())
+        for r in self.routes:
+            h.update(f"{r.wanted} {r.holders} {r.numel} {r.copies[0]}".encode())
+            for array in (r.targets, r.sources, r.elements):
+                h.update(array.tobytes())
+        return h.hexdigest()
+
+    def traffic(self) -> Traffic:
+        """Bytes by link, per rank, and the lower bound."""
+        world = self.cluster.world_size
+        sent = {link: np.zeros(world, np.int64) for link in LINKS}
+        received = {link: np.zeros(world, np.int64) for link in LINKS}
+        bound = bound_network = 0
+        for r in self.routes:
+            size = r.numel * self.itemsize
+            for link, mask in zip(LINKS, self._links(r), strict=True):
+                np.add.at(sent[link], r.sources[mask], size)
+                np.add.at(received[link], r.targets[mask], size)
+        for r, holders in self._holder_ranks():
+            size, nodes = r.numel * self.itemsize, self.cluster.node(holders)
+            bound += size * int((~np.isin(r.targets, holders)).sum())
+            bound_network += size * int((~np.isin(self.cluster.node(r.targets), nodes)).sum())
+        wanted = sum(received[link] for link in LINKS)
+        return Traffic(
+            by_link={link: int(received[link].sum()) for link in LINKS},
+            bound=bound,
+            bound_network=bound_network,
+            sent_max={link: int(sent[link].max()) for link in LINKS},
+            received_max={link: int(received[link].max()) for link in LINKS},
+            wanted_max=int(np.max(wanted)),
+            buffer_max=self.buffer_bytes,
+            rounds=self.round_count,
+        )
+
+    def _links(self, r: Route) -> tuple[NDArray[np.bool_], ...]:
+        local = r.sources == r.targets
+        near = self.cluster.node(r.sources) == self.cluster.node(r.targets)
+        return local, near & ~local, ~near
+
+    def _holder_ranks(self) -> Iterator[tuple[Route, Ranks]]:
+        for r in self.routes:
+            yield r, self.holder_ranks[r.holders]
+
+    holder_ranks: dict[tuple[int, ...], Ranks] = field(default_factory=dict)
+
+    def for_rank(self, rank: int) -> list[RankRound]:
+        """What `rank` does in each round. A parcel's offset is that in its source's buffer of the round."""
+        served = self._served()
+        mine = [(k, r) for k, r in enumerate(self.routes) if rank in r.targets]
+        sources = {k: int(r.sources[np.flatnonzero(r.targets == rank)[0]]) for k, r in mine}
+        out = []
+        for i in range(self.round_count):
+            local = [c for k, r in mine if sources[k] == rank for c in r.rounds.get(i, ())]
+            parcels = {s: self._parcels(s, i, served.get(s, ())) for s in {rank, *sources.values()}}
+            receives = [parcels[sources[k]][k] for k, _ in mine if sources[k] != rank and k in parcels[sources[k]]]
+            out.append(RankRound(tuple(local), tuple(parcels[rank].values()), tuple(receives)))
+        return out
+
+    def _served(self) -> dict[int, list[int]]:
+        """Routes that each source serves to another rank."""
+        served: dict[int, list[int]] = {}
+        for k, r in enumerate(self.routes):
+            for s in np.unique(r.sources[r.sources != r.targets]).tolist():
+                served.setdefault(s, []).append(k)
+        return served
+
+    def _parcels(self, source: int, i: int, routes: Sequence[int]) -> dict[int, Parcel]:
+        """The parcels of a source in round i, by route."""
+        out, offset = {}, 0
+        for k in routes:
+            r = self.routes[k]
+            if copies := r.rounds.get(i):
+                to = r.targets[(r.sources == source) & (r.targets != source)]
+                out[k] = Parcel(source, tuple(to.tolist()), offset, tuple(copies))
+                offset += int(r.elements[i])
+        return out
+
+
+def plan_reshard(
+    source: Side, target: Side, cluster: Cluster, *, itemsize: int, bucket_bytes: int = 64 << 20
+) -> ReshardPlan:
+    """The plan from `source` to `target`.
+
+    Raises PlanError when some wanted element is held nowhere, and when a single row exceeds a bucket.
+    """
+    if bucket_bytes < itemsize:
+        raise PlanError(f"bucket of {bucket_bytes} bytes; expected at least {itemsize}")
+    routes = _routes(source, target)
+    holder_ranks = {r.holders: np.flatnonzero(np.isin(source.of_rank, r.holders)) for r in routes}
+    _assign(routes, holder_ranks, target, cluster)
+    routes = [r for r in routes if r.targets.size]
+    totals = [sum(b.numel for chunk in lay for p in chunk.values() for b in p.blocks) for lay in source.layouts]
+    count = _first_guess(routes, cluster.world_size, itemsize, bucket_bytes)
+    for _ in range(40):
+        for r in routes:
+            _cut(r, totals[r.holders[0]], count)
+        peak = _peak(routes, cluster.world_size, count) * itemsize
+        if peak <= bucket_bytes:
+            return ReshardPlan(cluster, itemsize, bucket_bytes, tuple(routes), count, peak, holder_ranks)
+        if count > max((c.numel for r in routes for c in r.copies), default=1) * len(routes) + 1:
+            break
+        count = max(count + 1, -(-count * peak // bucket_bytes))
+    raise PlanError(f"a bucket of {bucket_bytes} bytes cannot hold what must move together ({peak} bytes); use more")
+
+
+def _routes(source: Side, target: Side) -> list[Route]:
+    """Intersections of what is held and wanted, by (coordinate that wants, coordinates that hold)."""
+    held = _held(source)
+    routes: dict[tuple[int, tuple[int, ...]], Route] = {}
+    for wanted, chunks in enumerate(target.layouts):
         for chunk, params in enumerate(chunks):
             for name, param in params.items():
                 for block in param.blocks:
-                    if (block.hf_name, block.hf_slice) not in seen:
-                        seen.add((block.hf_name, block.hf_slice))
-                        mine.append(Piece(chunk, name, block))
-        out.append(mine)
-    return out
+                    found = 0
+                    for box, (holders, start, row) in held.get(block.hf_name, {}).items():
+                        copy = _intersect(block, box, chunk, name, start, row)
+                        if copy is not None:
+                            key = (wanted, holders)
+                            routes.setdefault(key, Route(wanted, holders, [])).copies.append(copy)
+                            found += copy.numel
+                    if found != block.numel:
+                        raise PlanError(
+                            f"{block.hf_name} {list(block.hf_slice)}: {found} of {block.numel} elements are held by "
+                            f"the source, but {name} wants all of them exactly once"
+                        )
+    for route in routes.values():
+        route.numel = sum(c.numel for c in route.copies)
+    return list(routes.values())
 
 
-def _rounds_of(pieces: Sequence[Piece], max_elements: int) -> list[tuple[Piece, ...]]:
-    """A rank's pieces, cut where needed, packed greedily into runs of at most max_elements."""
-    rounds: list[list[Piece]] = []
-    used = max_elements
-    for piece in pieces:
-        for part in _cut(piece.block, max_elements):
-            if used + part.numel > max_elements:
-                rounds.append([])
-                used = 0
-            rounds[-1].append(Piece(piece.chunk, piece.param, part))
-            used += part.numel
-    return [tuple(r) for r in rounds]
+Held = dict[Box, tuple[tuple[int, ...], int, int]]
 
 
-def _cut(block: Block, max_elements: int) -> Iterator[Block]:
-    """The block as runs of whole rows of at most max_elements elements each (at least one row)."""
-    if block.numel <= max_elements:
-        yield block
-        return
-    (hf_start, hf_stop), (local_start, _) = block.hf_slice[0], block.local_slice[0]
-    rows = max(1, max_elements * (hf_stop - hf_start) // block.numel)
-    for a in range(hf_start, hf_stop, rows):
-        b, shift = min(a + rows, hf_stop), local_start - hf_start
-        yield Block(
-            block.hf_name,
-            ((a, b), *block.hf_slice[1:]),
-            ((a + shift, b + shift), *block.local_slice[1:]),
-        )
+def _held(source: Side) -> dict[str, Held]:
+    """hf_name -> block -> (coordinates that hold it, elements before it in the first of them, elements of its row)."""
+    places: dict[str, dict[Box, tuple[list[int], int, int]]] = {}
+    for c, chunks in enumerate(source.layouts):
+        start = 0
+        for params in chunks:
+            for param in params.values():
+                for block in param.blocks:
+                    of = places.setdefault(block.hf_name, {})
+                    row = block.numel // max(1, block.shape[0])
+                    coordinates = of.setdefault(block.hf_slice, ([], start, row))[0]
+                    if c not in coordinates:
+                        coordinates.append(c)
+                    start += block.numel
+    return {n: {box: (tuple(cs), start, row) for box, (cs, start, row) in of.items()} for n, of in places.items()}
+
+
+def _intersect(block: Block, box: Box, chunk: int, name: str, start: int, row: int) -> Copy | None:
+    """The part of a wanted block that lies in a held one."""
+    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(block.hf_slice, box, strict=True))
+    if any(a >= b for a, b in both):
+        return None
+    extra = len(block.local_slice) - len(block.hf_slice)
+    target = tuple(
+        (a - h[0] + t[0], b - h[0] + t[0])
+        for (a, b), h, t in zip(both, block.hf_slice, block.local_slice[extra:], strict=True)
+    )
+    return Copy(block.hf_name, both, box, chunk, name, (*block.local_slice[:extra], *target), start, row)
+
+
+def _assign(routes: list[Route], holder_ranks: dict[tuple[int, ...], Ranks], target: Side, cluster: Cluster) -> None:
+    """Choose every target's source: itself, else its node's least loaded holder, else the least loaded elsewhere."""
+    near_load = np.zeros(cluster.world_size, np.int64)
+    far_load = np.zeros(cluster.world_size, np.int64)
+    for r in sorted(routes, key=lambda r: -r.numel):  # large ones first: small ones even out what is left
+        holders = holder_ranks[r.holders]
+        r.targets = np.flatnonzero(target.of_rank == r.wanted)
+        if r.targets.size and not holders.size:
+            raise PlanError(f"{r.copies[0].hf_name}: no rank of this world holds it")
+        r.sources = r.targets.copy()
+        rest = np.flatnonzero(~np.isin(r.targets, holders))
+        nodes, holder_nodes = cluster.node(r.targets[rest]), cluster.node(holders)
+        near = np.isin(nodes, holder_nodes)
+        for node in np.unique(nodes[near]).tolist():
+            _spread(r, rest[nodes == node], holders[holder_nodes == node], near_load)
+        if not near.all():
+            _spread(r, rest[~near], holders, far_load)
+
+
+def _spread(r: Route, which: Ranks, candidates: Ranks, load: Ranks) -> None:
+    """Deal the targets `which` out over the candidates, least loaded first."""
+    order = candidates[np.argsort(load[candidates], kind="stable")]
+    chosen = order[np.arange(which.size) % order.size]
+    r.sources[which] = chosen
+    np.add.at(load, chosen, r.numel)
+
+
+def _first_guess(routes: list[Route], world: int, itemsize: int, bucket_bytes: int) -> int:
+    """Rounds needed if everything could be cut evenly."""
+    total = np.zeros(world, np.int64)
+    for r in routes:
+        moves = r.sources != r.targets
+        total[np.unique(r.sources[moves])] += r.numel
+        total[r.targets[moves]] += r.numel
+    return max(1, -(-int(total.max(initial=0)) * itemsize // bucket_bytes))
+
+
+def _cut(r: Route, total: int, count: int) -> None:
+    """Deal the copies to `count` rounds by where they lie in the holder's `total` elements, cutting between rows."""
+    r.rounds, r.elements = {}, np.zeros(count, np.int64)
+    for copy in r.copies:
+        (a, stop), base = copy.box[0], copy.held[0][0]
+        while a < stop:
+            at = copy.start + (a - base) * copy.row
+            i = at * count // total
+            # The first row that begins in a later round.
+            limit = -((-(i + 1) * total) // count)
+            b = min(stop, max(a + 1, base + -(-(limit - copy.start) // copy.row)))
+            part = copy if (a, b) == copy.box[0] else copy.rows(a, b)
+            r.rounds.setdefault(i, []).append(part)
+            r.elements[i] += part.numel
+            a = b
+
+
+def _peak(routes: list[Route], world: int, count: int) -> int:
+    """Most elements that a rank sends plus receives in one round."""
+    held = np.zeros((world, count), np.int64)
+    for r in routes:
+        moves = r.sources != r.targets
+        held[np.unique(r.sources[moves])] += r.elements
+        held[r.targets[moves]] += r.elements
+    return int(held.max(initial=0))

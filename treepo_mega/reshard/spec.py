@@ -5,9 +5,9 @@
 `ModelSpec` is the only description of a model that `reshard`, `actor` and the converters share. It is pure
 data: no torch, no transformers, so a plan for 512 ranks can be made on a laptop.
 
-Adding an architecture is one entry of `ARCHITECTURES`, as long as its tensors are those of a Llama-like
-dense decoder (RMSNorm, rotary positions, gated SiLU MLP, grouped-query attention); its parameters are
-spelled out in `layout.py`.
+Adding an architecture is one small file in `architectures/`, as long as it is a pre-norm decoder with RMSNorm, rotary
+positions, gated SiLU MLPs (dense, or experts in every layer) and grouped-query attention; its parameters are
+spelled out in `layout.py` (Megatron) and `vllm_layout.py` (vLLM).
 
 Traps: `config.json` leaves out keys that have the class default, and the default of one key differs between
 architectures (`head_dim` of Qwen3 is 128 whatever the hidden size). transformers 5 writes
@@ -26,32 +26,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from treepo_mega.reshard.architectures import Architecture, discover
+
 
 class ModelSpecError(ValueError):
     """The model cannot be described; the message names the file, the key, what was expected and what was found."""
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How an architecture differs from a plain Llama decoder.
-
-    `qkv_bias`: the query, key and value projections have biases (the output projection never has one).
-    `qk_norm`: an RMSNorm of size head_dim on every query and key head.
-    `head_dim`: the value when config.json does not say; None: hidden_size / num_attention_heads.
-    """
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    head_dim: int | None = None
-
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "LlamaForCausalLM": Architecture(),
-        "Qwen2ForCausalLM": Architecture(qkv_bias=True),
-        "Qwen3ForCausalLM": Architecture(qk_norm=True, head_dim=128),
-    }
-)
+ARCHITECTURES: Mapping[str, Architecture] = discover()
 
 # Keys whose value must be this one (or be absent): another value is another network than the one built.
 _REQUIRED_VALUES: Mapping[str, Any] = MappingProxyType(
@@ -67,8 +49,9 @@ _REQUIRED_VALUES: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder: sizes, switches and rotary parameters. Sizes are counts; `head_dim` is per head.
+    """A decoder: sizes, switches and rotary parameters. Sizes are counts; `head_dim` is per head.
 
+    `num_experts` 0: a dense MLP of `intermediate_size`; otherwise experts of `expert_intermediate_size` each.
     `rope_type` is "default", "llama3", "linear", "yarn", ... and `rope_scaling` holds its other parameters
     (factor, low_freq_factor, ...), empty for "default".
     """
@@ -89,6 +72,13 @@ class ModelSpec:
     rope_type: str = "default"
     rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
     max_position_embeddings: int | None = None
+    num_experts: int = 0
+    expert_intermediate_size: int = 0
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """HF names inside a layer, by role (`architectures/__init__.py`)."""
+        return ARCHITECTURES[self.architecture].names
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> ModelSpec:
@@ -111,7 +101,7 @@ class ModelSpec:
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
         """The same from a loaded config; `where` names it in errors."""
         name, arch = _architecture(config, where)
-        for key, expected in _REQUIRED_VALUES.items():
+        for key, expected in {**_REQUIRED_VALUES, **arch.required}.items():
             if config.get(key, expected) not in (expected, None):
                 raise ModelSpecError(f"{where}: {key} is {config[key]!r}; only {expected!r} is supported for {name}")
         heads = _count(config, "num_attention_heads", where)
@@ -124,6 +114,9 @@ class ModelSpec:
         if arch.head_dim is None and not config.get("head_dim") and hidden % heads:
             raise ModelSpecError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         theta, rope_type, scaling = _rope(config, where)
+        experts = (
+            next((k for k in arch.experts if config.get(k) is not None), arch.experts[0]) if arch.experts else None
+        )
         return cls(
             architecture=name,
             hidden_size=hidden,
@@ -141,6 +134,8 @@ class ModelSpec:
             rope_type=rope_type,
             rope_scaling=scaling,
             max_position_embeddings=config.get("max_position_embeddings"),
+            num_experts=_count(config, experts, where) if experts else 0,
+            expert_intermediate_size=_count(config, arch.expert_size, where) if experts else 0,
         )
 
 

@@ -1,0 +1,120 @@
+"""The two sides of a reshard: which rank holds, or wants, which part of the HF tensors. Pure.
+
+    trainer = mcore_side(spec, Grid(tp=8, pp=4), world_size=128)
+    engines = vllm_side(spec, tp=8, world_size=128)
+    files = files_side(spec, world_size=128)          # whole tensors, each on one rank, spread by bytes
+
+A `Side` has one layout per *coordinate* and the coordinate of every rank: thousands of ranks share few layouts, and
+the planner works on coordinates. Chunks of a rank (virtual pipeline stages) are told apart by a number.
+
+Ranks are ordered as Megatron orders them (tp fastest, then cp and dp, then pp); with experts, the expert-parallel rank
+is the fastest part of dp. An engine's ranks are contiguous, as vLLM's external launcher wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treepo_mega.reshard.layout import (
+    Block,
+    LayoutError,
+    ModelSpec,
+    Naming,
+    ParamLayout,
+    chunk_layouts,
+    hf_shapes,
+)
+from treepo_mega.reshard.vllm_layout import vllm_layout
+
+ChunkLayouts = Sequence[Mapping[str, ParamLayout]]
+"""Layouts of one rank's model chunks."""
+
+Ranks = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Megatron's parallel sizes; data (and context) parallelism is what is left of the world."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    divisible_by: int = 128
+    naming: Naming = "local"
+
+    def replicas(self, world_size: int) -> int:
+        """Data-parallel times context-parallel size. Raises LayoutError when the world does not fit."""
+        if world_size % (self.tp * self.pp * self.ep):
+            raise LayoutError(
+                f"world size {world_size} is not a multiple of TP {self.tp} x PP {self.pp} x EP {self.ep}"
+            )
+        return world_size // (self.tp * self.pp)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """`layouts[c]` is what a rank of coordinate c holds; `of_rank` [world_size] is each rank's coordinate, -1: none."""
+
+    layouts: tuple[ChunkLayouts, ...]
+    of_rank: Ranks
+
+    def of(self, rank: int) -> ChunkLayouts:
+        """Chunk layouts of a rank."""
+        return self.layouts[self.of_rank[rank]] if self.of_rank[rank] >= 0 else ()
+
+
+def mcore_side(spec: ModelSpec, grid: Grid, world_size: int) -> Side:
+    """Megatron's shards; coordinate (pp_rank * ep + ep_rank) * tp + tp_rank. LayoutError for impossible sizes."""
+    replicas = grid.replicas(world_size)
+    layouts = [
+        chunk_layouts(
+            spec,
+            tp=grid.tp,
+            pp=grid.pp,
+            vpp=grid.vpp,
+            tp_rank=t,
+            pp_rank=p,
+            divisible_by=grid.divisible_by,
+            ep=grid.ep,
+            ep_rank=e,
+            naming=grid.naming,
+        )
+        for p in range(grid.pp)
+        for e in range(grid.ep)
+        for t in range(grid.tp)
+    ]
+    rank = np.arange(world_size)
+    tp_rank, dp_rank, pp_rank = rank % grid.tp, rank // grid.tp % replicas, rank // (grid.tp * replicas)
+    return Side(tuple(layouts), (pp_rank * grid.ep + dp_rank % grid.ep) * grid.tp + tp_rank)
+
+
+def vllm_side(spec: ModelSpec, tp: int, world_size: int) -> Side:
+    """Workers of vLLM engines over `tp` ranks each; coordinate tp_rank. Raises LayoutError for impossible sizes."""
+    if world_size % tp:
+        raise LayoutError(f"world size {world_size} is not a multiple of the engine's tensor-parallel size {tp}")
+    layouts = tuple([vllm_layout(spec, tp, t)] for t in range(tp))
+    return Side(layouts, np.arange(world_size) % tp)
+
+
+def files_side(spec: ModelSpec, world_size: int) -> Side:
+    """Whole HF tensors, each wanted by one rank, so that all ranks write about the same number of bytes.
+
+    Coordinate = rank. The tensors of a rank keep the model's order.
+    """
+    shapes = hf_shapes(spec)
+    load, owner = [0] * world_size, {}
+    for name in sorted(shapes, key=lambda n: -prod(shapes[n])):
+        rank = min(range(world_size), key=lambda r: (load[r], r))
+        owner[name] = rank
+        load[rank] += prod(shapes[name])
+    layouts: list[dict[str, ParamLayout]] = [{} for _ in range(world_size)]
+    for name, shape in shapes.items():
+        box = tuple((0, n) for n in shape)
+        layouts[owner[name]][name] = ParamLayout(shape, (Block(name, box, box),))
+    return Side(tuple([layout] for layout in layouts), np.arange(world_size))
