@@ -36,6 +36,7 @@ from treepo_mega.config_sections import (
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
+    ReshardConfig,
     RewardConfig,
     RolloutConfig,
     Section,
@@ -54,6 +55,7 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reshard: ReshardConfig = Field(default_factory=ReshardConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     algo: AlgoConfig = Field(default_factory=AlgoConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -253,6 +253,17 @@ class RolloutConfig(Section):
         return self.budget_temperature + x * (self.budget_temperature_end - self.budget_temperature)
 
 
+class ReshardConfig(Section):
+    """Moving weights from the actor into the engine."""
+
+    bucket_mb: int = Field(64, ge=1)
+    """Buffers of a refit: what a rank sends and receives in one round, MiB. Two rounds are in flight."""
+    canary_prompts: int = Field(2, ge=1)
+    """Fixed token sequences that engine and actor score after each refit."""
+    canary_failure: Literal["stop", "warn"] = "stop"
+    """When rollout.engine.canary_max_abs_diff is exceeded: end the run, or print, count and go on."""
+
+
 class RewardConfig(Section):
     """Grading, in killable worker processes."""
 

@@ -66,9 +66,7 @@ class Trainer:
         self.engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
         self.generator = Generator(self.engine, cfg, self.tokenizer, progress=self.progress.leaves)
         self.collector = Collector(cfg, self.generator, self.pool, self.cursor, self.timers)
-        dtype = next(self.actor.models[0].parameters()).dtype
-        gather = HfGather.of(cfg, self.actor.spec, dtype=dtype)
-        self.refit = Refit(cfg, self.actor.models, self.engine, gather, self.score)
+        self.refit = Refit(cfg, self.actor.spec, self.actor.models, self.engine, self.score)
         self.step = self._resume()
         self.summary: dict[str, Any] = self._read_summary() if self.step else {}
         self.logger = self._open_logger() if dist.is_main() else None
@@ -136,12 +134,13 @@ class Trainer:
     def export_hf(self) -> None:
         """Write the actor as a Hugging Face checkpoint under <run_dir>/hf, replacing an earlier export whole."""
         target = Path(self.cfg.logging.run_dir) / "hf"
-        tensors = self.refit.gather([local_params(m) for m in self.actor.models])
+        dtype = next(self.actor.models[0].parameters()).dtype
+        gather = HfGather.of(self.cfg, self.actor.spec, dtype=dtype)
+        tensors = gather([local_params(m) for m in self.actor.models])
         if not dist.is_main():
             for _ in tensors:
                 pass
         else:
-            dtype = next(self.actor.models[0].parameters()).dtype
             spec = self.actor.spec
             if target.exists():
                 shutil.rmtree(target)

@@ -98,10 +98,16 @@ _REWARD = (
 )
 
 _RESHARD = (
-    Metric("reshard/bytes", "bytes", "constant", "weight bytes moved into the engine, all ranks"),
-    Metric("reshard/seconds", "s", "small beside rollout", "time of one refit"),
-    Metric("reshard/gb_per_s", "GB/s", "near the link's speed", "bytes / seconds / 1e9"),
-    Metric("reshard/canary_abs_diff", "nats", "below 1e-4 in fp32", "engine vs actor logp of a fixed prompt, after it"),
+    Metric("reshard/bytes", "bytes", "constant", "weight bytes placed into the engines, all ranks"),
+    Metric("reshard/bytes_moved", "bytes", "constant", "of these, bytes that came from another rank"),
+    Metric("reshard/bytes_over_bound", "ratio", "1", "bytes_moved / what receivers did not already hold"),
+    Metric("reshard/buffer_bytes", "bytes", "at most 2 x reshard.bucket_mb", "transfer buffers of a rank"),
+    Metric("reshard/seconds", "s", "small beside rollout", "time of one refit, without the canary"),
+    Metric("reshard/transport_s", "s", "most of reshard/seconds on CUDA", "transfer and placement, slowest rank"),
+    Metric("reshard/pack_s", "s", "0 on CUDA; leads on CPU", "the engine's own packing of new weights, slowest rank"),
+    Metric("reshard/gb_per_s", "GB/s", "near the link's speed", "bytes / transport_s / 1e9"),
+    Metric("reshard/canary_abs_diff", "nats", "below 1e-4 in fp32", "engine vs actor logp of fixed prompts, after it"),
+    Metric("reshard/canary_failures", "count", "0", "1 when the canary was above its limit (canary_failure warn)"),
 )
 
 _PERF = (

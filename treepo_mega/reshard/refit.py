@@ -1,13 +1,22 @@
 """Refit: the actor's weights into the engine, and the proof that they arrived.
 
-Every refit ends with a canary: the engine scores a fixed token sequence and its logprobs are compared with the
-actor's own. A difference above `rollout.engine.canary_max_abs_diff` stops the run: training on samples of other
-weights than those updated goes wrong silently.
+    refit = Refit(cfg, spec, models, engine, score)
+    metrics = refit()                            # collective over all ranks; after every update
+
+The plan (`plan.py`) is made once. Each refit carries it out into the engine's own sharded parameters and ends with a
+canary: the engine scores fixed token sequences and its logprobs are compared with the actor's own. A difference
+above `rollout.engine.canary_max_abs_diff` stops the run (or, with reshard.canary_failure warn, is printed and counted):
+training on samples of other weights than those updated goes wrong silently.
+
+Before it complains, a failed canary moves the weights once more with checksums, so that its message can say what is
+wrong: the layer group whose bytes differ in the engine; or that all bytes agree now, and either the first transfer was
+damaged, or names or the engine's packing are at fault.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,61 +24,137 @@ from typing import Any
 import numpy as np
 
 from treepo_mega.config import Config
-from treepo_mega.reshard.gather import HfGather, local_params
+from treepo_mega.reshard.execute import Resharder, ReshardStats, differing_groups
+from treepo_mega.reshard.gather import local_params
+from treepo_mega.reshard.layout import ModelSpec
+from treepo_mega.reshard.plan import Cluster, plan_reshard
+from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.device import device
 from treepo_mega.runtime.seeding import derive_seed
 
 CANARY_TOKENS = 24
 
 
 class RefitError(RuntimeError):
-    """The engine does not hold the actor's weights."""
+    """The engine does not hold the actor's weights; the message says how far off and, if known, which layers."""
+
+
+def grid_of(cfg: Config) -> Grid:
+    """Megatron's parallel sizes in a configuration."""
+    p = cfg.parallel
+    return Grid(
+        tp=p.tensor_model_parallel_size,
+        pp=p.pipeline_model_parallel_size,
+        vpp=p.virtual_pipeline_model_parallel_size,
+        divisible_by=cfg.model.make_vocab_size_divisible_by,
+    )
 
 
 class Refit:
-    """Moves weights from `models` into `engine`. Collective over all ranks.
+    """Moves weights from `models` into `engine`. Building and calling are collective over all ranks.
 
     `score(tokens)` gives the actor's logprobs [len - 1] of a token list on ranks that know them, else None.
+    Raises VllmTargetError when the engine's parameters are not those of the map.
     """
 
     def __init__(
         self,
         cfg: Config,
+        spec: ModelSpec,
         models: Sequence[Any],
         engine: Any,
-        gather: HfGather,
         score: Callable[[list[int]], np.ndarray | None],
     ) -> None:
-        self.cfg, self.models, self.engine, self.gather, self.score = cfg, models, engine, gather, score
+        self.cfg, self.models, self.engine, self.score = cfg, models, engine, score
+        world, rank = dist.world_size(), dist.rank()
+        self.source = source = mcore_side(spec, grid_of(cfg), world)
+        self.wanted = wanted = vllm_side(spec, cfg.rollout.engine.tensor_parallel_size, world)
+        self.target = engine.weight_target()
+        self.target.init_weight_transfer(wanted.of(rank)[0])
+        held = next(models[0].parameters()).dtype
+        # Casting happens where it saves bytes: before the way when the engine is narrower, behind it otherwise.
+        dtype = min(held, self.target.dtype, key=lambda d: d.itemsize)
+        plan = plan_reshard(
+            source,
+            wanted,
+            Cluster(world, dist.ranks_per_node()),
+            itemsize=dtype.itemsize,
+            bucket_bytes=cfg.reshard.bucket_mb << 20,
+        )
+        self.bound = plan.traffic().bound
+        self.resharder = Resharder(
+            plan, source, wanted, rank, dtype=dtype, device=device(), timeout_s=cfg.distributed.timeout_s
+        )
         rng = random.Random(derive_seed("canary", cfg.train.seed))
         length = min(CANARY_TOKENS, cfg.max_model_len)
-        self.canary = [rng.randrange(engine.vocab_size) for _ in range(length)]
+        self.canary = [
+            [rng.randrange(engine.vocab_size) for _ in range(length)] for _ in range(cfg.reshard.canary_prompts)
+        ]
 
     def __call__(self) -> dict[str, float]:
         """Refit and check; returns the `reshard/` metrics. Raises RefitError when the canary fails."""
         started = time.perf_counter()
-        self.engine.update_weights(self.gather([local_params(m) for m in self.models]))
+        stats = self.move()
         seconds = time.perf_counter() - started
-        moved = dist.sum_over_ranks({"bytes": float(self.gather.stats.bytes_hf)})["bytes"]
+        total = dist.sum_over_ranks({"moved": stats.bytes_received, "placed": stats.bytes_received + stats.bytes_local})
+        slowest = dist.max_over_ranks({"transport": stats.seconds, "pack": stats.handed_over_seconds})
+        worst, failed = self.check()
         return {
-            "reshard/bytes": moved,
+            "reshard/bytes": total["placed"],
+            "reshard/bytes_moved": total["moved"],
+            "reshard/bytes_over_bound": total["moved"] / self.bound if self.bound else 1.0,
+            "reshard/buffer_bytes": float(self.resharder.exchange.buffer_bytes),
             "reshard/seconds": seconds,
-            "reshard/gb_per_s": moved / max(seconds, 1e-9) / 1e9,
-            "reshard/canary_abs_diff": self.check(),
+            "reshard/transport_s": slowest["transport"],
+            "reshard/pack_s": slowest["pack"],
+            "reshard/gb_per_s": total["placed"] / max(slowest["transport"], 1e-9) / 1e9,
+            "reshard/canary_abs_diff": worst,
+            "reshard/canary_failures": float(failed),
         }
 
-    def check(self) -> float:
-        """Largest |engine - actor| logprob of the canary over all engines, nats. Raises RefitError above the limit."""
-        theirs = np.array(self.engine.score(self.canary, self.cfg.rollout.temperature))
-        known = self.score(self.canary)
-        # Only last-stage ranks know the actor's logprobs; the first of them tells all engines.
-        told = [x for x in dist.gather_objects(None if known is None else known.tolist()) if x is not None]
-        diff = float(np.abs(theirs - np.array(told[0])).max())
-        worst = dist.max_over_ranks({"diff": diff if np.isfinite(diff) else 1e9})["diff"]
+    def move(self, checksums: bool = False) -> ReshardStats:
+        """The transfer alone, without the canary."""
+        chunks = [local_params(m) for m in self.models]
+        return self.engine.update_weights_by(lambda: self.resharder(chunks, self.target, checksums=checksums))
+
+    def difference(self) -> float:
+        """Largest |engine - actor| logprob of the canary over all engines, nats; infinite when not a number."""
+        worst = 0.0
+        for tokens in self.canary:
+            theirs = np.array(self.engine.score(tokens, self.cfg.rollout.temperature))
+            known = self.score(tokens)
+            # Only last-stage ranks know the actor's logprobs; the first of them tells all engines.
+            told = [x for x in dist.gather_objects(None if known is None else known.tolist()) if x is not None]
+            diff = float(np.abs(theirs - np.array(told[0])).max())
+            worst = max(worst, diff if np.isfinite(diff) else float("inf"))
+        return dist.max_over_ranks({"diff": worst})["diff"]
+
+    def check(self) -> tuple[float, bool]:
+        """(largest difference, whether it is above the limit). Raises RefitError, or warns, as configured."""
+        worst = self.difference()
         limit = self.cfg.rollout.engine.canary_max_abs_diff
-        if limit is not None and worst > limit:
-            raise RefitError(
-                f"after the refit the engine's logprobs differ from the actor's by up to {worst:.3g} nats, more than "
-                f"rollout.engine.canary_max_abs_diff = {limit:.3g}: the engine does not hold the actor's weights"
-            )
-        return worst
+        if limit is None or worst <= limit:
+            return worst, False
+        message = (
+            f"after the refit the engine's logprobs differ from the actor's by up to {worst:.3g} nats, more than "
+            f"rollout.engine.canary_max_abs_diff = {limit:.3g}: {self._diagnosis(limit)}"
+        )
+        if self.cfg.reshard.canary_failure == "stop":
+            raise RefitError(message)
+        if dist.is_main():
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        return worst, True
+
+    def _diagnosis(self, limit: float) -> str:
+        """Move the weights again with checksums, and say what that shows. Collective over all ranks."""
+        told = dist.gather_objects(differing_groups(self.move(checksums=True).checksums))
+        if groups := list(dict.fromkeys(g for here in told for g in here)):
+            more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
+            return f"the engine does not hold the actor's weights: checksums differ in {', '.join(groups[:4])}{more}"
+        if self.difference() <= limit:
+            return "a second transfer repaired it, so the first was damaged on its way"
+        return (
+            "yet every layer group's checksum agrees: the bytes arrived, so the map's names or the engine's packing "
+            "are wrong, or the two sides compute differently"
+        )

@@ -38,7 +38,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 
 from treepo_mega.config import Config, read_hf_config
+from treepo_mega.reshard.vllm_target import VllmTarget, repack_tied_head
 from treepo_mega.runtime.device import device, has_cuda
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -134,10 +135,11 @@ class WeightSync:
         self.reload_weights(weights_iterator=iter(weights))  # type: ignore[attr-defined]
         if self.model_config.hf_config.tie_word_embeddings and not has_cuda():  # type: ignore[attr-defined]
             # vLLM repacks the embedding it just loaded, but not the packed copy that the LM head computes with.
-            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+            repack_tied_head(self.model_runner.get_model())  # type: ignore[attr-defined]
 
-            lm_head = self.model_runner.get_model().lm_head  # type: ignore[attr-defined]
-            dispatch_cpu_unquantized_gemm(lm_head, remove_weight=False)
+    def weight_target(self) -> VllmTarget:
+        """This worker as the destination of a reshard."""
+        return VllmTarget(self)
 
     def scale_logits(self, factor: float) -> float:
         """Multiply the model's logit scale by `factor` and return the old scale. Only for an idle engine."""
@@ -298,10 +300,24 @@ class Engine:
         requests, an unknown, repeated or missing name and a wrong shape; after a failure half way the engine
         refuses to sample until a complete update.
         """
+        with self._weights_changing():
+            self._llm.collective_rpc("sync_weights", args=(self._checked(pairs),))
+
+    def weight_target(self) -> VllmTarget:
+        """This rank's part of the engine as the destination of a reshard (`reshard/vllm_target.py`)."""
+        return self._llm.collective_rpc("weight_target")[0]
+
+    def update_weights_by(self, reshard: Callable[[], Any]) -> Any:
+        """Let `reshard` write all weights through `weight_target`; returns what it returns. Otherwise as above."""
+        with self._weights_changing():
+            return reshard()
+
+    @contextlib.contextmanager
+    def _weights_changing(self) -> Iterator[None]:
         if self._open:
             raise EngineError(f"weights cannot change while requests run: {self.unfinished[:5]}")
         self._broken = "the last weight update did not complete"
-        self._llm.collective_rpc("sync_weights", args=(self._checked(pairs),))
+        yield
         self.reset_prefix_cache()  # the KV of the old weights would be reused
         self._broken = ""
 

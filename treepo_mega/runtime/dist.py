@@ -110,6 +110,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_per_node() -> int:
+    """Processes on each node (torchrun's LOCAL_WORLD_SIZE); all of them when the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def is_main() -> bool:
     """True on the one rank that writes logs and files."""
     return rank() == 0

@@ -1,0 +1,157 @@
+"""One rank of test_refit.py: the real actor refits a real engine, whose samples must be those of a fresh engine.
+
+    engine_worker.py OLD NEW TP PP TP_V        two checkpoints of the same shape, Megatron's layout, the engine's
+
+The engine is built from OLD and refitted from an actor holding NEW; a second engine is loaded from NEW. Also: damage on
+the way is found and named, a failed update leaves an engine that refuses to sample until a complete one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+
+from treepo_mega.actor.forward import padding_multiple
+from treepo_mega.actor.update import Policy
+from treepo_mega.config import parse_config, read_hf_config
+from treepo_mega.reshard.refit import Refit, RefitError
+from treepo_mega.rollout.engine import Engine, EngineError
+from treepo_mega.runtime import dist
+from treepo_mega.tree.pack import Trajectory, plan_step
+
+PROMPTS = [[7, 3, 9, 30, 4, 5, 6, 8, 12, 11, 40, 2, 33, 21] * 2, [5, 9, 9, 14, 3, 50, 27]]
+
+
+def configuration(hf_dir: str, tp: int, pp: int, tp_v: int):
+    return parse_config(
+        {
+            "model": {"hf_checkpoint": hf_dir, "make_vocab_size_divisible_by": 16},
+            "parallel": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+            "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 32},
+            "rollout": {
+                "max_response_len": 32,
+                "segment_length": 16,
+                "engine": {"max_num_batched_tokens": 1024, "tensor_parallel_size": tp_v},
+            },
+            "reshard": {"bucket_mb": 1},
+        }
+    )
+
+
+def sampled(engine: Engine) -> list[object]:
+    """Tokens and logprobs of seeded samples."""
+    for k, prompt in enumerate(PROMPTS):
+        engine.submit(f"p{k}", prompt, 16, 11 + k, 1.0, [])
+    done = {}
+    while engine.busy:
+        done |= {x.request_id: [x.tokens, x.logprobs, x.num_cached_tokens] for x in engine.step()}
+    return [done[f"p{k}"] for k in range(len(PROMPTS))]
+
+
+def score_with(policy: Policy):
+    def score(tokens: list[int]):
+        one = Trajectory(0, tokens, 1, 0.0, [0.0] * (len(tokens) - 1))
+        plan = plan_step([one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=padding_multiple(policy.cfg))
+        logprobs = policy.logprobs(plan.packs)
+        return logprobs[0] if logprobs else None
+
+    return score
+
+
+def failure_of(refit: Refit) -> str:
+    """The error of a refit, or "" when it passes."""
+    try:
+        refit()
+    except RefitError as e:
+        return str(e)
+    return ""
+
+
+@contextlib.contextmanager
+def damaged_on_the_way(refit: Refit, hf_name: str, times: int):
+    """Parcels with parts of `hf_name` arrive with other values, in the next `times` transfers."""
+    exchange, left = refit.resharder.exchange, [times]
+    arrived, end = exchange.arrived, exchange.end
+
+    def spoilt(i):
+        for parcel, values in arrived(i):
+            bad = left[0] > 0 and any(c.hf_name == hf_name for c in parcel.copies)
+            yield parcel, values * 1.5 if bad else values
+
+    def count():
+        left[0] -= 1
+        end()
+
+    exchange.arrived, exchange.end = spoilt, count
+    yield
+    del exchange.arrived, exchange.end
+
+
+@contextlib.contextmanager
+def damaged_in_the_engine(refit: Refit, param: str):
+    """The engine packs other values than it was handed."""
+    update = refit.target.update_weight
+
+    def update_weight(chunk, name):
+        if name == param:
+            refit.target.buffer(chunk, name).mul_(1.5)
+        update(chunk, name)
+
+    refit.target.update_weight = update_weight
+    yield
+    del refit.target.update_weight
+
+
+def main() -> None:
+    """Build, refit, compare, damage."""
+    old, new, tp, pp, tp_v = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+    cfg = configuration(new, tp, pp, tp_v)
+    dist.initialize(cfg, read_hf_config(new))
+    policy = Policy(cfg, new)
+    engine, fresh = Engine(old, cfg, seed=0), Engine(new, cfg, seed=0)
+    refit = Refit(cfg, policy.spec, policy.models, engine, score_with(policy))
+    before = sampled(engine)
+    metrics = refit()
+    after, expected = sampled(engine), sampled(fresh)
+    assert before != expected, "the two checkpoints must differ"
+    assert after == expected, "bitwise equal to a freshly loaded engine"
+    assert metrics["reshard/bytes_over_bound"] == 1.0 and metrics["reshard/canary_abs_diff"] <= 1e-4, metrics
+    again = refit()
+    assert sampled(engine)[0][:2] == expected[0][:2] and again["reshard/canary_abs_diff"] <= 1e-4
+    found = {"metrics": metrics}
+
+    with damaged_on_the_way(refit, "model.layers.1.mlp.down_proj.weight", times=9):
+        found["every time"] = failure_of(refit)
+    with damaged_on_the_way(refit, "model.layers.1.mlp.down_proj.weight", times=1):
+        found["once"] = failure_of(refit)
+    with damaged_in_the_engine(refit, "model.layers.1.mlp.down_proj.weight"):
+        found["in the engine"] = failure_of(refit)
+    cfg.reshard.canary_failure = "warn"
+    with damaged_on_the_way(refit, "model.layers.0.self_attn.q_proj.weight", times=9):
+        found["warned"] = refit()["reshard/canary_failures"]
+    cfg.reshard.canary_failure = "stop"
+
+    def dies(chunk, param):
+        raise ValueError("planted")
+
+    refit.target.update_weight = dies
+    try:
+        refit()
+    except ValueError as e:
+        found["died"] = str(e)
+    del refit.target.update_weight
+    try:
+        sampled(engine)
+    except EngineError as e:
+        found["refused"] = str(e)
+    refit()
+    assert sampled(engine)[0][:2] == expected[0][:2], "usable again after a complete update"
+    if dist.is_main():
+        print("FOUND " + json.dumps(found), flush=True)
+    dist.barrier("the end", 60)
+    dist.leave()
+
+
+if __name__ == "__main__":
+    main()
