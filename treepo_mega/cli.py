@@ -6,9 +6,10 @@
     treepo-mega train --help-config                      every configuration key
     treepo-mega eval CONFIG.yaml [a.b=c ...] --sampler both
                                                          accuracy against compute: trees, independent samples
+    treepo-mega plan CONFIG.yaml [a.b=c ...]             bytes and seconds of a refit on a cluster
     treepo-mega report RUN [RUN ...]                     report.html and report.json of finished or live runs
 
-`--dry-run`, `--help-config` and `report` need neither a GPU nor torch, vLLM or Megatron: they work on a
+`--dry-run`, `--help-config`, `plan` and `report` need neither a GPU nor torch, vLLM or Megatron: they work on a
 laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
 `train` and `eval` otherwise exit with what they return.
 """
@@ -16,6 +17,7 @@ laptop and on a login node. Exit status: 0 when done, 2 for bad input (one messa
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import types
@@ -36,13 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse hands back overrides that follow an option; anything else left over is a mistake.
-    if rest and (args.command not in ("train", "eval") or any(r.startswith("-") for r in rest)):
+    if rest and (args.command not in ("train", "eval", "plan") or any(r.startswith("-") for r in rest)):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         if args.command == "report":
             return _report(args.runs, args.output)
         if args.command == "eval":
             return _eval(args, [*args.overrides, *rest])
+        if args.command == "plan":
+            return _plan(args, [*args.overrides, *rest])
         if args.help_config:
             print("\n".join(help_config()))
             return 0
@@ -76,10 +80,42 @@ def _parser() -> argparse.ArgumentParser:
         "--compute-budget", type=float, metavar="TOKENS", help="a prompt; longer series are cut there"
     )
     evaluate.add_argument("--output", type=Path, help="directory to write to (default: <logging.run_dir>/eval)")
+    _add_plan(commands.add_parser("plan", help="what a refit moves, and how long that takes, on a cluster"))
     report = commands.add_parser("report", help="write report.html and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (holds metrics.jsonl)")
     report.add_argument("--output", type=Path, help="directory to write to (default: the first RUN)")
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("config", help="YAML file; a key may be overridden by a.b=c arguments after it")
+    plan.add_argument("overrides", nargs="*", metavar="a.b=c")
+    plan.add_argument("--world-size", type=_positive, help="ranks (default: WORLD_SIZE, else the fewest that fit)")
+    plan.add_argument("--ranks-per-node", type=_positive, default=8, help="default: %(default)s")
+    for link, what in (("local", "copies in a rank's memory"), ("node", "within a node"), ("network", "between nodes")):
+        plan.add_argument(f"--{link}-gb-per-s", type=float, help=f"speed of {what}, a rank and direction, GB/s")
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the plan of the configuration's refit."""
+    from treepo_mega.plan.refit import LinkSpeeds, plan_refit, smallest_world
+    from treepo_mega.reshard.layout import LayoutError, ModelSpec, ModelSpecError
+
+    cfg = load_config(args.config, overrides)
+    world = args.world_size or int(os.environ.get("WORLD_SIZE", 0)) or smallest_world(cfg)
+    given = {link: getattr(args, f"{link}_gb_per_s") for link in ("local", "node", "network")}
+    if bad := [link for link, value in given.items() if value is not None and value <= 0]:
+        raise ConfigError(f"--{bad[0]}-gb-per-s {given[bad[0]]}: expected a positive number")
+    speeds = LinkSpeeds(**{link: value for link, value in given.items() if value is not None})
+    try:
+        check(cfg, world, read_hf_config(cfg.model.hf_checkpoint))
+        spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+        found = plan_refit(cfg, spec, world_size=world, ranks_per_node=args.ranks_per_node, speeds=speeds)
+    except (LayoutError, ModelSpecError) as e:
+        raise ConfigError(str(e)) from None
+    print(json.dumps(found.to_dict()) if args.json else "\n".join(found.lines()))
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -28,7 +28,7 @@ from treepo_mega.reshard.execute import Resharder, ReshardStats, differing_group
 from treepo_mega.reshard.gather import local_params
 from treepo_mega.reshard.layout import ModelSpec
 from treepo_mega.reshard.plan import Cluster, plan_reshard
-from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
+from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import device
 from treepo_mega.runtime.seeding import derive_seed
@@ -38,17 +38,6 @@ CANARY_TOKENS = 24
 
 class RefitError(RuntimeError):
     """The engine does not hold the actor's weights; the message says how far off and, if known, which layers."""
-
-
-def grid_of(cfg: Config) -> Grid:
-    """Megatron's parallel sizes in a configuration."""
-    p = cfg.parallel
-    return Grid(
-        tp=p.tensor_model_parallel_size,
-        pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size,
-        divisible_by=cfg.model.make_vocab_size_divisible_by,
-    )
 
 
 class Refit:

@@ -20,6 +20,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from treepo_mega.config import Config
 from treepo_mega.reshard.layout import (
     Block,
     LayoutError,
@@ -55,6 +56,17 @@ class Grid:
                 f"world size {world_size} is not a multiple of TP {self.tp} x PP {self.pp} x EP {self.ep}"
             )
         return world_size // (self.tp * self.pp)
+
+
+def grid_of(cfg: Config) -> Grid:
+    """Megatron's parallel sizes in a configuration."""
+    p = cfg.parallel
+    return Grid(
+        tp=p.tensor_model_parallel_size,
+        pp=p.pipeline_model_parallel_size,
+        vpp=p.virtual_pipeline_model_parallel_size,
+        divisible_by=cfg.model.make_vocab_size_divisible_by,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,302 @@
+"""How fast do new weights reach the engines, against gathering everything, and against a plain copy?
+
+    python tools/bench/reshard.py [--quick] [--repeats 5]
+
+Starts four ranks (gloo, one thread each) on this machine. Every case moves a model of about 135M parameters, random
+weights, from a Megatron layout into tensors that have the names and shapes of a vLLM worker's parameters:
+
+- ours: the plan of `treepo_mega/reshard/plan.py`, carried out by `execute.py`
+- gather: every rank collects every Hugging Face tensor, then copies its slices out of them, as most systems do before
+  the engine's `load_weights`. The faster of two ways: tensor by tensor (all_gather over TP, broadcast from the pipeline
+  stage that holds it), and this project's bucketed HfGather
+- memcpy: each rank copies as many bytes as its engine holds from one buffer into another
+
+The three alternate in the same processes; a time is the median over repeats of the slowest rank. Packing of weights is
+the engine's own and the same for all three: it is measured apart, in a real vLLM engine, where --engine asks for it.
+
+Peak memory is what the process's resident set grew by during one reshard, sampled every millisecond, besides the
+destination, plus this rank's shared buffers; the bucket is `--bucket-mb`.
+
+Last line, JSON: {"cases": [{"name", "bytes_moved", "bytes_over_bound", "seconds", "gather_seconds", "memcpy_seconds",
+"gather_way", "gather_each_seconds", "gather_bucketed_seconds", "time_vs_gather", "time_vs_memcpy", "peak_bytes",
+"gather_peak_bytes", "peak_over_bucket"}], "bucket_bytes"}. time_vs_gather = gather_seconds / seconds (more is better),
+time_vs_memcpy = seconds / memcpy_seconds (1 is as fast as a copy), peak_over_bucket = peak_bytes / bucket_bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOLLM2 = {
+    "hidden_size": 576, "num_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+# SmolLM2 has three key/value heads, so Megatron cannot split it in two: the same size with heads that can be split.
+EVEN = SMOLLM2 | {"hidden_size": 512, "num_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 4,
+                  "intermediate_size": 1664}  # fmt: skip
+CASES = [
+    # name, model, TP, PP, engine TP
+    ("135M TP2 PP2 -> TP_v 2", EVEN, 2, 2, 2),
+    ("135M TP2 PP2 -> TP_v 1", EVEN, 2, 2, 1),
+    ("135M TP4 -> TP_v 4", EVEN, 4, 1, 4),
+    ("135M PP4 -> TP_v 2", EVEN, 1, 4, 2),
+    ("SmolLM2-135M PP2 DP2 -> TP_v 1", SMOLLM2, 1, 2, 1),
+]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="two cases, three repeats")
+    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--bucket-mb", type=int, default=16)
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return p.parse_args()
+
+
+def main() -> int:
+    """Start the ranks, or be one."""
+    args = arguments()
+    if args.worker:
+        worker(args)
+        return 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [*launcher, __file__, "--worker", *sys.argv[1:]]
+    return subprocess.run(command, env=env, timeout=900, check=False).returncode
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One rank."""
+    import torch.distributed as torch_dist
+
+    from treepo_mega.runtime import dist
+
+    torch_dist.init_process_group("gloo")
+    cases, repeats = (CASES[:2], 3) if args.quick else (CASES, args.repeats)
+    rows = [Case(*case, bucket_bytes=args.bucket_mb << 20).measure(repeats) for case in cases]
+    if dist.is_main():
+        show(rows)
+        print(json.dumps({"cases": rows, "bucket_bytes": args.bucket_mb << 20}), flush=True)
+    dist.barrier("the end", 60)
+    dist.leave()
+
+
+def show(rows: list[dict]) -> None:
+    """The table for people."""
+    head = f"{'case':<34}{'MB moved':>9}{'/bound':>8}{'ours ms':>9}{'gather':>8}{'memcpy':>8}"
+    print(f"{head}{'x gather':>10}{'x memcpy':>10}{'peak MB':>9}{'/bucket':>9}{'gather peak':>13}")
+    for r in rows:
+        print(
+            f"{r['name']:<34}{r['bytes_moved'] / 1e6:>9.1f}{r['bytes_over_bound']:>8.2f}{r['seconds'] * 1e3:>9.1f}"
+            f"{r['gather_seconds'] * 1e3:>8.0f}{r['memcpy_seconds'] * 1e3:>8.1f}{r['time_vs_gather']:>10.1f}"
+            f"{r['time_vs_memcpy']:>10.2f}{r['peak_bytes'] / 1e6:>9.1f}{r['peak_over_bucket']:>9.2f}"
+            f"{r['gather_peak_bytes'] / 1e6:>13.1f}"
+        )
+
+
+class Case:
+    """One model and pair of layouts, with everything built; see `measure`."""
+
+    def __init__(self, name: str, sizes: dict, tp: int, pp: int, tp_v: int, *, bucket_bytes: int) -> None:
+        import torch
+
+        from treepo_mega.reshard.execute import Resharder, TensorTarget
+        from treepo_mega.reshard.gather import HfGather
+        from treepo_mega.reshard.layout import ModelSpec, hf_shapes
+        from treepo_mega.reshard.plan import Cluster, plan_reshard
+        from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
+        from treepo_mega.runtime import dist
+
+        self.name, self.bucket_bytes = name, bucket_bytes
+        self.world, self.rank = dist.world_size(), dist.rank()
+        spec, grid = ModelSpec("LlamaForCausalLM", **sizes), Grid(tp, pp)
+        self.source, self.wanted = mcore_side(spec, grid, self.world), vllm_side(spec, tp_v, self.world)
+        self.shapes, dtype = hf_shapes(spec), torch.bfloat16
+        self.plan = plan_reshard(
+            self.source, self.wanted, Cluster(self.world, self.world), itemsize=2, bucket_bytes=bucket_bytes
+        )
+        self.resharder = Resharder(
+            self.plan, self.source, self.wanted, self.rank, dtype=dtype, device=torch.device("cpu"), timeout_s=60
+        )
+        # The same values on every replica, so that results can be compared by bits.
+        generator = torch.Generator().manual_seed(0)
+        full = {n: torch.randn(s, generator=generator).to(dtype) for n, s in self.shapes.items()}
+        self.held = self._filled(full, self.source.of(self.rank))
+        self.expected = self._filled(full, self.wanted.of(self.rank))
+        del full
+        self.got = [{n: torch.zeros_like(t) for n, t in params.items()} for params in self.expected]
+        self.target = TensorTarget(self.got)
+        self.replica, self.tp_group, self.pp_group, coords = groups(self.world, tp, pp, self.rank)
+        self.gather = HfGather(
+            spec, tp=tp, pp=pp, coords=coords, group=self.replica, dtype=dtype, bucket_mib=bucket_bytes / 2**20
+        )
+        size = sum(t.nbytes for params in self.expected for t in params.values())
+        self.copy_from, self.copy_to = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+
+    def _filled(self, full: dict, chunks) -> list[dict]:
+        import torch
+
+        out = []
+        for params in chunks:
+            out.append({n: torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in params.items()})
+            for name, p in params.items():
+                for b in p.blocks:
+                    out[-1][name][b.local_index] = full[b.hf_name][b.hf_index]
+        return out
+
+    def measure(self, repeats: int) -> dict:
+        """Alternate the ways `repeats` times after one warm-up each; checks every result by bits."""
+        from treepo_mega.runtime import dist
+
+        ways = {"ours": self.ours, "each": self.gather_each, "bucketed": self.gather_bucketed, "memcpy": self.memcpy}
+        times: dict[str, list[float]] = {w: [] for w in ways}
+        peaks: dict[str, int] = {}
+        for turn in range(repeats + 1):
+            for way, work in ways.items():
+                self._clear()
+                dist.barrier(way, 60)
+                if turn == 0:
+                    peaks[way] = peak_growth(work)
+                    if way != "memcpy":
+                        self._check(way)
+                    continue
+                started = time.perf_counter()
+                work()
+                times[way].append(time.perf_counter() - started)
+        slowest = {w: [dist.max_over_ranks({"t": t})["t"] for t in ts] for w, ts in times.items()}
+        middle = {w: statistics.median(ts) for w, ts in slowest.items()}
+        peak = {w: int(dist.max_over_ranks({"b": float(b)})["b"]) for w, b in peaks.items()}
+        gather = min(("each", "bucketed"), key=middle.__getitem__)
+        moved = dist.sum_over_ranks({"b": float(self.moved)})["b"]
+        bound = self.plan.traffic().bound
+        own = peak["ours"] + self.resharder.exchange.buffer_bytes
+        return {
+            "name": self.name,
+            "bytes_moved": int(moved),
+            "bytes_over_bound": moved / bound if bound else float(moved == 0),
+            "seconds": middle["ours"],
+            "gather_seconds": middle[gather],
+            "gather_way": gather,
+            "gather_each_seconds": middle["each"],
+            "gather_bucketed_seconds": middle["bucketed"],
+            "memcpy_seconds": middle["memcpy"],
+            "time_vs_gather": middle[gather] / middle["ours"],
+            "time_vs_memcpy": middle["ours"] / middle["memcpy"],
+            "peak_bytes": own,
+            "gather_peak_bytes": peak[gather],
+            "peak_over_bucket": own / self.bucket_bytes,
+        }
+
+    def ours(self) -> None:
+        """Shard to shard."""
+        self.moved = self.resharder(self.held, self.target).bytes_received
+
+    def memcpy(self) -> None:
+        """As many bytes as this rank's engine holds."""
+        self.copy_to.copy_(self.copy_from)
+
+    def gather_bucketed(self) -> None:
+        """All HF tensors through HfGather's buckets, then slices of them."""
+        full = dict(self.gather(self.held))
+        self._load(full)
+
+    def gather_each(self) -> None:
+        """All HF tensors one by one, then slices of them."""
+        import torch
+        import torch.distributed as torch_dist
+
+        full = {n: torch.empty(s, dtype=torch.bfloat16) for n, s in self.shapes.items()}
+        tp_ranks = torch_dist.get_process_group_ranks(self.tp_group)
+        for chunk, params in enumerate(self.held):
+            for name, value in params.items():
+                parts = [torch.empty_like(value) for _ in tp_ranks]
+                torch_dist.all_gather(parts, value, group=self.tp_group)
+                for peer, part in zip(tp_ranks, parts, strict=True):
+                    for b in self.source.of(peer)[chunk][name].blocks:
+                        full[b.hf_name][b.hf_index] = part[b.local_index]
+        owner = {}
+        for rank in torch_dist.get_process_group_ranks(self.pp_group):
+            for params in self.source.of(rank):
+                for p in params.values():
+                    for b in p.blocks:
+                        owner.setdefault(b.hf_name, rank)
+        if len(set(owner.values())) > 1:
+            for name, tensor in full.items():
+                torch_dist.broadcast(tensor, owner[name], group=self.pp_group)
+        self._load(full)
+
+    def _load(self, full: dict) -> None:
+        for params, got in zip(self.wanted.of(self.rank), self.got, strict=True):
+            for name, p in params.items():
+                for b in p.blocks:
+                    got[name][b.local_index] = full[b.hf_name][b.hf_index]
+
+    def _clear(self) -> None:
+        for params in self.got:
+            for t in params.values():
+                t.zero_()
+
+    def _check(self, way: str) -> None:
+        import torch
+
+        for want, got in zip(self.expected, self.got, strict=True):
+            for name, value in want.items():
+                if not torch.equal(value, got[name]):
+                    raise SystemExit(f"{way}: {name} is wrong")
+
+
+def groups(world: int, tp: int, pp: int, rank: int):
+    """(model-parallel group, TP group, pipeline group, its coordinates) of `rank`, in Megatron's order of ranks."""
+    import torch.distributed as torch_dist
+
+    dp, mine = world // (tp * pp), {}
+    for d in range(dp):
+        ranks = [t + tp * d + tp * dp * p for p in range(pp) for t in range(tp)]
+        for kind, members in [
+            ("replica", [ranks]),
+            ("tp", [ranks[i * tp : (i + 1) * tp] for i in range(pp)]),
+            ("pp", [ranks[i::tp] for i in range(tp)]),
+        ]:
+            for m in members:
+                group = torch_dist.new_group(m)
+                if rank in m:
+                    mine[kind] = group
+    return mine["replica"], mine["tp"], mine["pp"], [(t, p) for p in range(pp) for t in range(tp)]
+
+
+def peak_growth(work: Callable[[], None]) -> int:
+    """Bytes by which anonymous resident memory grew at most during `work`, sampled every millisecond."""
+
+    def resident() -> int:
+        with open("/proc/self/status", encoding="ascii") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+
+    before, peak, done = resident(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(1e-3):
+            peak = max(peak, resident())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return max(0, peak - before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
