@@ -24,12 +24,13 @@ from treepo_mega.reshard.layout import LayoutError, ModelSpecError
 from treepo_mega.reshard.refit import RefitError
 from treepo_mega.rollout.engine import EngineError
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.handover import HandoverError
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
 
 EXPECTED = (
     *(ConfigError, ModelSpecError, LayoutError, HfCheckpointError, MetricsError),
-    *(PromptError, GymError, VerifierError, EngineError, RefitError, TrainingDiverged, dist.RankLost),
+    *(PromptError, GymError, VerifierError, EngineError, RefitError, HandoverError, TrainingDiverged, dist.RankLost),
 )
 """Errors whose message says all that people need; anything else shows where it happened."""
 

@@ -10,6 +10,7 @@ actor comes first: it fails fast on a bad checkpoint, and the engine must be bui
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.reshard.actor_memory import handover_backend
 from treepo_mega.reshard.gather import HfGather, local_params
 from treepo_mega.reshard.hf import HfWriter
 from treepo_mega.reshard.refit import Refit
@@ -35,6 +37,7 @@ from treepo_mega.rollout.engine import Engine
 from treepo_mega.rollout.eval import evaluate, merge
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime.handover import Handover, State
 from treepo_mega.runtime.signals import StopRequest
 from treepo_mega.tree.pack import Pack, StepPlan, Trajectory, plan_step
 
@@ -66,10 +69,22 @@ class Trainer:
         self.engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
         self.generator = Generator(self.engine, cfg, self.tokenizer, progress=self.progress.leaves)
         self.collector = Collector(cfg, self.generator, self.pool, self.cursor, self.timers)
-        self.refit = Refit(cfg, self.actor.spec, self.actor.models, self.engine, self.score)
+        self.weights = Refit(cfg, self.actor.spec, self.actor.models, self.engine, self.score)
+        self.handover = self._build_handover()
         self.step = self._resume()
         self.summary: dict[str, Any] = self._read_summary() if self.step else {}
         self.logger = self._open_logger() if dist.is_main() else None
+
+    def _build_handover(self) -> Handover:
+        """Gradients and optimizer state make room for the engine; the canary needs the actor's weights beside it."""
+        wanted = self.weights.wanted.of(dist.rank())[0].values()
+        sizes = {
+            "weights": sum(math.prod(p.shape) for p in wanted) * self.weights.target.dtype.itemsize,
+            "kv_cache": self.cfg.rollout.engine.kv_cache_memory_mb << 20,
+        }
+        backend = handover_backend(self.actor, self.engine.sleeper, sizes)
+        backend.sleep()
+        return Handover(backend, offload=("grads", "optimizer"))
 
     def _build_reference(self) -> Policy:
         reference = Policy(self.cfg, self.cfg.model.hf_checkpoint)
@@ -119,6 +134,7 @@ class Trainer:
         c = self.cfg.checkpoint
         if not c.save:
             return
+        self._take_memory()
         trainer = {
             "step": step,
             "cursor": self.cursor.state_dict(),
@@ -158,6 +174,8 @@ class Trainer:
 
     def collect(self, step: int) -> Forest:
         """Sample, grade and exchange the trees of a step."""
+        if self.handover.state is not State.ROLLOUT:
+            self.refit()  # a checkpoint was written since: the trainer had its memory back
         return self.collector.collect(step)
 
     def plan(self, forest: Forest) -> list[StepPlan]:
@@ -166,6 +184,7 @@ class Trainer:
 
     def old_logprobs(self, plans: list[StepPlan]) -> dict[str, float]:
         """Fill in the actor's logprobs before the update; returns how far the engine's are from them."""
+        self._take_memory()
         packs = [p for plan in plans for p in plan.packs]
         for plan in plans:
             for pack, logprobs in zip(plan.packs, self.actor.logprobs(plan.packs) or (), strict=False):
@@ -204,6 +223,26 @@ class Trainer:
             out[f"train/{name}"] = sum(s[name] for s in stats) / len(stats)
         out["train/ratio_max_diff"] = max(s["max_ratio_diff"] for s in stats)
         return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}
+
+    def refit(self) -> dict[str, float]:
+        """Memory and new weights to the engine, and proof that it computes with them; the `reshard/` metrics."""
+        self._take_memory()
+        h, first = self.handover, len(self.handover.log)
+        h.offload()
+        h.wake_weights()
+        metrics = h.refit(self.weights.transfer)
+        h.free_actor()
+        h.wake_kv()
+        log = h.log[first:]
+        memory = {"freed": float(sum(t.freed for t in log)), "taken": float(sum(t.taken for t in log))}
+        return metrics | self.weights.canary() | {f"reshard/handover_{k}_bytes": v for k, v in memory.items()}
+
+    def _take_memory(self) -> None:
+        """The trainer's turn: the engine sleeps, gradients and optimizer state return. No-op when it is already."""
+        if self.handover.state is State.ROLLOUT:
+            self.handover.sleep()
+            self.handover.resume()
+        self.handover.require(State.TRAIN)
 
     def score(self, tokens: list[int]) -> np.ndarray | None:
         """Actor logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere."""

@@ -77,18 +77,21 @@ class Refit:
         )
         rng = random.Random(derive_seed("canary", cfg.train.seed))
         length = min(CANARY_TOKENS, cfg.max_model_len)
-        self.canary = [
+        self.prompts = [
             [rng.randrange(engine.vocab_size) for _ in range(length)] for _ in range(cfg.reshard.canary_prompts)
         ]
 
     def __call__(self) -> dict[str, float]:
-        """Refit and check; returns the `reshard/` metrics. Raises RefitError when the canary fails."""
+        """Transfer and canary; returns the `reshard/` metrics. Raises RefitError when the canary fails."""
+        return self.transfer() | self.canary()
+
+    def transfer(self) -> dict[str, float]:
+        """New weights into the engine; the metrics of that."""
         started = time.perf_counter()
         stats = self.move()
         seconds = time.perf_counter() - started
         total = dist.sum_over_ranks({"moved": stats.bytes_received, "placed": stats.bytes_received + stats.bytes_local})
         slowest = dist.max_over_ranks({"transport": stats.seconds, "pack": stats.handed_over_seconds})
-        worst, failed = self.check()
         return {
             "reshard/bytes": total["placed"],
             "reshard/bytes_moved": total["moved"],
@@ -98,9 +101,12 @@ class Refit:
             "reshard/transport_s": slowest["transport"],
             "reshard/pack_s": slowest["pack"],
             "reshard/gb_per_s": total["placed"] / max(slowest["transport"], 1e-9) / 1e9,
-            "reshard/canary_abs_diff": worst,
-            "reshard/canary_failures": float(failed),
         }
+
+    def canary(self) -> dict[str, float]:
+        """Score the canary on both sides, which needs the engine's KV cache and the actor's weights."""
+        worst, failed = self.check()
+        return {"reshard/canary_abs_diff": worst, "reshard/canary_failures": float(failed)}
 
     def move(self, checksums: bool = False) -> ReshardStats:
         """The transfer alone, without the canary."""
@@ -110,7 +116,7 @@ class Refit:
     def difference(self) -> float:
         """Largest |engine - actor| logprob of the canary over all engines, nats; infinite when not a number."""
         worst = 0.0
-        for tokens in self.canary:
+        for tokens in self.prompts:
             theirs = np.array(self.engine.score(tokens, self.cfg.rollout.temperature))
             known = self.score(tokens)
             # Only last-stage ranks know the actor's logprobs; the first of them tells all engines.

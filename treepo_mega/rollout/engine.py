@@ -303,6 +303,11 @@ class Engine:
         with self._weights_changing():
             self._llm.collective_rpc("sync_weights", args=(self._checked(pairs),))
 
+    @property
+    def sleeper(self) -> Any:
+        """vLLM's LLM, whose sleep(level) and wake_up(tags) give memory away and take it back (CUDA)."""
+        return self._llm
+
     def weight_target(self) -> VllmTarget:
         """This rank's part of the engine as the destination of a reshard (`reshard/vllm_target.py`)."""
         return self._llm.collective_rpc("weight_target")[0]
@@ -525,5 +530,6 @@ def _build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
         use_tqdm_on_load=False,
         worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
         seed=seed,
+        enable_sleep_mode=has_cuda(),  # the hand-over of device memory
         **memory,
     )

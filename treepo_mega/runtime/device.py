@@ -35,6 +35,17 @@ def bind() -> torch.device:
     return device()
 
 
+def free_memory_bytes() -> int:
+    """Memory of the device that nobody has: as CUDA counts it; 0 on the CPU, where host memory is everyone's."""
+    return torch.cuda.mem_get_info(device())[0] if has_cuda() else 0
+
+
+def release_cached_memory() -> None:
+    """Give freed memory that torch keeps for itself back to the device, where the engine can take it. CPU: nothing."""
+    if has_cuda():
+        torch.cuda.empty_cache()
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process: CUDA allocator peak on a GPU, peak resident set size on the CPU. Bytes."""
     if has_cuda():
