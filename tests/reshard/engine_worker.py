@@ -9,12 +9,20 @@ the way is found and named, a failed update leaves an engine that refuses to sam
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import sys
 
+import torch
+
+from tests.reshard.bugs import BUGS
 from treepo_mega.actor.forward import padding_multiple
 from treepo_mega.actor.update import Policy
 from treepo_mega.config import parse_config, read_hf_config
+from treepo_mega.reshard import vllm_target
+from treepo_mega.reshard.execute import Resharder
+from treepo_mega.reshard.gather import local_params
+from treepo_mega.reshard.plan import plan_reshard
 from treepo_mega.reshard.refit import Refit, RefitError
 from treepo_mega.rollout.engine import Engine, EngineError
 from treepo_mega.runtime import dist
@@ -66,6 +74,38 @@ def failure_of(refit: Refit) -> str:
     except RefitError as e:
         return str(e)
     return ""
+
+
+def planted(refit: Refit, bug) -> Refit:
+    """The same refit with a bug in the map of the trainer's side."""
+    out, o = copy.copy(refit), refit.resharder
+    out.source = bug(refit.source)
+    plan = plan_reshard(
+        out.source, refit.wanted, o.plan.cluster, itemsize=o.plan.itemsize, bucket_bytes=o.plan.bucket_bytes
+    )
+    out.resharder = Resharder(
+        plan, out.source, refit.wanted, dist.rank(), dtype=o.dtype, device=torch.device("cpu"), timeout_s=60
+    )
+    return out
+
+
+def stale_head(refit: Refit) -> str:
+    """The error when the embedding changes and the packed LM head does not."""
+    rows = [
+        p
+        for m in refit.models
+        for n, p in local_params(m).items()
+        if n in ("embedding.word_embeddings.weight", "output_layer.weight")
+    ]
+    repack = vllm_target.repack_tied_head
+    vllm_target.repack_tied_head = lambda model: None
+    for p in rows:
+        p.mul_(2)
+    error = failure_of(refit)
+    for p in rows:
+        p.mul_(0.5)
+    vllm_target.repack_tied_head = repack
+    return error
 
 
 @contextlib.contextmanager
@@ -131,6 +171,10 @@ def main() -> None:
     with damaged_on_the_way(refit, "model.layers.0.self_attn.q_proj.weight", times=9):
         found["warned"] = refit()["reshard/canary_failures"]
     cfg.reshard.canary_failure = "stop"
+
+    if policy.spec.tie_word_embeddings:
+        found["bugs"] = {name: failure_of(planted(refit, bug)) for name, bug in BUGS.items()}
+        found["bugs"]["packed LM head left stale"] = stale_head(refit)
 
     def dies(chunk, param):
         raise ValueError("planted")

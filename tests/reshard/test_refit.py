@@ -4,18 +4,38 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
-@pytest.mark.parametrize(
-    "tied, tp, pp, tp_v",
-    [(True, 2, 2, 2), pytest.param(False, 2, 2, 1, marks=pytest.mark.slow)],
-)
-def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llama, tied, tp, pp, tp_v):
-    old, new = (make_tiny_llama(tie_word_embeddings=tied, seed=seed) for seed in (3, 4))
+def write_qwen2(directory: Path, seed: int) -> Path:
+    """A tiny tied Qwen2 with biases and norms that matter, in sizes that vLLM's CPU kernels take."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=96, vocab_size=64, tie_word_embeddings=True, max_position_embeddings=256,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.copy_(torch.randn_like(p) * 0.3 + (1 if "norm" in name else 0))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, tp, pp, tp_v", [("qwen2", 2, 2, 2), ("llama", 2, 2, 1)])
+def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llama, tmp_path, kind, tp, pp, tp_v):
+    if kind == "llama":
+        old, new = (make_tiny_llama(tie_word_embeddings=False, seed=seed) for seed in (3, 4))
+    else:
+        old, new = (write_qwen2(tmp_path / str(seed), seed) for seed in (3, 4))
     out = run_ranks(4, WORKER, old, new, tp, pp, tp_v, timeout=280)
     found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND "))
     assert found["metrics"]["reshard/buffer_bytes"] <= 2 << 20
@@ -27,3 +47,8 @@ def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llam
     assert "warning: after the refit" in out and "checksums differ in model.layers.0" in out
     assert found["died"] == "planted"
     assert "the last weight update did not complete" in found["refused"]
+    if kind == "qwen2":
+        assert len(found["bugs"]) >= 10
+        for name, error in found["bugs"].items():
+            assert "more than rollout.engine.canary_max_abs_diff" in error, f"the canary did not see: {name}"
+            assert "every layer group's checksum agrees" in error, name
