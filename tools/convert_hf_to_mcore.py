@@ -1,6 +1,7 @@
 """Convert a Hugging Face checkpoint (Llama, Qwen2/2.5, Qwen3) to a Megatron distributed checkpoint, verified.
 
     python tools/convert_hf_to_mcore.py --hf models/qwen --save models/qwen-mcore
+    python tools/convert_hf_to_mcore.py --hf models/qwen --verify models/qwen-mcore      # compare, write nothing
     torchrun --nproc-per-node 4 tools/convert_hf_to_mcore.py --hf DIR --save DIR \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 
-from treepo_mega.reshard.convert import conversion_config, hf_to_mcore
+from treepo_mega.reshard.convert import conversion_config, hf_to_mcore, verify_checkpoint
 from treepo_mega.reshard.probe import LOGITS_TOLERANCE
 from treepo_mega.runtime import dist
 
@@ -23,7 +24,13 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, help="directory with config.json, *.safetensors and the tokenizer")
-    parser.add_argument("--save", required=True, help="directory to create")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--save", help="directory to create")
+    target.add_argument(
+        "--verify",
+        metavar="DIR",
+        help="only compare this Megatron checkpoint with --hf, layer by layer; names the first layer that diverges",
+    )
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P")
     parser.add_argument("--virtual-pipeline-model-parallel-size", type=int, default=None, metavar="V")
@@ -50,6 +57,11 @@ def main() -> None:
             divisible_by=a.make_vocab_size_divisible_by,
             timeout_s=a.timeout_s,
         )
+        if a.verify:
+            found = verify_checkpoint(a.hf, a.verify, cfg, tolerance=a.logits_tolerance)
+            if dist.is_main():
+                print(f"verified: {a.verify} holds the weights of {a.hf}\n{json.dumps(found)}", flush=True)
+            return
         note = hf_to_mcore(a.hf, a.save, cfg, verify=not a.no_verify, tolerance=a.logits_tolerance)
     except ValueError as e:  # every error of ours about input is one
         sys.exit(f"error: {e}")

@@ -29,8 +29,7 @@ from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.reshard.actor_memory import handover_backend
-from treepo_mega.reshard.gather import HfGather, local_params
-from treepo_mega.reshard.hf import HfWriter
+from treepo_mega.reshard.export import export_hf
 from treepo_mega.reshard.refit import Refit
 from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.engine import Engine
@@ -149,21 +148,12 @@ class Trainer:
 
     def export_hf(self) -> None:
         """Write the actor as a Hugging Face checkpoint under <run_dir>/hf, replacing an earlier export whole."""
-        target = Path(self.cfg.logging.run_dir) / "hf"
-        dtype = next(self.actor.models[0].parameters()).dtype
-        gather = HfGather.of(self.cfg, self.actor.spec, dtype=dtype)
-        tensors = gather([local_params(m) for m in self.actor.models])
-        if not dist.is_main():
-            for _ in tensors:
-                pass
-        else:
-            spec = self.actor.spec
-            if target.exists():
-                shutil.rmtree(target)
-            with HfWriter(target, like=self.cfg.model.hf_checkpoint, spec=spec, dtype=dtype) as out:
-                for name, tensor in tensors:
-                    out.add(name, tensor)
+        target, like = Path(self.cfg.logging.run_dir) / "hf", self.cfg.model.hf_checkpoint
+        if dist.is_main() and target.exists():
+            shutil.rmtree(target)
         dist.barrier("the Hugging Face export", self.cfg.distributed.timeout_s)
+        dtype = next(self.actor.models[0].parameters()).dtype
+        export_hf(self.actor.models, self.actor.spec, self.cfg, target, like=like, dtype=dtype)
 
     # Verbs of the loop --------------------------------------------------------------------------------------------
 

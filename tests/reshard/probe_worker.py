@@ -22,7 +22,7 @@ def main():
     cfg, spec = conversion_config(hf_dir), ModelSpec.from_hf(hf_dir)
     dist.initialize(cfg, read_hf_config(hf_dir))
     models = build_model(cfg, hf_dir)
-    found = {}
+    found, diverging = {}, {}
 
     def swap_k_and_v(p):
         w = p["decoder.layers.1.self_attention.linear_qkv.weight"]
@@ -39,11 +39,11 @@ def main():
     }.items():
         load_from_hf(models, spec, cfg, hf_dir)
         spoil(local_params(models[0]))
-        found[name], found["parameters"] = compare_with_transformers(cfg, models, spec, hf_dir)
+        found[name], found["parameters"], diverging[name] = compare_with_transformers(cfg, models, spec, hf_dir)
     load_from_hf(models, spec, cfg, hf_dir)
     models[0].inv_freq = models[0].inv_freq * 0.9
-    found["rotary base"], _ = compare_with_transformers(cfg, models, spec, hf_dir)
-    print("\n" + json.dumps(found), flush=True)
+    found["rotary base"], _, diverging["rotary base"] = compare_with_transformers(cfg, models, spec, hf_dir)
+    print("\n" + json.dumps([found, diverging]), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from treepo_mega.reshard.hf import HfCheckpointError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TO_MCORE, TO_HF = TOOLS / "convert_hf_to_mcore.py", TOOLS / "convert_mcore_to_hf.py"
+TO_OTHER = TOOLS / "convert_mcore_to_mcore.py"
 
 
 def layout(tp=1, pp=1, vpp=None):
@@ -65,6 +66,35 @@ def test_round_trip_is_bit_equal_in_any_layout(tiny_hf, tmp_path, run_ranks, kin
 
 
 @pytest.mark.slow
+def test_another_layout_without_hf_weights_and_verification_of_what_exists(tiny_hf, tmp_path, run_ranks):
+    source = tiny_hf("llama", tied=True)
+    code, text = run_ranks(1, TO_MCORE, "--hf", source, "--save", tmp_path / "one", "--no-verify")
+    assert code == 0, text
+    weights = source / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.unlink()
+    padding = ["--make-vocab-size-divisible-by", 16]
+    arguments = ["--load", tmp_path / "one", "--save", tmp_path / "four", *layout(tp=2, pp=2), *padding]
+    code, text = run_ranks(4, TO_OTHER, *arguments)
+    assert code == 0, text
+    assert json.loads((tmp_path / "four" / "conversion.json").read_text())["written_by"] == {"tp": 2, "pp": 2}
+
+    weights.write_bytes(kept)
+    code, text = run_ranks(2, TO_MCORE, "--hf", source, "--verify", tmp_path / "four", *layout(pp=2))
+    assert code == 0, text
+    assert "four holds the weights of" in text
+    tensors = load_file(weights)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 3] += 0.01
+    tensors["model.layers.3.mlp.up_proj.weight"][3, 3] += 0.01
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, text = run_ranks(2, TO_MCORE, "--hf", source, "--verify", tmp_path / "four", *layout(pp=2))
+    assert code == 1
+    assert (
+        "2 tensors of the Megatron checkpoint differ from the source, first model.layers.2.mlp.up_proj.weight" in text
+    )
+
+
+@pytest.mark.slow
 def test_nothing_appears_when_the_logits_disagree(tiny_hf, tmp_path, run_ranks):
     arguments = ["--hf", tiny_hf("llama"), "--save", tmp_path / "mcore", "--logits-tolerance", -1]
     code, text = run_ranks(1, TO_MCORE, *arguments)
@@ -78,7 +108,14 @@ def test_nothing_appears_when_the_logits_disagree(tiny_hf, tmp_path, run_ranks):
 def test_the_probe_sees_wrong_weights(tiny_hf, run_ranks):
     code, text = run_ranks(1, Path(__file__).with_name("probe_worker.py"), tiny_hf("qwen3"))
     assert code == 0, text
-    found = json.loads(text.strip().splitlines()[-1])
+    found, diverging = json.loads(text.strip().splitlines()[-1])
+    assert diverging == {
+        "right": "",
+        "k and v swapped": "model.layers.1",
+        "norm negated": "model.layers.3",
+        "not a number": "",  # in the output layer
+        "rotary base": "model.layers.0",
+    }
     assert found.pop("right") <= 1e-4
     assert found.pop("parameters") > 0
     assert found.pop("not a number") == float("inf")

@@ -9,8 +9,10 @@ checkpoint back over weights that were first made unusable, gathers them, and de
 parameters and every bit agree with the source (rounded to params_dtype), and that the logits of a probe prompt
 agree with transformers (`probe.py`). Only then does SAVE appear, by a rename.
 
-Megatron -> HF: any TP x PP reads any checkpoint (also of a training run, with --hf); tensors are gathered one by
-one and rank 0 streams them into shards.
+Megatron -> HF: any TP x PP reads any checkpoint (also of a training run, with --hf); whole tensors go to the rank that
+writes them, and all ranks write shards at the same time (`export.py`).
+
+Megatron -> Megatron: load in the new layout, save, read back, compare; no HF files are involved but config.json.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import torch
 from treepo_mega.actor.checkpoint import CheckpointError, check_complete, load_model_weights, save_model_weights
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.config import Config, ConfigError, parse_config, read_hf_config
+from treepo_mega.reshard.export import export_hf
 from treepo_mega.reshard.gather import HfGather, load_from_hf, local_params
-from treepo_mega.reshard.hf import HfReader, HfWriter, copy_companions, publish, require_absent
+from treepo_mega.reshard.hf import HfReader, copy_companions, publish, require_absent
 from treepo_mega.reshard.layout import ModelSpec, hf_shapes
 from treepo_mega.reshard.probe import LOGITS_TOLERANCE, compare_with_transformers
 from treepo_mega.runtime import dist
@@ -100,16 +103,7 @@ def hf_to_mcore(
         load_from_hf(models, spec, cfg, hf_dir, reader=reader)
         staging = save.parent / f".{save.name}.converting"
         save_model_weights([*models], staging, cfg.distributed.timeout_s)
-        p = cfg.parallel
-        note: dict[str, Any] = {
-            "architecture": spec.architecture,
-            "params_dtype": cfg.model.params_dtype,
-            "make_vocab_size_divisible_by": cfg.model.make_vocab_size_divisible_by,
-            "written_by": {"tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size},
-            "tensors": len(hf_shapes(spec)),
-            "parameters": parameter_count(spec),
-            "verified": verify,
-        }
+        note = _note(cfg, spec, verified=verify)
         try:
             if verify:
                 note |= _verify(cfg, models, spec, reader, staging, tolerance)
@@ -119,12 +113,23 @@ def hf_to_mcore(
             raise
     note["seconds"] = round(time.perf_counter() - started, 2)
     if dist.is_main():
-        (staging / COMPANIONS).mkdir()
-        copy_companions(hf_dir, staging / COMPANIONS)
-        (staging / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        publish(staging, save)
+        _publish(staging, save, note, hf_dir)
     dist.barrier(f"publishing {save}", cfg.distributed.timeout_s)
     return note
+
+
+def _note(cfg: Config, spec: ModelSpec, *, verified: bool) -> dict[str, Any]:
+    """What conversion.json says of any new checkpoint."""
+    p = cfg.parallel
+    return {
+        "architecture": spec.architecture,
+        "params_dtype": cfg.model.params_dtype,
+        "make_vocab_size_divisible_by": cfg.model.make_vocab_size_divisible_by,
+        "written_by": {"tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size},
+        "tensors": len(hf_shapes(spec)),
+        "parameters": parameter_count(spec),
+        "verified": verified,
+    }
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -151,9 +156,11 @@ def _verify(
                 wrong.append(name)
     bad = int(dist.max_over_ranks({"wrong": float(len(wrong))})["wrong"])
     if bad:
-        names = f": {', '.join(wrong[:4])}" if wrong else " (named by rank 0)"
-        raise ConversionError(f"{bad} tensors read back from the new checkpoint differ from the source{names}")
-    difference, counted = compare_with_transformers(cfg, models, spec, reader.directory)
+        order = {name: i for i, name in enumerate(hf_shapes(spec))}
+        wrong.sort(key=order.__getitem__)  # the first one is in the first layer that diverges
+        names = f", first {', '.join(wrong[:4])}" if wrong else " (named by rank 0)"
+        raise ConversionError(f"{bad} tensors of the Megatron checkpoint differ from the source{names}")
+    difference, counted, diverging = compare_with_transformers(cfg, models, spec, reader.directory)
     if not elements == counted == parameter_count(spec):
         raise ConversionError(
             f"parameters: {parameter_count(spec)} by config.json, {elements} in the checkpoint, "
@@ -161,9 +168,74 @@ def _verify(
         )
     if not difference <= tolerance:
         raise ConversionError(
-            f"logits of the probe prompt differ from transformers by {difference:.3g}; allowed {tolerance:.3g}"
+            f"logits of the probe prompt differ from transformers by {difference:.3g}; allowed {tolerance:.3g}; the "
+            f"first layer that diverges is {diverging or 'none: final norm or output layer'}"
         )
     return {"max_logit_difference": difference, "logit_tolerance": tolerance}
+
+
+def verify_checkpoint(
+    hf_dir: str | Path, load: str | Path, cfg: Config, *, tolerance: float = LOGITS_TOLERANCE
+) -> dict[str, Any]:
+    """Hold the Megatron checkpoint `load` against the HF checkpoint `hf_dir`: bits, number of parameters, logits.
+
+    Returns the findings; raises ConversionError naming the first layer that diverges. Collective over all ranks.
+    """
+    spec = ModelSpec.from_hf(hf_dir)
+    check_complete(Path(load))
+    with HfReader(hf_dir, spec) as reader:
+        dist.initialize(cfg, read_hf_config(hf_dir))
+        return _verify(cfg, build_model(cfg, hf_dir), spec, reader, Path(load), tolerance)
+
+
+def mcore_to_mcore(load: str | Path, save: str | Path, cfg: Config) -> dict[str, Any]:
+    """Rewrite the weights of checkpoint `load` as `save` in the layout of `cfg`, and verify the copy by bits.
+
+    Collective over all ranks of a `torchrun` that fits `cfg`. Raises ConversionError when what is read back differs;
+    then `save` does not exist.
+    """
+    started, save, hf_dir = time.perf_counter(), Path(save).absolute(), Path(cfg.model.hf_checkpoint)
+    spec = ModelSpec.from_hf(hf_dir)
+    check_complete(Path(load))
+    require_absent(save)
+    dist.initialize(cfg, read_hf_config(hf_dir))
+    models = build_model(cfg, hf_dir)
+    load_model_weights([*models], load)
+    staging = save.parent / f".{save.name}.converting"
+    save_model_weights([*models], staging, cfg.distributed.timeout_s)
+    wrong = _differs_from_memory(models, staging)
+    note = _note(cfg, spec, verified=True)
+    if wrong:
+        if dist.is_main():
+            shutil.rmtree(staging)
+        raise ConversionError(f"{wrong[0]} read back from the new checkpoint differs ({len(wrong)} in all)")
+    note["seconds"] = round(time.perf_counter() - started, 2)
+    if dist.is_main():
+        _publish(staging, save, note, hf_dir)
+    dist.barrier(f"publishing {save}", cfg.distributed.timeout_s)
+    return note
+
+
+def _differs_from_memory(models: list[PolicyModel], saved: Path) -> list[str]:
+    """Names, over all ranks, of the parameters that come back from `saved` with other bits."""
+    kept = [{n: t.clone() for n, t in local_params(m).items()} for m in models]
+    with torch.no_grad():
+        for m in models:
+            for p in m.parameters():
+                p.fill_(float("nan"))
+    load_model_weights([*models], saved)
+    wrong = [
+        n for m, old in zip(models, kept, strict=True) for n, t in local_params(m).items() if not torch.equal(t, old[n])
+    ]
+    return [n for told in dist.gather_objects(wrong) for n in told]
+
+
+def _publish(staging: Path, save: Path, note: dict[str, Any], companions: str | Path) -> None:
+    """Add configuration, tokenizer and note, and make the checkpoint appear."""
+    (staging / COMPANIONS).mkdir()
+    copy_companions(companions, staging / COMPANIONS)
+    (staging / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    publish(staging, save)
 
 
 def companions_of(load: str | Path, hf_dir: str | Path | None) -> Path:
@@ -192,23 +264,12 @@ def mcore_to_hf(load: str | Path, save: str | Path, cfg: Config, *, max_shard_by
     dist.initialize(cfg, read_hf_config(hf_dir))
     models = build_model(cfg, hf_dir)
     load_model_weights([*models], load)
-    gather = HfGather.of(cfg, spec, dtype=dtype)
-    pairs = gather([local_params(m) for m in models])
-    if dist.is_main():
-        with HfWriter(save, like=hf_dir, spec=spec, dtype=dtype, max_shard_bytes=max_shard_bytes) as writer:
-            for name, tensor in pairs:
-                writer.add(name, tensor)
-        HfReader(save, spec).close()  # key set and shapes, as the next reader will see them
-    else:
-        for _ in pairs:  # the gather is collective: every rank runs it to its end
-            pass
-    dist.barrier(f"writing {save}", cfg.distributed.timeout_s)
+    written = export_hf(models, spec, cfg, save, like=hf_dir, dtype=dtype, max_shard_bytes=max_shard_bytes)
     return {
         "architecture": spec.architecture,
         "params_dtype": cfg.model.params_dtype,
         "tensors": len(hf_shapes(spec)),
         "parameters": parameter_count(spec),
-        "bytes": gather.stats.bytes_hf,
-        "gather_seconds": round(gather.stats.seconds, 3),
+        **written,
         "seconds": round(time.perf_counter() - started, 2),
     }

@@ -229,7 +229,7 @@ class HfWriter:
 
     def _flush(self) -> None:
         self._shards.append(list(self._pending))
-        save_file(self._pending, self._partial / _shard_name(len(self._shards), 0), metadata={"format": "pt"})
+        save_file(self._pending, self._partial / shard_name(len(self._shards), 0), metadata={"format": "pt"})
         self.bytes_written += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
@@ -242,17 +242,18 @@ class HfWriter:
             raise HfCheckpointError(f"{self.target}: " + "; ".join(_key_problems(missing, set())))
         total, files = len(self._shards), []
         for i in range(1, total + 1):
-            files.append(SINGLE if total == 1 else _shard_name(i, total))
-            (self._partial / _shard_name(i, 0)).rename(self._partial / files[-1])
+            files.append(SINGLE if total == 1 else shard_name(i, total))
+            (self._partial / shard_name(i, 0)).rename(self._partial / files[-1])
         if total > 1:
             weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard}
             index = {"metadata": {"total_size": self.bytes_written}, "weight_map": weight_map}
             (self._partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_companions(self.like, self._partial)
-        _set_config_dtype(self._partial / "config.json", self._dtype)
+        set_config_dtype(self._partial / "config.json", self._dtype)
 
 
-def _shard_name(i: int, total: int) -> str:
+def shard_name(i: int, total: int) -> str:
+    """File name of shard i of `total`, as transformers writes it."""
     return f"model-{i:05d}-of-{total:05d}.safetensors"
 
 
@@ -267,7 +268,7 @@ def copy_companions(source: str | Path, target: str | Path) -> list[str]:
     return names
 
 
-def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+def set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     """Make config.json say the dtype of the weights, touching the file only when it says another."""
     config = json.loads(path.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"

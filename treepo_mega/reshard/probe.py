@@ -7,7 +7,7 @@ activations would need, under which a wrong rotary base or a swapped projection 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from treepo_mega.actor.attention import PACKS, PackLayout
 from treepo_mega.actor.forward import count_multiple
@@ -35,6 +35,40 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 PROBE_TOKENS = 33
 LOGITS_TOLERANCE = 1e-4
 """Largest absolute logit difference allowed, fp32 arithmetic."""
+LAYER_TOLERANCE = 1e-3
+"""A layer diverges when its output differs by more than this share of its largest element."""
+_DIRECTIONS = 16
+
+
+class LayerOutputs:
+    """Fingerprints of the hidden states behind every layer: projections on a few fixed directions, [T, 16] each.
+
+    Small enough to be sent between ranks for any model, and any wrong element shows in them.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, Tensor] = {}
+
+    def hook(self, layer: nn.Module, number: int) -> Any:
+        """Watch `layer`, whose output is [T, 1, K] or [1, T, K]; `number` counts from 0 over the whole model."""
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden.reshape(-1, hidden.shape[-1]).float().cpu()
+            generator = torch.Generator().manual_seed(0)
+            self.found[number] = hidden @ torch.randn(hidden.shape[1], _DIRECTIONS, generator=generator)
+
+        return layer.register_forward_hook(keep)
+
+    def first_difference(self, other: Mapping[int, Tensor]) -> str:
+        """`model.layers.N` of the first layer whose outputs differ, or ""."""
+        for number in sorted(other):
+            if number not in self.found:
+                continue
+            far = (self.found[number] - other[number]).abs().max()
+            if not far <= LAYER_TOLERANCE * other[number].abs().max():
+                return f"model.layers.{number}"
+        return ""
 
 
 def probe_tokens(spec: ModelSpec) -> list[int]:
@@ -89,25 +123,32 @@ def _full_logits(model: PolicyModel, vocab_size: int, hidden: Tensor, non_loss_d
     return {"logits": torch.cat(parts, dim=1)[:, :vocab_size].cpu()}
 
 
-def transformers_logits(hf_dir: str | Path, tokens: Sequence[int], params_dtype: torch.dtype) -> tuple[Tensor, int]:
-    """(logits [T, V] in fp32 from weights rounded to params_dtype, number of parameters), by transformers."""
+def transformers_logits(
+    hf_dir: str | Path, tokens: Sequence[int], params_dtype: torch.dtype, layers: LayerOutputs | None = None
+) -> tuple[Tensor, int]:
+    """(logits [T, V] in fp32 from weights rounded to params_dtype, number of parameters), by transformers.
+
+    `layers` is told every layer's output.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         for p in model.parameters():  # parameters only: rounding the rotary buffers would change the model
             p.copy_(p.to(params_dtype))
+        for number, layer in enumerate(model.model.layers if layers else ()):
+            layers.hook(layer, number)
         logits = model(torch.tensor([list(tokens)])).logits[0]
     return logits, sum(p.numel() for p in model.parameters())
 
 
 def compare_with_transformers(
     cfg: Config, models: Sequence[PolicyModel], spec: ModelSpec, hf_dir: str | Path
-) -> tuple[float, int]:
-    """(largest absolute logit difference, parameters that transformers counts), the same on every rank.
+) -> tuple[float, int, str]:
+    """(largest absolute logit difference, parameters that transformers counts, first layer that diverges or "").
 
-    One rank (last stage, TP rank 0, replica 0) runs transformers. Collective over all ranks. A difference that
-    is not a number counts as infinite.
+    The same on every rank. One rank (last stage, TP rank 0, replica 0) runs transformers. Collective over all ranks.
+    A difference that is not a number counts as infinite.
     """
     exact = list(models)
     if cfg.model.params_dtype != "fp32":
@@ -117,13 +158,20 @@ def compare_with_transformers(
             for target, source in zip(exact, models, strict=True):
                 for p, q in zip(target.parameters(), source.parameters(), strict=True):
                     p.copy_(q)
-    tokens = probe_tokens(spec)
+    tokens, ours, theirs = probe_tokens(spec), LayerOutputs(), LayerOutputs()
+    hooks = [ours.hook(layer, layer.layer_number - 1) for m in exact for layer in unwrap_model(m).decoder.layers]
     logits = megatron_logits(cfg, exact, tokens, spec.vocab_size)
+    for hook in hooks:
+        hook.remove()
+    speaks = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank(with_context_parallel=True) == 0
+    told = dist.gather_objects({str(n): t.tolist() for n, t in ours.found.items()} if speaks else {})
     found = {"difference": 0.0, "parameters": 0.0}
-    checker = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank(with_context_parallel=True) == 0
-    if logits is not None and checker:
-        expected, count = transformers_logits(hf_dir, tokens, next(models[0].parameters()).dtype)
+    diverging = ""
+    if logits is not None and speaks:
+        expected, count = transformers_logits(hf_dir, tokens, next(models[0].parameters()).dtype, theirs)
         difference = (logits - expected).abs().max().item()
         found = {"difference": difference if np.isfinite(difference) else float("inf"), "parameters": float(count)}
+        ours.found = {int(n): torch.tensor(t) for part in told for n, t in part.items()}
+        diverging = ours.first_difference(theirs.found)
     found = dist.max_over_ranks(found)
-    return found["difference"], int(found["parameters"])
+    return found["difference"], int(found["parameters"]), max(dist.gather_objects(diverging))
