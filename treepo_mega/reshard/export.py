@@ -11,6 +11,7 @@ directory appear by a rename: all ranks must see the same file system.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,10 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(f"preparing {target}", cfg.distributed.timeout_s)
-    source, files = mcore_side(spec, grid_of(cfg), world), files_side(spec, world)
+    # No more writers than shards: a small model is one file.
+    size = sum(math.prod(s) for s in hf_shapes(spec).values()) * dtype.itemsize
+    writers = max(1, min(world, -(-size // max_shard_bytes)))
+    source, files = mcore_side(spec, grid_of(cfg), world), files_side(spec, world, writers)
     held = next(models[0].parameters()).dtype
     way = min(held, dtype, key=lambda d: d.itemsize)
     plan = plan_reshard(

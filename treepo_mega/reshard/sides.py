@@ -114,15 +114,15 @@ def vllm_side(spec: ModelSpec, tp: int, world_size: int) -> Side:
     return Side(layouts, np.arange(world_size) % tp)
 
 
-def files_side(spec: ModelSpec, world_size: int) -> Side:
-    """Whole HF tensors, each wanted by one rank, so that all ranks write about the same number of bytes.
+def files_side(spec: ModelSpec, world_size: int, writers: int | None = None) -> Side:
+    """Whole HF tensors, each wanted by one of the first `writers` ranks (None: all), about the same bytes for each.
 
     Coordinate = rank. The tensors of a rank keep the model's order.
     """
     shapes = hf_shapes(spec)
     load, owner = [0] * world_size, {}
     for name in sorted(shapes, key=lambda n: -prod(shapes[n])):
-        rank = min(range(world_size), key=lambda r: (load[r], r))
+        rank = min(range(writers or world_size), key=lambda r: (load[r], r))
         owner[name] = rank
         load[rank] += prod(shapes[name])
     layouts: list[dict[str, ParamLayout]] = [{} for _ in range(world_size)]
