@@ -77,7 +77,7 @@ class Config(Section):
             bf16 = r.engine.dtype != self.model.params_dtype or self.model.params_dtype == "bf16"
             self.algo.use_tis = bf16 or r.partial_rollout is not None
         if self.algo.whiten_advantages is None:
-            self.algo.whiten_advantages = self.algo.advantage_estimator.startswith("treepo")
+            self.algo.whiten_advantages = self.algo.advantage_estimator.startswith(("treepo", "reinforce"))
         if self.checkpoint.save is None:
             self.checkpoint.save = str(Path(self.logging.run_dir) / "checkpoints")
         if t.lr_decay_iters is None:

@@ -282,11 +282,15 @@ class RewardConfig(Section):
 class AlgoConfig(Section):
     """Advantages and loss."""
 
-    advantage_estimator: Literal["treepo", "treepo_size_weighted", "grpo", "rloo"] = "treepo"
+    advantage_estimator: Literal["treepo", "treepo_size_weighted", "segment", "grpo", "rloo", "reinforce_pp"] = "treepo"
+    """segment: V(child) - V(parent) per node, V the mean reward of the leaves below; the others: one number a leaf."""
+    segment_sqrt_n: bool = False
+    """Divide a node's segment advantage by the square root of the leaves below it."""
     reject_zero_std_subgroups: bool = False
     """TreePO eq. 7: skip subgroups whose rewards are all equal."""
     whiten_advantages: bool | None = None
-    """Token-weighted mean 0 and standard deviation 1 over the rollout; None: on for the treepo estimators."""
+    """Token-weighted mean 0 and standard deviation 1 over the rollout; None: on for the treepo estimators and
+    reinforce_pp."""
     eps_clip: float = Field(0.2, gt=0, lt=1)
     eps_clip_high: float = Field(0.28, gt=0)
     eps_clip_c: float | None = Field(10.0, gt=1)
@@ -295,8 +299,9 @@ class AlgoConfig(Section):
     """Weight of KL(actor || reference); 0: no reference model is built."""
     kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
-    loss_agg_mode: Literal["token-mean"] = "token-mean"
-    """token-mean: sum over all (trajectory, token) pairs of the global batch / their number."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    """token-mean: sum over all (trajectory, token) pairs of the global batch / their number. seq-mean-token-mean: mean
+    over trajectories of each one's token mean. seq-mean-token-sum: mean over trajectories of each one's token sum."""
     use_tis: bool | None = None
     """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, and with
     rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over)."""
@@ -313,7 +318,9 @@ class TrainConfig(Section):
     global_batch_size: int | None = Field(None, ge=1)
     """Trajectories per optimizer step; None: derived from the batch invariant."""
     max_tokens_per_gpu: int = Field(4096, ge=1)
-    """Tokens in one micro-batch of one data-parallel rank."""
+    """Tokens in one micro-batch of one data-parallel rank; a larger tree is cut, its pieces repeat their ancestors."""
+    prefix_sharing: Literal["tree", "prompt", "none"] = "tree"
+    """What a micro-batch computes once. tree: every shared token. prompt: only the prompt. none: nothing (flat)."""
     lr: float = Field(1e-6, gt=0)
     min_lr: float = Field(0.0, ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"

@@ -78,7 +78,8 @@ def one_step(t: Trainer, step: int) -> dict[str, float]:
     metrics = dict(forest.metrics)
     t.save_trees(step + 1, forest)
     with t.timers("advantage"):
-        plans = t.plan(forest)
+        plans, credit = t.plan(forest)
+    metrics |= credit
     if not plans:
         t.progress.say(f"step {step}: no prompt had differing rewards; nothing to learn from, weights unchanged")
         return metrics

@@ -20,7 +20,6 @@ import numpy as np
 
 from treepo_mega.actor import checkpoint
 from treepo_mega.actor.batch import plan_rollout
-from treepo_mega.actor.forward import count_multiple, padding_multiple
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
 from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
 from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
@@ -38,7 +37,7 @@ from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.handover import Handover, State
 from treepo_mega.runtime.signals import StopRequest
-from treepo_mega.tree.pack import Pack, StepPlan, Trajectory, plan_step
+from treepo_mega.tree.pack import Pack, StepPlan
 
 cpu_megatron.install()
 
@@ -168,8 +167,8 @@ class Trainer:
             self.refit()  # a checkpoint was written since: the trainer had its memory back
         return self.collector.collect(step)
 
-    def plan(self, forest: Forest) -> list[StepPlan]:
-        """Advantages, mini-batches and packs of this rank."""
+    def plan(self, forest: Forest) -> tuple[list[StepPlan], dict[str, float]]:
+        """Advantages, mini-batches and packs of this rank; and where in the path credit falls."""
         return plan_rollout(forest.trees, self.cfg)
 
     def old_logprobs(self, plans: list[StepPlan]) -> dict[str, float]:
@@ -236,11 +235,7 @@ class Trainer:
 
     def score(self, tokens: list[int]) -> np.ndarray | None:
         """Actor logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere."""
-        one = Trajectory(0, tokens, 1, 0.0, [0.0] * (len(tokens) - 1))
-        # The same sequence on every data-parallel rank: each computes it for itself.
-        plan = plan_step([one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=padding_multiple(self.cfg))
-        logprobs = self.actor.logprobs(plan.packs * count_multiple(self.cfg))
-        return logprobs[0] if logprobs else None
+        return self.actor.sequence_logprobs(tokens)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Sampled (and greedy) accuracy on the evaluation prompts, with the weights the engine holds."""

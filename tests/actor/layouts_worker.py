@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
-from treepo_mega.actor.forward import count_multiple, padding_multiple, run_schedule
+from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple, run_schedule
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
 from treepo_mega.config import Config
 from treepo_mega.reshard.gather import HfGather, local_params
@@ -49,6 +49,7 @@ def plan(cfg: Config) -> StepPlan:
         max_tokens=160,
         multiple=padding_multiple(cfg),
         count_multiple=count_multiple(cfg),
+        equal_lengths=equal_lengths(cfg),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from treepo_mega.actor import checkpoint
-from treepo_mega.actor.forward import count_multiple, padding_multiple
+from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.actor.update import Actor, TrainingDiverged, supervised
 from treepo_mega.config import Config
 from treepo_mega.reshard.gather import HfGather, local_params
@@ -58,7 +58,13 @@ def packs(cfg: Config, seed: int) -> list[Pack]:
     dp_size, dp_rank = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
     multiple, count = padding_multiple(cfg), count_multiple(cfg)
     return plan_step(
-        batch, dp_size=dp_size, dp_rank=dp_rank, max_tokens=160, multiple=multiple, count_multiple=count
+        batch,
+        dp_size=dp_size,
+        dp_rank=dp_rank,
+        max_tokens=160,
+        multiple=multiple,
+        count_multiple=count,
+        equal_lengths=equal_lengths(cfg),
     ).packs
 
 

@@ -1,7 +1,9 @@
 """Passes over packs through Megatron's pipeline schedules: logprobs, and loss with gradients.
 
 `get_forward_backward_func` drives TP, PP, VPP and DP. A pass takes the packs of one optimizer step on this
-data-parallel rank: equally long, and equally many on every data-parallel rank (`tree/pack.py` sees to it).
+data-parallel rank: equally many on every data-parallel rank, and of any length, except that the interleaved
+schedule wants one (`tree/pack.py` sees to both). Context parallelism: a rank computes its own tokens of the pack
+(`Pack.local`) and owns the rows they predict; only attention looks at the others' keys and values.
 
 The last stage turns hidden states into (logp, entropy) for the pack's rows. Hidden states arrive as
 [T/tp, 1, K] under sequence parallelism and are gathered; else they pass through Megatron's copy region.
@@ -58,9 +60,14 @@ def count_multiple(cfg: Config) -> int:
     return p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
 
 
-def on_device(values: np.ndarray) -> Tensor:
-    """A pack's array on this rank's device."""
-    return torch.from_numpy(values).to(device())
+def equal_lengths(cfg: Config) -> bool:
+    """Whether all packs of a rank are padded to one length: the interleaved schedule's buffers have one size."""
+    return cfg.parallel.virtual_pipeline_model_parallel_size is not None
+
+
+def on_device(values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+    """A pack's array on this rank's device, in `dtype` if given (packs hold fp64, the loss computes in logp's)."""
+    return torch.from_numpy(values).to(device(), dtype)
 
 
 def head_outputs(model: PolicyModel, hidden: Tensor, pack: Pack, head: Head) -> tuple[Tensor, Tensor]:
@@ -105,12 +112,15 @@ def _forward_step(
     pack = next(packs)
     if id(pack) not in layouts:  # every model chunk of this rank sees the same packs
         layouts[id(pack)] = PackLayout.build(len(pack.tokens), pack.blocks, pack.subtree_end, device())
-    hidden = model(on_device(pack.tokens)[None], on_device(pack.position)[None], PACKS.add(layouts[id(pack)]))
+    mine = slice(None) if pack.local is None else pack.local
+    hidden = model(
+        on_device(pack.tokens[mine])[None], on_device(pack.position[mine])[None], PACKS.add(layouts[id(pack)])
+    )
     return hidden, partial(_loss_func, unwrap_model(model), pack, head, loss)
 
 
 def run_schedule(
-    chunks: list[Any], packs: list[Pack], head: Head, *, loss: LossFunction | None, seq_length: int | None = None
+    chunks: list[Any], packs: list[Pack], head: Head, *, loss: LossFunction | None
 ) -> list[dict[str, Any]]:
     """One pass over `packs` through the pipeline; with `loss`, gradients too (left in Megatron's buffers).
 
@@ -124,7 +134,7 @@ def run_schedule(
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(packs),
-            seq_length=seq_length or len(packs[0].tokens),
+            seq_length=max(len(p.tokens) for p in packs),
             micro_batch_size=1,
             forward_only=loss is None,
             collect_non_loss_data=loss is None,

@@ -112,7 +112,11 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline_model_parallel_size,
+        context_parallel_size=p.context_parallel_size,
         sequence_parallel=p.sequence_parallel,
+        # Each pack has its own length; the interleaved schedule posts receives before it knows them.
+        variable_seq_lengths=pp > 1 and p.virtual_pipeline_model_parallel_size is None,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
         overlap_p2p_comm=separate_p2p,
         batch_p2p_comm=not separate_p2p,
         recompute_granularity=p.recompute_granularity,

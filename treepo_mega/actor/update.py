@@ -18,14 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treepo_mega.actor.forward import Head, LossFunction, compute_logprobs, on_device, run_schedule
+from treepo_mega.actor.forward import (
+    Head,
+    LossFunction,
+    compute_logprobs,
+    count_multiple,
+    on_device,
+    padding_multiple,
+    run_schedule,
+)
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.loss.policy import policy_loss, supervised_loss
 from treepo_mega.reshard.gather import load_from_hf
 from treepo_mega.reshard.layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
-from treepo_mega.tree.pack import Pack
+from treepo_mega.runtime.device import device
+from treepo_mega.tree.pack import Pack, Trajectory, plan_step
 
 cpu_megatron.install()
 
@@ -59,6 +68,28 @@ class Policy:
         """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel."""
         return compute_logprobs(self.chunks, packs, self.head(temperature))
 
+    def sequence_logprobs(self, tokens: list[int]) -> np.ndarray | None:
+        """Logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere.
+
+        Collective over the model-parallel and context-parallel groups: every data-parallel rank computes it for itself.
+        """
+        one = Trajectory(0, tokens, 1, 0.0, [0.0] * (len(tokens) - 1))
+        cp_size, cp_rank = ps.get_context_parallel_world_size(), ps.get_context_parallel_rank()
+        multiple = padding_multiple(self.cfg)
+        plan = plan_step(
+            [one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=multiple, cp_size=cp_size, cp_rank=cp_rank
+        )
+        got = self.logprobs(plan.packs * count_multiple(self.cfg))
+        if got is None:
+            return None
+        (pack,) = plan.packs
+        at = pack.predictor if pack.local is None else pack.local[pack.predictor]
+        out = torch.zeros(len(tokens) - 1, device=device())
+        out[torch.from_numpy(at)] = torch.from_numpy(got[0]).to(device())
+        if cp_size > 1:
+            torch.distributed.all_reduce(out, group=ps.get_context_parallel_group())
+        return out.cpu().numpy()
+
 
 def policy_gradient(algo: AlgoConfig) -> LossFunction:
     """The segment-advantage loss as a callback on packs (old logprobs must be filled in)."""
@@ -70,12 +101,13 @@ def policy_gradient(algo: AlgoConfig) -> LossFunction:
         return policy_loss(
             logp,
             entropy,
-            old_logprobs=on_device(pack.old_logprobs),
-            rollout_logprobs=on_device(pack.rollout_logprobs),
-            ref_logprobs=None if pack.ref_logprobs is None else on_device(pack.ref_logprobs),
-            A_pos=on_device(pack.A_pos),
-            A_neg=on_device(pack.A_neg),
-            n=on_device(pack.n),
+            old_logprobs=on_device(pack.old_logprobs, logp.dtype),
+            rollout_logprobs=on_device(pack.rollout_logprobs, logp.dtype),
+            ref_logprobs=None if pack.ref_logprobs is None else on_device(pack.ref_logprobs, logp.dtype),
+            A_pos=on_device(pack.A_pos, logp.dtype),
+            A_neg=on_device(pack.A_neg, logp.dtype),
+            n=on_device(pack.n, logp.dtype),
+            count=on_device(pack.count, logp.dtype),
             algo=algo,
         )
 
@@ -84,7 +116,7 @@ def policy_gradient(algo: AlgoConfig) -> LossFunction:
 
 def supervised(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy as a callback on packs: warm starts."""
-    return supervised_loss(logp, on_device(pack.n))
+    return supervised_loss(logp, on_device(pack.n, logp.dtype))
 
 
 class Actor(Policy):

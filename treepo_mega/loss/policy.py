@@ -55,12 +55,14 @@ def policy_loss(
     A_neg: Tensor,
     n: Tensor,
     algo: AlgoConfig,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over rows of policy loss + KL + entropy bonus, and sums for logging (to be divided by the pairs).
 
     A statistic whose name begins with `max_` is a maximum instead.
 
-    All arguments are [N]; `logp` and `entropy` carry gradients. Raises ValueError when a KL term is asked
+    All arguments are [N]; `logp` and `entropy` carry gradients. `n` weighs a row in the loss, `count` in the
+    statistics (the trajectories through it; None: `n`): they differ unless loss_agg_mode is token-mean. Raises ValueError when a KL term is asked
     for without reference logprobs.
     """
     log_ratio = logp - old_logprobs
@@ -76,16 +78,17 @@ def policy_loss(
             raise ValueError("algo.kl_loss_coef > 0 needs reference logprobs: the reference pass did not run")
         kl = (n * kl_penalty(logp, ref_logprobs, algo.kl_loss_type)).sum()
         loss = loss + algo.kl_loss_coef * kl
+    count = n if count is None else count
     with torch.no_grad():
         clipped = ((A_pos > 0) & (ratio > 1 + algo.eps_clip_high)) | ((A_neg < 0) & (ratio < 1 - algo.eps_clip))
         sums = {
             "loss": loss.detach(),
             "pg_loss": pg.detach(),
             "kl_loss": kl.detach(),
-            "entropy": (n * entropy).sum(),
-            "pg_clipfrac": (n * clipped).sum(),
-            "ppo_kl": (-n * log_ratio).sum(),
-            "tis_weight": (n * weight).sum(),
+            "entropy": (count * entropy).sum(),
+            "pg_clipfrac": (count * clipped).sum(),
+            "ppo_kl": (-count * log_ratio).sum(),
+            "tis_weight": (count * weight).sum(),
             "max_ratio_diff": (ratio - 1).abs().max() if len(ratio) else torch.zeros_like(pg),
         }
     return loss, sums

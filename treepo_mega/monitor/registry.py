@@ -87,6 +87,12 @@ _TREE = (
     Metric("tree/duplicates", "count", "small beside leaves", "leaves whose response equals another's of the tree"),
     Metric("tree/budget_temperature", "nats", "follows its schedule", "temperature of the branching budget"),
     Metric("tree/leaves", "count", "prompts x n_samples_per_prompt", "trajectories trained on"),
+    Metric(
+        "tree/credit_q{1,2,3,4}",
+        "share",
+        "rising from q1 to q4; 0.25 each without sharing",
+        "share of the credit, |mean advantage of the trajectories through a token|, in each quarter of the path",
+    ),
     Metric("tree/fallbacks", "count", "small beside leaves", "paths cut back and resampled to reach the leaf count"),
     Metric("tree/shortfall", "count", "0", "leaves missing from trees that ran dry (reason kept in the tree)"),
     Metric("tree/stop_{eos,answer,length,depth,repetition}", "count", "mostly eos or answer", "leaves by stop reason"),

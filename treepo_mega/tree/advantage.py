@@ -11,6 +11,8 @@ Estimators. `R` are leaf rewards, `G_d(i)` the leaves below leaf i's ancestor at
     treepo_size_weighted  the same mean with weights |G_d|; eq. 6
     grpo                  A_i = (R_i - mean R) / (std R + 1e-6), std unbiased, 0 for one leaf
     rloo                  A_i = R_i - mean of the other rewards; 0 for one leaf
+    reinforce_pp          A_i = R_i; the baseline is the batch mean that whitening takes off (REINFORCE++)
+    segment               per node, not per leaf: A_v = V(v) - V(parent), V = mean reward of the leaves at or below
 
 For the treepo pair the root group always takes part and a subgroup of one leaf never does (it compares a
 leaf with itself). `reject_zero_std_subgroups` (eq. 7) also skips subgroups below the root whose rewards
@@ -32,7 +34,8 @@ from typing import Literal, NamedTuple, get_args
 
 from treepo_mega.tree.node import ROOT, Tree
 
-Estimator = Literal["treepo", "treepo_size_weighted", "grpo", "rloo"]
+Estimator = Literal["treepo", "treepo_size_weighted", "grpo", "rloo", "reinforce_pp"]
+"""Estimators that give one number a leaf; `segment` has a function of its own."""
 
 GRPO_EPS = 1e-6
 WHITEN_EPS = 1e-8
@@ -80,11 +83,31 @@ def leaf_advantages(tree: Tree, estimator: str, *, reject_zero_std_subgroups: bo
     if estimator not in get_args(Estimator):
         raise ValueError(f"advantage estimator {estimator!r}: expected one of {', '.join(get_args(Estimator))}")
     rewards = _checked_rewards(tree)
-    if estimator in ("grpo", "rloo"):
+    if estimator in ("grpo", "rloo", "reinforce_pp"):
         if reject_zero_std_subgroups:
             raise ValueError(f"reject_zero_std_subgroups needs a treepo estimator: {estimator} has no subgroups")
+        if estimator == "reinforce_pp":
+            return list(rewards)
         return _grpo(rewards) if estimator == "grpo" else _rloo(rewards)
     return _treepo(tree, rewards, estimator == "treepo_size_weighted", reject_zero_std_subgroups)
+
+
+def segment_advantages(tree: Tree, *, sqrt_n: bool = False) -> list[float]:
+    """V(node) - V(parent) per node, in the order of `tree.nodes`, before whitening; V is the mean leaf reward below.
+
+    Credit goes to the segment at which the expected reward changed: the advantages on a path add up to its reward
+    minus the tree's mean. 0 for the root and for nodes without a leaf below them. `sqrt_n` divides by the square
+    root of the leaves below, so that a node's sum over its trajectories grows with their root only. Raises
+    ValueError for missing or non-finite rewards.
+    """
+    rewards = _checked_rewards(tree)
+    below = _leaves_below(tree)
+    value = {node: math.fsum(rewards[i] for i in group) / len(group) for node, group in below.items()}
+    out = [0.0] * len(tree.nodes)
+    for node, group in below.items():
+        if node != ROOT:
+            out[node] = (value[node] - value[tree.nodes[node].parent]) / (math.sqrt(len(group)) if sqrt_n else 1.0)
+    return out
 
 
 def whiten(advantages: Sequence[float], lengths: Sequence[int]) -> list[float]:

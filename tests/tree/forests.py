@@ -1,0 +1,49 @@
+"""Random graded trees for tests, and what they mean: one trajectory at a time, by the definition."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from hypothesis import strategies as st
+
+from treepo_mega.tree.node import ROOT, Tree
+
+
+def grow(rng: random.Random, *, nodes: int, max_segment: int, prompt: int, name: str, ids: itertools.count) -> Tree:
+    """A tree of `nodes` segments (0 to `max_segment` tokens) below a prompt; every end of a path is a leaf."""
+    tree = Tree.start(name, [next(ids) for _ in range(prompt)])
+    for _ in range(nodes):
+        # Newer nodes are likelier parents: deep trees and wide ones.
+        up = max(rng.randrange(len(tree.nodes)) for _ in range(rng.choice((1, 3))))
+        node = tree.add_child(up)
+        size = rng.choice((0, 1, max_segment, rng.randint(0, max_segment)))
+        node.tokens = [next(ids) for _ in range(size)]
+        node.logprobs = [-t / 1000 for t in node.tokens]
+    tree.leaves = [n.id for n in tree.nodes if not n.children and n.id != ROOT]
+    tree.rewards = [rng.choice((-1.0, 0.0, 0.5, 1.0)) for _ in tree.leaves]
+    return tree
+
+
+@st.composite
+def forests(draw, max_trees: int = 4, max_nodes: int = 14, max_segment: int = 6) -> list[Tree]:
+    """Trees whose token ids are unique over the forest, so that a token can be found again."""
+    rng, ids = random.Random(draw(st.integers(0, 1 << 30))), itertools.count(1)
+    trees = [
+        grow(
+            rng, nodes=draw(st.integers(1, max_nodes)), max_segment=max_segment, prompt=draw(st.integers(1, 5)),
+            name=f"p{i}", ids=ids,
+        )
+        for i in range(draw(st.integers(1, max_trees)))
+    ]  # fmt: skip
+    if draw(st.booleans()):  # a lost reward leaves nodes without a leaf
+        tree = rng.choice(trees)
+        if len(tree.leaves) > 1:
+            gone = rng.randrange(len(tree.leaves))
+            del tree.leaves[gone], tree.rewards[gone]
+    return trees
+
+
+def full_path(tree: Tree, leaf: int) -> list[int]:
+    """Prompt and response of one trajectory."""
+    return tree.prefix(leaf)

@@ -1,0 +1,54 @@
+"""Deal work to ranks and micro-batches: near equal cost, under a cap, in n log n time. Pure Python.
+
+Two classical greedy rules. *Longest first* (`balance`): largest item to the emptiest bin; the gap between bins is at
+most one item. *Best fit* (`fill`): largest item to the fullest bin that still takes it; needs at most 11/9 of the
+fewest bins. `deal` takes the number of bins from the second and the even loads from the first when they respect the
+cap. All are deterministic: every rank computes the same answer.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+
+
+def balance(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Indices dealt to `bins` so that sums are near equal: largest first, each to the emptiest bin."""
+    out: list[list[int]] = [[] for _ in range(bins)]
+    heap: list[tuple[float, int]] = [(0, b) for b in range(bins)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, b = heap[0]
+        out[b].append(i)
+        heapq.heapreplace(heap, (load + costs[i], b))
+    return [sorted(b) for b in out]
+
+
+def fill(sizes: Sequence[int], cap: int) -> list[list[int]]:
+    """Indices in as few bins of `cap` as best fit finds. Raises ValueError for an item above the cap."""
+    out: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free, bin), ascending
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if sizes[i] > cap:
+            raise ValueError(f"an item of {sizes[i]} does not fit a bin of {cap}")
+        at = bisect.bisect_left(room, (sizes[i], -1))
+        if at == len(room):
+            out.append([i])
+            bisect.insort(room, (cap - sizes[i], len(out) - 1))
+        else:
+            free, b = room.pop(at)
+            out[b].append(i)
+            bisect.insort(room, (free - sizes[i], b))
+    return [sorted(b) for b in out]
+
+
+def deal(sizes: Sequence[int], cap: int, bins: int) -> list[list[int]]:
+    """`bins` bins of at most `cap`, as even as longest-first gives where that respects the cap; may hold empty ones.
+
+    `bins` must be at least the number that `fill` needs.
+    """
+    even = balance(sizes, bins)
+    if all(sum(sizes[i] for i in b) <= cap for b in even):
+        return even
+    tight = fill(sizes, cap)
+    return tight + [[] for _ in range(bins - len(tight))]

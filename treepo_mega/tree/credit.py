@@ -1,0 +1,98 @@
+"""Advantages and loss weights of trajectories, folded into one set of numbers per segment. Pure NumPy.
+
+    w = leaf_weights("seq-mean-token-mean", lengths)      # what a token of each trajectory counts in the loss
+    c = fold(segments, advantages, w)                     # A_pos, A_neg, n, count per segment
+    c = fold_nodes(segments, node_advantages, w)          # the same for advantages per node (`segment`)
+
+All trajectories through a token share its probability ratio, so their clipped terms need only two sums, of the
+positive and of the negative advantages (`loss/policy.py`). `loss_agg_mode` gives trajectory i the weight w_i:
+
+    token-mean             w_i = 1            sum over all (trajectory, token) pairs / P, their number
+    seq-mean-token-mean    w_i = P / (N l_i)  mean over the N trajectories of the mean over their l_i tokens
+    seq-mean-token-sum     w_i = P / N        mean over trajectories of the sum over their tokens
+
+With these the loss is in every mode the weighted sum over rows divided by P, which is what Megatron's per-token loss
+divides by, and masses and multiplicity become A_pos = sum w_i max(A_i, 0), A_neg = sum w_i min(A_i, 0),
+n = sum w_i, exactly: a sum over trajectories stays a sum. `count` is the plain number of trajectories, for
+statistics. P and N are of the optimizer step over all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from treepo_mega.tree.segments import Floats, Ints, Segments, levels, path_sums, subtree_sums
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+QUARTERS = 4
+
+
+@dataclass(slots=True)
+class Credit:
+    """Per segment [S]: A_pos >= 0, A_neg <= 0, loss weight n, and number of trajectories `count`."""
+
+    A_pos: Floats
+    A_neg: Floats
+    n: Floats
+    count: Ints
+
+
+def leaf_weights(mode: str, lengths: Ints) -> Floats:
+    """[L] weight of each trajectory's tokens; `lengths` [L] are its trained tokens. ValueError for an unknown mode."""
+    if mode not in get_args(Aggregation):
+        raise ValueError(f"loss_agg_mode {mode!r}: expected one of {', '.join(get_args(Aggregation))}")
+    pairs, sequences = float(lengths.sum()), max(1, int((lengths > 0).sum()))
+    if mode == "token-mean":
+        return np.ones(len(lengths))
+    if mode == "seq-mean-token-sum":
+        return np.full(len(lengths), pairs / sequences)
+    return pairs / (sequences * np.maximum(lengths, 1.0))
+
+
+def fold(s: Segments, advantages: Floats, weights: Floats) -> Credit:
+    """Advantages [L] and weights [L], both in the caller's order of leaves, summed over the leaves below."""
+    a, w = advantages[s.leaf_number], weights[s.leaf_number]
+    return Credit(
+        _sum_below(s, w * np.maximum(a, 0)),
+        _sum_below(s, w * np.minimum(a, 0)),
+        _sum_below(s, w),
+        s.leaf_hi - s.leaf_lo,
+    )
+
+
+def fold_nodes(s: Segments, advantages: Floats, weights: Floats) -> Credit:
+    """Advantages per node (numbered over all trees in the caller's order) and weights [L] of trajectories."""
+    a, n = advantages[s.node], _sum_below(s, weights[s.leaf_number])
+    return Credit(n * np.maximum(a, 0), n * np.minimum(a, 0), n, s.leaf_hi - s.leaf_lo)
+
+
+def _sum_below(s: Segments, value: Floats) -> Floats:
+    """[S] sum of `value` [L, depth-first] over the leaves at or below each segment."""
+    at = np.zeros(len(s))
+    np.add.at(at, s.leaf_segment, value)
+    return subtree_sums(s.parent, at, levels(s.parent)) if len(s) else at
+
+
+def credit_by_depth(s: Segments, c: Credit) -> list[float]:
+    """Share of the credit that falls into each quarter of the path, first to last; zeros when there is none.
+
+    The credit of a token is |A_pos + A_neg| / n, the mean advantage of the trajectories through it: what pushes
+    it at ratio 1. Summed over (trajectory, token) pairs, each placed by its depth relative to its own trajectory.
+    Linear in (trajectory, segment) pairs.
+    """
+    size = np.where(s.trained, s.length, 0)
+    end = path_sums(s.parent, size)
+    total = end[s.leaf_segment]
+    net = np.abs(c.A_pos + c.A_neg) / np.maximum(c.n, 1e-30)
+    share, cur, of = np.zeros(QUARTERS), s.leaf_segment, np.arange(len(s.leaf_segment))
+    while len(cur):
+        unit = np.maximum(total[of], 1) / QUARTERS
+        for q in range(QUARTERS):
+            inside = np.minimum(end[cur], (q + 1) * unit) - np.maximum(end[cur] - size[cur], q * unit)
+            share[q] += (np.maximum(inside, 0) * net[cur]).sum()
+        cur = s.parent[cur]
+        of, cur = of[cur >= 0], cur[cur >= 0]
+    return (share / share.sum()).tolist() if share.sum() > 0 else [0.0] * QUARTERS
