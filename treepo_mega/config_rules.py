@@ -130,8 +130,6 @@ def check_parallel(cfg: Config) -> list[str]:
         bad.append("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
     if p.virtual_pipeline_model_parallel_size and p.pipeline_model_parallel_size < 2:
         bad.append("parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1")
-    if p.context_parallel_size > 1:
-        bad.append("parallel.context_parallel_size > 1: context-parallel packs are not built yet; use 1")
     if p.recompute_granularity == "full" and not (p.recompute_method and p.recompute_num_layers):
         bad.append("parallel.recompute_granularity=full needs recompute_method and recompute_num_layers")
     return bad

@@ -1,104 +1,148 @@
-"""Attention over a pack against a dense mask, on random trees and flat blocks with padding."""
+"""Attention over a pack on the CPU against a dense mask: trees, paths, padding, context-parallel shares."""
 
 from __future__ import annotations
+
+import itertools
+import random
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treepo_mega.actor import attention
-from treepo_mega.actor.attention import PACKS, PackLayout, PackRegistry, attend
+from tests.tree.forests import grow
+from treepo_mega.actor import attention_cpu
+from treepo_mega.actor.attention import PACKS, PackLayout, PackRegistry
+from treepo_mega.actor.attention_cpu import CpuLayout, attend
+from treepo_mega.tree.credit import Credit
+from treepo_mega.tree.pack import Batch, plan_step
+from treepo_mega.tree.segments import Segments
+
+
+def pack_of(trees, multiple=1, cp_size=1, cp_rank=0):
+    s = Segments.from_trees(trees, range(len(trees)))
+    nothing = np.zeros(len(s))
+    credit = Credit(nothing, nothing, nothing, s.leaf_hi - s.leaf_lo)
+    plan = plan_step(
+        Batch(s, credit), dp_size=1, dp_rank=0, max_tokens=1 << 20, multiple=multiple, cp_size=cp_size, cp_rank=cp_rank
+    )
+    return plan.packs[0]
 
 
 @st.composite
-def packs(draw):
-    """(length, blocks, subtree_end): random trees in depth-first pre-order or single paths, then padding."""
-    end: list[int] = []
-    blocks = []
-    for _ in range(draw(st.integers(0, 4))):
-        start, size = len(end), draw(st.integers(1, 14))
-        # parent[i] < i; pre-order: a token's parent is on the path to the token before it.
-        path, parents = [0], [-1]
-        for i in range(1, size):
-            keep = draw(st.integers(1, len(path))) if draw(st.booleans()) else len(path)
-            path = path[:keep]
-            parents.append(path[-1])
-            path.append(i)
-        local = list(range(1, size + 1))
-        for i in range(size - 1, 0, -1):
-            local[parents[i]] = max(local[parents[i]], local[i])
-        end += [start + e for e in local]
-        blocks.append((start, start + size))
-    padding = draw(st.integers(0 if end else 1, 5))
-    length = len(end) + padding
-    end += list(range(len(end) + 1, length + 1))
-    return length, blocks, np.array(end)
+def forests(draw):
+    rng, ids = random.Random(draw(st.integers(0, 1 << 30))), itertools.count()
+    longest = draw(st.sampled_from([2, 8, 40]))
+    return [
+        grow(
+            rng, nodes=draw(st.integers(1, 12)), max_segment=longest, prompt=rng.randint(1, longest), name="p", ids=ids
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    ]
 
 
-def dense(query, key, value, end, scale):
-    """One T x T mask and plain softmax attention."""
-    i = torch.arange(len(end))
-    visible = (i[None] <= i[:, None]) & (i[:, None] < torch.from_numpy(end)[None])
+def dense(query, key, value, pack, scale):
+    """One mask of all pairs and plain softmax attention; padding gets 0."""
+    real = pack.blocks[-1][1]
+    i = torch.arange(len(pack.tokens)) if pack.local is None else torch.from_numpy(pack.local)
+    j = torch.arange(real)
+    visible = (j[None] <= i[:, None]) & (i[:, None] < torch.from_numpy(pack.subtree_end[:real])[None])
     share = query.shape[1] // key.shape[1]
-    k, v = (t.repeat_interleave(share, 1) for t in (key, value))
+    k, v = (t[:real].repeat_interleave(share, 1) for t in (key, value))
     scores = torch.einsum("thd,shd->hts", query, k) * (scale or query.shape[-1] ** -0.5)
-    return torch.einsum("hts,shd->thd", scores.masked_fill(~visible, float("-inf")).softmax(-1), v)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("hts,shd->thd", weights, v)
 
 
-@settings(max_examples=80, deadline=None)
-@given(packs(), st.sampled_from([1, 30, 100, 1 << 24]), st.sampled_from([None, 0.3]))
-def test_equals_a_dense_mask_with_gradients(pack, mask_elements, scale):
-    length, blocks, end = pack
-    g = torch.Generator().manual_seed(length)
-    leaves = [torch.randn(length, h, 4, generator=g, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "MASK_ELEMENTS", mask_elements)  # from one block at a time to all at once
-        layout = PackLayout.build(length, blocks, end, torch.device("cpu"))
-    covered = np.zeros(length, int)
-    for b in layout.batches:
-        np.add.at(covered, b.index[b.inside].numpy(), 1)
-        assert b.index.numel() * b.index.shape[1] <= max(mask_elements, b.index.shape[1] ** 2)
-    assert (covered == 1).all(), "every token is a query once, padding included"
-    got, want = attend(*leaves, layout, scale), dense(*leaves, end, scale)
+def inputs(pack, heads=4, groups=2, size=4, dtype=torch.float64):
+    g = torch.Generator().manual_seed(len(pack.tokens))
+    queries = len(pack.tokens) if pack.local is None else len(pack.local)
+    shapes = ((queries, heads), (len(pack.tokens), groups), (len(pack.tokens), groups))
+    return [torch.randn(n, h, size, generator=g, dtype=dtype, requires_grad=True) for n, h in shapes]
+
+
+def check_equal(pack, layout, scale, **shape):
+    leaves = inputs(pack, **shape)
+    got, want = attend(*leaves, layout, scale), dense(*leaves, pack, scale)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    weight = torch.randn(got.shape, generator=g, dtype=torch.float64)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight[
+        (torch.arange(len(weight)) if pack.local is None else torch.from_numpy(pack.local)) >= pack.blocks[-1][1]
+    ] = 0
     for a, b in zip(*(torch.autograd.grad((weight * o).sum(), leaves) for o in (got, want)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_single_paths_need_no_mask():
-    end = np.array([3, 3, 3, 5, 5])
-    layout = PackLayout.build(5, [(0, 3), (3, 5)], end, torch.device("cpu"))
-    assert [b.mask for b in layout.batches] == [None]
-    branching = PackLayout.build(3, [(0, 3)], np.array([3, 2, 3]), torch.device("cpu"))
-    assert branching.batches[0].mask is not None
+@settings(max_examples=100, deadline=None)
+@given(
+    forests(), st.sampled_from([1, 4, 30, 10_000]), st.sampled_from([3, 16, 256]), st.sampled_from([1, 5, 32]),
+    st.sampled_from([1, 200, 1 << 16]), st.sampled_from([None, 0.3]), st.sampled_from([1, 2, 3]), st.integers(0, 2),
+)  # fmt: skip
+def test_equals_a_dense_mask_with_gradients(trees, long_run, max_run, block, gathered, scale, cp_size, rank):
+    """Whatever is attended by runs, whatever in gathered blocks, and whichever queries are here."""
+    pack = pack_of(trees, multiple=7, cp_size=cp_size, cp_rank=rank % cp_size)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LONG_RUN", long_run), ("MAX_RUN", max_run), ("QUERY_BLOCK", block)):
+            patch.setattr(attention_cpu, name, value)
+        patch.setattr(attention_cpu, "GATHERED_KEYS", gathered)
+        layout = CpuLayout.build(pack.subtree_end, pack.blocks, pack.local)
+    check_equal(pack, layout, scale)
 
 
-def test_siblings_and_other_trees_do_not_see_each_other():
-    # Two trees: root 0 with children 1 and 2; root 3. A token's value reaches its own descendants only.
-    end = np.array([3, 2, 3, 4])
-    layout = PackLayout.build(4, [(0, 3), (3, 4)], end, torch.device("cpu"))
-    q, k = torch.zeros(4, 1, 4), torch.zeros(4, 1, 4)
-    seen = attend(q, k, torch.eye(4)[:, None], layout, None)[:, 0] > 0
-    assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+@pytest.mark.parametrize("heads, groups, size", [(4, 4, 8), (6, 2, 16), (3, 1, 80), (2, 1, 128), (1, 1, 256)])
+def test_head_shapes(heads, groups, size):
+    rng, ids = random.Random(5), itertools.count()
+    pack = pack_of([grow(rng, nodes=9, max_segment=70, prompt=60, name="p", ids=ids)])
+    layout = CpuLayout.build(pack.subtree_end, pack.blocks)
+    assert layout.runs and layout.gathered, "both ways are taken"
+    check_equal(pack, layout, None, heads=heads, groups=groups, size=size)
+
+
+def test_pairs_grow_with_paths_and_not_with_the_square():
+    """8 trees of 1 prompt and 16 leaves: runs ask for exactly the visible pairs, gathered blocks for a few times that."""
+    rng, ids = random.Random(2), itertools.count()
+    trees = [grow(rng, nodes=30, max_segment=8, prompt=64, name="p", ids=ids) for _ in range(8)]
+    pack = pack_of(trees)
+    layout = CpuLayout.build(pack.subtree_end, pack.blocks)
+    assert pack.attention_pairs <= layout.pairs <= 3 * pack.attention_pairs < len(pack.tokens) ** 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cpu, "LONG_RUN", 1)
+        exact = CpuLayout.build(pack.subtree_end, pack.blocks)
+    assert exact.pairs == pack.attention_pairs and not exact.gathered
+
+
+def test_a_forest_of_100k_tokens_in_bounded_memory():
+    """Masks and gathered indices stay below 400 entries a token, where a dense mask has 100,000."""
+    rng, ids = random.Random(3), itertools.count()
+    trees = [grow(rng, nodes=60, max_segment=64, prompt=200, name="p", ids=ids) for _ in range(60)]
+    pack = pack_of(trees)
+    assert len(pack.tokens) > 100_000
+    layout = CpuLayout.build(pack.subtree_end, pack.blocks)
+    held = sum(g.visible.numel() + g.key.numel() + g.query.numel() for g in layout.gathered)
+    assert held <= 400 * len(pack.tokens)
 
 
 def test_low_precision_stays_in_its_dtype():
-    layout = PackLayout.build(4, [(0, 4)], np.array([4, 4, 4, 4]), torch.device("cpu"))
-    x = torch.randn(4, 2, 8, dtype=torch.bfloat16)
-    out = attend(x, x[:, :1], x[:, :1], layout, None)
-    assert out.dtype == torch.bfloat16
-    want = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (x, x[:, :1], x[:, :1])), is_causal=True,
-                                          enable_gqa=True)[0].transpose(0, 1)  # fmt: skip
-    torch.testing.assert_close(out, want)
+    rng, ids = random.Random(4), itertools.count()
+    pack = pack_of([grow(rng, nodes=9, max_segment=60, prompt=60, name="p", ids=ids)])
+    layout = CpuLayout.build(pack.subtree_end, pack.blocks)
+    low = [t.detach().bfloat16().requires_grad_() for t in inputs(pack, size=16)]
+    high = [t.detach().double().requires_grad_() for t in low]
+    got, want = attend(*low, layout, None), dense(*high, pack, None)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    got.sum().backward()
+    want.sum().backward()
+    assert all(a.grad.dtype == torch.bfloat16 for a in low)
+    for a, b in zip(low, high, strict=True):
+        assert (a.grad.double() - b.grad).norm() <= 2e-2 * b.grad.norm() + 1e-6
 
 
 def test_handles_end_with_their_schedule():
     registry = PackRegistry()
-    a, b = (PackLayout(n, []) for n in (1, 2))
+    pack = pack_of([grow(random.Random(1), nodes=3, max_segment=4, prompt=2, name="p", ids=itertools.count())])
+    a, b = (PackLayout.build(pack, torch.device("cpu")) for _ in range(2))
     first, second = registry.add(a), registry.add(b)
     assert registry.get(first) is a and registry.get(second) is b
     registry.clear()

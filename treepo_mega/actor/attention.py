@@ -1,19 +1,20 @@
 """Attention over a pack: each query sees its own ancestors and nothing else.
 
 The visibility rule is the pack's intervals (`tree/pack.py`): key j is visible to query i iff
-j <= i < subtree_end[j]. Blocks (trees) do not see each other, so a dense T x T mask is never built:
-blocks of the pack are gathered into padded batches [B, L] of at most `MASK_ELEMENTS` mask entries, each
-attended exactly with scaled_dot_product_attention, and scattered back. Memory is linear in T for blocks of
-bounded length. A batch whose blocks are all single paths uses the causal kernel and no mask at all.
+j <= i < subtree_end[j]. `attention_cpu.py` and `attention_flex.py` compute it, one per device; this file is what
+Megatron calls.
 
 How the mask gets here. Megatron hands `attention_mask` down to core attention, also when it recomputes a
 layer in the backward pass, by which time another micro-batch may be current. So the argument carries a
 *handle*, a one-element integer tensor, and the pack's layout waits in a registry under that number:
 
-    with pack_context(layout) as handle:
-        model(tokens, positions, attention_mask=handle)
+    handle = PACKS.add(PackLayout.build(pack, device))
+    model(tokens, positions, attention_mask=handle)
 
 The handles of a pipeline schedule stay registered until its last backward is done (`PackRegistry.clear`).
+
+Context parallelism: queries stay where they are; keys and values of all ranks of the group are gathered and put
+into pack order, and their gradients are summed back to the owners (a reduce-scatter).
 """
 
 from __future__ import annotations
@@ -22,72 +23,34 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
+from treepo_mega.actor import attention_cpu, attention_flex
 from treepo_mega.runtime import cpu_megatron
+from treepo_mega.tree.pack import Pack
 
 cpu_megatron.install()
 
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
-
-MASK_ELEMENTS = 1 << 24
-"""Largest B * L * L of one batch of blocks: 16 Mi boolean entries."""
-
-
-@dataclass(slots=True)
-class BlockBatch:
-    """Blocks attended together. index [B, L]: pack positions, padded by repeating the block's last token."""
-
-    index: Tensor
-    inside: Tensor
-    """[B, L] bool: True where `index` is a token of the block and not padding."""
-    mask: Tensor | None
-    """[B, 1, L, L] bool, True = visible; None: plain causal attention is exact."""
 
 
 @dataclass(slots=True)
 class PackLayout:
     """What attention needs to know of a pack, on the device of the model."""
 
-    length: int
-    batches: list[BlockBatch]
+    kernel: attention_cpu.CpuLayout | attention_flex.FlexLayout
+    order: Tensor | None = None
+    """[T] where each token of the pack lies among the gathered ones (context parallelism)."""
 
     @classmethod
-    def build(
-        cls, length: int, blocks: list[tuple[int, int]], subtree_end: np.ndarray, device: torch.device
-    ) -> PackLayout:
-        """Group blocks of similar size; padding tokens after the last block form a block of their own."""
-        spans = list(blocks)
-        covered = spans[-1][1] if spans else 0
-        if covered < length:
-            spans.append((covered, length))
-        spans.sort(key=lambda b: b[0] - b[1])
-        batches, at = [], 0
-        while at < len(spans):
-            width = spans[at][1] - spans[at][0]
-            rows = max(1, MASK_ELEMENTS // (width * width))
-            group = [b for b in spans[at : at + rows] if 2 * (b[1] - b[0]) >= width]
-            batches.append(_batch(group, width, subtree_end, device))
-            at += len(group)
-        return cls(length, batches)
-
-
-def _batch(group: list[tuple[int, int]], width: int, subtree_end: np.ndarray, device: torch.device) -> BlockBatch:
-    start = np.array([b[0] for b in group])[:, None]
-    end = np.array([b[1] for b in group])[:, None]
-    raw = start + np.arange(width)[None]
-    index, inside = np.minimum(raw, end - 1), raw < end
-    single_path = all((subtree_end[s:e] == e).all() for s, e in group)
-    # Padding keys lie behind every real query of their block, so the causal mask alone hides them.
-    mask = None
-    if not single_path:
-        keys_end = np.where(inside, subtree_end[index], raw + 1)
-        visible = (raw[:, None, :] <= raw[:, :, None]) & (raw[:, :, None] < keys_end[:, None, :])
-        mask = torch.from_numpy(visible[:, None]).to(device)
-    return BlockBatch(torch.from_numpy(index).to(device), torch.from_numpy(inside).to(device), mask)
+    def build(cls, pack: Pack, device: torch.device) -> PackLayout:
+        """The layout for this rank's queries of `pack`, for the kernel of `device`."""
+        order = None if pack.order is None else torch.from_numpy(pack.order).to(device)
+        if device.type == "cpu":
+            return cls(attention_cpu.CpuLayout.build(pack.subtree_end, pack.blocks, pack.local), order)
+        return cls(attention_flex.FlexLayout.build(pack.subtree_end, device, pack.local), order)
 
 
 @dataclass(slots=True)
@@ -118,20 +81,35 @@ class PackRegistry:
 PACKS = PackRegistry()
 
 
+class GatherTokens(torch.autograd.Function):
+    """[n, ...] of each rank of `group` -> [n * ranks, ...], in rank order; backward sums gradients to the owners."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """One all-gather over `group`."""
+        ctx.group = group
+        out = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """One reduce-scatter over `group`."""
+        grad = grads[0].contiguous()
+        out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad, group=ctx.group)
+        return out, None
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float | None) -> Tensor:
-    """Exact attention over a pack. query [T, H, D], key and value [T, G, D] (G divides H) -> [T, H, D]."""
-    out = torch.zeros_like(query)
-    for b in layout.batches:
-        q, k, v = (t[b.index].transpose(1, 2) for t in (query, key, value))
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=b.mask, is_causal=b.mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        out = out.index_put((b.index[b.inside],), o.transpose(1, 2)[b.inside])
-    return out
+    """Exact attention: query [Q, H, D] of this rank, key and value [T, G, D] of the pack -> [Q, H, D]."""
+    if isinstance(layout.kernel, attention_cpu.CpuLayout):
+        return attention_cpu.attend(query, key, value, layout.kernel, scale)
+    return attention_flex.attend(query, key, value, layout.kernel, scale)
 
 
 class PackAttention(MegatronModule):
-    """Megatron core attention for packs: [T, 1, H/tp, D] queries, the handle of a PackLayout as mask."""
+    """Megatron core attention for packs: [Q, 1, H/tp, D] queries, the handle of a PackLayout as mask."""
 
     def __init__(
         self,
@@ -147,10 +125,15 @@ class PackAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """-> [T, 1, (H/tp) * D]. Positional and keyword extras of Megatron (mask type, bias, packing) do not apply."""
-        out = attend(query[:, 0], key[:, 0], value[:, 0], PACKS.get(attention_mask), self.scale)
-        return out.flatten(1)[:, None]
+        """-> [Q, 1, (H/tp) * D]. Positional and keyword extras of Megatron (mask type, bias, packing) do not apply."""
+        layout = PACKS.get(attention_mask)
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if self.cp_group is not None:
+            both = GatherTokens.apply(torch.cat((key, value), -1), self.cp_group)
+            key, value = both.index_select(0, layout.order).split(key.shape[-1], -1)
+        return attend(query, key, value, layout, self.scale).flatten(1)[:, None]

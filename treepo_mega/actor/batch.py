@@ -6,6 +6,7 @@ context-parallel) rank.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,6 @@ from treepo_mega.tree.pack import Batch, StepPlan, plan_step, split_steps
 from treepo_mega.tree.segments import Floats, Segments
 
 cpu_megatron.install()
-
-import itertools
 
 from megatron.core import parallel_state as ps  # noqa: E402
 

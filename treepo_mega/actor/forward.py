@@ -111,7 +111,7 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     pack = next(packs)
     if id(pack) not in layouts:  # every model chunk of this rank sees the same packs
-        layouts[id(pack)] = PackLayout.build(len(pack.tokens), pack.blocks, pack.subtree_end, device())
+        layouts[id(pack)] = PackLayout.build(pack, device())
     mine = slice(None) if pack.local is None else pack.local
     hidden = model(
         on_device(pack.tokens[mine])[None], on_device(pack.position[mine])[None], PACKS.add(layouts[id(pack)])

@@ -67,6 +67,8 @@ class Pack:
     """[N] number of the (first) trajectory through the token."""
     local: Ints | None = None
     """[T/cp] pack indices of this context-parallel rank, ascending; None: all of them."""
+    order: Ints | None = None
+    """[T] place of each token when the ranks' `local` tokens are concatenated in rank order; None as for `local`."""
     old_logprobs: np.ndarray | None = None
     """Actor logprobs before the update, on last-pipeline-stage ranks."""
     ref_logprobs: np.ndarray | None = None
@@ -238,16 +240,17 @@ def own_part(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
         raise ValueError(f"a pack of {length} tokens does not divide into {chunks} chunks")
     visible = np.where(np.arange(length) < (pack.blocks[-1][1] if pack.blocks else 0), pack.position + 1, 0)
     costs = visible.reshape(chunks, -1).sum(1)
-    load, mine = np.zeros(cp_size), []
-    room = np.full(cp_size, CHUNKS_PER_RANK)
+    load, room = np.zeros(cp_size), np.full(cp_size, CHUNKS_PER_RANK)
+    owner = np.empty(chunks, np.int64)
     for c in np.argsort(-costs, kind="stable").tolist():
-        r = int(np.argmin(np.where(room > 0, load, np.inf)))
+        owner[c] = r = int(np.argmin(np.where(room > 0, load, np.inf)))
         load[r] += costs[c]
         room[r] -= 1
-        if r == cp_rank:
-            mine.append(c)
-    step = length // chunks
-    local = np.concatenate([np.arange(c * step, (c + 1) * step) for c in sorted(mine)])
+    by_owner = np.argsort(np.repeat(owner, length // chunks), kind="stable")
+    share = length // cp_size
+    local = by_owner[cp_rank * share : (cp_rank + 1) * share]
+    order = np.empty(length, np.int64)
+    order[by_owner] = np.arange(length)
     where = np.full(length, -1, np.int64)
     where[local] = np.arange(len(local))
     kept = where[pack.predictor] >= 0
@@ -259,6 +262,7 @@ def own_part(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
         blocks=pack.blocks,
         predictor=where[pack.predictor][kept],
         local=local,
+        order=order,
         **{name: getattr(pack, name)[kept] for name in rows},
     )
 

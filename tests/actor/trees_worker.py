@@ -1,0 +1,135 @@
+"""One rank of test_trees.py: trees through one layout after another, compared with transformers on flat sequences.
+
+    trees_worker.py DIRECTORY CELLS.json       CELLS: [{"layout": {...}, "kind", "tied", "recompute", "depth", "split", ...}]
+
+Cells of the same layout and model share an actor. Rank 0 writes what it measured to DIRECTORY/results.json, one dict
+a cell, in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.actor.oracle import configuration, write_checkpoint
+from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
+from treepo_mega.actor.batch import plan_batch
+from treepo_mega.actor.forward import run_schedule
+from treepo_mega.actor.update import Actor, policy_gradient
+from treepo_mega.config import Config
+from treepo_mega.reshard.gather import HfGather
+from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.tree.credit import fold, leaf_weights
+from treepo_mega.tree.node import Tree
+from treepo_mega.tree.pack import Batch, StepPlan
+from treepo_mega.tree.segments import Segments
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+
+NAMES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "sp": "sequence_parallel",
+}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def config_of(cell: dict[str, Any], hf_dir: Path) -> Config:
+    """The cell's configuration; packs of 160 tokens cut the larger trees, packs of 4096 none."""
+    parallel = {NAMES[k]: v for k, v in cell["layout"].items()} | (RECOMPUTE if cell["recompute"] else {})
+    return configuration(
+        hf_dir,
+        *(f"parallel.{k}={v}" for k, v in parallel.items()),
+        "parallel.use_distributed_optimizer=false",  # the reduced gradient is whole on every rank
+        f"train.max_tokens_per_gpu={160 if cell['split'] else 4096}",
+        f"train.prefix_sharing={cell.get('sharing', 'tree')}",
+        "algo.use_tis=true",
+        *cell.get("overrides", ()),
+    )
+
+
+def plan(trees: list[Tree], cfg: Config) -> StepPlan:
+    """This rank's packs of all of `trees` as one optimizer step."""
+    s = Segments.from_trees(trees, range(len(trees)), cfg.train.prefix_sharing)
+    weights = leaf_weights(cfg.algo.loss_agg_mode, s.flat_lengths())
+    return plan_batch(Batch(s, fold(s, np.concatenate(advantages(trees)), weights)), cfg)
+
+
+def oracle(directory: Path, hf_dir: Path, cell: dict[str, Any], cfg: Config, trees: list[Tree]) -> dict[str, Any]:
+    """The flat step, computed by rank 0 once and read by all."""
+    parts = (cell["kind"], cell["tied"], cell["depth"], cell.get("seed", 0), *cell.get("overrides", ()))
+    path = directory / f"oracle_{'_'.join(map(str, parts))}.pt"
+    if dist.is_main() and not path.exists():
+        torch.save(flat_step(hf_dir, cfg, trees, torch.float32), path)
+    dist.barrier("the oracle", 120)
+    return torch.load(path, weights_only=True)
+
+
+def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf_dir: Path) -> dict[str, Any]:
+    """Logprobs, loss, entropy and every parameter's gradient of one cell against the flat oracle."""
+    trees = forest(cell["depth"], cell.get("seed", 0))
+    want = oracle(directory, hf_dir, cell, cfg, trees)
+    step = plan(trees, cfg)
+    known = actor.logprobs(step.packs)
+    far = 0.0
+    for pack, got in zip(step.packs, known or (), strict=False):
+        expected = np.array([want["logprobs"][p] for p in prefixes_of_rows(pack)])
+        far = max(far, float(np.abs(got - expected).max(initial=0)))
+    fill_in(step.packs, want["logprobs"])
+    for chunk in actor.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    data = run_schedule(actor.chunks, step.packs, actor.head(), loss=policy_gradient(cfg.algo))
+    stats = actor._mean_over_pairs(data, step.packs)
+    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
+    pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
+    worst = max(relative(got, want["grads"][n]) for n, got in pairs)
+    counts = dist.sum_over_ranks({"real": float(step.real_tokens), "flat": float(step.flat_tokens)})
+    return dist.max_over_ranks({"logprob_diff": far, "gradient_diff": worst, "packs": float(len(step.packs))}) | {
+        "loss_diff": abs(stats["loss"] - want["loss"]),
+        "entropy_diff": abs(stats["entropy"] - want["entropy"]),
+        "token_ratio": counts["real"] / counts["flat"],
+        "regimes": sorted(regimes(step.packs, want["logprobs"], cfg.algo)),
+        "unique": sum(t.unique_tokens() + len(t.prompt_tokens) for t in trees),
+        "real": counts["real"] * ps.get_data_parallel_world_size() / dist.world_size(),
+    }
+
+
+def main() -> None:
+    """All cells, in this process."""
+    directory, cells = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    results, started = [], time.time()
+    sort = ("layout", "kind", "tied", "recompute")
+    for _, group in itertools.groupby(cells, key=lambda c: [c[k] for k in sort]):
+        same = list(group)
+        first = same[0]
+        hf_dir = directory / f"{first['kind']}_{first['tied']}"
+        cfg = config_of(first, hf_dir)
+        dist.initialize(cfg)
+        if dist.is_main() and not (hf_dir / "config.json").exists():
+            write_checkpoint(hf_dir, first["kind"], first["tied"])
+        dist.barrier("the checkpoint", 60)
+        actor = Actor(cfg, hf_dir)
+        for cell in same:
+            results.append(measure(actor, config_of(cell, hf_dir), cell, directory, hf_dir))
+        ps.destroy_model_parallel()
+        if dist.is_main():
+            print(f"{time.time() - started:6.1f} s", first, results[-1], flush=True)
+    if dist.is_main():
+        (directory / "results.json").write_text(json.dumps(results))
+    dist.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Tree attention on CUDA: FlexAttention with a BlockMask made from the pack's intervals.
+
+The mask function is the pack's rule, `kv <= q < subtree_end[kv]`; under context parallelism q is first translated
+from this rank's queries to pack indices. Which 128 x 128 blocks are empty, partial or full follows from the
+intervals' extremes per block, in (T/128)^2 time and without a T x T mask. Lengths are padded to `SHAPE_BUCKET`, so
+that the compiled kernel is built once a bucket and not once a pack.
+
+Padding tokens see themselves. Checked on the CPU against the dense mask (tests/actor/test_attention_flex.py);
+the compiled kernel and its backward need a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128
+SHAPE_BUCKET = 512
+"""Pack lengths on CUDA are multiples of this: few shapes to compile for, little padding at 4k tokens and more."""
+
+
+def mask_function(subtree_end: Tensor, local: Tensor | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
+    """FlexAttention's `mask_mod(b, h, q, kv)` for a pack; `local` [Q] translates queries (None: they are all here)."""
+    if local is None:
+        return lambda b, h, q, kv: (kv <= q) & (q < subtree_end[kv])
+    return lambda b, h, q, kv: (kv <= local[q]) & (local[q] < subtree_end[kv])
+
+
+def block_visibility(
+    subtree_end: np.ndarray, local: np.ndarray | None, block: int = BLOCK
+) -> tuple[np.ndarray, np.ndarray]:
+    """(some, all) [query blocks, key blocks] bool: blocks with a visible pair, and blocks of nothing else.
+
+    `some` may hold blocks without one where a query block is not contiguous in the pack: it is only slower then.
+    """
+    length = len(subtree_end)
+    own = np.arange(length) if local is None else local
+    key_at, query_at = np.arange(0, length, block), np.arange(0, len(own), block)
+    latest, soonest = np.maximum.reduceat(subtree_end, key_at), np.minimum.reduceat(subtree_end, key_at)
+    last_key = np.minimum(key_at + block, length) - 1
+    first, last = own[query_at], own[np.minimum(query_at + block, len(own)) - 1]
+    some = (key_at[None] <= last[:, None]) & (latest[None] > first[:, None])
+    full = (last_key[None] <= first[:, None]) & (soonest[None] > last[:, None])
+    whole = (np.minimum(query_at + block, len(own)) - query_at == block)[:, None] & (last_key - key_at == block - 1)
+    return some, full & whole
+
+
+@dataclass(slots=True)
+class FlexLayout:
+    """A pack's BlockMask on the device."""
+
+    mask: BlockMask
+
+    @classmethod
+    def build(
+        cls, subtree_end: np.ndarray, device: torch.device, local: np.ndarray | None = None, block: int = BLOCK
+    ) -> FlexLayout:
+        """`local`: pack indices of this rank's queries, ascending (None: all)."""
+        some, full = block_visibility(subtree_end, local, block)
+        partial = some & ~full
+        index = [torch.from_numpy(np.argsort(~m, axis=1, kind="stable").astype(np.int32)) for m in (partial, full)]
+        number = [torch.from_numpy(m.sum(1).astype(np.int32)) for m in (partial, full)]
+        tensors = [t[None, None].to(device) for t in (number[0], index[0], number[1], index[1])]
+        end = torch.from_numpy(subtree_end).to(device)
+        own = None if local is None else torch.from_numpy(local).to(device)
+        queries = len(subtree_end) if local is None else len(local)
+        mask = BlockMask.from_kv_blocks(
+            *tensors, BLOCK_SIZE=block, mask_mod=mask_function(end, own), seq_lengths=(queries, len(subtree_end))
+        )
+        return cls(mask)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: FlexLayout, scale: float | None) -> Tensor:
+    """Exact attention over a pack: query [Q, H, D], key and value [T, G, D] (G divides H) -> [Q, H, D]."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    out = _compiled()(q, k, v, block_mask=layout.mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return out[0].transpose(0, 1)
