@@ -1,0 +1,251 @@
+"""What training on trees saves: old logprobs, reference logprobs and update, packed (tree) against flat.
+
+    python tools/bench/tree_training.py [--quick] [--repeats 3] [--layout]
+
+One process, one rank, fp32, the real actor, reference and optimizer. Per model and forest the same trajectories are
+trained on as trees (`train.prefix_sharing: tree`) and one by one (`none`), in alternation, at equal
+max_tokens_per_gpu. Forests are of prompts with 16 leaves that double at each of 4 borders:
+
+    published   14 segments, branching at the first four: the paper's tree at full length (token_ratio about 0.85)
+    short       4 segments, branching at each (about 0.5)
+    late        8 shared segments, then branching at the last four (about 0.2)
+
+Counts that explain the ratios are printed beside them: tokens computed (with padding), visible attention pairs, and
+the pairs that kernels were asked for. Peak memory is that of live tensors during the update, from the allocator's own
+events in an untimed pass, weights and optimizer left out.
+
+Last line, JSON: {"forests": [{"name", "model", "token_ratio" (tokens computed, packed / flat), "time_ratio" (medians of
+old + ref + update), "time_flat_s", "time_packed_s", "phases" ({phase: ratio}), "memory_ratio" (peak of the update),
+"pairs_ratio", "grad_rel_diff" (norm of the difference of all gradients / norm), "target" (1.1 token_ratio + 0.03),
+"met"}], "met": all of them}. --quick: the small model and one repeat of each forest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from treepo_mega.actor.attention_cpu import CpuLayout
+from treepo_mega.actor.batch import pair_cost, plan_batch
+from treepo_mega.actor.forward import run_schedule
+from treepo_mega.actor.update import Actor, Policy, policy_gradient
+from treepo_mega.config import Config, load_config
+from treepo_mega.runtime import dist
+from treepo_mega.tree.credit import fold, leaf_weights
+from treepo_mega.tree.node import Tree
+from treepo_mega.tree.pack import Batch, StepPlan
+from treepo_mega.tree.segments import Segments
+
+MODELS = {
+    "4x64": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32, "vocab_size": 512},
+    "6x384": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "head_dim": 64, "vocab_size": 4096},
+}
+"""Llama shapes: layers x hidden size; half as many key-value heads, MLP 3 x hidden."""
+FORESTS = {"published": (0, 4, 10), "short": (0, 4, 0), "late": (8, 4, 0)}
+"""(shared segments, branching levels, segments behind the last branch) on a path."""
+PROMPT, LEAVES = 16, 16
+
+
+def grow(shape: tuple[int, int, int], segment: int, rng: np.random.Generator, vocab: int, name: str) -> Tree:
+    """One tree: `shape` as in FORESTS, segments of `segment` tokens."""
+    stem, levels, tail = shape
+    tree = Tree.start(name, rng.integers(vocab, size=PROMPT).tolist())
+
+    def extend(parent: int, segments: int) -> int:
+        for _ in range(segments):
+            node = tree.add_child(parent)
+            node.tokens = rng.integers(vocab, size=segment).tolist()
+            node.logprobs = [-3.0] * segment
+            parent = node.id
+        return parent
+
+    ends = [extend(0, stem)]
+    for _ in range(levels):
+        ends = [extend(e, 1) for e in ends for _ in range(2)]
+    tree.leaves = [extend(e, tail) for e in ends]
+    tree.rewards = rng.choice([0.0, 1.0], size=len(tree.leaves)).tolist()
+    return tree
+
+
+def write_model(directory: Path, shape: dict[str, int]) -> Path:
+    """A random Llama of `shape`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    more = {
+        "intermediate_size": 3 * shape["hidden_size"],
+        "num_key_value_heads": shape["num_attention_heads"] // 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+    }
+    LlamaForCausalLM(LlamaConfig(**shape, **more)).save_pretrained(directory)
+    return directory
+
+
+def configuration(hf_dir: Path, sharing: str) -> Config:
+    """One rank; a learning rate at which weights stay what they are."""
+    return load_config(
+        None,
+        [
+            f"model.hf_checkpoint={hf_dir}", "data.train=[{path: unused.jsonl}]", "rollout.max_response_len=1024",
+            "rollout.segment_length=128", f"train.prefix_sharing={sharing}", "train.lr=1e-12", "algo.kl_loss_coef=0.01",
+            "train.max_tokens_per_gpu=4096",
+        ],
+    )  # fmt: skip
+
+
+class Side:
+    """One way to train on the forest."""
+
+    def __init__(self, actor: Actor, reference: Policy, cfg: Config, trees: list[Tree]) -> None:
+        self.actor, self.reference, self.cfg = actor, reference, cfg
+        s = Segments.from_trees(trees, range(len(trees)), cfg.train.prefix_sharing)
+        values = np.random.default_rng(1).normal(size=len(s.leaf_number))
+        credit = fold(s, values, leaf_weights("token-mean", s.flat_lengths()))
+        self.plan: StepPlan = plan_batch(Batch(s, credit), cfg, pair_cost(cfg))
+        self.loss = policy_gradient(cfg.algo)
+
+    def old(self) -> None:
+        """Actor logprobs before the update."""
+        for pack, x in zip(self.plan.packs, self.actor.logprobs(self.plan.packs) or (), strict=True):
+            pack.old_logprobs = x
+
+    def ref(self) -> None:
+        """Reference logprobs."""
+        for pack, x in zip(self.plan.packs, self.reference.logprobs(self.plan.packs) or (), strict=True):
+            pack.ref_logprobs = x
+
+    def update(self) -> None:
+        """One optimizer step."""
+        self.actor.update(self.plan.packs, self.loss)
+
+    def gradient(self) -> torch.Tensor:
+        """All gradients as one vector."""
+        for chunk in self.actor.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        run_schedule(self.actor.chunks, self.plan.packs, self.actor.head(), loss=self.loss)
+        return torch.cat([p.main_grad.flatten().clone() for m in self.actor.models for p in m.parameters()])
+
+    def counts(self) -> dict[str, int]:
+        """Tokens with padding, visible pairs, pairs asked for."""
+        layouts = [CpuLayout.build(p.subtree_end, p.blocks, p.local) for p in self.plan.packs]
+        return {
+            "tokens": self.plan.padded_tokens,
+            "pairs": sum(p.attention_pairs for p in self.plan.packs),
+            "kernel_pairs": sum(x.pairs for x in layouts),
+        }
+
+
+def seconds(f: Callable[[], None]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    f()
+    return time.perf_counter() - started
+
+
+def peak_bytes(f: Callable[[], object]) -> int:
+    """Most bytes of tensors alive at once during `f` beyond those alive before, from the allocator's events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    if not events:
+        raise RuntimeError("the profiler recorded no allocations: peak memory cannot be told")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def compare(name: str, model: str, sides: dict[str, Side], repeats: int) -> dict[str, Any]:
+    """One row of the table."""
+    times: dict[str, dict[str, list[float]]] = {s: {"old": [], "ref": [], "update": []} for s in sides}
+    for i in range(repeats + 1):  # the first round warms up
+        for key, side in sides.items():
+            for phase in times[key]:
+                took = seconds(getattr(side, phase))
+                if i:
+                    times[key][phase].append(took)
+    phases = {k: {p: statistics.median(v) for p, v in t.items()} for k, t in times.items()}
+    totals = {k: statistics.median(map(sum, zip(*t.values(), strict=True))) for k, t in times.items()}
+    counts = {k: s.counts() for k, s in sides.items()}
+    grads = {k: s.gradient() for k, s in sides.items()}
+    memory = {k: peak_bytes(s.update) for k, s in sides.items()}
+    ratio = counts["tree"]["tokens"] / counts["none"]["tokens"]
+    target = 1.1 * ratio + 0.03
+    return {
+        "name": name,
+        "model": model,
+        "token_ratio": ratio,
+        "time_ratio": totals["tree"] / totals["none"],
+        "target": target,
+        "met": totals["tree"] / totals["none"] <= target,
+        "time_flat_s": totals["none"],
+        "time_packed_s": totals["tree"],
+        "phases": {p: phases["tree"][p] / phases["none"][p] for p in phases["tree"]},
+        "memory_ratio": memory["tree"] / memory["none"],
+        "memory_flat_mib": memory["none"] / 2**20,
+        "pairs_ratio": counts["tree"]["pairs"] / counts["none"]["pairs"],
+        "counts": counts,
+        "grad_rel_diff": float((grads["tree"] - grads["none"]).norm() / grads["none"].norm()),
+    }
+
+
+def main() -> int:
+    """Measure and print; returns the exit status."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="the small model, one repeat")
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--trees", type=int, default=4)
+    p.add_argument("--segment", type=int, default=32, help="tokens in a segment")
+    args = p.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        for model, shape in list(MODELS.items())[: 1 if args.quick else None]:
+            hf_dir = write_model(Path(tmp) / model, shape)
+            cfg = {s: configuration(hf_dir, s) for s in ("tree", "none")}
+            dist.initialize(cfg["tree"])
+            actor, reference = Actor(cfg["tree"], hf_dir), Policy(cfg["tree"], hf_dir)
+            for name, form in FORESTS.items():
+                rng = np.random.default_rng(7)
+                trees = [grow(form, args.segment, rng, shape["vocab_size"], f"p{i}") for i in range(args.trees)]
+                sides = {s: Side(actor, reference, c, trees) for s, c in cfg.items()}
+                rows.append(compare(name, model, sides, 1 if args.quick else args.repeats))
+                print_row(rows[-1], header=len(rows) == 1)
+    print(json.dumps({"forests": rows, "met": all(r["met"] for r in rows)}))
+    dist.leave(0)
+    return 0
+
+
+def print_row(r: dict[str, Any], header: bool) -> None:
+    """A line for people."""
+    if header:
+        print(
+            f"{'model':<8}{'forest':<11}{'tokens flat':>12}{'packed':>9}{'ratio':>7}{'pairs':>7}{'asked/seen':>12}"
+            f"{'flat s':>9}{'packed s':>10}{'time':>7}{'target':>8}{'memory':>8}{'gradient':>10}  old ref update"
+        )
+    flat, packed = r["counts"]["none"], r["counts"]["tree"]
+    asked = f"{packed['kernel_pairs'] / packed['pairs']:.2f}/{flat['kernel_pairs'] / flat['pairs']:.2f}"
+    print(
+        f"{r['model']:<8}{r['name']:<11}{flat['tokens']:>12}{packed['tokens']:>9}{r['token_ratio']:>7.3f}"
+        f"{r['pairs_ratio']:>7.3f}{asked:>12}{r['time_flat_s']:>9.2f}{r['time_packed_s']:>10.2f}{r['time_ratio']:>7.3f}"
+        f"{r['target']:>8.3f}{r['memory_ratio']:>8.3f}{r['grad_rel_diff']:>10.1e}  "
+        + " ".join(f"{x:.3f}" for x in r["phases"].values()),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
