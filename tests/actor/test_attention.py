@@ -77,17 +77,18 @@ def check_equal(pack, layout, scale, **shape):
 @settings(max_examples=100, deadline=None)
 @given(
     forests(), st.sampled_from([1, 4, 30, 10_000]), st.sampled_from([3, 16, 256]), st.sampled_from([1, 5, 32]),
-    st.sampled_from([1, 200, 1 << 16]), st.sampled_from([None, 0.3]), st.sampled_from([1, 2, 3]), st.integers(0, 2),
+    st.sampled_from([0, 20, 256]), st.sampled_from([1, 200, 1 << 16]), st.sampled_from([None, 0.3]), st.sampled_from([1, 2, 3]), st.integers(0, 2),
 )  # fmt: skip
-def test_equals_a_dense_mask_with_gradients(trees, long_run, max_run, block, gathered, scale, cp_size, rank):
+def test_equals_a_dense_mask_with_gradients(trees, long_run, chunk, block, far, gathered, scale, cp_size, rank):
     """Whatever is attended by runs, whatever in gathered blocks, and whichever queries are here."""
     pack = pack_of(trees, multiple=7, cp_size=cp_size, cp_rank=rank % cp_size)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("LONG_RUN", long_run), ("MAX_RUN", max_run), ("QUERY_BLOCK", block)):
+        for name, value in (("LONG_RUN", long_run), ("CHUNK", chunk), ("QUERY_BLOCK", block)):
             patch.setattr(attention_cpu, name, value)
+        patch.setattr(attention_cpu, "FAR", far)
         patch.setattr(attention_cpu, "GATHERED_KEYS", gathered)
         layout = CpuLayout.build(pack.subtree_end, pack.blocks, pack.local)
-    check_equal(pack, layout, scale)
+        check_equal(pack, layout, scale)
 
 
 @pytest.mark.parametrize("heads, groups, size", [(4, 4, 8), (6, 2, 16), (3, 1, 80), (2, 1, 128), (1, 1, 256)])
@@ -100,7 +101,7 @@ def test_head_shapes(heads, groups, size):
 
 
 def test_pairs_grow_with_paths_and_not_with_the_square():
-    """8 trees of 1 prompt and 16 leaves: runs ask for exactly the visible pairs, gathered blocks for a few times that."""
+    """8 trees of 1 prompt and 16 leaves: runs can ask for exactly the visible pairs, blocks ask for a few times that."""
     rng, ids = random.Random(2), itertools.count()
     trees = [grow(rng, nodes=30, max_segment=8, prompt=64, name="p", ids=ids) for _ in range(8)]
     pack = pack_of(trees)
@@ -108,8 +109,9 @@ def test_pairs_grow_with_paths_and_not_with_the_square():
     assert pack.attention_pairs <= layout.pairs <= 3 * pack.attention_pairs < len(pack.tokens) ** 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_cpu, "LONG_RUN", 1)
+        patch.setattr(attention_cpu, "CHUNK", 1)
         exact = CpuLayout.build(pack.subtree_end, pack.blocks)
-    assert exact.pairs == pack.attention_pairs and not exact.gathered
+        assert exact.pairs == pack.attention_pairs and not exact.gathered
 
 
 def test_a_forest_of_100k_tokens_in_bounded_memory():

@@ -95,14 +95,16 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
     gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
     pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
     worst = max(relative(got, want["grads"][n]) for n, got in pairs)
+    # Ranks of one data-parallel rank's model plan the same packs.
+    share = ps.get_data_parallel_world_size() / dist.world_size()
     counts = dist.sum_over_ranks({"real": float(step.real_tokens), "flat": float(step.flat_tokens)})
     return dist.max_over_ranks({"logprob_diff": far, "gradient_diff": worst, "packs": float(len(step.packs))}) | {
         "loss_diff": abs(stats["loss"] - want["loss"]),
         "entropy_diff": abs(stats["entropy"] - want["entropy"]),
         "token_ratio": counts["real"] / counts["flat"],
         "regimes": sorted(regimes(step.packs, want["logprobs"], cfg.algo)),
-        "unique": sum(t.unique_tokens() + len(t.prompt_tokens) for t in trees),
-        "real": counts["real"] * ps.get_data_parallel_world_size() / dist.world_size(),
+        "loss_scale": abs(want["loss"]),
+        "repeated": counts["real"] * share - sum(t.unique_tokens() + len(t.prompt_tokens) for t in trees),
     }
 
 

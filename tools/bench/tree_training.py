@@ -1,6 +1,6 @@
 """What training on trees saves: old logprobs, reference logprobs and update, packed (tree) against flat.
 
-    python tools/bench/tree_training.py [--quick] [--repeats 3] [--layout]
+    python tools/bench/tree_training.py [--quick] [--repeats 3] [--trees 1] [--segment 32]
 
 One process, one rank, fp32, the real actor, reference and optimizer. Per model and forest the same trajectories are
 trained on as trees (`train.prefix_sharing: tree`) and one by one (`none`), in alternation, at equal
@@ -15,8 +15,9 @@ the pairs that kernels were asked for. Peak memory is that of live tensors durin
 events in an untimed pass, weights and optimizer left out.
 
 Last line, JSON: {"forests": [{"name", "model", "token_ratio" (tokens computed, packed / flat), "time_ratio" (medians of
-old + ref + update), "time_flat_s", "time_packed_s", "phases" ({phase: ratio}), "memory_ratio" (peak of the update),
-"pairs_ratio", "grad_rel_diff" (norm of the difference of all gradients / norm), "target" (1.1 token_ratio + 0.03),
+old + ref + update, wall), "cpu_ratio" (the same in CPU seconds: other jobs do not count), "time_flat_s", "time_packed_s", "phases" ({phase: ratio}), "memory_ratio" (peak of the update),
+"pairs_ratio", "flops_ratio" (tokens, pairs and rows at their price: what a perfect implementation could reach),
+"grad_rel_diff" (norm of the difference of all gradients / norm), "target" (1.1 token_ratio + 0.03),
 "met"}], "met": all of them}. --quick: the small model and one repeat of each forest.
 """
 
@@ -48,11 +49,13 @@ from treepo_mega.tree.segments import Segments
 
 MODELS = {
     "4x64": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32, "vocab_size": 512},
-    "6x384": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "head_dim": 64, "vocab_size": 4096},
+    "4x256": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 4096},
 }
 """Llama shapes: layers x hidden size; half as many key-value heads, MLP 3 x hidden."""
 FORESTS = {"published": (0, 4, 10), "short": (0, 4, 0), "late": (8, 4, 0)}
 """(shared segments, branching levels, segments behind the last branch) on a path."""
+TREES = {"published": 1, "short": 7, "late": 3}
+"""Trees of a forest: so many that flat micro-batches are as full as packed ones."""
 PROMPT, LEAVES = 16, 16
 
 
@@ -145,7 +148,19 @@ class Side:
             "tokens": self.plan.padded_tokens,
             "pairs": sum(p.attention_pairs for p in self.plan.packs),
             "kernel_pairs": sum(x.pairs for x in layouts),
+            "rows": sum(len(p.target) for p in self.plan.packs),
         }
+
+    def flops(self, counts: dict[str, int]) -> float:
+        """Multiply-adds of one forward pass: layers per token and per visible pair, head per row."""
+        spec = self.actor.spec
+        layer = spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
+        layer += 3 * spec.hidden_size * spec.intermediate_size
+        per_pair = 2 * spec.num_attention_heads * spec.head_dim
+        return (
+            spec.num_layers * (layer * counts["tokens"] + per_pair * counts["pairs"])
+            + spec.hidden_size * spec.vocab_size * counts["rows"]
+        )
 
 
 def seconds(f: Callable[[], None]) -> float:
@@ -172,24 +187,31 @@ def peak_bytes(f: Callable[[], object]) -> int:
 def compare(name: str, model: str, sides: dict[str, Side], repeats: int) -> dict[str, Any]:
     """One row of the table."""
     times: dict[str, dict[str, list[float]]] = {s: {"old": [], "ref": [], "update": []} for s in sides}
+    cpu: dict[str, list[float]] = {s: [] for s in sides}
     for i in range(repeats + 1):  # the first round warms up
         for key, side in sides.items():
+            began = time.process_time()
             for phase in times[key]:
                 took = seconds(getattr(side, phase))
                 if i:
                     times[key][phase].append(took)
+            if i:
+                cpu[key].append(time.process_time() - began)
     phases = {k: {p: statistics.median(v) for p, v in t.items()} for k, t in times.items()}
     totals = {k: statistics.median(map(sum, zip(*t.values(), strict=True))) for k, t in times.items()}
     counts = {k: s.counts() for k, s in sides.items()}
     grads = {k: s.gradient() for k, s in sides.items()}
     memory = {k: peak_bytes(s.update) for k, s in sides.items()}
     ratio = counts["tree"]["tokens"] / counts["none"]["tokens"]
+    flops = {k: sides[k].flops(c) for k, c in counts.items()}
     target = 1.1 * ratio + 0.03
     return {
         "name": name,
         "model": model,
         "token_ratio": ratio,
         "time_ratio": totals["tree"] / totals["none"],
+        "cpu_ratio": statistics.median(cpu["tree"]) / statistics.median(cpu["none"]),
+        "flops_ratio": flops["tree"] / flops["none"],
         "target": target,
         "met": totals["tree"] / totals["none"] <= target,
         "time_flat_s": totals["none"],
@@ -208,7 +230,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="the small model, one repeat")
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--trees", type=int, default=4)
+    p.add_argument("--trees", type=int, default=1, help="forests this many times larger")
     p.add_argument("--segment", type=int, default=32, help="tokens in a segment")
     args = p.parse_args()
     rows = []
@@ -220,7 +242,9 @@ def main() -> int:
             actor, reference = Actor(cfg["tree"], hf_dir), Policy(cfg["tree"], hf_dir)
             for name, form in FORESTS.items():
                 rng = np.random.default_rng(7)
-                trees = [grow(form, args.segment, rng, shape["vocab_size"], f"p{i}") for i in range(args.trees)]
+                trees = [
+                    grow(form, args.segment, rng, shape["vocab_size"], f"p{i}") for i in range(args.trees * TREES[name])
+                ]
                 sides = {s: Side(actor, reference, c, trees) for s, c in cfg.items()}
                 rows.append(compare(name, model, sides, 1 if args.quick else args.repeats))
                 print_row(rows[-1], header=len(rows) == 1)
@@ -233,15 +257,15 @@ def print_row(r: dict[str, Any], header: bool) -> None:
     """A line for people."""
     if header:
         print(
-            f"{'model':<8}{'forest':<11}{'tokens flat':>12}{'packed':>9}{'ratio':>7}{'pairs':>7}{'asked/seen':>12}"
-            f"{'flat s':>9}{'packed s':>10}{'time':>7}{'target':>8}{'memory':>8}{'gradient':>10}  old ref update"
+            f"{'model':<8}{'forest':<11}{'tokens flat':>12}{'packed':>9}{'ratio':>7}{'pairs':>7}{'flops':>7}{'asked/seen':>12}"
+            f"{'flat s':>9}{'packed s':>10}{'time':>7}{'cpu':>7}{'target':>8}{'memory':>8}{'gradient':>10}  old ref update"
         )
     flat, packed = r["counts"]["none"], r["counts"]["tree"]
     asked = f"{packed['kernel_pairs'] / packed['pairs']:.2f}/{flat['kernel_pairs'] / flat['pairs']:.2f}"
     print(
         f"{r['model']:<8}{r['name']:<11}{flat['tokens']:>12}{packed['tokens']:>9}{r['token_ratio']:>7.3f}"
-        f"{r['pairs_ratio']:>7.3f}{asked:>12}{r['time_flat_s']:>9.2f}{r['time_packed_s']:>10.2f}{r['time_ratio']:>7.3f}"
-        f"{r['target']:>8.3f}{r['memory_ratio']:>8.3f}{r['grad_rel_diff']:>10.1e}  "
+        f"{r['pairs_ratio']:>7.3f}{r['flops_ratio']:>7.3f}{asked:>12}{r['time_flat_s']:>9.2f}{r['time_packed_s']:>10.2f}{r['time_ratio']:>7.3f}"
+        f"{r['cpu_ratio']:>7.3f}{r['target']:>8.3f}{r['memory_ratio']:>8.3f}{r['grad_rel_diff']:>10.1e}  "
         + " ".join(f"{x:.3f}" for x in r["phases"].values()),
         flush=True,
     )

@@ -1,0 +1,130 @@
+"""Training on trees equals transformers with plain autograd on flat sequences, in every layout.
+
+One launch a world size and lane runs all of its cells (trees_worker.py); tests look at what it measured. A cell is a
+layout, a model, recompute on or off, a branching depth (0: a single path), and whether trees are cut.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.actor.tree_oracle import CLIP_REGIMES
+from tests.ranks import run_ranks
+
+WORKER = Path(__file__).with_name("trees_worker.py")
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    1: [{}],
+    2: [
+        {"tp": 2},
+        {"tp": 2, "sp": True},
+        {"pp": 2},
+        {"pp": 2, "vpp": 2},
+        {"cp": 2},
+        {},  # two data-parallel ranks
+    ],
+    4: [
+        {"tp": 2, "pp": 2},
+        {"tp": 2, "pp": 2, "sp": True},
+        {"tp": 2, "pp": 2, "vpp": 2, "sp": True},
+        {"tp": 2, "cp": 2},
+        {"tp": 2, "cp": 2, "sp": True},
+        {"pp": 2, "cp": 2},
+        {"pp": 2, "vpp": 2, "cp": 2},
+        {"cp": 4},
+        {"pp": 4},
+        {"cp": 2},  # and two data-parallel ranks
+        {"tp": 2, "sp": True},
+        {"pp": 2},
+        {"pp": 2, "vpp": 2},
+    ],
+}
+MODELS = (("llama", True), ("qwen3", True), ("qwen2", False))
+MATRIX = (
+    *((False, 0, False), (False, 1, False), (False, 2, True), (False, 3, False), (False, 3, True), (False, 4, True)),
+    *((True, 2, False), (True, 4, True)),
+)
+"""(recompute, depth, cut) of every layout in the slow lane."""
+OTHER = ("seq-mean-token-mean", "seq-mean-token-sum")
+
+
+def cells(ranks: int, slow: bool) -> list[dict[str, Any]]:
+    """All cells of the slow lane, or the few of the fast one; models and recompute take turns over layouts."""
+    out = []
+    for i, layout in enumerate(LAYOUTS[ranks]):
+        kind, tied = MODELS[(i + ranks) % len(MODELS)]
+        base = {"layout": layout, "kind": kind, "tied": tied}
+        if not slow:
+            out.append({**base, "recompute": i % 2 == 0, "depth": 3, "split": True})
+            continue
+        for recompute, depth, split in MATRIX:
+            out.append({**base, "recompute": recompute, "depth": depth, "split": split})
+    if not slow and ranks == 1:
+        more = {"layout": {}, "kind": "llama", "tied": True, "recompute": False, "depth": 3, "split": True}
+        out += [{**more, "sharing": sharing} for sharing in ("prompt", "none")]
+        out += [{**more, "overrides": [f"algo.loss_agg_mode={mode}"]} for mode in OTHER]
+        out += [{**more, "depth": depth, "split": False} for depth in (0, 1, 2, 4)]
+        out.append({**more, "overrides": ["algo.kl_loss_type=k2", "algo.eps_clip_c=null"]})
+    return sorted(out, key=lambda c: (str(c["layout"]), c["kind"], c["recompute"]))
+
+
+def name(cell: dict[str, Any]) -> str:
+    """For the test's id."""
+    layout = "".join(f"{k}{int(v)}" for k, v in cell["layout"].items()) or "dp"
+    more = "-".join([*cell.get("overrides", ()), *([cell["sharing"]] if "sharing" in cell else [])])
+    return f"{layout}-{cell['kind']}-{'re' if cell['recompute'] else ''}d{cell['depth']}{'s' if cell['split'] else ''}-{more}"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """measured(world_size, slow) -> results in the order of `cells`, launched once."""
+
+    @cache
+    def launch(ranks: int, slow: bool) -> list[dict[str, Any]]:
+        directory = tmp_path_factory.mktemp(f"trees{ranks}")
+        (directory / "cells.json").write_text(json.dumps(cells(ranks, slow)))
+        run_ranks(ranks, WORKER, directory, directory / "cells.json", timeout=280)
+        return json.loads((directory / "results.json").read_text())
+
+    return launch
+
+
+def check(got: dict[str, Any], cell: dict[str, Any]) -> None:
+    """What must hold of a cell."""
+    assert got["logprob_diff"] <= 1e-5
+    assert got["gradient_diff"] <= 1e-5, "of every parameter, relative"
+    assert got["loss_diff"] <= 1e-6 * max(1.0, got["loss_scale"])
+    assert got["entropy_diff"] <= 1e-6
+    if cell["depth"] == 0:
+        assert got["token_ratio"] == 1
+    elif cell["depth"] >= 3 and "sharing" not in cell:
+        assert got["token_ratio"] < 0.35
+        assert len(set(got["regimes"]) & CLIP_REGIMES) >= 9, "clipped high, low, dual and not, either sign and both"
+    if cell["split"] and cell["depth"] >= 3 and "sharing" not in cell:
+        assert got["repeated"] > 0, "trees were cut"
+    else:
+        assert cell["split"] or got["repeated"] == 0
+
+
+def params(slow: bool) -> list[Any]:
+    """(ranks, index) of every cell of a lane."""
+    return [pytest.param(n, i, id=f"{n}-{name(c)}") for n in LAYOUTS for i, c in enumerate(cells(n, slow))]
+
+
+@pytest.mark.parametrize("ranks, index", params(slow=False))
+def test_equals_flat_autograd(measured, ranks, index):
+    check(measured(ranks, False)[index], cells(ranks, False)[index])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, index", params(slow=True))
+def test_topology_matrix(measured, ranks, index):
+    check(measured(ranks, True)[index], cells(ranks, True)[index])
+
+
+def test_the_matrix_is_large_enough():
+    assert sum(len(cells(n, True)) for n in LAYOUTS) >= 120
