@@ -24,7 +24,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from treepo_mega.tree.segments import Floats, Ints, Segments, levels, path_sums, subtree_sums
+from treepo_mega.tree.segments import Floats, Ints, Segments, path_sums
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 QUARTERS = 4
@@ -71,9 +71,11 @@ def fold_nodes(s: Segments, advantages: Floats, weights: Floats) -> Credit:
 
 def _sum_below(s: Segments, value: Floats) -> Floats:
     """[S] sum of `value` [L, depth-first] over the leaves at or below each segment."""
-    at = np.zeros(len(s))
-    np.add.at(at, s.leaf_segment, value)
-    return subtree_sums(s.parent, at, levels(s.parent)) if len(s) else at
+    if not len(s):
+        return np.zeros(0)
+    # Sums of value[lo:hi]; every second one is of what lies between two intervals.
+    borders = np.stack([s.leaf_lo, s.leaf_hi], 1).reshape(-1)
+    return np.add.reduceat(np.append(value, 0.0), borders)[::2]
 
 
 def credit_by_depth(s: Segments, c: Credit) -> list[float]:

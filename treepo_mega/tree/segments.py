@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -101,9 +102,10 @@ class Segments:
         base = np.cumsum(sizes) - sizes
         nodes = list(chain.from_iterable(t.nodes for t in trees))
         owner = np.repeat(np.arange(len(trees)), sizes)
-        parent = np.fromiter((n.parent for n in nodes), np.int64, len(nodes))
-        length = np.fromiter((len(n.tokens) for n in nodes), np.int64, len(nodes))
-        scored = np.fromiter((len(n.logprobs) for n in nodes), np.int64, len(nodes))
+        texts, scores = list(map(attrgetter("tokens"), nodes)), list(map(attrgetter("logprobs"), nodes))
+        parent = np.fromiter(map(attrgetter("parent"), nodes), np.int64, len(nodes))
+        length = np.fromiter(map(len, texts), np.int64, len(nodes))
+        scored = np.fromiter(map(len, scores), np.int64, len(nodes))
         wrong = np.flatnonzero((scored != length) & (parent >= 0))
         if len(wrong):
             at = int(wrong[0])
@@ -115,8 +117,8 @@ class Segments:
             parent=np.where(parent < 0, -1, parent + base[owner]),
             leaves=leaves + np.repeat(base, counts),
             length=length,
-            tokens=np.fromiter(chain.from_iterable(n.tokens for n in nodes), np.int64, int(length.sum())),
-            scores=chain.from_iterable(n.logprobs for n in nodes if n.parent >= 0),
+            tokens=np.fromiter(chain.from_iterable(texts), np.int64, int(length.sum())),
+            scores=chain.from_iterable(compress(scores, (parent >= 0).tolist())),
             prompt=np.asarray(prompts, np.int64)[owner],
             sharing=sharing,
         )
@@ -144,9 +146,10 @@ class Segments:
 
     def flat_lengths(self) -> Ints:
         """[L] trained tokens of each trajectory, in the caller's order of leaves."""
-        carried = path_sums(self.parent, np.where(self.trained, self.length, 0))
-        out = np.empty(len(self.leaf_segment), np.int64)
-        out[self.leaf_number] = carried[self.leaf_segment]
+        at = self.leaf_segment
+        prompts = self.length[self.parent < 0][self.group[at]]
+        out = np.empty(len(at), np.int64)
+        out[self.leaf_number] = self.position[at] + self.length[at] - prompts
         return out
 
 
@@ -257,12 +260,11 @@ def _build(
     logprobs[inside] = np.fromiter(scores, np.float64, int(inside.sum()))
     source = np.cumsum(length) - length
     copy = _copies(parent, leaves, sharing)
-    order, parent, rank = _depth_first(copy.parent, copy.leaf)
+    order, parent, rank, below = _depth_first(copy.parent, copy.leaf)
     node, size = copy.node[order], length[copy.node[order]]
     root = parent < 0
     if (bad := size[root] == 0).any():
         raise ValueError(f"the prompt of tree {int(np.flatnonzero(bad)[0])} is empty: nothing predicts its first token")
-    below = subtree_sums(parent, np.ones(len(parent), np.int64), levels(parent))
     ends = np.bincount(rank[copy.leaf], minlength=len(parent))
     before = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
     leaf_order = np.argsort(rank[copy.leaf], kind="stable")
@@ -285,11 +287,11 @@ def _build(
     )
 
 
-def _depth_first(parent: Ints, leaf: Ints) -> tuple[Ints, Ints, Ints]:
-    """(order, parent, rank): segments with a leaf below them in pre-order, their parents there, and old -> new."""
+def _depth_first(parent: Ints, leaf: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """Segments with a leaf below them, in pre-order: (old index, parent, [old] -> new index, size of the subtree)."""
     if not len(leaf):
         none = np.zeros(0, np.int64)
-        return none, none, none
+        return none, none, none, none
     by_level = levels(parent)
     reached = subtree_sums(parent, np.bincount(leaf, minlength=len(parent)), by_level) > 0
     by_level = [index[reached[index]] for index in by_level]
@@ -298,4 +300,4 @@ def _depth_first(parent: Ints, leaf: Ints) -> tuple[Ints, Ints, Ints]:
     order = np.empty(int(reached.sum()), np.int64)
     order[rank[reached]] = np.flatnonzero(reached)
     up = parent[order]
-    return order, np.where(up >= 0, rank[up], -1), rank
+    return order, np.where(up >= 0, rank[up], -1), rank, below[order]

@@ -1,0 +1,90 @@
+"""Masses, weights and where credit falls, by their definitions; and the clipped loss on masses, regime by regime."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tree.forests import forests
+from treepo_mega.tree.advantage import leaf_advantages, masses, segment_advantages
+from treepo_mega.tree.credit import credit_by_depth, fold, fold_nodes, leaf_weights
+from treepo_mega.tree.node import Tree
+from treepo_mega.tree.segments import Segments
+
+
+@settings(max_examples=100, deadline=None)
+@given(forests(), st.data())
+def test_fold_is_masses_per_node(trees, data):
+    """`advantage.masses` says what a mass is; the arrays say the same of all trees at once."""
+    per_tree = [[data.draw(st.floats(-3, 3)) for _ in t.leaves] for t in trees]
+    s = Segments.from_trees(trees, range(len(trees)))
+    c = fold(s, np.concatenate(per_tree), np.ones(len(s.leaf_number)))
+    base, want = 0, {}
+    for t, a in zip(trees, per_tree, strict=True):
+        want |= {base + node: m for node, m in masses(t, a).items()}
+        base += len(t.nodes)
+    assert sorted(s.node.tolist()) == sorted(want), "nodes without a leaf are left out"
+    for i, node in enumerate(s.node.tolist()):
+        got = (c.A_pos[i], c.A_neg[i], c.count[i])
+        assert got == pytest.approx(tuple(want[node]), rel=1e-12, abs=1e-12)
+        assert c.n[i] == c.count[i]
+
+
+@settings(max_examples=60, deadline=None)
+@given(forests())
+def test_segment_advantages_add_up_to_the_outcome(trees):
+    for tree in trees:
+        a = segment_advantages(tree)
+        mean = sum(tree.rewards) / len(tree.rewards)
+        for leaf, reward in zip(tree.leaves, tree.rewards, strict=True):
+            assert sum(a[n] for n in tree.ancestry(leaf)) == pytest.approx(reward - mean, abs=1e-12)
+        n = [0] * len(tree.nodes)
+        for leaf in tree.leaves:
+            for node in tree.ancestry(leaf):
+                n[node] += 1
+        scaled = segment_advantages(tree, sqrt_n=True)
+        assert scaled == pytest.approx([x / max(1, k) ** 0.5 for x, k in zip(a, n, strict=True)])
+
+
+def test_reinforce_is_the_reward():
+    tree = Tree.start("p", [1])
+    for r in (1.0, 0.0):
+        tree.leaves.append(tree.add_child(0).id)
+        tree.rewards.append(r)
+    assert leaf_advantages(tree, "reinforce_pp") == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "mode, want",
+    [
+        ("token-mean", [1, 1, 1]),
+        ("seq-mean-token-mean", [12 / (2 * 4), 12 / (2 * 8), 12 / 2]),
+        ("seq-mean-token-sum", [6, 6, 6]),
+    ],
+)
+def test_weights(mode, want):
+    """P = 12 pairs of N = 2 trajectories that have tokens."""
+    assert leaf_weights(mode, np.array([4, 8, 0])).tolist() == want
+
+
+def tree_of_two():
+    """A shared half (4 tokens) and two own halves of opposite outcome."""
+    tree = Tree.start("p", [0])
+    for parent in (0, 1, 1):
+        node = tree.add_child(parent)
+        node.tokens, node.logprobs = [1] * 4, [-1.0] * 4
+    tree.leaves, tree.rewards = [2, 3], [1.0, 0.0]
+    return tree
+
+
+def test_credit_falls_behind_the_branch():
+    s = Segments.from_trees([tree_of_two()], [0])
+    ones = np.ones(2)
+    assert credit_by_depth(s, fold(s, np.array([1.0, -1.0]), ones)) == [0, 0, 0.5, 0.5], "shared: +1 and -1 cancel"
+    assert credit_by_depth(s, fold(s, np.array([1.0, 1.0]), ones)) == [0.25] * 4
+    flat = Segments.from_trees([tree_of_two()], [0], "none")
+    assert credit_by_depth(flat, fold(flat, np.array([1.0, -1.0]), ones)) == [0.25] * 4, "flat: every token alike"
+    assert credit_by_depth(s, fold_nodes(s, np.array(segment_advantages(tree_of_two())), ones)) == [0, 0, 0.5, 0.5]
+    assert credit_by_depth(s, fold(s, np.zeros(2), ones)) == [0] * 4
