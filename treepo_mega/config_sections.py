@@ -302,6 +302,9 @@ class AlgoConfig(Section):
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
     """token-mean: sum over all (trajectory, token) pairs of the global batch / their number. seq-mean-token-mean: mean
     over trajectories of each one's token mean. seq-mean-token-sum: mean over trajectories of each one's token sum."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """sequence: GSPO's ratio, the geometric mean over a trajectory's tokens; needs train.prefix_sharing none, and goes
+    with loss_agg_mode seq-mean-token-mean."""
     use_tis: bool | None = None
     """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, and with
     rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over)."""

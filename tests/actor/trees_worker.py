@@ -1,6 +1,7 @@
 """One rank of test_trees.py: trees through one layout after another, compared with transformers on flat sequences.
 
-    trees_worker.py DIRECTORY CELLS.json       CELLS: [{"layout": {...}, "kind", "tied", "recompute", "depth", "split", ...}]
+    trees_worker.py DIRECTORY CELLS.json       CELLS: list of {"layout", "kind", "tied", "recompute", "depth",
+"split", ...}
 
 Cells of the same layout and model share an actor. Rank 0 writes what it measured to DIRECTORY/results.json, one dict
 a cell, in order.
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.actor.exact import measure_exact
 from tests.actor.oracle import configuration, write_checkpoint
 from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
 from treepo_mega.actor.batch import plan_batch
@@ -112,8 +114,8 @@ def main() -> None:
     """All cells, in this process."""
     directory, cells = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     results, started = [], time.time()
-    sort = ("layout", "kind", "tied", "recompute")
-    for _, group in itertools.groupby(cells, key=lambda c: [c[k] for k in sort]):
+    sort = ("layout", "kind", "tied", "recompute", "exact")
+    for _, group in itertools.groupby(cells, key=lambda c: [c.get(k) for k in sort]):
         same = list(group)
         first = same[0]
         hf_dir = directory / f"{first['kind']}_{first['tied']}"
@@ -122,6 +124,10 @@ def main() -> None:
         if dist.is_main() and not (hf_dir / "config.json").exists():
             write_checkpoint(hf_dir, first["kind"], first["tied"])
         dist.barrier("the checkpoint", 60)
+        if first.get("exact"):
+            results.append(measure_exact(cfg, hf_dir))
+            ps.destroy_model_parallel()
+            continue
         actor = Actor(cfg, hf_dir)
         for cell in same:
             results.append(measure(actor, config_of(cell, hf_dir), cell, directory, hf_dir))

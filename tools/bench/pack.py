@@ -2,8 +2,8 @@
 
     python tools/bench/pack.py [--quick] [--trees 4096] [--tokens 2]
 
-Trees have 16 leaves, each 14 segments below the prompt, branching by two at the first four borders (223 nodes a tree
-with the prompt: 4,096 trees are about 0.9 M segments). Timed apart: reading the trees into arrays (Python objects,
+Trees have 16 leaves, each 18 segments below the prompt, branching by two at the first four borders (255 nodes a tree
+with the prompt: 4,096 trees are about a million segments). Timed apart: reading the trees into arrays (Python objects,
 proportional to segments and tokens), and planning (folding advantages, cutting, dealing, laying out one of 64
 data-parallel ranks). Sizes double, so that linear cost shows as doubling
 times. CPU seconds of the one thread, so that other jobs on shared cores do not count.
@@ -28,7 +28,7 @@ from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch, plan_step
 from treepo_mega.tree.segments import Segments
 
-LEVELS, DEPTH, PROMPT = 4, 14, 16
+LEVELS, DEPTH, PROMPT = 4, 18, 16
 BAR_S = 2.0
 
 

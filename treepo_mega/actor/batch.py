@@ -13,7 +13,7 @@ import numpy as np
 
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.config import Config, read_hf_config
-from treepo_mega.runtime import cpu_megatron
+from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.tree.advantage import leaf_advantages, segment_advantages, whiten
 from treepo_mega.tree.credit import Credit, credit_by_depth, fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import Tree
@@ -92,7 +92,8 @@ def plan_batch(batch: Batch, cfg: Config, cost: float = 0.0) -> StepPlan:
 
 
 def plan_rollout(trees: list[Tree], cfg: Config) -> tuple[list[StepPlan], dict[str, float]]:
-    """The optimizer steps of this rollout for this rank, those without trajectories left out; and metrics of credit."""
+    """The optimizer steps of this rollout for this rank, those without trajectories left out; and metrics of
+    credit and of tokens. Collective over all ranks."""
     a, plans, depth = advantages(trees, cfg), [], []
     cost = pair_cost(cfg)
     for group in split_steps(range(len(trees)), cfg.train.num_steps_per_rollout):
@@ -105,5 +106,21 @@ def plan_rollout(trees: list[Tree], cfg: Config) -> tuple[list[StepPlan], dict[s
         depth.append(credit_by_depth(s, credit))
     if not plans:
         return [], {}
-    mean = np.mean(depth, axis=0)
-    return plans, {f"tree/credit_q{q + 1}": float(x) for q, x in enumerate(mean)}
+    return plans, {f"tree/credit_q{q + 1}": float(x) for q, x in enumerate(np.mean(depth, axis=0))} | _tokens(plans)
+
+
+def _tokens(plans: list[StepPlan]) -> dict[str, float]:
+    """What the packs of all data-parallel ranks hold. Collective over all ranks."""
+    counts = {"real": 0.0, "padded": 0.0, "flat": 0.0, "rows": 0.0}
+    if ps.get_tensor_model_parallel_rank() == 0 and ps.get_pipeline_model_parallel_rank() == 0:
+        counts["rows"] = float(sum(len(p.target) for plan in plans for p in plan.packs))
+        if ps.get_context_parallel_rank() == 0:
+            for name in ("real", "padded", "flat"):
+                counts[name] = float(sum(getattr(plan, f"{name}_tokens") for plan in plans))
+    total = dist.sum_over_ranks(counts)
+    return {
+        "perf/packed_tokens": total["real"],
+        "perf/packed_token_ratio": total["real"] / max(1.0, total["flat"]),
+        "perf/padding_share": 1 - total["real"] / max(1.0, total["padded"]),
+        "perf/loss_rows": total["rows"],
+    }

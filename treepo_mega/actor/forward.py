@@ -12,6 +12,7 @@ Both make the backward sum the shards' hidden gradients over the tensor-parallel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 from treepo_mega.actor.attention import PACKS, PackLayout
+from treepo_mega.actor.attention_flex import SHAPE_BUCKET
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.config import Config
 from treepo_mega.loss.head import logprob_entropy
 from treepo_mega.runtime import cpu_megatron
-from treepo_mega.runtime.device import device
+from treepo_mega.runtime.device import device, has_cuda
 from treepo_mega.tree.pack import Pack
 
 cpu_megatron.install()
@@ -50,8 +52,11 @@ class Head:
 
 
 def padding_multiple(cfg: Config) -> int:
-    """Packs are padded to a multiple of this: sequence parallelism splits the sequence over TP."""
-    return cfg.parallel.tensor_model_parallel_size if cfg.parallel.sequence_parallel else 1
+    """Packs are padded to a multiple of this: sequence parallelism splits each rank's share over TP, and on CUDA
+    the attention kernel is compiled per length."""
+    p = cfg.parallel
+    share = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    return math.lcm(share, SHAPE_BUCKET) if has_cuda() else share
 
 
 def count_multiple(cfg: Config) -> int:

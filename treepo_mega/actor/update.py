@@ -29,7 +29,7 @@ from treepo_mega.actor.forward import (
 )
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.config import AlgoConfig, Config
-from treepo_mega.loss.policy import policy_loss, supervised_loss
+from treepo_mega.loss.policy import kl_penalty, policy_loss, supervised_loss
 from treepo_mega.reshard.gather import load_from_hf
 from treepo_mega.reshard.layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
@@ -98,20 +98,37 @@ def policy_gradient(algo: AlgoConfig) -> LossFunction:
         """A `LossFunction`. Raises ValueError for a pack without old logprobs."""
         if pack.old_logprobs is None:
             raise ValueError("the pack has no old logprobs: run actor.logprobs first")
-        return policy_loss(
-            logp,
-            entropy,
-            old_logprobs=on_device(pack.old_logprobs, logp.dtype),
-            rollout_logprobs=on_device(pack.rollout_logprobs, logp.dtype),
-            ref_logprobs=None if pack.ref_logprobs is None else on_device(pack.ref_logprobs, logp.dtype),
-            A_pos=on_device(pack.A_pos, logp.dtype),
-            A_neg=on_device(pack.A_neg, logp.dtype),
-            n=on_device(pack.n, logp.dtype),
-            count=on_device(pack.count, logp.dtype),
-            algo=algo,
-        )
+        terms = {name: on_device(getattr(pack, name), logp.dtype) for name in ROW_TERMS}
+        terms["ref_logprobs"] = None if pack.ref_logprobs is None else on_device(pack.ref_logprobs, logp.dtype)
+        if algo.ratio_level == "token":
+            return policy_loss(logp, entropy, **terms, algo=algo)
+        return _sequence_level(logp, entropy, pack, terms, algo)
 
     return loss
+
+
+ROW_TERMS = ("old_logprobs", "rollout_logprobs", "A_pos", "A_neg", "n", "count")
+
+
+def _sequence_level(
+    logp: Tensor, entropy: Tensor, pack: Pack, terms: dict[str, Tensor | None], algo: AlgoConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GSPO on a flat pack, which holds trajectories whole: every token has the geometric mean ratio of its trajectory.
+
+    The KL term stays per token. Source: Zheng et al., "Group Sequence Policy Optimization" (2025), eq. 5-7.
+    """
+    _, of, size = np.unique(pack.trajectory, return_inverse=True, return_counts=True)
+    which, length = on_device(of), on_device(size, logp.dtype)
+    change = logp.new_zeros(len(size)).index_add(0, which, logp - terms["old_logprobs"]) / length
+    mean = terms["old_logprobs"] + change[which]
+    total, sums = policy_loss(mean, entropy, **terms, algo=algo.model_copy(update={"kl_loss_coef": 0.0}))
+    if algo.kl_loss_coef > 0:
+        if terms["ref_logprobs"] is None:
+            raise ValueError("algo.kl_loss_coef > 0 needs reference logprobs: the reference pass did not run")
+        kl = (terms["n"] * kl_penalty(logp, terms["ref_logprobs"], algo.kl_loss_type)).sum()
+        total = total + algo.kl_loss_coef * kl
+        sums |= {"kl_loss": kl.detach(), "loss": total.detach()}
+    return total, sums
 
 
 def supervised(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:

@@ -119,6 +119,15 @@ _RESHARD = (
 
 _PERF = (
     Metric("perf/tokens_per_s", "tokens/s", "steady", "response tokens trained on / step time, all ranks"),
+    Metric("perf/packed_tokens", "tokens", "near token_ratio x flat", "tokens of a training pass, prompts included"),
+    Metric(
+        "perf/packed_token_ratio",
+        "ratio",
+        "below 1; 1 with prefix_sharing none",
+        "tokens of a training pass (ancestors of cut trees repeated) / tokens of its trajectories one by one",
+    ),
+    Metric("perf/padding_share", "share", "below 0.05", "padding in the tokens of a training pass"),
+    Metric("perf/loss_rows", "tokens", "tree/unique_tokens", "tokens with a loss, shared ones once"),
     Metric("perf/step_s", "s", "steady", "wall time of the step, evaluation and checkpoint excluded"),
     Metric(
         "timing_s/{rollout,reward,advantage,old_logprobs,ref_logprobs,update,reshard,checkpoint,eval,step}",
