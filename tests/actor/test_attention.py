@@ -77,7 +77,8 @@ def check_equal(pack, layout, scale, **shape):
 @settings(max_examples=100, deadline=None)
 @given(
     forests(), st.sampled_from([1, 4, 30, 10_000]), st.sampled_from([3, 16, 256]), st.sampled_from([1, 5, 32]),
-    st.sampled_from([0, 20, 256]), st.sampled_from([1, 200, 1 << 16]), st.sampled_from([None, 0.3]), st.sampled_from([1, 2, 3]), st.integers(0, 2),
+    st.sampled_from([0, 20, 256]), st.sampled_from([1, 200, 1 << 16]), st.sampled_from([None, 0.3]),
+    st.sampled_from([1, 2, 3]), st.integers(0, 2),
 )  # fmt: skip
 def test_equals_a_dense_mask_with_gradients(trees, long_run, chunk, block, far, gathered, scale, cp_size, rank):
     """Whatever is attended by runs, whatever in gathered blocks, and whichever queries are here."""
@@ -101,7 +102,7 @@ def test_head_shapes(heads, groups, size):
 
 
 def test_pairs_grow_with_paths_and_not_with_the_square():
-    """8 trees of 1 prompt and 16 leaves: runs can ask for exactly the visible pairs, blocks ask for a few times that."""
+    """8 trees of 1 prompt and 16 leaves: runs can ask for the visible pairs and no more, blocks for a few times that."""
     rng, ids = random.Random(2), itertools.count()
     trees = [grow(rng, nodes=30, max_segment=8, prompt=64, name="p", ids=ids) for _ in range(8)]
     pack = pack_of(trees)

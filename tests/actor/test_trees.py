@@ -80,7 +80,8 @@ def name(cell: dict[str, Any]) -> str:
     layout = "".join(f"{k}{int(v)}" for k, v in cell["layout"].items()) or "dp"
     more = "-".join([*cell.get("overrides", ()), *([cell["sharing"]] if "sharing" in cell else [])])
     more += "-fp64" if cell.get("exact") else ""
-    return f"{layout}-{cell['kind']}-{'re' if cell['recompute'] else ''}d{cell['depth']}{'s' if cell['split'] else ''}-{more}"
+    how = f"{'re' if cell['recompute'] else ''}d{cell['depth']}{'s' if cell['split'] else ''}"
+    return f"{layout}-{cell['kind']}-{how}-{more}"
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def noise(prefix: tuple[int, ...], kind: str) -> float:
 
 
 def trajectory_loss(logp: Tensor, entropy: Tensor, kept: dict[str, Tensor], a: float, algo: AlgoConfig) -> Tensor:
-    """The loss of each token of one trajectory with advantage `a`: PPO-clip, dual clip, importance weight, KL, entropy."""
+    """The loss of each token of one trajectory with advantage `a`: (dual) clip, importance weight, KL, entropy."""
     change = logp - kept["old"]
     ratio = (change.mean().expand_as(change) if algo.ratio_level == "sequence" and len(change) else change).exp()
     term = torch.minimum(ratio * a, ratio.clamp(1 - algo.eps_clip, 1 + algo.eps_clip_high) * a)

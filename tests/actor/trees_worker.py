@@ -1,8 +1,8 @@
 """One rank of test_trees.py: trees through one layout after another, compared with transformers on flat sequences.
 
-    trees_worker.py DIRECTORY CELLS.json       CELLS: list of {"layout", "kind", "tied", "recompute", "depth",
-"split", ...}
+    trees_worker.py DIRECTORY CELLS.json
 
+CELLS is a list of {"layout", "kind", "tied", "recompute", "depth", "split", ...} as test_trees.py makes it.
 Cells of the same layout and model share an actor. Rank 0 writes what it measured to DIRECTORY/results.json, one dict
 a cell, in order.
 """

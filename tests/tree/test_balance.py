@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ def test_fill_keeps_the_cap_and_wastes_little(sizes, cap):
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     loads = sorted(sum(sizes[i] for i in b) for b in bins)
     assert all(0 < x <= cap for x in loads)
-    assert all(a + b > cap for a, b in zip(loads, loads[1:], strict=False)), "no two neighbours could be one"
+    assert all(a + b > cap for a, b in itertools.pairwise(loads)), "no two neighbours could be one"
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 120), st.integers(0, 3))

@@ -242,6 +242,6 @@ def test_what_cannot_be_trained_on_is_an_error():
         Segments.from_paths([Trajectory(0, [1, 2, 3], 1, 0.0, [0.0])])
     with pytest.raises(ValueError, match="loss_agg_mode 'mean'"):
         leaf_weights("mean", np.array([1]))
+    tree.nodes[0].tokens = [1]
     with pytest.raises(ValueError, match="prefix sharing 'all'"):
-        tree.nodes[0].tokens = [1]
         Segments.from_trees([tree], [0], "all")

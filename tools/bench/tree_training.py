@@ -15,8 +15,8 @@ the pairs that kernels were asked for. Peak memory is that of live tensors durin
 events in an untimed pass, weights and optimizer left out.
 
 Last line, JSON: {"forests": [{"name", "model", "token_ratio" (tokens computed, packed / flat), "time_ratio" (medians of
-old + ref + update, wall), "cpu_ratio" (the same in CPU seconds: other jobs do not count), "time_flat_s", "time_packed_s", "phases" ({phase: ratio}), "memory_ratio" (peak of the update),
-"pairs_ratio", "flops_ratio" (tokens, pairs and rows at their price: what a perfect implementation could reach),
+old + ref + update, wall), "cpu_ratio" (the same in CPU seconds: other jobs do not count), "time_flat_s",
+"time_packed_s", "phases" ({phase: ratio}), "memory_ratio" (peak of the update), "pairs_ratio", "flops_ratio" (tokens, pairs and rows at their price: what a perfect implementation could reach),
 "grad_rel_diff" (norm of the difference of all gradients / norm), "target" (1.1 token_ratio + 0.03),
 "met"}], "met": all of them}. --quick: the small model and one repeat of each forest.
 """
@@ -257,8 +257,9 @@ def print_row(r: dict[str, Any], header: bool) -> None:
     """A line for people."""
     if header:
         print(
-            f"{'model':<8}{'forest':<11}{'tokens flat':>12}{'packed':>9}{'ratio':>7}{'pairs':>7}{'flops':>7}{'asked/seen':>12}"
-            f"{'flat s':>9}{'packed s':>10}{'time':>7}{'cpu':>7}{'target':>8}{'memory':>8}{'gradient':>10}  old ref update"
+            f"{'model':<8}{'forest':<11}{'tokens flat':>12}{'packed':>9}{'ratio':>7}{'pairs':>7}{'flops':>7}"
+            f"{'asked/seen':>12}{'flat s':>9}{'packed s':>10}{'time':>7}{'cpu':>7}{'target':>8}{'memory':>8}"
+            f"{'gradient':>10}  old ref update"
         )
     flat, packed = r["counts"]["none"], r["counts"]["tree"]
     asked = f"{packed['kernel_pairs'] / packed['pairs']:.2f}/{flat['kernel_pairs'] / flat['pairs']:.2f}"

@@ -18,6 +18,7 @@ Padding attends to nothing: its output and gradients are 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,7 +126,7 @@ def _runs(borders: list[int], end: np.ndarray, here: np.ndarray) -> tuple[list[R
     """(runs worth calls of their own, [real] bool: queries of this rank that are in none)."""
     out, short = [], here[: len(end)] >= 0
     above: list[tuple[int, int, int]] = []  # (start, end, subtree end) of the runs above
-    for a, b in zip(borders[:-1], borders[1:], strict=True):
+    for a, b in itertools.pairwise(borders):
         while above and above[-1][2] <= a:
             above.pop()
         before = sum(stop - start for start, stop, _ in above)

@@ -62,8 +62,8 @@ def policy_loss(
     A statistic whose name begins with `max_` is a maximum instead.
 
     All arguments are [N]; `logp` and `entropy` carry gradients. `n` weighs a row in the loss, `count` in the
-    statistics (the trajectories through it; None: `n`): they differ unless loss_agg_mode is token-mean. Raises ValueError when a KL term is asked
-    for without reference logprobs.
+    statistics (the trajectories through it; None: `n`): they differ unless loss_agg_mode is token-mean. Raises
+    ValueError when a KL term is asked for without reference logprobs.
     """
     log_ratio = logp - old_logprobs
     ratio = log_ratio.exp()
