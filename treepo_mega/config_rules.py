@@ -31,8 +31,8 @@ def check_batch(cfg: Config) -> list[str]:
     if cfg.algo.ratio_level == "sequence" and (t.prefix_sharing != "none" or cfg.parallel.context_parallel_size > 1):
         bad.append(
             "algo.ratio_level sequence needs train.prefix_sharing none (and context_parallel_size 1): a sequence's "
-            "ratio is a mean over its own tokens, so a shared token has as many ratios as trajectories, and the clipped "
-            f"loss no longer depends on two sums of advantages; got prefix_sharing {t.prefix_sharing}, "
+            "ratio is a mean over its own tokens, so a shared token has as many ratios as trajectories, and the "
+            f"clipped loss no longer depends on two sums of advantages; got prefix_sharing {t.prefix_sharing}, "
             f"context_parallel_size {cfg.parallel.context_parallel_size}"
         )
     if t.max_tokens_per_gpu < cfg.max_model_len:

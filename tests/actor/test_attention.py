@@ -102,7 +102,7 @@ def test_head_shapes(heads, groups, size):
 
 
 def test_pairs_grow_with_paths_and_not_with_the_square():
-    """8 trees of 1 prompt and 16 leaves: runs can ask for the visible pairs and no more, blocks for a few times that."""
+    """8 trees of 31 nodes: runs can ask for the visible pairs and no more, blocks for a few times that."""
     rng, ids = random.Random(2), itertools.count()
     trees = [grow(rng, nodes=30, max_segment=8, prompt=64, name="p", ids=ids) for _ in range(8)]
     pack = pack_of(trees)

@@ -14,10 +14,11 @@ Counts that explain the ratios are printed beside them: tokens computed (with pa
 the pairs that kernels were asked for. Peak memory is that of live tensors during the update, from the allocator's own
 events in an untimed pass, weights and optimizer left out.
 
-Last line, JSON: {"forests": [{"name", "model", "token_ratio" (tokens computed, packed / flat), "time_ratio" (medians of
-old + ref + update, wall), "cpu_ratio" (the same in CPU seconds: other jobs do not count), "time_flat_s",
-"time_packed_s", "phases" ({phase: ratio}), "memory_ratio" (peak of the update), "pairs_ratio", "flops_ratio" (tokens, pairs and rows at their price: what a perfect implementation could reach),
-"grad_rel_diff" (norm of the difference of all gradients / norm), "target" (1.1 token_ratio + 0.03),
+Last line, JSON: {"forests": [{"name", "model", "token_ratio" (tokens computed, packed / flat), "time_ratio" (medians
+of old + ref + update, wall), "cpu_ratio" (the same in CPU seconds: other jobs do not count), "time_flat_s",
+"time_packed_s", "phases" ({phase: ratio}), "memory_ratio" (peak of the update), "pairs_ratio", "flops_ratio" (tokens,
+pairs and rows at their price: what a perfect implementation could reach), "grad_rel_diff" (norm of the difference of
+all gradients / norm), "target" (1.1 token_ratio + 0.03),
 "met"}], "met": all of them}. --quick: the small model and one repeat of each forest.
 """
 

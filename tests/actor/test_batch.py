@@ -1,0 +1,68 @@
+"""From trees to a batch: estimators and whitening as the configuration says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from treepo_mega.actor.batch import advantages, pair_cost
+from treepo_mega.config import Config, ConfigError, check, load_config
+from treepo_mega.tree.advantage import segment_advantages
+from treepo_mega.tree.node import Tree
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, ["model.hf_checkpoint=unused", "data.train=[{path: unused.jsonl}]", *overrides])
+
+
+def forest() -> list[Tree]:
+    """Two trees with a shared segment of 3 tokens and leaves of 1 and 5, and one path of 4."""
+    trees = []
+    for i, rewards in enumerate(((1.0, 0.0), (0.0, 1.0))):
+        tree = Tree.start(f"p{i}", [1, 2])
+        for parent, size in ((0, 3), (1, 1), (1, 5)):
+            node = tree.add_child(parent)
+            node.tokens, node.logprobs = [3] * size, [-1.0] * size
+        tree.leaves, tree.rewards = [2, 3], list(rewards)
+        trees.append(tree)
+    return trees
+
+
+def test_whitening_weighs_every_trajectory_and_token_once():
+    got = advantages(forest(), config())
+    repeated = np.concatenate([np.repeat(v, [4, 8]) for v in got.values])
+    assert not got.per_node
+    assert repeated.mean() == pytest.approx(0, abs=1e-12) and repeated.std(ddof=1) == pytest.approx(1)
+
+
+def test_segment_advantages_are_per_node_and_can_be_whitened():
+    plain = advantages(forest(), config("algo.advantage_estimator=segment"))
+    assert plain.per_node
+    assert [v.tolist() for v in plain.values] == [segment_advantages(t) for t in forest()]
+    white = advantages(forest(), config("algo.advantage_estimator=segment", "algo.whiten_advantages=true"))
+    # Node 1 is shared by two trajectories of 3 tokens each; the prompt carries nothing.
+    repeated = np.concatenate([np.repeat(v[1:], [6, 1, 5]) for v in white.values])
+    assert repeated.mean() == pytest.approx(0, abs=1e-12) and repeated.std(ddof=1) == pytest.approx(1)
+
+
+def test_reinforce_is_whitened_by_default():
+    assert config("algo.advantage_estimator=reinforce_pp").algo.whiten_advantages
+    assert not config("algo.advantage_estimator=segment").algo.whiten_advantages
+
+
+def test_sequence_ratios_refuse_shared_tokens():
+    wanted = "a shared token has as many ratios as trajectories"
+    with pytest.raises(ConfigError, match=wanted):
+        check(config("algo.ratio_level=sequence", "train.max_tokens_per_gpu=8192"), 1)
+    check(config("algo.ratio_level=sequence", "train.prefix_sharing=none", "train.max_tokens_per_gpu=8192"), 1)
+
+
+def test_pair_cost_is_attention_over_matrices(tmp_path):
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    more = {"intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(shape | more))
+    cfg = config(f"model.hf_checkpoint={tmp_path}")
+    # Multiply-adds a layer: 2 x 128 per pair; q, o 64 x 128 each, k, v 64 x 64 each, three of 64 x 192 per token.
+    assert pair_cost(cfg) == 256 / (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 192)
