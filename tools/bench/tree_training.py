@@ -1,6 +1,6 @@
 """What training on trees saves: old logprobs, reference logprobs and update, packed (tree) against flat.
 
-    python tools/bench/tree_training.py [--quick] [--repeats 3] [--trees 1] [--segment 32]
+    python tools/bench/tree_training.py [--quick] [--model 4x256] [--repeats 3] [--trees 1] [--segment 32]
 
 One process, one rank, fp32, the real actor, reference and optimizer. Per model and forest the same trajectories are
 trained on as trees (`train.prefix_sharing: tree`) and one by one (`none`), in alternation, at equal
@@ -230,13 +230,15 @@ def main() -> int:
     """Measure and print; returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="the small model, one repeat")
+    p.add_argument("--model", choices=MODELS, help="only this one")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--trees", type=int, default=1, help="forests this many times larger")
     p.add_argument("--segment", type=int, default=32, help="tokens in a segment")
     args = p.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
-        for model, shape in list(MODELS.items())[: 1 if args.quick else None]:
+        wanted = [args.model] if args.model else list(MODELS)[: 1 if args.quick else None]
+        for model, shape in ((name, MODELS[name]) for name in wanted):
             hf_dir = write_model(Path(tmp) / model, shape)
             cfg = {s: configuration(hf_dir, s) for s in ("tree", "none")}
             dist.initialize(cfg["tree"])
