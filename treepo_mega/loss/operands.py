@@ -1,0 +1,179 @@
+"""What the head multiplies: hidden states and output weight as its precision sees them.
+
+One template, the precision is a parameter:
+
+    fp32, fp64   the operands as they are (bf16 parameters are widened, which is exact)
+    bf16         both rounded to bf16, products and sums in fp32: what a tensor core does
+    fp8          both quantised to e4m3 by a recipe (`quantize.py`), sums in fp32; the target's own logit comes from
+                 bf16 operands when `exact_target` is on
+
+Logits are never rounded to bf16: sums stay in fp32 up to the log-softmax, as in the fused kernels.
+
+Gradients. dHidden = dz @ W and dW = dz^T @ hidden take the bf16 operands in precision bf16 and fp8 (`grads: bf16`),
+or the quantised operands and e5m2 row-scaled dz (`grads: fp8`, which is what saves the FLOPs of these two products
+on a GPU). dW is accumulated in fp32 into what the caller gives: Megatron's main_grad where there is one.
+
+The weight side is prepared once per optimizer step and reused by the old, reference and policy passes: `WeightCache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from treepo_mega.loss.quantize import BLOCK, Quantized, Recipe, quantize
+
+Precision = Literal["fp32", "bf16", "fp8"]
+COLUMNS = 32 * BLOCK
+"""Vocabulary columns handled at a time where a temporary is needed: a slice of logits stays in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Precision of the head and of its gradients."""
+
+    precision: Precision = "fp32"
+    """fp64 operands keep fp64 whatever this says: for the tests of the formulas."""
+    recipe: Recipe = "rowwise"
+    exact_target: bool = True
+    """fp8 only: the target's logit from bf16 operands."""
+    power_of_2_scales: bool = False
+    """fp8 blockwise only: Transformer Engine's default."""
+    grads: Literal["bf16", "fp8"] = "bf16"
+    """Operands of the gradient products in precision fp8."""
+
+
+class WeightCache:
+    """The weight as bf16 or fp8, made once and kept until `clear()` or an in-place change that torch knows of.
+
+    Megatron's optimizers write through `.data`, which does not count as a change: whoever steps must clear.
+    """
+
+    def __init__(self) -> None:
+        self.made = 0
+        """How often a weight was prepared: once per optimizer step and precision, when all is well."""
+        self._kept: dict[tuple[object, ...], Tensor | Quantized] = {}
+
+    def clear(self) -> None:
+        """Forget everything: the weights have changed."""
+        self._kept.clear()
+
+    def get(self, weight: Tensor, valid: int, n: Numerics, kind: Literal["bf16", "fp8"]) -> Tensor | Quantized:
+        """`weight` [V/tp, K] rounded to bf16 or quantised; rows from `valid` on are padding."""
+        if kind == "bf16" and weight.dtype == torch.bfloat16:
+            return weight.detach()
+        recipe = (n.recipe, n.power_of_2_scales) if kind == "fp8" else ()
+        key = (weight.data_ptr(), tuple(weight.shape), weight._version, valid, kind, *recipe)
+        if key not in self._kept:
+            self._drop_older(key)
+            self.made += 1
+            self._kept[key] = (
+                weight.detach().bfloat16()
+                if kind == "bf16"
+                else quantize(
+                    weight.detach(), n.recipe, block_rows=BLOCK, valid_rows=valid, power_of_2_scales=n.power_of_2_scales
+                )
+            )
+        return self._kept[key]
+
+    def _drop_older(self, key: tuple[object, ...]) -> None:
+        for old in [k for k in self._kept if k[:2] == key[:2] and k[2] != key[2]]:
+            del self._kept[old]
+
+
+def column_slices(columns: int, size: int = COLUMNS) -> Iterator[slice]:
+    """[0, columns) in slices of `size`."""
+    for start in range(0, columns, size):
+        yield slice(start, min(start + size, columns))
+
+
+@dataclass(slots=True)
+class Operands:
+    """hidden [N, K] and the first `valid` rows of weight [V/tp, K], for one call of the head."""
+
+    hidden: Tensor
+    weight: Tensor
+    valid: int
+    numerics: Numerics
+    cache: WeightCache = field(default_factory=WeightCache)
+    _hidden8: Quantized | None = None
+
+    def __post_init__(self) -> None:
+        n = self.numerics
+        if self.fp8:
+            self._hidden8 = quantize(self.hidden.detach(), n.recipe, power_of_2_scales=n.power_of_2_scales)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits and sums: fp32, or fp64 for fp64 operands."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def fp8(self) -> bool:
+        """Are the logits' operands quantised?"""
+        return self.numerics.precision == "fp8" and self.hidden.dtype != torch.float64
+
+    @property
+    def rounds(self) -> bool:
+        """Do gradients see operands rounded to bf16?"""
+        return self.numerics.precision != "fp32" and self.hidden.dtype != torch.float64
+
+    def _rows(self, part: slice) -> Tensor:
+        """hidden [n, K] for gradients and exact targets, in the dtype of sums."""
+        h = self.hidden[part].detach()
+        return (h.bfloat16() if self.rounds else h).to(self.dtype)
+
+    def _weights(self, gradients: bool) -> Iterator[tuple[slice, Tensor]]:
+        """The weight's rows in the dtype of sums, a slice at a time (all at once where nothing is converted)."""
+        w = self.weight.detach()
+        if not self.rounds and w.dtype == self.dtype:
+            yield slice(0, self.valid), w[: self.valid]
+            return
+        quantised = self.fp8 and not (gradients and self.numerics.grads == "bf16")
+        kept = self.cache.get(w, self.valid, self.numerics, "fp8" if quantised else "bf16") if self.rounds else w
+        for c in column_slices(self.valid):
+            yield c, kept.values(c) if isinstance(kept, Quantized) else kept[c].to(self.dtype)
+
+    def logits(self, part: slice, z: Tensor, temperature: float) -> None:
+        """Write the logits of rows `part` over `temperature` into z [n, valid]."""
+        h = self._hidden8.values(part) if self._hidden8 is not None else self._rows(part)
+        for c, w in self._weights(gradients=False):
+            torch.addmm(z[:, c], h, w.t(), beta=0, alpha=1 / temperature, out=z[:, c])
+
+    def exact_targets(self, part: slice, column: Tensor, temperature: float) -> Tensor | None:
+        """The logits [n] at `column` [n] from bf16 operands, fp32; None where logits are not quantised."""
+        if not (self.fp8 and self.numerics.exact_target):
+            return None
+        w = self.weight.detach().index_select(0, column).bfloat16().to(self.dtype)
+        return (self._rows(part) * w).sum(1) / temperature
+
+    def round_gradient_(self, dz: Tensor) -> None:
+        """Round dz [n, valid] in place to what the gradient products take."""
+        if not self.rounds:
+            return
+        if self.fp8 and self.numerics.grads == "fp8":
+            for r in column_slices(dz.shape[0], BLOCK):
+                dz[r] = quantize(dz[r], "rowwise", format="e5m2").values()
+            return
+        for c in column_slices(dz.shape[1]):
+            dz[:, c] = dz[:, c].bfloat16().to(dz.dtype)
+
+    def add_gradients(self, part: slice, dz: Tensor, d_hidden: Tensor, d_weight: Tensor) -> None:
+        """d_hidden[part] = dz @ W and d_weight[:valid] += dz^T @ hidden[part]; d_weight is in the dtype of sums."""
+        self.round_gradient_(dz)
+        out = d_hidden[part] if d_hidden.dtype == self.dtype else dz.new_empty(dz.shape[0], self.hidden.shape[1])
+        first = True
+        for c, w in self._weights(gradients=True):
+            torch.addmm(out, dz[:, c], w, beta=0 if first else 1, out=out)
+            first = False
+        if first:
+            out.zero_()
+        if out.dtype != d_hidden.dtype:
+            d_hidden[part] = out.to(d_hidden.dtype)
+        quantised = self._hidden8 is not None and self.numerics.grads == "fp8"
+        h = self._hidden8.values(part) if quantised and self._hidden8 is not None else self._rows(part)
+        d_weight[: self.valid].addmm_(dz.t(), h)
