@@ -24,6 +24,7 @@ from treepo_mega.actor.update import Actor, Policy, policy_gradient
 from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
 from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.loss.operands import Numerics
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
@@ -60,6 +61,7 @@ class Trainer:
         self.actor = Actor(cfg, hf_dir)
         if cfg.model.load:
             checkpoint.load_model_weights(self.actor.models, cfg.model.load)
+            self.actor.weights_changed()
             self.actor.optimizer.reload_model_params()
         self.reference = self._build_reference() if cfg.algo.kl_loss_coef > 0 else None
         self._load_prompts(hf_dir)
@@ -74,9 +76,10 @@ class Trainer:
         self.logger = self._open_logger() if dist.is_main() else None
 
     def _build_reference(self) -> Policy:
-        reference = Policy(self.cfg, self.cfg.model.hf_checkpoint)
+        reference = Policy(self.cfg, self.cfg.model.hf_checkpoint, self.actor.guard)
         if self.cfg.model.load:
             checkpoint.load_model_weights(reference.models, self.cfg.model.load)
+            reference.weights_changed()
         for model in reference.models:
             model.requires_grad_(False)
         return reference
@@ -108,6 +111,7 @@ class Trainer:
         if directory is None:
             return 0
         state = checkpoint.load_training(directory, self.actor.models, self.actor.optimizer, self.actor.scheduler)
+        self.actor.weights_changed()
         self.cursor.load_state_dict(state["cursor"])
         self.actor.skipped_in_a_row = state["skipped_in_a_row"]
         self.collector.carried = state.get("carried", [])
@@ -168,10 +172,21 @@ class Trainer:
     def old_logprobs(self, plans: list[StepPlan]) -> dict[str, float]:
         """Fill in the actor's logprobs before the update; returns how far the engine's are from them."""
         packs = [p for plan in plans for p in plan.packs]
+        self._fill_old(plans)
+        fell_back, metrics = self.actor.watch_head()
+        if fell_back:  # once: the steps that follow begin in bf16
+            self.progress.say(
+                f"the FP8 head is {metrics['train/head_logp_abs_diff']:.3f} nats from bf16, more than "
+                f"loss.head.guard.max_abs_diff {self.cfg.loss.head.guard.max_abs_diff}: bf16 until it is near again"
+            )
+            self._fill_old(plans)
+            self.actor.guard.take_drift()
+        return metrics | self._mismatch(packs)
+
+    def _fill_old(self, plans: list[StepPlan]) -> None:
         for plan in plans:
-            for pack, logprobs in zip(plan.packs, self.actor.logprobs(plan.packs) or (), strict=False):
+            for pack, logprobs in zip(plan.packs, self.actor.logprobs(plan.packs, watch=True) or (), strict=False):
                 pack.old_logprobs = logprobs
-        return self._mismatch(packs)
 
     def _mismatch(self, packs: list[Pack]) -> dict[str, float]:
         diffs = [np.abs(p.old_logprobs - p.rollout_logprobs) for p in packs if p.old_logprobs is not None]
@@ -211,7 +226,9 @@ class Trainer:
         one = Trajectory(0, tokens, 1, 0.0, [0.0] * (len(tokens) - 1))
         # The same sequence on every data-parallel rank: each computes it for itself.
         plan = plan_step([one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=padding_multiple(self.cfg))
-        logprobs = self.actor.logprobs(plan.packs * count_multiple(self.cfg))
+        # In the parameters' precision whatever the loss head's: this proves a refit, so only weights may differ.
+        packs = plan.packs * count_multiple(self.cfg)
+        logprobs = self.actor.logprobs(packs, numerics=Numerics(precision=self.cfg.model.params_dtype))
         return logprobs[0] if logprobs else None
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -37,10 +37,8 @@ def compare(vocab: int, sizes: list[int], chunk: int, group: dist.ProcessGroup) 
     def loss(logp, entropy, part):
         return (mix[part] * logp + mix.flip(0)[part] * entropy).sum(), {}
 
-    one = logprob_entropy(
-        hidden, shard, target, vocab_start=first, vocab_size=vocab, temperature=0.8, chunk=chunk, group=group
-    )
     spec = Shard.of(shard, first, vocab, temperature=0.8, chunk=chunk, group=group)
+    one = logprob_entropy(hidden, shard, target, spec)
     total, _, *two = row_loss(hidden, shard, target, spec, loss)
     for got, value in ((one, loss(*one, slice(None))[0]), (two, total)):
         for a, b in zip(got, want, strict=True):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from treepo_mega.loss.head import MIN_TILE_ROWS, Shard, Tiles, logprob_entropy
+from treepo_mega.loss import head
+from treepo_mega.loss.head import MIN_TILE_ROWS, Shard, Tiles
 from treepo_mega.loss.operands import Numerics
 
 WORKER = Path(__file__).with_name("head_worker.py")
@@ -27,6 +28,11 @@ def inputs(rows=7, vocab=11, padded=16, width=5, dtype=torch.float64):
 def dense(hidden, weight, target, vocab, temperature):
     logp = ((hidden @ weight[:vocab].t()) / temperature).log_softmax(-1)
     return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
+
+
+def logprob_entropy(hidden, weight, target, vocab_start=0, vocab_size=11, **how):
+    """The head on the shard that begins at `vocab_start`."""
+    return head.logprob_entropy(hidden, weight, target, Shard.of(weight, vocab_start, vocab_size, **how))
 
 
 def test_gradcheck_in_fp64():

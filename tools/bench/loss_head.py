@@ -17,9 +17,10 @@ with random g. FP8 and bf16 on a CPU are emulated (rounded operands, fp32 produc
 
 Last line, JSON: {"cases": [{"T", "K", "V", "precision", "peak_ratio", "time_ratio", "logp_mean_abs_diff",
 "grad_rel_diff", "peak_mib", "naive_peak_mib", "cpu_s", "naive_cpu_s", "torch_peak_ratio", "torch_time_ratio",
-"recompute_peak_ratio", "recompute_time_ratio"}]}. Ratios are ours / naive (torch_*: ours / torch; recompute_*: recompute /
-naive); CPU seconds, smallest of the repeats; grad_rel_diff: relative L2 of both gradients together. Where the naive path
-does not fit into --memory-gib it is not run and its ratios are null; then "peak_over_logits" is ours / (4 T V bytes).
+"recompute_peak_ratio", "recompute_time_ratio", "peak_over_logits"}]}. Ratios are ours / naive (torch_*: ours / torch;
+recompute_*: recompute / naive); CPU seconds, smallest of the repeats; grad_rel_diff: relative L2 of both gradients
+together; peak_over_logits: ours / (4 T V bytes), the only measure where the naive path does not fit into --memory-gib
+and is not run (its ratios are null).
 """
 
 from __future__ import annotations
@@ -144,14 +145,13 @@ def ours(hidden, weight, target, slope, precision):
 
 def recompute(hidden, weight, target, slope, precision):
     """logp and entropy as differentiable tensors."""
-    from treepo_mega.loss.head import logprob_entropy
+    from treepo_mega.loss.head import Shard, logprob_entropy
     from treepo_mega.loss.operands import Numerics
 
+    shard = Shard.of(weight, 0, weight.shape[0], numerics=Numerics(precision=precision))
+
     def step(n):
-        logp, _ = logprob_entropy(
-            hidden[:n], weight, target[:n], vocab_start=0, vocab_size=weight.shape[0],
-            numerics=Numerics(precision=precision),
-        )  # fmt: skip
+        logp, _ = logprob_entropy(hidden[:n], weight, target[:n], shard)
         (slope[:n] * logp).sum().backward()
         return logp.detach()
 
@@ -228,8 +228,9 @@ def main() -> int:
         variants = ["naive", "ours"] if args.quick or case[3] != "fp32" else ["naive", "ours", "torch", "recompute"]
         rows.append(run_case(case, variants, 1 if args.quick else args.repeats, args.memory_gib))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print(f"{'T':>6}{'K':>6}{'V':>8} {'prec':<5}{'peak MiB':>10}{'naive':>9}{'ratio':>8}{'CPU s':>8}{'naive':>8}{'ratio':>7}"
-          f"{'|dlogp|':>10}")  # fmt: skip
+    heads = ("peak MiB", "naive", "ratio", "CPU s", "naive", "ratio", "|dlogp|")
+    widths = (10, 9, 8, 8, 8, 7, 10)
+    print(f"{'T':>6}{'K':>6}{'V':>8} {'prec':<5}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
     for r in rows:
         cells = [r.get("naive_peak_mib"), r["peak_ratio"], r["cpu_s"], r.get("naive_cpu_s"), r["time_ratio"]]
         text = "".join(f"{'-' if c is None else c:>{w}}" for c, w in zip(cells, (9, 8, 8, 8, 7), strict=True))

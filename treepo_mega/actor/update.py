@@ -21,6 +21,8 @@ from torch import Tensor
 from treepo_mega.actor.forward import Head, LossFunction, compute_logprobs, on_device, run_schedule
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.config import AlgoConfig, Config
+from treepo_mega.loss.guard import HeadGuard
+from treepo_mega.loss.operands import Numerics, WeightCache
 from treepo_mega.loss.policy import policy_loss, supervised_loss
 from treepo_mega.reshard.gather import load_from_hf
 from treepo_mega.reshard.layout import ModelSpec
@@ -42,22 +44,40 @@ class TrainingDiverged(RuntimeError):
 class Policy:
     """Weights and forward passes. The reference is exactly this; the actor adds an optimizer."""
 
-    def __init__(self, cfg: Config, hf_dir: str | Path) -> None:
+    def __init__(self, cfg: Config, hf_dir: str | Path, guard: HeadGuard | None = None) -> None:
         """Build this rank's chunks and fill them from the HF files in `hf_dir`, reading only its slices."""
         self.cfg, self.hf_dir = cfg, Path(hf_dir)
         self.spec = ModelSpec.from_hf(hf_dir)
         self.models: list[PolicyModel] = build_model(cfg, hf_dir)
         load_from_hf(self.models, self.spec, cfg, hf_dir)
         self.chunks: list[torch.nn.Module] = list(self.models)
+        self.guard, self.weights = guard or HeadGuard(cfg.loss.head), WeightCache()
 
-    def head(self, temperature: float | None = None) -> Head:
-        """The loss head at `temperature` (default: the sampling temperature: ratios are of what was sampled)."""
+    def head(self, temperature: float | None = None, numerics: Numerics | None = None) -> Head:
+        """The loss head at `temperature` (default: the sampling temperature: ratios are of what was sampled).
+
+        In `numerics`, default: the policy update's.
+        """
+        n = numerics or self.guard.numerics(for_update=True)
         t = self.cfg.rollout.temperature if temperature is None else temperature
-        return Head(self.spec.vocab_size, t, self.cfg.train.logprob_chunk_size)
+        overlap = self.cfg.parallel.overlap_grad_reduce
+        return Head(self.spec.vocab_size, t, self.cfg.train.logprob_chunk_size, n, self.weights, None, overlap)
 
-    def logprobs(self, packs: list[Pack], temperature: float | None = None) -> list[np.ndarray] | None:
-        """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel."""
-        return compute_logprobs(self.chunks, packs, self.head(temperature))
+    def logprobs(
+        self, packs: list[Pack], temperature: float | None = None, *, numerics: Numerics | None = None,
+        watch: bool = False,
+    ) -> list[np.ndarray] | None:  # fmt: skip
+        """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel.
+
+        In `numerics`, or what the configuration and the guard say; `watch` lets the guard take its sample.
+        """
+        head = self.head(temperature, numerics or self.guard.numerics(for_update=False))
+        head.guard = self.guard if watch else None
+        return compute_logprobs(self.chunks, packs, head)
+
+    def weights_changed(self) -> None:
+        """Whoever writes new weights says so: prepared (bf16, fp8) copies of the output matrix are then made anew."""
+        self.weights.clear()
 
 
 def policy_gradient(algo: AlgoConfig) -> LossFunction:
@@ -112,6 +132,24 @@ class Actor(Policy):
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.skipped_in_a_row = 0
 
+    def watch_head(self) -> tuple[bool, dict[str, float]]:
+        """(did the head just fall back to bf16?, metrics) after a watched pass; ({}, when FP8 is not used).
+
+        Collective over all ranks, which decide alike.
+        """
+        if not self.guard.watches:
+            return False, {}
+        drift, counts = self.guard.take_drift(), ps.get_tensor_model_parallel_rank() == 0
+        sums = dist.sum_over_ranks({"diff": drift.total * counts, "rows": drift.rows * counts})
+        largest = dist.max_over_ranks({"max": drift.largest})["max"]
+        mean = sums["diff"] / max(sums["rows"], 1.0)
+        fell = self.guard.decide(mean)
+        return fell, {
+            "train/head_logp_abs_diff": mean,
+            "train/head_logp_abs_diff_max": largest,
+            "train/head_fallback": float(self.guard.fallen),
+        }
+
     def update(self, packs: list[Pack], loss: LossFunction) -> dict[str, float]:
         """One optimizer step over this rank's packs; returns global statistics, the same on every rank.
 
@@ -145,6 +183,7 @@ class Actor(Policy):
         grad_norm = float(self.optimizer.get_grad_norm())
         if math.isfinite(grad_norm):
             self.optimizer.step()
+            self.weights_changed()
         return grad_norm
 
     def _after_step(self, skipped: bool, grad_norm: float) -> None:

@@ -113,5 +113,7 @@ def row_loss(
     tile of rows.
     """
     sums: dict[str, Tensor] = {}
-    total, logp, entropy = _RowLoss.apply(hidden, weight, target, shard, loss, main_grad(weight), loss_scale, sums)
+    total, logp, entropy = _RowLoss.apply(
+        hidden, weight, target, shard, loss, main_grad(weight, shard), loss_scale, sums
+    )
     return total, sums, logp, entropy

@@ -52,6 +52,8 @@ class Shard:
     chunk: int = 1024
     numerics: Numerics = field(default_factory=Numerics)
     cache: WeightCache = field(default_factory=WeightCache)
+    use_main_grad: bool = True
+    """Add the weight's gradient to `weight.main_grad` where there is one; off, it is returned as usual."""
 
     @property
     def shared(self) -> bool:
@@ -158,9 +160,9 @@ class Tiles:
         return p
 
 
-def main_grad(weight: Tensor) -> Tensor | None:
+def main_grad(weight: Tensor, shard: Shard) -> Tensor | None:
     """Megatron's gradient buffer [V/tp, K] of this parameter, or None."""
-    return getattr(weight, "main_grad", None)
+    return getattr(weight, "main_grad", None) if shard.use_main_grad else None
 
 
 class _LogProbEntropy(torch.autograd.Function):
@@ -202,27 +204,10 @@ class _LogProbEntropy(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype) if ctx.buffer is None else None, None, None, None
 
 
-def logprob_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    vocab_start: int,
-    vocab_size: int,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-    group: dist.ProcessGroup | None = None,
-    numerics: Numerics | None = None,
-    cache: WeightCache | None = None,
-) -> tuple[Tensor, Tensor]:
+def logprob_entropy(hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
     """Log-probability of `target` [N] and entropy [N], in nats, fp32 (fp64 for fp64 input).
 
-    hidden [N, K]; weight [V/tp, K], rows `vocab_start` to `vocab_start + V/tp` of the output matrix;
-    `vocab_size` is the true vocabulary, so rows beyond it never get probability. Collectives: two
-    all-reduces of [N] and [3, N] over `group` (the tensor-parallel group) in forward, none in backward.
+    hidden [N, K]; weight [V/tp, K], the rows of the output matrix that `shard` says. Collectives: two
+    all-reduces of [N] and [3, N] over the shard's group in forward, none in backward.
     """
-    shard = Shard.of(
-        weight, vocab_start, vocab_size, temperature=temperature, chunk=chunk, group=group,
-        numerics=numerics or Numerics(), cache=cache or WeightCache(),
-    )  # fmt: skip
-    return _LogProbEntropy.apply(hidden, weight, target, shard, main_grad(weight))
+    return _LogProbEntropy.apply(hidden, weight, target, shard, main_grad(weight, shard))

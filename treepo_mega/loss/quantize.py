@@ -53,7 +53,7 @@ class Quantized:
             return data.mul_(self.scale)
         if self.recipe == "rowwise":
             return data.mul_(self.scale[rows, None])
-        start, stop, _ = rows.indices(self.data.shape[0])
+        start, _, _ = rows.indices(self.data.shape[0])
         if start % self.block_rows:
             raise ValueError(
                 f"rows begin at {start}, expected a multiple of {self.block_rows}: a block shares its scale"
