@@ -213,7 +213,7 @@ class Trainer:
 
     def update(self, plans: list[StepPlan]) -> dict[str, float]:
         """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""
-        loss = policy_gradient(self.cfg.algo)
+        loss = policy_gradient(self.cfg.algo, self.actor.backend)
         stats = [self.actor.update(plan.packs, loss) for plan in plans]
         out = {"train/skipped_steps": sum(s["skipped_steps"] for s in stats)}
         for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):

@@ -22,6 +22,7 @@ from torch import Tensor
 from treepo_mega.actor.attention import PACKS, PackLayout
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.config import Config
+from treepo_mega.loss.backend import Backend
 from treepo_mega.loss.fused import row_loss
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.head import Shard, logprob_entropy
@@ -57,6 +58,7 @@ class Head:
     cache: WeightCache
     guard: HeadGuard | None = None
     """Set in the pass that watches FP8."""
+    backend: Backend = "torch"
     overlap_grad_reduce: bool = False
     """Megatron then wants to see the weight's gradient in param.grad."""
 
@@ -106,6 +108,7 @@ def vocabulary_shard(weight: Tensor, head: Head) -> Shard:
         group=ps.get_tensor_model_parallel_group(),
         numerics=head.numerics,
         cache=head.cache,
+        backend=head.backend,
         use_main_grad=not head.overlap_grad_reduce,
     )
 

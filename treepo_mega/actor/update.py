@@ -21,6 +21,7 @@ from torch import Tensor
 from treepo_mega.actor.forward import Head, LossFunction, compute_logprobs, on_device, run_schedule
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.config import AlgoConfig, Config
+from treepo_mega.loss.backend import Backend, resolve_backend
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.operands import Numerics, WeightCache
 from treepo_mega.loss.policy import policy_loss, supervised_loss
@@ -52,6 +53,7 @@ class Policy:
         load_from_hf(self.models, self.spec, cfg, hf_dir)
         self.chunks: list[torch.nn.Module] = list(self.models)
         self.guard, self.weights = guard or HeadGuard(cfg.loss.head), WeightCache()
+        self.backend = resolve_backend(cfg.loss.head)
 
     def head(self, temperature: float | None = None, numerics: Numerics | None = None) -> Head:
         """The loss head at `temperature` (default: the sampling temperature: ratios are of what was sampled).
@@ -61,7 +63,9 @@ class Policy:
         n = numerics or self.guard.numerics(for_update=True)
         t = self.cfg.rollout.temperature if temperature is None else temperature
         overlap = self.cfg.parallel.overlap_grad_reduce
-        return Head(self.spec.vocab_size, t, self.cfg.train.logprob_chunk_size, n, self.weights, None, overlap)
+        return Head(
+            self.spec.vocab_size, t, self.cfg.train.logprob_chunk_size, n, self.weights, None, self.backend, overlap
+        )
 
     def logprobs(
         self, packs: list[Pack], temperature: float | None = None, *, numerics: Numerics | None = None,
@@ -80,7 +84,7 @@ class Policy:
         self.weights.clear()
 
 
-def policy_gradient(algo: AlgoConfig) -> LossFunction:
+def policy_gradient(algo: AlgoConfig, backend: Backend = "torch") -> LossFunction:
     """The segment-advantage loss as a callback on packs (old logprobs must be filled in)."""
 
     def loss(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,6 +101,7 @@ def policy_gradient(algo: AlgoConfig) -> LossFunction:
             A_neg=on_device(pack.A_neg),
             n=on_device(pack.n),
             algo=algo,
+            kernel=backend == "triton",
         )
 
     return loss

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treepo_mega.loss.head import Shard, Tiles, main_grad
+from treepo_mega.loss.head import Shard, Tiles, logprob_entropy, main_grad, over_shards
 
 RowLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """(logp [n], entropy [n], rows) -> (loss summed over these rows, sums for logging).
@@ -53,7 +53,7 @@ class _RowLoss(torch.autograd.Function):
         for part in tiles.parts():
             z = tiles.logits(part)
             peak, partial = tiles.sums_(part, z)
-            logp[part], entropy[part], lse = tiles.over_shards(peak, partial)
+            logp[part], entropy[part], lse = over_shards(shard, peak, partial)
             value, g_logp, g_entropy = _slopes(loss, logp[part], entropy[part], part, sums)
             total += value
             if buffer is not None and loss_scale != 1:
@@ -110,9 +110,14 @@ def row_loss(
 
     Only the loss carries gradients: to `hidden` (this shard's part) and to `weight`, whose gradient goes straight to
     `weight.main_grad` when there is one, already in this call. Collectives: two all-reduces over the group for each
-    tile of rows.
+    tile of rows. With the fused kernels there are no logits to take the gradient from: they recompute them, and the
+    two all-reduces are of whole vectors.
     """
     sums: dict[str, Tensor] = {}
+    if shard.backend == "triton":
+        logp, entropy = logprob_entropy(hidden, weight, target, shard)
+        total, sums = loss(logp, entropy, slice(0, hidden.shape[0]))
+        return total, sums, logp.detach(), entropy.detach()
     total, logp, entropy = _RowLoss.apply(
         hidden, weight, target, shard, loss, main_grad(weight, shard), loss_scale, sums
     )

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,7 @@ class Shard:
     chunk: int = 1024
     numerics: Numerics = field(default_factory=Numerics)
     cache: WeightCache = field(default_factory=WeightCache)
+    backend: Literal["torch", "triton"] = "torch"
     use_main_grad: bool = True
     """Add the weight's gradient to `weight.main_grad` where there is one; off, it is returned as usual."""
 
@@ -59,6 +60,11 @@ class Shard:
     def shared(self) -> bool:
         """Is the vocabulary split over several ranks?"""
         return self.group is not None and dist.get_world_size(self.group) > 1
+
+    @property
+    def kernels(self) -> bool:
+        """Do fused kernels run this shard? One of nothing but padding has nothing for them to do."""
+        return self.backend == "triton" and self.valid > 0
 
     def tile_rows(self, itemsize: int) -> int:
         """Rows of logits alive at a time: at most `chunk`, and TILE_BYTES, but MIN_TILE_ROWS of them.
@@ -105,7 +111,7 @@ class Tiles:
         z = self._buffer[: part.stop - part.start]
         self.ops.logits(part, z, self.shard.temperature)
         exact = self.ops.exact_targets(part, self.local[part], self.shard.temperature)
-        if exact is not None:
+        if exact is not None and self.shard.valid:
             column = self.local[part, None]
             z.scatter_(1, column, torch.where(self.mine[part, None], exact[:, None], z.gather(1, column)))
         return z
@@ -128,21 +134,6 @@ class Tiles:
             sums[1] += kept.mul_(shifted).sum(1)
         return peak, sums
 
-    def over_shards(self, peak: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(logp, entropy, lse), each like `peak`; two all-reduces over the group. `sums` is used up."""
-        top = peak
-        if self.shard.shared:
-            top = peak.clone()
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.shard.group)
-            has = peak > float("-inf")  # a shard of nothing but padding has no part in the distribution
-            lower = torch.where(has, peak - top, torch.zeros_like(peak))
-            factor = torch.where(has, lower.exp(), torch.zeros_like(peak))
-            sums[1] = factor * (sums[1] + lower * sums[0])
-            sums[0] *= factor
-            dist.all_reduce(sums, group=self.shard.group)
-        log_sum = sums[0].log()
-        return sums[2] - top - log_sum, log_sum - sums[1] / sums[0], top + log_sum
-
     def to_gradient_(self, part: slice, p: Tensor, g_logp: Tensor, g_entropy: Tensor | None, entropy: Tensor) -> Tensor:
         """Turn p [n, valid] (softmax) in place into d loss / d logits before temperature; all others are [n]."""
         g = g_logp / self.shard.temperature
@@ -158,6 +149,22 @@ class Tiles:
             own = torch.where(self.mine[part], g, torch.zeros_like(g))
             p.scatter_add_(1, self.local[part, None], own[:, None])
         return p
+
+
+def over_shards(shard: Shard, peak: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse), each like `peak`, from `Tiles.sums_`; two all-reduces over the group. `sums` is used up."""
+    top = peak
+    if shard.shared:
+        top = peak.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+        has = peak > float("-inf")  # a shard of nothing but padding has no part in the distribution
+        lower = torch.where(has, peak - top, torch.zeros_like(peak))
+        factor = torch.where(has, lower.exp(), torch.zeros_like(peak))
+        sums[1] = factor * (sums[1] + lower * sums[0])
+        sums[0] *= factor
+        dist.all_reduce(sums, group=shard.group)
+    log_sum = sums[0].log()
+    return sums[2] - top - log_sum, log_sum - sums[1] / sums[0], top + log_sum
 
 
 def main_grad(weight: Tensor, shard: Shard) -> Tensor | None:
@@ -179,7 +186,7 @@ class _LogProbEntropy(torch.autograd.Function):
         sums = torch.empty(3, rows, dtype=tiles.ops.dtype, device=hidden.device)
         for part in tiles.parts():
             peak[part], sums[:, part] = tiles.sums_(part, tiles.logits(part))
-        logp, entropy, lse = tiles.over_shards(peak, sums)
+        logp, entropy, lse = over_shards(shard, peak, sums)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
         ctx.shard, ctx.buffer = shard, buffer
         ctx.set_materialize_grads(False)
@@ -210,4 +217,9 @@ def logprob_entropy(hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard
     hidden [N, K]; weight [V/tp, K], the rows of the output matrix that `shard` says. Collectives: two
     all-reduces of [N] and [3, N] over the shard's group in forward, none in backward.
     """
-    return _LogProbEntropy.apply(hidden, weight, target, shard, main_grad(weight, shard))
+    function = _LogProbEntropy
+    if shard.kernels and hidden.shape[0]:
+        from treepo_mega.loss.triton.head import TritonLogProbEntropy
+
+        function = TritonLogProbEntropy
+    return function.apply(hidden, weight, target, shard, main_grad(weight, shard))

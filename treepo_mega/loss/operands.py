@@ -18,7 +18,7 @@ The weight side is prepared once per optimizer step and reused by the old, refer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,10 @@ from treepo_mega.loss.quantize import BLOCK, Quantized, Recipe, quantize
 Precision = Literal["fp32", "bf16", "fp8"]
 COLUMNS = 32 * BLOCK
 """Vocabulary columns handled at a time where a temporary is needed: a slice of logits stays in the cache."""
+
+
+Quantizer = Callable[..., Quantized]
+"""`quantize.quantize`, or the kernels' equal of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +66,42 @@ class WeightCache:
         """Forget everything: the weights have changed."""
         self._kept.clear()
 
-    def get(self, weight: Tensor, valid: int, n: Numerics, kind: Literal["bf16", "fp8"]) -> Tensor | Quantized:
-        """`weight` [V/tp, K] rounded to bf16 or quantised; rows from `valid` on are padding."""
-        if kind == "bf16" and weight.dtype == torch.bfloat16:
-            return weight.detach()
-        recipe = (n.recipe, n.power_of_2_scales) if kind == "fp8" else ()
-        key = (weight.data_ptr(), tuple(weight.shape), weight._version, valid, kind, *recipe)
+    def get(
+        self, weight: Tensor, valid: int, n: Numerics, kind: Literal["bf16", "fp8"], by: Quantizer = quantize
+    ) -> Tensor | Quantized:
+        """`weight` [V/tp, K] rounded to bf16, or quantised `by` a function; rows from `valid` on are padding."""
+        if kind == "bf16":
+            return self.rounded(weight, torch.bfloat16)
+        key = self._key(weight, valid, n.recipe, n.power_of_2_scales)
         if key not in self._kept:
-            self._drop_older(key)
             self.made += 1
-            self._kept[key] = (
-                weight.detach().bfloat16()
-                if kind == "bf16"
-                else quantize(
-                    weight.detach(), n.recipe, block_rows=BLOCK, valid_rows=valid, power_of_2_scales=n.power_of_2_scales
-                )
+            self._kept[key] = by(
+                weight.detach(),
+                n.recipe,
+                block_rows=BLOCK,
+                valid_rows=valid,
+                power_of_2_scales=n.power_of_2_scales,
             )
         return self._kept[key]
 
-    def _drop_older(self, key: tuple[object, ...]) -> None:
-        for old in [k for k in self._kept if k[:2] == key[:2] and k[2] != key[2]]:
+    def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` [V/tp, K] in `dtype`: itself when it is, else a kept copy."""
+        if weight.dtype == dtype:
+            return weight.detach()
+        key = self._key(weight, dtype)
+        if key not in self._kept:
+            self.made += 1
+            self._kept[key] = weight.detach().to(dtype)
+        kept = self._kept[key]
+        assert isinstance(kept, Tensor)
+        return kept
+
+    def _key(self, weight: Tensor, *what: object) -> tuple[object, ...]:
+        """What identifies a prepared weight; versions before this one are dropped."""
+        same = (weight.data_ptr(), tuple(weight.shape))
+        for old in [k for k in self._kept if k[:2] == same and k[2] != weight._version]:
             del self._kept[old]
+        return (*same, weight._version, *what)
 
 
 def column_slices(columns: int, size: int = COLUMNS) -> Iterator[slice]:
@@ -146,10 +165,13 @@ class Operands:
 
     def exact_targets(self, part: slice, column: Tensor, temperature: float) -> Tensor | None:
         """The logits [n] at `column` [n] from bf16 operands, fp32; None where logits are not quantised."""
-        if not (self.fp8 and self.numerics.exact_target):
-            return None
-        w = self.weight.detach().index_select(0, column).bfloat16().to(self.dtype)
-        return (self._rows(part) * w).sum(1) / temperature
+        exact = self.fp8 and self.numerics.exact_target
+        return self.dot(part, column) / temperature if exact else None
+
+    def dot(self, part: slice, column: Tensor) -> Tensor:
+        """Each row's product [n] with the weight's row `column` [n], operands as gradients see them."""
+        w = self.weight.detach().index_select(0, column)
+        return (self._rows(part) * (w.bfloat16() if self.rounds else w).to(self.dtype)).sum(1)
 
     def round_gradient_(self, dz: Tensor) -> None:
         """Round dz [n, valid] in place to what the gradient products take."""

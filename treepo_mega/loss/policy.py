@@ -74,6 +74,35 @@ def clip_active(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -
     return ((A_pos > 0) & (ratio > 1 + algo.eps_clip_high)) | ((A_neg < 0) & (ratio < 1 - algo.eps_clip))
 
 
+class _KernelPolicyLoss(torch.autograd.Function):
+    """The same in one Triton kernel; fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, sums: dict[str, Tensor]
+    ) -> Tensor:
+        """As `_PolicyLoss.forward`."""
+        from treepo_mega.loss.triton import launch
+
+        slope, found = launch.policy(logp.detach(), entropy.detach(), rows, algo)
+        sums |= found
+        ctx.save_for_backward(slope, rows["n"])
+        ctx.entropy_coef = algo.entropy_coef
+        return found["loss"].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """As `_PolicyLoss.backward`."""
+        return _scaled_slopes(ctx, grads[0])
+
+
+def _scaled_slopes(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    """Slopes times the incoming gradient; entropy gets none when there is no bonus."""
+    slope, n = ctx.saved_tensors
+    d_entropy = -ctx.entropy_coef * n * incoming if ctx.entropy_coef else None
+    return slope * incoming, d_entropy, None, None, None
+
+
 class _PolicyLoss(torch.autograd.Function):
     """The loss [] of rows with its slopes in closed form: one pass, and nothing kept but two vectors [N]."""
 
@@ -108,10 +137,8 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Slopes times the incoming gradient; entropy gets none when there is no bonus."""
-        slope, n = ctx.saved_tensors
-        d_entropy = -ctx.entropy_coef * n * grads[0] if ctx.entropy_coef else None
-        return slope * grads[0], d_entropy, None, None, None
+        """Gradients of logp and entropy."""
+        return _scaled_slopes(ctx, grads[0])
 
 
 def policy_loss(
@@ -125,13 +152,14 @@ def policy_loss(
     A_neg: Tensor,
     n: Tensor,
     algo: AlgoConfig,
+    kernel: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over rows of policy loss + KL + entropy bonus, and sums for logging (to be divided by the pairs).
 
     A statistic whose name begins with `max_` is a maximum instead.
 
-    All arguments are [N]; `logp` and `entropy` carry gradients. Raises ValueError when a KL term is asked
-    for without reference logprobs.
+    All arguments are [N]; `logp` and `entropy` carry gradients. `kernel`: in one Triton kernel. Raises ValueError
+    when a KL term is asked for without reference logprobs.
     """
     weight = torch.ones_like(n)
     if algo.use_tis:
@@ -142,7 +170,8 @@ def policy_loss(
             raise ValueError("algo.kl_loss_coef > 0 needs reference logprobs: the reference pass did not run")
         rows["ref"] = ref_logprobs
     sums: dict[str, Tensor] = {}
-    return _PolicyLoss.apply(logp, entropy, rows, algo, sums), sums
+    function = _KernelPolicyLoss if kernel else _PolicyLoss
+    return function.apply(logp, entropy, rows, algo, sums), sums
 
 
 def supervised_loss(logp: Tensor, n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -89,18 +89,23 @@ def _maxima(x: Tensor, recipe: Recipe, block_rows: int, valid: int) -> Tensor:
     shape = {"tensorwise": (0,), "rowwise": (0,), "blockwise": (0, -(-columns // BLOCK))}[recipe]
     amax = torch.cat(parts) if parts else torch.zeros(shape, device=x.device)
     if not bool(amax.isfinite().all()):
-        bad = (~x[:valid].isfinite()).nonzero()
-        raise QuantizeError(
-            f"{len(bad)} of {valid * columns} values are NaN or infinite, the first at row {int(bad[0, 0])}, column "
-            f"{int(bad[0, 1])}: FP8 would turn them into ordinary numbers"
-        )
+        raise QuantizeError(describe_non_finite(x, valid))
     if recipe == "tensorwise":
         return amax.amax() if len(amax) else torch.zeros((), device=x.device)
     missing = -(-rows // block_rows) - len(amax) if recipe == "blockwise" else rows - len(amax)
     return torch.cat([amax, amax.new_zeros(missing, *amax.shape[1:])])
 
 
-def _factors(amax: Tensor, largest: float, power_of_2: bool) -> Tensor:
+def describe_non_finite(x: Tensor, valid: int) -> str:
+    """Where the first `valid` rows of x [N, K] hold NaN or infinity, for people."""
+    bad = (~x[:valid].isfinite()).nonzero()
+    return (
+        f"{len(bad)} of {valid * x.shape[1]} values are NaN or infinite, the first at row {int(bad[0, 0])}, column "
+        f"{int(bad[0, 1])}: FP8 would turn them into ordinary numbers"
+    )
+
+
+def factors(amax: Tensor, largest: float, power_of_2: bool) -> Tensor:
     """What to multiply with before the cast; 1 where everything is zero."""
     factor = torch.where(amax > 0, largest / amax, torch.ones_like(amax)).clamp(max=torch.finfo(torch.float32).max)
     if power_of_2:
@@ -127,7 +132,7 @@ def quantize(
     dtype = FORMATS[format]
     largest = torch.finfo(dtype).max
     block_rows = block_rows if recipe == "blockwise" else 1
-    factor = _factors(_maxima(x, recipe, block_rows, valid), largest, power_of_2_scales)
+    factor = factors(_maxima(x, recipe, block_rows, valid), largest, power_of_2_scales)
     data = torch.empty(x.shape, dtype=dtype, device=x.device)
     for i in range(0, x.shape[0], ROWS_AT_A_TIME):
         part = x[i : i + ROWS_AT_A_TIME].float()

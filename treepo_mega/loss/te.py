@@ -98,21 +98,25 @@ def quantize_tensorwise(x: Tensor, *, gradient: bool = False) -> Quantized:
 
 
 def gradient_products(dz: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz @ weight [N, K] in hidden's dtype, dz^T @ hidden [V, K] in fp32) as FP8 products of cuBLASLt.
+    """(dz @ weight [N, K] in fp32, dz^T @ hidden [V, K] in fp32) as FP8 products of cuBLASLt.
 
-    dz [N, V] (e5m2), weight [V, K] and hidden [N, K] (e4m3), all bf16 here and quantised per tensor. N, V and K must
-    be multiples of 16.
+    dz [N, V] (e5m2), weight [V, K] and hidden [N, K] (e4m3), all bf16 here and quantised per tensor. The products take
+    multiples of 16 in every direction: zeros are appended and cut off again.
     """
-    te = transformer_engine("loss.te.gradient_products")
+    te = transformer_engine("loss.head.fp8_grads")
     tex = importlib.import_module("transformer_engine_torch")
     gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_gemm
+    (n, v), k = dz.shape, hidden.shape[1]
 
     def both_ways(x: Tensor, kind: Any) -> Any:
+        rows, columns = x.shape
+        x = torch.nn.functional.pad(x, (0, -columns % 16, 0, -rows % 16)).contiguous()
         return te.Float8CurrentScalingQuantizer(fp8_dtype=kind, device=x.device, rowwise=True, columnwise=True)(x)
 
     dz8 = both_ways(dz, tex.DType.kFloat8E5M2)
     w8, h8 = (both_ways(x, tex.DType.kFloat8E4M3) for x in (weight, hidden))
+    how = {"out_dtype": torch.float32, "grad": True, "use_split_accumulator": True}
     # Column-major conventions of cuBLAS: NN is dz @ W, NT is dz^T @ hidden.
-    d_hidden = gemm(w8, dz8, out_dtype=hidden.dtype, layout="NN", grad=True, use_split_accumulator=True)[0]
-    d_weight = gemm(h8, dz8, out_dtype=torch.float32, layout="NT", grad=True, use_split_accumulator=True)[0]
-    return d_hidden, d_weight
+    d_hidden = gemm(w8, dz8, layout="NN", **how)[0]
+    d_weight = gemm(h8, dz8, layout="NT", **how)[0]
+    return d_hidden[:n, :k], d_weight[:v, :k]
