@@ -188,8 +188,8 @@ def bf16_head_equals_torchs() -> None:
 @check
 def fp8_heads_equal_torchs_emulation() -> None:
     for recipe in quantize.RECIPES:
-        for exact in (True, False):
-            compare_heads(Numerics("fp8", recipe, exact_target=exact), 2e-5, 5e-4)
+        for exact, channels in ((True, 64), (False, 5), (True, 0)):
+            compare_heads(Numerics("fp8", recipe, exact_target=exact, loud_channels=channels), 2e-5, 5e-4)
 
 
 @check

@@ -81,13 +81,15 @@ def test_compiled_kernels_spill_nothing_and_use_the_tensor_cores(compiled, key) 
     assert not any(m.startswith("mma.sync") for m in k["matrix"]), k["matrix"]
     if not key[0].startswith(("forward", "dlogits")):
         return
-    instruction = {
-        ("sm_90a", True): "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
-        ("sm_90a", False): "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
-        ("sm_100a", True): "tcgen05.mma.cta_group::1.kind::f8f6f4",
-        ("sm_100a", False): "tcgen05.mma.cta_group::1.kind::f16",
-    }[key[1], "fp8" in key[0]]
-    assert set(k["matrix"]) == {instruction}
+    fp8, bf16 = {
+        "sm_90a": (
+            "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+        ),
+        "sm_100a": ("tcgen05.mma.cta_group::1.kind::f8f6f4", "tcgen05.mma.cta_group::1.kind::f16"),
+    }[key[1]]
+    # In FP8 kernels the bf16 product is that of the loud channels.
+    assert set(k["matrix"]) == ({fp8, bf16} if "fp8" in key[0] else {bf16})
     assert k["tma_loads"] > 0 and k["mix"]["tma"] > 0 and k["mix"]["tensor"] > 0
 
 

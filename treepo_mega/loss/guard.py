@@ -29,6 +29,7 @@ def numerics_of(head: HeadConfig, precision: Precision | None) -> Numerics:
         exact_target=head.exact_target,
         power_of_2_scales=head.power_of_2_scales,
         grads="fp8" if head.fp8_grads else "bf16",
+        loud_channels=head.fp8_loud_channels,
     )
 
 

@@ -4,8 +4,8 @@ One template, the precision is a parameter:
 
     fp32, fp64   the operands as they are (bf16 parameters are widened, which is exact)
     bf16         both rounded to bf16, products and sums in fp32: what a tensor core does
-    fp8          both quantised to e4m3 by a recipe (`quantize.py`), sums in fp32; the target's own logit comes from
-                 bf16 operands when `exact_target` is on
+    fp8          both quantised to e4m3 by a recipe (`quantize.py`) but for a few loud channels, sums in fp32; the
+                 target's own logit comes from bf16 operands when `exact_target` is on
 
 Logits are never rounded to bf16: sums stay in fp32 up to the log-softmax, as in the fused kernels.
 
@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from treepo_mega.loss.quantize import BLOCK, Quantized, Recipe, quantize
+from treepo_mega.loss.quantize import BLOCK, Quantized, Recipe, Split, loud_channels, quantize, split
 
 Precision = Literal["fp32", "bf16", "fp8"]
 COLUMNS = 32 * BLOCK
@@ -49,6 +49,8 @@ class Numerics:
     """fp8 blockwise only: Transformer Engine's default."""
     grads: Literal["bf16", "fp8"] = "bf16"
     """Operands of the gradient products in precision fp8."""
+    loud_channels: int = 64
+    """fp8 only: the columns of hidden states and weight that carry most of the logits' variance stay in bf16."""
 
 
 class WeightCache:
@@ -60,29 +62,27 @@ class WeightCache:
     def __init__(self) -> None:
         self.made = 0
         """How often a weight was prepared: once per optimizer step and precision, when all is well."""
-        self._kept: dict[tuple[object, ...], Tensor | Quantized] = {}
+        self._kept: dict[tuple[object, ...], Tensor | Split] = {}
 
     def clear(self) -> None:
         """Forget everything: the weights have changed."""
         self._kept.clear()
 
-    def get(
-        self, weight: Tensor, valid: int, n: Numerics, kind: Literal["bf16", "fp8"], by: Quantizer = quantize
-    ) -> Tensor | Quantized:
-        """`weight` [V/tp, K] rounded to bf16, or quantised `by` a function; rows from `valid` on are padding."""
-        if kind == "bf16":
-            return self.rounded(weight, torch.bfloat16)
-        key = self._key(weight, valid, n.recipe, n.power_of_2_scales)
+    def quantised(self, weight: Tensor, valid: int, n: Numerics, hidden: Tensor, by: Quantizer = quantize) -> Split:
+        """`weight` [V/tp, K] quantised `by` a function; rows from `valid` on are padding.
+
+        Its loud channels are chosen for the hidden states [N, K] of the first call after `clear()`, and kept.
+        """
+        key = self._key(weight, valid, n.recipe, n.power_of_2_scales, n.loud_channels)
         if key not in self._kept:
             self.made += 1
-            self._kept[key] = by(
-                weight.detach(),
-                n.recipe,
-                block_rows=BLOCK,
-                valid_rows=valid,
-                power_of_2_scales=n.power_of_2_scales,
-            )
-        return self._kept[key]
+            w = weight.detach()
+            channels = loud_channels(hidden, w[:valid], n.loud_channels)
+            how = {"block_rows": BLOCK, "valid_rows": valid, "power_of_2_scales": n.power_of_2_scales}
+            self._kept[key] = split(w, channels, n.recipe, by, **how)
+        kept = self._kept[key]
+        assert isinstance(kept, Split)
+        return kept
 
     def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """`weight` [V/tp, K] in `dtype`: itself when it is, else a kept copy."""
@@ -119,12 +119,16 @@ class Operands:
     valid: int
     numerics: Numerics
     cache: WeightCache = field(default_factory=WeightCache)
-    _hidden8: Quantized | None = None
+    _hidden8: Split | None = None
 
     def __post_init__(self) -> None:
         n = self.numerics
         if self.fp8:
-            self._hidden8 = quantize(self.hidden.detach(), n.recipe, power_of_2_scales=n.power_of_2_scales)
+            h, channels = self.hidden.detach(), self._weight8().channels
+            self._hidden8 = split(h, channels, n.recipe, quantize, power_of_2_scales=n.power_of_2_scales)
+
+    def _weight8(self) -> Split:
+        return self.cache.quantised(self.weight, self.valid, self.numerics, self.hidden.detach())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,9 +157,14 @@ class Operands:
             yield slice(0, self.valid), w[: self.valid]
             return
         quantised = self.fp8 and not (gradients and self.numerics.grads == "bf16")
-        kept = self.cache.get(w, self.valid, self.numerics, "fp8" if quantised else "bf16") if self.rounds else w
+        if quantised:
+            kept = self._weight8()
+            for c in column_slices(self.valid):
+                yield c, kept.values(c)
+            return
+        w = self.cache.rounded(self.weight, torch.bfloat16) if self.rounds else w
         for c in column_slices(self.valid):
-            yield c, kept.values(c) if isinstance(kept, Quantized) else kept[c].to(self.dtype)
+            yield c, w[c].to(self.dtype)
 
     def logits(self, part: slice, z: Tensor, temperature: float) -> None:
         """Write the logits of rows `part` over `temperature` into z [n, valid]."""

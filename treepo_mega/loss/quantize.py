@@ -14,10 +14,15 @@ max / amax in fp32, saturate, round to nearest even; `power_of_2_scales` rounds 
 Two traps. torch's cast to e4m3 saturates: an infinity would become 448 in silence, hence non-finite input is
 refused. And rows that are padding must not set the scale of the others: they are left out of every maximum
 (`valid_rows`), and saturate if they are larger.
+
+Loud channels. A few columns of a model's last hidden states are ten times louder than the rest and carry most of the
+logits' variance (SmolLM2: 4 of 576 carry two thirds). No scaling helps them, for their error is that of three
+mantissa bits. `Split` keeps them in bf16 and quantises the rest: see tools/bench/fp8_error.py for what it buys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +64,53 @@ class Quantized:
                 f"rows begin at {start}, expected a multiple of {self.block_rows}: a block shares its scale"
             )
         return data.mul_(_spread(self.scale[start // self.block_rows :], self.block_rows, data.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A matrix [N, K] in fp8 but for some columns: `rest` has zeros there, `loud` [N, C] holds them in bf16.
+
+    `loud` is in units of rest's scale where a row has one scale, so that both products can share an accumulator.
+    """
+
+    rest: Quantized
+    channels: Tensor
+    """The columns [C], sorted."""
+    loud: Tensor
+
+    def values(self, rows: slice = slice(None)) -> Tensor:
+        """What it stands for, fp32 [n, K]; see `Quantized.values`."""
+        out = self.rest.values(rows)
+        out[:, self.channels] = self.loud[rows].float() * _loud_unit(self.rest, rows)
+        return out
+
+
+def _loud_unit(q: Quantized, rows: slice) -> Tensor | float:
+    """The scale of loud channels: that of the row, or 1 where a row has several."""
+    if q.recipe == "rowwise":
+        return q.scale[rows, None]
+    return q.scale if q.recipe == "tensorwise" else 1.0
+
+
+def loud_channels(hidden: Tensor, weight: Tensor, count: int) -> Tensor:
+    """The `count` columns that carry most of the variance of hidden [N, K] @ weight [V, K]^T, sorted."""
+    energy = hidden.float().square().mean(0)
+    total = torch.zeros_like(energy)
+    for i in range(0, weight.shape[0], ROWS_AT_A_TIME):
+        total += weight[i : i + ROWS_AT_A_TIME].float().square().sum(0)
+    return (energy * total).nan_to_num().topk(min(count, len(energy))).indices.sort().values
+
+
+def split(x: Tensor, channels: Tensor, recipe: Recipe, by: Callable[..., Quantized], **how: Any) -> Split:
+    """Quantise x [N, K] but for `channels` with the quantiser `by`, which is `quantize` or the kernels' equal of it.
+
+    Raises QuantizeError for NaN and infinity.
+    """
+    loud, valid = x.index_select(1, channels), how.get("valid_rows", x.shape[0])
+    if not bool(loud[:valid].isfinite().all()):
+        raise QuantizeError(describe_non_finite(x, valid))
+    rest = by(x.index_fill(1, channels, 0) if len(channels) else x, recipe, **how)
+    return Split(rest, channels, (loud.float() / _loud_unit(rest, slice(None))).bfloat16())
 
 
 def _spread(blocks: Tensor, block_rows: int, shape: Any) -> Tensor:

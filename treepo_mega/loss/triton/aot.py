@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from treepo_mega.loss.triton import kernels, rows
-from treepo_mega.loss.triton.launch import BM, BN, SPLIT_ACCUMULATOR, STAGES, TILES, WARPS
+from treepo_mega.loss.triton.launch import BM, BN, LOUD, SPLIT_ACCUMULATOR, STAGES, TILES, WARPS
 
 ARCHS = {90: "sm_90a", 100: "sm_100a"}
 MAX_REGISTERS, MAX_SHARED = 255, 227 * 1024
@@ -79,6 +79,10 @@ def _product(name: str, kernel: Any, dtype: str, types: dict[str, str], **consta
     tiles = {"BM": BM, "BN": BN, "BK": depth, "PRECISION": "ieee"}
     tiles["IMPRECISE"] = SPLIT_ACCUMULATOR if dtype == "fp8e4nv" else 0
     descriptors = {"a_desc": f"tensordesc<{dtype}[{BM}, {depth}]>", "b_desc": f"tensordesc<{dtype}[{BN}, {depth}]>"}
+    loud = dtype == "fp8e4nv"
+    kind, width = ("bf16", LOUD) if loud else (dtype, depth)
+    descriptors |= {"a_loud": f"tensordesc<{kind}[{BM}, {width}]>", "b_loud": f"tensordesc<{kind}[{BN}, {width}]>"}
+    tiles["LOUD"] = loud
     return Variant(name, kernel, descriptors | POINTERS | SIZES | types, tiles | constants, product=dtype)
 
 

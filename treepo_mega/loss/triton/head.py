@@ -15,52 +15,41 @@ from torch import Tensor
 
 from treepo_mega.loss import te
 from treepo_mega.loss.head import Shard, over_shards
-from treepo_mega.loss.operands import Numerics, WeightCache
-from treepo_mega.loss.quantize import BLOCK, Quantized
+from treepo_mega.loss.quantize import split
 from treepo_mega.loss.triton import launch
-from treepo_mega.loss.triton.launch import Matrix, Slopes
+from treepo_mega.loss.triton.launch import Slopes
 
 SLICE = 32 * launch.BN
 """Vocabulary columns whose gradients [N, SLICE] are alive at a time."""
-
-
-def _hidden(x: Tensor, n: Numerics) -> Matrix:
-    if n.precision == "fp8":
-        return launch.scaled(launch.quantize_rows(x, n.recipe, power_of_2_scales=n.power_of_2_scales))
-    return launch.plain(x.bfloat16() if n.precision == "bf16" else x.float())
-
-
-def _weight(w: Tensor, valid: int, n: Numerics, cache: WeightCache) -> Matrix:
-    if n.precision == "fp32":
-        return launch.plain(w[:valid].float())
-    kept = cache.get(w, valid, n, "fp8" if n.precision == "fp8" else "bf16", by=launch.quantize_rows)
-    if isinstance(kept, Quantized):
-        scale = kept.scale
-        scale = scale[:valid] if n.recipe == "rowwise" else scale[: -(-valid // BLOCK)] if scale.dim() else scale
-        return launch.scaled(Quantized(kept.data[:valid], scale, kept.recipe, kept.block_rows))
-    return launch.plain(kept[:valid])
 
 
 class _Call:
     """The operands of one call, prepared alike for forward and backward."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> None:
-        n = shard.numerics
-        self.shard, self.weight = shard, weight.detach()
+        self.shard, self.hidden, self.weight = shard, hidden.detach(), weight.detach()
         local = target - shard.first
         mine = (local >= 0) & (local < shard.valid)
         self.column = torch.where(mine, local, torch.full_like(local, -1)).int()
-        self.a = _hidden(hidden.detach(), n)
-        self.b = _weight(self.weight, shard.valid, n, shard.cache)
-        self.given = self._target_logit(hidden.detach(), local.clamp(0, shard.valid - 1)) / shard.temperature
+        local = local.clamp(0, shard.valid - 1)
+        n, valid = shard.numerics, shard.valid
+        if n.precision == "fp8":
+            w = shard.cache.quantised(self.weight, valid, n, self.hidden, by=launch.quantize_rows)
+            how = {"power_of_2_scales": n.power_of_2_scales}
+            h = split(self.hidden, w.channels, n.recipe, launch.quantize_rows, **how)
+            self.a, self.b = launch.scaled(h, len(target)), launch.scaled(w, valid)
+            exact = self._dot(local, torch.bfloat16) if n.exact_target else (h.values() * w.values()[local]).sum(1)
+        else:
+            dtype = torch.float32 if n.precision == "fp32" else torch.bfloat16
+            self.a = launch.plain(self.hidden.to(dtype))
+            self.b = launch.plain(shard.cache.rounded(self.weight, dtype)[:valid])
+            exact = self._dot(local, dtype)
+        self.given = exact / shard.temperature
 
-    def _target_logit(self, hidden: Tensor, column: Tensor) -> Tensor:
-        """[N] fp32: from the operands of the logits or, in fp8 with exact_target, from bf16."""
-        n = self.shard.numerics
-        if n.precision == "fp8" and not n.exact_target:
-            return (self.a.values(slice(None), 1) * self.b.values(column, BLOCK)).sum(1)
-        dtype = torch.float32 if n.precision == "fp32" else torch.bfloat16
-        return (hidden.to(dtype).float() * self.weight.index_select(0, column).to(dtype).float()).sum(1)
+    def _dot(self, column: Tensor, dtype: torch.dtype) -> Tensor:
+        """The targets' logits [N] from operands rounded to `dtype`, summed in fp32."""
+        w = self.weight.index_select(0, column)
+        return (self.hidden.to(dtype).float() * w.to(dtype).float()).sum(1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

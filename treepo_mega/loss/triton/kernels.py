@@ -7,6 +7,9 @@ the epilogue masks columns. A program owns BM rows.
 `MODE`: 0 no scale or one a tensor (`a_scale`, `b_scale` of one element), 1 one a row of either operand, 2 one per
 1 x 128 of a and 128 x 128 of b (BN = BK = 128).
 
+`LOUD`: a_loud [T, 64] and b_loud [V, 64] are the channels that stay in bf16: one more product a tile, into the same
+accumulator, because they come in units of the scales (modes 0 and 1) or the accumulator has none (mode 2).
+
 `IMPRECISE`: on Hopper an fp8 sum stays in the tensor core's short accumulator for the whole of K unless it is told
 after how many products to move on (128 here: Transformer Engine's split accumulator). Mode 2 moves on anyway.
 
@@ -24,13 +27,15 @@ NOTHING, MASKED = tl.constexpr(-1.0e29), tl.constexpr(-1.0e30)
 
 @triton.jit
 def _logits(
-    a_desc, b_desc, a_scale, b_scale, m0, n0, T, V, K, blocks, inv_temperature,
-    MODE: tl.constexpr, IMPRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    a_desc, b_desc, a_loud, b_loud, a_scale, b_scale, m0, n0, T, V, K, blocks, inv_temperature,
+    LOUD: tl.constexpr, MODE: tl.constexpr, IMPRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN] fp32 tile of a @ b^T with its scales over the temperature, rows from m0, columns from n0."""
     rows = m0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if LOUD:
+        acc = tl.dot(a_loud.load([m0, 0]), b_loud.load([n0, 0]).T, acc)
     for k in range(0, tl.cdiv(K, BK)):
         a = a_desc.load([m0, k * BK])
         b = b_desc.load([n0, k * BK])
@@ -38,7 +43,7 @@ def _logits(
             part = tl.dot(a, b.T, input_precision=PRECISION)
             sa = tl.load(a_scale + rows * blocks + k, mask=rows < T, other=0.0)
             sb = tl.load(b_scale + (n0 // BN) * blocks + k, mask=n0 < V, other=0.0)
-            acc += part * (sa * (sb * inv_temperature))[:, None]
+            acc += part * (sa * sb)[:, None]
         else:
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
     if MODE == 0:
@@ -48,13 +53,15 @@ def _logits(
         sa = tl.load(a_scale + rows, mask=rows < T, other=0.0)
         sb = tl.load(b_scale + columns, mask=columns < V, other=0.0)
         acc = acc * (sa * inv_temperature)[:, None] * sb[None, :]
+    else:
+        acc = acc * inv_temperature
     return acc
 
 
 @triton.jit
 def forward_kernel(
-    a_desc, b_desc, a_scale, b_scale, column, partial, T, V, K, blocks, splits, inv_temperature,
-    MODE: tl.constexpr, IMPRECISE: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
+    a_desc, b_desc, a_loud, b_loud, a_scale, b_scale, column, partial, T, V, K, blocks, splits, inv_temperature,
+    LOUD: tl.constexpr, MODE: tl.constexpr, IMPRECISE: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Sums of log-softmax over TILES vocabulary tiles for BM rows, the target's column left out of all of them.
@@ -70,8 +77,8 @@ def forward_kernel(
     for tile in range(0, TILES):
         n0 = (split * TILES + tile) * BN
         z = _logits(
-            a_desc, b_desc, a_scale, b_scale, m0, n0, T, V, K, blocks, inv_temperature,
-            MODE, IMPRECISE, PRECISION, BM, BN, BK,
+            a_desc, b_desc, a_loud, b_loud, a_scale, b_scale, m0, n0, T, V, K, blocks, inv_temperature,
+            LOUD, MODE, IMPRECISE, PRECISION, BM, BN, BK,
         )  # fmt: skip
         columns = n0 + tl.arange(0, BN)
         # Masked logits are far below NOTHING, so that their exponential is 0 even where a tile has nothing else.
@@ -92,9 +99,9 @@ def forward_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    a_desc, b_desc, a_scale, b_scale, column, given, lse, entropy, g_logp, g_entropy, dz, dz_scale,
+    a_desc, b_desc, a_loud, b_loud, a_scale, b_scale, column, given, lse, entropy, g_logp, g_entropy, dz, dz_scale,
     first, T, V, K, blocks, dz_stride, inv_temperature,
-    MODE: tl.constexpr, ENTROPY: tl.constexpr, ROW_SCALE: tl.constexpr,
+    LOUD: tl.constexpr, MODE: tl.constexpr, ENTROPY: tl.constexpr, ROW_SCALE: tl.constexpr,
     IMPRECISE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits before temperature, for columns from `first`: dz [T, dz_stride], one BM x BN tile a program.
@@ -105,8 +112,8 @@ def dlogits_kernel(
     m0, n = tl.program_id(0) * BM, tl.program_id(1) * BN
     n0 = first + n
     z = _logits(
-        a_desc, b_desc, a_scale, b_scale, m0, n0, T, V, K, blocks, inv_temperature,
-        MODE, IMPRECISE, PRECISION, BM, BN, BK,
+        a_desc, b_desc, a_loud, b_loud, a_scale, b_scale, m0, n0, T, V, K, blocks, inv_temperature,
+        LOUD, MODE, IMPRECISE, PRECISION, BM, BN, BK,
     )  # fmt: skip
     rows, columns = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     live = rows < T

@@ -16,13 +16,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from treepo_mega.config_sections import AlgoConfig
 from treepo_mega.loss import quantize
-from treepo_mega.loss.quantize import BLOCK, Quantized, Recipe
+from treepo_mega.loss.quantize import BLOCK, Quantized, Recipe, Split
 from treepo_mega.loss.triton import kernels, rows
 
 BM = BN = 128
 """Rows and vocabulary columns of a program's tile: no spills on sm_90 and sm_100 (tools/bench/kernel_report.py)."""
 DEPTH = {torch.float32: 32, torch.bfloat16: 64, torch.float8_e4m3fn: 128}
 """K of a tile: 128 bytes, the widest row that the shared-memory swizzle takes."""
+LOUD = DEPTH[torch.bfloat16]
+"""Most channels that may stay in bf16: one tile's worth."""
 TILES = 8
 """Vocabulary tiles a forward program walks over; partial results take 16 bytes a row for each TILES * BN columns."""
 WARPS, STAGES = 8, 4
@@ -38,23 +40,20 @@ class Matrix:
     data: Tensor
     scale: Tensor
     mode: int
+    loud: Tensor | None = None
+    """Channels that stay in bf16 [N, LOUD], zeros behind the real ones."""
 
-    def descriptor(self, block_rows: int) -> TensorDescriptor:
-        """TMA descriptor of tiles of `block_rows` rows; what is out of bounds reads as 0."""
-        n, k = self.data.shape
-        return TensorDescriptor(self.data, [n, k], [self.data.stride(0), 1], [block_rows, DEPTH[self.data.dtype]])
+    def descriptors(self, block_rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """TMA descriptors of `data` and `loud` (without: `data` once more) in tiles of `block_rows` rows.
 
-    def values(self, rows: Tensor | slice, block_rows: int) -> Tensor:
-        """fp32 numbers [n, K] of some rows; `block_rows` of them share a scale in mode 2."""
-        data = self.data[rows].float()
-        if self.mode == 0:
-            return data * self.scale
-        index = torch.arange(self.data.shape[0], device=data.device)[rows]
-        if self.mode == 1:
-            return data * self.scale[index, None]
-        blocks = -(-data.shape[1] // BLOCK)
-        scale = self.scale.view(-1, blocks)[index // block_rows]
-        return data * scale.repeat_interleave(BLOCK, 1)[:, : data.shape[1]]
+        What is out of bounds reads as 0.
+        """
+        main = _descriptor(self.data, block_rows)
+        return main, main if self.loud is None else _descriptor(self.loud, block_rows)
+
+
+def _descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [block_rows, DEPTH[x.dtype]])
 
 
 def empty_rows(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -74,12 +73,15 @@ def plain(x: Tensor) -> Matrix:
     return Matrix(x, torch.ones(1, device=x.device), 0)
 
 
-def scaled(q: Quantized) -> Matrix:
-    """A quantised operand [N, K]."""
-    data = q.data
+def scaled(s: Split, rows: int) -> Matrix:
+    """The first `rows` rows of a quantised operand."""
+    q, data = s.rest, s.rest.data[:rows]
     if data.stride(0) != _aligned(data.stride(0), data.dtype):
         data = empty_rows(*data.shape, data.dtype, data.device).copy_(data)
-    return Matrix(data, q.scale.reshape(-1).contiguous(), MODES[q.recipe])
+    loud = None
+    if len(s.channels):
+        loud = torch.nn.functional.pad(s.loud[:rows], (0, LOUD - len(s.channels)))
+    return Matrix(data, q.scale.reshape(-1).contiguous(), MODES[q.recipe], loud)
 
 
 def quantize_rows(
@@ -121,10 +123,17 @@ def quantize_rows(
     return Quantized(out, 1.0 / factor, recipe, block_rows)
 
 
+def _both(a: Matrix, b: Matrix) -> tuple[TensorDescriptor, ...]:
+    """a, b, and their loud channels."""
+    (a_main, a_loud), (b_main, b_loud) = a.descriptors(BM), b.descriptors(BN)
+    return a_main, b_main, a_loud, b_loud
+
+
 def _common(a: Matrix, b: Matrix) -> dict[str, Any]:
     """Compile-time arguments that both products share."""
     fp8 = a.data.dtype == torch.float8_e4m3fn
     return {
+        "LOUD": a.loud is not None,
         "MODE": a.mode,
         "IMPRECISE": SPLIT_ACCUMULATOR if fp8 else 0,
         "PRECISION": "ieee",
@@ -145,7 +154,7 @@ def forward(a: Matrix, b: Matrix, column: Tensor, given: Tensor, temperature: fl
     splits = triton.cdiv(v, BN * TILES)
     partial = torch.empty(3, splits, t, device=a.data.device)
     kernels.forward_kernel[(triton.cdiv(t, BM), splits)](
-        a.descriptor(BM), b.descriptor(BN), a.scale, b.scale, column, partial,
+        *_both(a, b), a.scale, b.scale, column, partial,
         t, v, k, triton.cdiv(k, BLOCK), splits, 1.0 / temperature, TILES=TILES, **_common(a, b),
     )  # fmt: skip
     peak, sums = torch.empty(t, device=partial.device), torch.empty(3, t, device=partial.device)
@@ -171,7 +180,7 @@ def dlogits(
     (t, k), v = a.data.shape, b.data.shape[0]
     s = slopes
     kernels.dlogits_kernel[(triton.cdiv(t, BM), triton.cdiv(dz.shape[1], BN))](
-        a.descriptor(BM), b.descriptor(BN), a.scale, b.scale, column, given, s.lse, s.entropy, s.g_logp,
+        *_both(a, b), a.scale, b.scale, column, given, s.lse, s.entropy, s.g_logp,
         s.lse if s.g_entropy is None else s.g_entropy, dz, s.lse if scale is None else scale,
         first, t, v, k, triton.cdiv(k, BLOCK), dz.stride(0), 1.0 / temperature,
         ENTROPY=s.g_entropy is not None, ROW_SCALE=scale is not None, **_common(a, b),
