@@ -323,8 +323,8 @@ class HeadConfig(Section):
     exact_target: bool = True
     """fp8: the sampled token's own logit comes from bf16 operands. Without it ratios drift by several times as much."""
     fp8_loud_channels: int = Field(64, ge=0, le=64)
-    """fp8: so many channels of hidden states and weight, those that carry most of the logits' variance, stay in bf16.
-    Models have a few that are far louder than the rest; without this they alone set the error."""
+    """fp8: so many channels of hidden states and weight (at most an eighth), those that carry most of the logits'
+    variance, stay in bf16. Models have a few that are far louder than the rest, and set the error alone."""
     power_of_2_scales: bool = False
     """fp8: round scales to powers of two, as Transformer Engine's block scaling does by default."""
     fp8_grads: bool = False

@@ -219,6 +219,7 @@ class Trainer:
         for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
             out[f"train/{name}"] = sum(s[name] for s in stats) / len(stats)
         out["train/ratio_max_diff"] = max(s["max_ratio_diff"] for s in stats)
+        out |= self.actor.head_flips()
         return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}
 
     def score(self, tokens: list[int]) -> np.ndarray | None:

@@ -57,7 +57,9 @@ class Head:
     numerics: Numerics
     cache: WeightCache
     guard: HeadGuard | None = None
-    """Set in the pass that watches FP8."""
+    """Set in the passes that watch FP8."""
+    gates: Callable[[Pack, Tensor, Tensor | None, Tensor], Tensor] | None = None
+    """(pack, logp [n], old logprobs [n] or None for the pack's, rows [n]) -> closed clip gates [n], in an update."""
     backend: Backend = "torch"
     overlap_grad_reduce: bool = False
     """Megatron then wants to see the weight's gradient in param.grad."""
@@ -121,7 +123,7 @@ def _loss_func(
     shard, rows = vocabulary_shard(weight, head), predicting_rows(model, hidden, pack)
     if loss is None:
         if head.guard is not None:
-            head.guard.watch(rows, weight, target, shard)
+            head.guard.watch(pack, rows, weight, target, shard)
         logp, entropy = logprob_entropy(rows, weight, target, shard)
         return {"logprobs": logp.detach().float().cpu().numpy(), "entropy": entropy.detach().float().sum().cpu()}
 
@@ -129,6 +131,8 @@ def _loss_func(
         return loss(logp, entropy, rows_of(pack, part))
 
     total, sums, _, _ = row_loss(rows, weight, target, shard, of_rows)
+    if head.guard is not None and head.gates is not None:
+        head.guard.count_flips(pack, rows, weight, target, shard, partial(head.gates, pack))
     # Megatron scales `total` in place; the sums for logging are separate tensors.
     return total.clone(), torch.tensor(pack.pairs, dtype=torch.int, device=total.device), sums
 

@@ -12,6 +12,7 @@ gradient by the number of pairs of the whole step, all-reduced over data-paralle
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.loss.backend import Backend, resolve_backend
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.operands import Numerics, WeightCache
-from treepo_mega.loss.policy import policy_loss, supervised_loss
+from treepo_mega.loss.policy import clip_active, policy_loss, supervised_loss
 from treepo_mega.reshard.gather import load_from_hf
 from treepo_mega.reshard.layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
@@ -107,6 +108,16 @@ def policy_gradient(algo: AlgoConfig, backend: Backend = "torch") -> LossFunctio
     return loss
 
 
+def clip_gates(algo: AlgoConfig, pack: Pack, logp: Tensor, old: Tensor | None, rows: Tensor) -> Tensor:
+    """Closed clip gates [n] of some rows of a pack, against `old` logprobs [n] or the pack's own."""
+    A_pos, A_neg = on_device(pack.A_pos)[rows], on_device(pack.A_neg)[rows]
+    if old is None:
+        if pack.old_logprobs is None:
+            return torch.zeros_like(A_pos, dtype=torch.bool)
+        old = on_device(pack.old_logprobs)[rows]
+    return clip_active((logp - old).exp(), A_pos, A_neg, algo)
+
+
 def supervised(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy as a callback on packs: warm starts."""
     return supervised_loss(logp, on_device(pack.n))
@@ -137,6 +148,15 @@ class Actor(Policy):
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.skipped_in_a_row = 0
 
+    def head_flips(self) -> dict[str, float]:
+        """Metrics of the guard after a rollout's updates. Collective over all ranks."""
+        if not self.guard.watches:
+            return {}
+        drift, counts = self.guard.take_drift(), ps.get_tensor_model_parallel_rank() == 0
+        self.guard.samples.clear()
+        sums = dist.sum_over_ranks({"flips": drift.flips * counts, "gates": drift.gates * counts})
+        return {"train/head_gate_flips": sums["flips"] / max(sums["gates"], 1.0)}
+
     def watch_head(self) -> tuple[bool, dict[str, float]]:
         """(did the head just fall back to bf16?, metrics) after a watched pass; ({}, when FP8 is not used).
 
@@ -165,7 +185,9 @@ class Actor(Policy):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        data = run_schedule(self.chunks, packs, self.head(), loss=loss)
+        head = self.head()
+        head.guard, head.gates = self.guard, partial(clip_gates, self.cfg.algo)
+        data = run_schedule(self.chunks, packs, head, loss=loss)
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
         skipped = not math.isfinite(grad_norm)

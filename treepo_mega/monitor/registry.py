@@ -45,6 +45,7 @@ _OPTIMISATION = (
     Metric("train/entropy", "nats/token", "slow decline; not 0", "mean entropy of the actor's next-token law"),
     Metric("train/head_logp_abs_diff", "nats", "below 0.03", "mean |logp_fp8 - logp_bf16| of a sample; fp8 head only"),
     Metric("train/head_logp_abs_diff_max", "nats", "below 0.2", "largest |logp_fp8 - logp_bf16| of that sample"),
+    Metric("train/head_gate_flips", "share", "below 0.01", "clip gates of that sample at which fp8 and bf16 differ"),
     Metric("train/head_fallback", "0 or 1", "0", "the step ran with a bf16 head, for the fp8 one was too far from it"),
     Metric("train/skipped_steps", "count", "0", "optimizer steps skipped for a non-finite gradient, this step"),
     Metric("train/nonfinite_metrics", "count", "absent", "metrics of this step that were NaN or infinite (null here)"),
