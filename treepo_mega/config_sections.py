@@ -318,8 +318,9 @@ class HeadConfig(Section):
     """The same for old and reference logprobs. None: as precision."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """torch: tiles of rows, any device. triton: fused kernels (Hopper or newer). auto: triton where it can run."""
-    fp8_recipe: Literal["tensorwise", "rowwise", "blockwise"] = "rowwise"
-    """fp8: a scale per tensor, per row, or per 1 x 128 (hidden states) and 128 x 128 (weight). Current scaling."""
+    fp8_recipe: Literal["tensorwise", "rowwise", "blockwise"] = "blockwise"
+    """fp8: a scale per tensor, per row, or per 1 x 128 (hidden states) and 128 x 128 (weight). Current scaling. The
+    default is what a real model's activations said (tools/bench/fp8_error.py)."""
     exact_target: bool = True
     """fp8: the sampled token's own logit comes from bf16 operands. Without it ratios drift by several times as much."""
     fp8_loud_channels: int = Field(64, ge=0, le=64)

@@ -235,9 +235,8 @@ def show(rows: list[dict[str, Any]], reached: list[float], count: int, logp: Ten
         name = r["precision"]
         if r["recipe"]:
             scale = r["recipe"] + (" pow2" if r["power_of_2_scales"] else "")
-            name += (
-                f" {scale}{', exact target' if r['exact_target'] else ''}{', grads fp8' if r['grads'] == 'fp8' else ''}"
-            )
+            name += f" {scale}" + (f" loud {r['loud_channels']}" if r["loud_channels"] else "")
+            name += (" exact" if r["exact_target"] else "") + (" grads8" if r["grads"] == "fp8" else "")
         cells = "".join(f"{' '.join(f'{x:.4f}' for x in r[k]):>18}" for k in ("grad", "grad_old_fp32", "flips"))
         print(f"{name:<42}{r['logp_mean']:>8.4f}{r['logp_p99']:>8.4f}{r['logp_beyond_clip']:>8.2%}   {cells}")
 

@@ -3,7 +3,7 @@
     python tools/bench/fp8_training.py [--quick] [--steps 20]
 
 Real Megatron-Core and a real vLLM engine, two optimizer steps a rollout and a KL term; the FP8 runs take old, reference
-and policy logprobs from an FP8 head. Trees part as soon as weights do, so curves are compared, not tokens; the first step
+and policy logprobs from an FP8 head. Trees part as soon as weights do: curves are compared, not tokens. The first step
 has the same trees. `fp8` has the default settings, `plain` has neither the exact target nor loud channels. The guard
 watches, and its limit is lifted so that nothing falls back. --quick: 4 steps, no `plain`.
 

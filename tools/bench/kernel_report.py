@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 GOLDEN = ROOT / "tests" / "golden" / "loss_kernels.json"
-QUICK = ("forward-fp8-rowwise", "dlogits-fp8-rowwise", "combine")
+QUICK = ("forward-fp8-blockwise", "dlogits-fp8-blockwise", "combine")
 TOKENS, WIDTH, VOCAB = 8192, 8192, 128256 // 8
 
 GPUS = {

@@ -42,7 +42,7 @@ class Numerics:
 
     precision: Precision = "fp32"
     """fp64 operands keep fp64 whatever this says: for the tests of the formulas."""
-    recipe: Recipe = "rowwise"
+    recipe: Recipe = "blockwise"
     exact_target: bool = True
     """fp8 only: the target's logit from bf16 operands."""
     power_of_2_scales: bool = False
