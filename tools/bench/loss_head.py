@@ -221,11 +221,14 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="one case, naive and ours, once")
     p.add_argument("--repeats", type=int, default=2, help="times each variant runs; the smallest numbers count")
+    p.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help=f"which of {CASES}, by index")
+    p.add_argument("--variants", nargs="+", default=list(STEPS), choices=list(STEPS), help="what to run beside ours")
     p.add_argument("--memory-gib", type=float, default=7.0, help="do not run the naive path where it needs more")
     args = p.parse_args()
     rows = []
-    for case in QUICK if args.quick else CASES:
-        variants = ["naive", "ours"] if args.quick or case[3] != "fp32" else ["naive", "ours", "torch", "recompute"]
+    for case in QUICK if args.quick else [CASES[i] for i in args.cases]:
+        few = args.quick or case[3] != "fp32"
+        variants = [v for v in STEPS if v == "ours" or v in (("naive",) if few else args.variants)]
         rows.append(run_case(case, variants, 1 if args.quick else args.repeats, args.memory_gib))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     heads = ("peak MiB", "naive", "ratio", "CPU s", "naive", "ratio", "|dlogp|")

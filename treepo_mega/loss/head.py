@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treepo_mega.loss.operands import Numerics, Operands, WeightCache, column_slices
+from treepo_mega.loss.operands import COLUMNS, Numerics, Operands, WeightCache, column_slices
 
 TILE_BYTES = 48 * 2**20
 """Logits alive at a time. Products of few rows are slow, hence at least MIN_TILE_ROWS whatever that takes."""
@@ -97,6 +97,7 @@ class Tiles:
         self.local = local.clamp(0, max(shard.valid - 1, 0))
         self.rows = shard.tile_rows(self.ops.dtype.itemsize)
         self._buffer: Tensor | None = None
+        self._scratch: Tensor | None = None
 
     def parts(self) -> Iterator[slice]:
         """The row slices of this call."""
@@ -127,9 +128,12 @@ class Tiles:
             return torch.full((n,), float("-inf"), dtype=z.dtype, device=z.device), sums
         peak = z.amax(1)
         sums[2] = torch.where(self.mine[part], z.gather(1, self.local[part, None])[:, 0], sums[2])
+        if self._scratch is None:
+            self._scratch = z.new_empty(min(self.rows, self.ops.hidden.shape[0]), min(COLUMNS, z.shape[1]))
         for c in column_slices(z.shape[1]):
             shifted = z[:, c].sub_(peak[:, None])
-            kept = shifted.clone()
+            # One buffer for all slices: fresh ones of a few MiB fragment the heap, and the peak grows by half.
+            kept = self._scratch[:n, : shifted.shape[1]].copy_(shifted)
             sums[0] += shifted.exp_().sum(1)
             sums[1] += kept.mul_(shifted).sum(1)
         return peak, sums
