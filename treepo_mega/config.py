@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from treepo_mega.config_rules import check_batch, check_model, check_parallel, check_sampling
+from treepo_mega.config_rules import check_batch, check_loss, check_model, check_parallel, check_sampling
 from treepo_mega.config_sections import (
     AlgoConfig,
     CheckpointConfig,
@@ -34,6 +34,7 @@ from treepo_mega.config_sections import (
     DistributedConfig,
     EvalConfig,
     LoggingConfig,
+    LossConfig,
     ModelConfig,
     ParallelConfig,
     ReshardConfig,
@@ -58,6 +59,7 @@ class Config(Section):
     reshard: ReshardConfig = Field(default_factory=ReshardConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     algo: AlgoConfig = Field(default_factory=AlgoConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -73,9 +75,14 @@ class Config(Section):
             r.engine.dtype = self.model.params_dtype
         if r.engine.canary_max_abs_diff is None:
             r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 1.0
+        head = self.loss.head
+        if head.precision is None:
+            head.precision = self.model.params_dtype
+        if head.logprob_precision is None:
+            head.logprob_precision = head.precision
         if self.algo.use_tis is None:
-            bf16 = r.engine.dtype != self.model.params_dtype or self.model.params_dtype == "bf16"
-            self.algo.use_tis = bf16 or r.partial_rollout is not None
+            low = {r.engine.dtype, self.model.params_dtype, head.logprob_precision} != {"fp32"}
+            self.algo.use_tis = low or r.partial_rollout is not None
         if self.algo.whiten_advantages is None:
             self.algo.whiten_advantages = self.algo.advantage_estimator.startswith(("treepo", "reinforce"))
         if self.checkpoint.save is None:
@@ -241,7 +248,7 @@ def check(cfg: Config, world_size: int, hf: dict[str, Any] | None = None) -> lis
         dp = data_parallel_size(cfg, world_size)
     except ConfigError as e:
         bad.append(str(e))
-    bad += check_batch(cfg) + check_sampling(cfg, world_size) + check_parallel(cfg)
+    bad += check_batch(cfg) + check_sampling(cfg, world_size) + check_parallel(cfg) + check_loss(cfg)
     if hf is not None:
         bad += check_model(cfg, hf)
     if bad:

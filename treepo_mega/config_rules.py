@@ -142,6 +142,23 @@ def check_parallel(cfg: Config) -> list[str]:
     return bad
 
 
+def check_loss(cfg: Config) -> list[str]:
+    """The precisions of head and layers do not contradict one another. Whether the machine has them: loss/te.py."""
+    m, h, bad = cfg.model, cfg.loss.head, []
+    fp8 = "fp8" in (h.precision, h.logprob_precision)
+    if h.fp8_grads and h.precision != "fp8":
+        bad.append(f"loss.head.fp8_grads needs loss.head.precision fp8, which is {h.precision}")
+    if h.power_of_2_scales and not fp8:
+        bad.append(f"loss.head.power_of_2_scales needs loss.head.precision fp8, which is {h.precision}")
+    if m.fp8 and m.params_dtype != "bf16":
+        bad.append(f"model.fp8 {m.fp8} needs model.params_dtype bf16, which is {m.params_dtype}")
+    if m.first_last_layers_bf16 and not m.fp8:
+        bad.append("model.first_last_layers_bf16 needs model.fp8: without it every layer has model.params_dtype")
+    if m.first_last_layers_bf16 and m.fp8_recipe == "delayed":
+        bad.append("model.first_last_layers_bf16 cannot be had with model.fp8_recipe delayed; use tensorwise")
+    return bad
+
+
 def check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
     """Parallel sizes divide the model described by config.json `hf`, and the window holds a trajectory."""
     p, bad = cfg.parallel, []

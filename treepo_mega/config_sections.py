@@ -30,6 +30,13 @@ class ModelConfig(Section):
     """Parameter and activation dtype of actor and reference. Optimizer state is always fp32."""
     make_vocab_size_divisible_by: int = Field(128, ge=1)
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 products in the transformer layers (Transformer Engine on a GPU; refused elsewhere). hybrid: e5m2 gradients.
+    The output layer has its own setting, loss.head."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] = "tensorwise"
+    """How the layers' operands are scaled (Megatron's names): by tensor, by blocks (Hopper on), by 32 (Blackwell)."""
+    first_last_layers_bf16: bool = False
+    """With fp8: the first and the last transformer layer stay in bf16."""
 
 
 class ParallelConfig(Section):
@@ -311,6 +318,46 @@ class AlgoConfig(Section):
     tis_clip: float = Field(2.0, gt=0)
 
 
+class HeadGuardConfig(Section):
+    """Is the FP8 head still near bf16? Asked of a sample of rows in every step."""
+
+    sample_rows: int = Field(256, ge=0)
+    """Rows per micro-batch of the old-logprob pass that are computed in fp8 and in bf16. 0: never ask."""
+    max_abs_diff: float = Field(0.03, gt=0)
+    """Largest acceptable mean |logp_fp8 - logp_bf16|, nats. Beyond it the step runs in bf16, counted in
+    train/head_fallback; fp8 comes back with the first step whose sample is within it."""
+
+
+class HeadConfig(Section):
+    """Output layer, log-softmax and loss: from hidden states to logprobs and gradients."""
+
+    precision: Literal["fp32", "bf16", "fp8"] | None = None
+    """Operands of the logits in the policy update; sums are always fp32. None: model.params_dtype."""
+    logprob_precision: Literal["fp32", "bf16", "fp8"] | None = None
+    """The same for old and reference logprobs. None: as precision."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """torch: tiles of rows, any device. triton: fused kernels (Hopper or newer). auto: triton where it can run."""
+    fp8_recipe: Literal["tensorwise", "rowwise", "blockwise"] = "blockwise"
+    """fp8: a scale per tensor, per row, or per 1 x 128 (hidden states) and 128 x 128 (weight). Current scaling. The
+    default is what a real model's activations said (tools/bench/fp8_error.py)."""
+    exact_target: bool = True
+    """fp8: the sampled token's own logit comes from bf16 operands. Without it ratios drift by several times as much."""
+    fp8_loud_channels: int = Field(64, ge=0, le=64)
+    """fp8: so many channels of hidden states and weight (at most an eighth), those that carry most of the logits'
+    variance, stay in bf16. Models have a few that are far louder than the rest, and set the error alone."""
+    power_of_2_scales: bool = False
+    """fp8: round scales to powers of two, as Transformer Engine's block scaling does by default."""
+    fp8_grads: bool = False
+    """fp8: also the gradient's two products, with e5m2 row-scaled logit gradients. Off: they run in bf16."""
+    guard: HeadGuardConfig = Field(default_factory=HeadGuardConfig)
+
+
+class LossConfig(Section):
+    """How the loss is computed; what it is stands in algo."""
+
+    head: HeadConfig = Field(default_factory=HeadConfig)
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
@@ -339,7 +386,7 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(3, ge=1)
     """Consecutive optimizer steps with a non-finite gradient before the run stops with a diagnosis."""
     logprob_chunk_size: int = Field(1024, ge=1)
-    """Rows of [rows, V/tp] logits alive at a time in the loss head."""
+    """Most rows of [rows, V/tp] logits alive at a time in the loss head; large vocabularies take fewer (48 MiB)."""
 
 
 class CheckpointConfig(Section):

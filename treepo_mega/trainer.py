@@ -24,6 +24,7 @@ from treepo_mega.actor.update import Actor, Policy, policy_gradient
 from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
 from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.loss.operands import Numerics
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
@@ -61,6 +62,7 @@ class Trainer:
         self.actor = Actor(cfg, hf_dir)
         if cfg.model.load:
             checkpoint.load_model_weights(self.actor.models, cfg.model.load)
+            self.actor.weights_changed()
             self.actor.optimizer.reload_model_params()
         self.reference = self._build_reference() if cfg.algo.kl_loss_coef > 0 else None
         self._load_prompts(hf_dir)
@@ -85,9 +87,10 @@ class Trainer:
         return Handover(backend, offload=("grads", "optimizer"))
 
     def _build_reference(self) -> Policy:
-        reference = Policy(self.cfg, self.cfg.model.hf_checkpoint)
+        reference = Policy(self.cfg, self.cfg.model.hf_checkpoint, self.actor.guard)
         if self.cfg.model.load:
             checkpoint.load_model_weights(reference.models, self.cfg.model.load)
+            reference.weights_changed()
         for model in reference.models:
             model.requires_grad_(False)
         return reference
@@ -119,6 +122,7 @@ class Trainer:
         if directory is None:
             return 0
         state = checkpoint.load_training(directory, self.actor.models, self.actor.optimizer, self.actor.scheduler)
+        self.actor.weights_changed()
         self.cursor.load_state_dict(state["cursor"])
         self.actor.skipped_in_a_row = state["skipped_in_a_row"]
         self.collector.carried = state.get("carried", [])
@@ -175,10 +179,21 @@ class Trainer:
         """Fill in the actor's logprobs before the update; returns how far the engine's are from them."""
         self._take_memory()
         packs = [p for plan in plans for p in plan.packs]
+        self._fill_old(plans)
+        fell_back, metrics = self.actor.watch_head()
+        if fell_back:  # once: the steps that follow begin in bf16
+            self.progress.say(
+                f"the FP8 head is {metrics['train/head_logp_abs_diff']:.3f} nats from bf16, more than "
+                f"loss.head.guard.max_abs_diff {self.cfg.loss.head.guard.max_abs_diff}: bf16 until it is near again"
+            )
+            self._fill_old(plans)
+            self.actor.guard.take_drift()
+        return metrics | self._mismatch(packs)
+
+    def _fill_old(self, plans: list[StepPlan]) -> None:
         for plan in plans:
-            for pack, logprobs in zip(plan.packs, self.actor.logprobs(plan.packs) or (), strict=False):
+            for pack, logprobs in zip(plan.packs, self.actor.logprobs(plan.packs, watch=True) or (), strict=False):
                 pack.old_logprobs = logprobs
-        return self._mismatch(packs)
 
     def _mismatch(self, packs: list[Pack]) -> dict[str, float]:
         diffs = [np.abs(p.old_logprobs - p.rollout_logprobs) for p in packs if p.old_logprobs is not None]
@@ -205,12 +220,13 @@ class Trainer:
 
     def update(self, plans: list[StepPlan]) -> dict[str, float]:
         """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""
-        loss = policy_gradient(self.cfg.algo)
+        loss = policy_gradient(self.cfg.algo, self.actor.backend)
         stats = [self.actor.update(plan.packs, loss) for plan in plans]
         out = {"train/skipped_steps": sum(s["skipped_steps"] for s in stats)}
         for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
             out[f"train/{name}"] = sum(s[name] for s in stats) / len(stats)
         out["train/ratio_max_diff"] = max(s["max_ratio_diff"] for s in stats)
+        out |= self.actor.head_flips()
         return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}
 
     def refit(self) -> dict[str, float]:
@@ -235,7 +251,8 @@ class Trainer:
 
     def score(self, tokens: list[int]) -> np.ndarray | None:
         """Actor logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere."""
-        return self.actor.sequence_logprobs(tokens)
+        # In the parameters' precision whatever the loss head's: this proves a refit, so only weights may differ.
+        return self.actor.sequence_logprobs(tokens, Numerics(precision=self.cfg.model.params_dtype))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Sampled (and greedy) accuracy on the evaluation prompts, with the weights the engine holds."""

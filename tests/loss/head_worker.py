@@ -1,38 +1,63 @@
-"""One rank of test_head.py: a shard of the vocabulary each, compared with the dense head. Run under torchrun."""
+"""One rank of test_head.py: a shard of the vocabulary each, compared with the dense head. Run under torchrun, 4 ranks.
+
+Groups of 1, 2 and 4 ranks, shards of equal and of different size, with padding, with nothing but padding; targets on
+the first and last column of every rank's real rows.
+"""
 
 from datetime import timedelta
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 
 from tests.loss.test_head import dense, inputs
-from treepo_mega.loss.head import logprob_entropy
+from treepo_mega.loss.fused import row_loss
+from treepo_mega.loss.head import Shard, logprob_entropy
+
+CASES = {
+    1: [(11, [13])],
+    2: [(16, [8, 8]), (11, [8, 8]), (9, [8, 8]), (8, [8, 8]), (3, [8, 8]), (13, [5, 8])],
+    4: [(15, [4, 4, 4, 4]), (14, [1, 6, 2, 5]), (5, [4, 4, 4, 4])],
+}
+"""Group size -> (true vocabulary, rows of each shard)."""
 
 
-def main():
+def compare(vocab: int, sizes: list[int], chunk: int, group: dist.ProcessGroup) -> None:
+    """Both ways of this rank's shard against the dense head."""
+    hidden, weight, target = inputs(rows=11, vocab=vocab, padded=sum(sizes))
+    starts = [0, *accumulate(sizes)][: len(sizes)]
+    ends = [c for a, n in zip(starts, sizes, strict=True) for c in (a, a + n - 1) if c < vocab]
+    target[: len(ends)] = torch.tensor(ends)
+    first, size = (x[dist.get_rank(group)] for x in (starts, sizes))
+    shard = weight[first : first + size].detach().requires_grad_()
+    mix = torch.linspace(-1, 1, len(target), dtype=torch.float64)
+    want = dense(hidden, weight, target, vocab, 0.8)
+    e_hidden, e_weight = torch.autograd.grad((mix * want[0] + mix.flip(0) * want[1]).sum(), (hidden, weight))
+
+    def loss(logp, entropy, part):
+        return (mix[part] * logp + mix.flip(0)[part] * entropy).sum(), {}
+
+    spec = Shard.of(shard, first, vocab, temperature=0.8, chunk=chunk, group=group)
+    one = logprob_entropy(hidden, shard, target, spec)
+    total, _, *two = row_loss(hidden, shard, target, spec, loss)
+    for got, value in ((one, loss(*one, slice(None))[0]), (two, total)):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        d_hidden, d_shard = torch.autograd.grad(value, (hidden, shard))
+        dist.all_reduce(d_hidden, group=group)  # the caller's part: each rank's hidden gradient is only its shard's
+        torch.testing.assert_close(d_hidden, e_hidden, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(d_shard, e_weight[first : first + size], rtol=1e-10, atol=1e-12)
+
+
+def main() -> None:
+    """Every case of every group size."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
-    # (vocab, padded): even shards; padding on rank 1; rank 1 with one real row; rank 1 with nothing but padding.
-    for vocab, padded in ((16, 16), (11, 16), (9, 16), (8, 16), (3, 16)):
-        for chunk in (2, 100):
-            hidden, weight, target = inputs(vocab=vocab, padded=padded)
-            half = padded // 2
-            # First and last column of each rank's real rows.
-            target[1], target[2] = min(half - 1, vocab - 1), min(half, vocab - 1)
-            shard = weight[rank * half : (rank + 1) * half].detach().requires_grad_()
-            got = logprob_entropy(
-                hidden, shard, target, vocab_start=rank * half, vocab_size=vocab, temperature=0.8, chunk=chunk,
-                group=dist.group.WORLD,
-            )  # fmt: skip
-            want = dense(hidden, weight, target, vocab, 0.8)
-            for a, b in zip(got, want, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-            mix = torch.linspace(-1, 1, len(target), dtype=torch.float64)
-            d_hidden, d_shard = torch.autograd.grad((mix * got[0] + mix.flip(0) * got[1]).sum(), (hidden, shard))
-            dist.all_reduce(d_hidden)  # the caller's part: each rank's hidden gradient is only its shard's
-            e_hidden, e_weight = torch.autograd.grad((mix * want[0] + mix.flip(0) * want[1]).sum(), (hidden, weight))
-            torch.testing.assert_close(d_hidden, e_hidden, rtol=1e-10, atol=1e-12)
-            torch.testing.assert_close(d_shard, e_weight[rank * half : (rank + 1) * half], rtol=1e-10, atol=1e-12)
+    for size, cases in CASES.items():
+        groups = [dist.new_group(list(range(i, i + size))) for i in range(0, 4, size)]
+        for vocab, sizes in cases:
+            for chunk in (3, 100):
+                compare(vocab, sizes, chunk, groups[rank // size])
     print("head worker passed", flush=True)
     dist.destroy_process_group()
 

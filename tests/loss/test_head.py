@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from treepo_mega.loss.head import logprob_entropy
+from treepo_mega.loss import head
+from treepo_mega.loss.head import MIN_TILE_ROWS, Shard, Tiles
+from treepo_mega.loss.operands import Numerics
 
 WORKER = Path(__file__).with_name("head_worker.py")
 
@@ -26,6 +28,11 @@ def inputs(rows=7, vocab=11, padded=16, width=5, dtype=torch.float64):
 def dense(hidden, weight, target, vocab, temperature):
     logp = ((hidden @ weight[:vocab].t()) / temperature).log_softmax(-1)
     return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
+
+
+def logprob_entropy(hidden, weight, target, vocab_start=0, vocab_size=11, **how):
+    """The head on the shard that begins at `vocab_start`."""
+    return head.logprob_entropy(hidden, weight, target, Shard.of(weight, vocab_start, vocab_size, **how))
 
 
 def test_gradcheck_in_fp64():
@@ -51,15 +58,44 @@ def test_equals_dense_log_softmax_with_gradients(chunk, vocab, padded, temperatu
     assert (grads[0][1][vocab:] == 0).all(), "padded rows of the vocabulary get no gradient"
 
 
-def test_low_precision_inputs_are_summed_in_fp32():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_low_precision_inputs_are_summed_in_fp32(precision):
+    """Products of bf16 numbers, sums and logits in fp32: equal to fp64 on the same numbers, with no rounded logits."""
     hidden, weight, target = inputs(dtype=torch.float32)
     h, w = (t.detach().bfloat16().requires_grad_() for t in (hidden, weight))
-    logp, entropy = logprob_entropy(h, w, target, vocab_start=0, vocab_size=11, chunk=2)
+    logp, entropy = logprob_entropy(
+        h, w, target, vocab_start=0, vocab_size=11, chunk=2, numerics=Numerics(precision=precision)
+    )
     assert logp.dtype == entropy.dtype == torch.float32
-    want = ((h @ w[:11].t()).float()).log_softmax(-1).gather(1, target[:, None])[:, 0]
-    torch.testing.assert_close(logp, want, rtol=0, atol=1e-6)
+    h64, w64 = (t.detach().double().requires_grad_() for t in (h, w))
+    want = dense(h64, w64, target, 11, 1.0)
+    for a, b in zip((logp, entropy), want, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=0, atol=2e-6)
     (logp + entropy).sum().backward()
     assert h.grad.dtype == w.grad.dtype == torch.bfloat16
+    for got, exact in zip((h, w), torch.autograd.grad((want[0] + want[1]).sum(), (h64, w64)), strict=True):
+        torch.testing.assert_close(got.grad.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_bf16_head_of_fp32_parameters_rounds_the_operands_only():
+    hidden, weight, target = inputs(dtype=torch.float32)
+    rounded = (t.detach().bfloat16().double() for t in (hidden, weight))
+    want = dense(*rounded, target, 11, 1.0)
+    got = logprob_entropy(hidden, weight, target, vocab_start=0, vocab_size=11, numerics=Numerics(precision="bf16"))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-6)
+
+
+def test_tiles_of_rows_are_bounded_in_bytes_and_the_same_on_every_rank():
+    assert Shard(0, 49152, 49152, chunk=4096).tile_rows(4) == 256
+    assert Shard(0, 151936, 151936, chunk=4096).tile_rows(4) == MIN_TILE_ROWS, "few rows are slow: bytes give way"
+    assert Shard(0, 32, 32, chunk=100).tile_rows(4) == 100
+    hidden, weight, target = inputs(rows=300, vocab=11, padded=11)
+    tiles = Tiles(hidden, weight, target, Shard.of(weight, 0, 11, chunk=128))
+    parts = list(tiles.parts())
+    assert [p.stop - p.start for p in parts] == [128, 128, 44]
+    shapes = {tuple(tiles.logits(p)._base.shape) for p in parts}
+    assert shapes == {(128, 11)}, "one buffer serves every tile"
 
 
 def test_large_logits_do_not_overflow():
@@ -77,6 +113,26 @@ def test_no_rows():
     assert (weight.grad == 0).all()
 
 
-def test_two_vocabulary_shards_over_gloo():
-    out = run_ranks(2, WORKER)
-    assert out.count("head worker passed") == 2, out
+def test_main_grad_takes_the_weight_gradient():
+    hidden, weight, target = inputs()
+    want = torch.autograd.grad(dense(hidden, weight, target, 11, 1.0)[0].sum(), weight)[0]
+    weight.main_grad = torch.ones_like(weight)
+    logprob_entropy(hidden, weight, target, vocab_start=0, vocab_size=11)[0].sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad - 1, want, rtol=1e-10, atol=1e-12)
+
+
+def test_equals_torchs_own_fused_head():
+    hidden, weight, target = inputs(rows=64, vocab=33, padded=33, width=12, dtype=torch.float32)
+    mix = torch.linspace(-1, 1, 64)
+    loss = torch.nn.functional.linear_cross_entropy(hidden, weight, target, reduction="none")
+    want = (-loss, *torch.autograd.grad((mix * -loss).sum(), (hidden, weight)))
+    logp, _ = logprob_entropy(hidden, weight, target, vocab_start=0, vocab_size=33, chunk=10)
+    got = (logp, *torch.autograd.grad((mix * logp).sum(), (hidden, weight)))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_vocabulary_shards_over_gloo():
+    out = run_ranks(4, WORKER)
+    assert out.count("head worker passed") == 4, out

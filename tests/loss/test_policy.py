@@ -165,3 +165,44 @@ def test_supervised_loss_is_cross_entropy_by_multiplicity():
     loss.backward()
     assert loss.item() == 5.0 == sums["loss"].item()
     assert logp.grad.tolist() == [-3.0, -1.0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(["k1", "k2", "k3"]), st.booleans(), st.booleans())
+def test_closed_form_gradient_is_autograds(seed, kind, dual, bonus):
+    """Against autograd on the formulas themselves, in every regime of the clip."""
+    g = torch.Generator().manual_seed(seed)
+    logp, old, rollout, ref, pos, neg, entropy = torch.randn(7, 32, generator=g, dtype=torch.float64)
+    n = torch.randint(1, 6, (32,), generator=g).double()
+    algo = AlgoConfig(
+        kl_loss_coef=0.3, kl_loss_type=kind, use_tis=True, eps_clip_c=3.0 if dual else None,
+        entropy_coef=0.1 if bonus else 0.0,
+    )  # fmt: skip
+    logp, entropy = logp.requires_grad_(), entropy.requires_grad_()
+    pos, neg = pos.abs(), -neg.abs()
+    weight = (old - rollout).exp().clamp(max=algo.tis_clip)
+    objective = clipped_objective((logp - old).exp(), pos, neg, algo)
+    want = (-weight * objective + 0.3 * n * kl_penalty(logp, ref, kind) - algo.entropy_coef * n * entropy).sum()
+    got, _ = policy_loss(
+        logp,
+        entropy,
+        old_logprobs=old,
+        rollout_logprobs=rollout,
+        ref_logprobs=ref,
+        A_pos=pos,
+        A_neg=neg,
+        n=n,
+        algo=algo,
+    )
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(2 * x, (logp, entropy), allow_unused=True) for x in (got, want)]
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-12, atol=1e-12)
+    if bonus:
+        torch.testing.assert_close(grads[0][1], grads[1][1])
+    else:
+        assert grads[0][1] is None
+
+
+def test_a_ratio_that_overflows_gives_no_nan():
+    _, _, grad = loss_of([800.0, 0.0], old=[0.0, 800.0], A=[1.0, -1.0])
+    assert grad == [0.0, 0.0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,12 @@ from treepo_mega.actor.attention import PACKS, PackLayout
 from treepo_mega.actor.attention_flex import SHAPE_BUCKET
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.config import Config
-from treepo_mega.loss.head import logprob_entropy
+from treepo_mega.loss.backend import Backend
+from treepo_mega.loss.fused import row_loss
+from treepo_mega.loss.guard import HeadGuard
+from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.operands import Numerics, WeightCache
+from treepo_mega.loss.te import row_multiple
 from treepo_mega.runtime import cpu_megatron
 from treepo_mega.runtime.device import device, has_cuda
 from treepo_mega.tree.pack import Pack
@@ -39,7 +44,11 @@ from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
 
 LossFunction = Callable[[Tensor, Tensor, Pack], tuple[Tensor, dict[str, Tensor]]]
-"""(logp [N], entropy [N], pack) -> (loss summed over rows, sums for logging)."""
+"""(logp [N], entropy [N], pack) -> (loss summed over rows, sums for logging). A sum over rows: it sees a tile of the
+pack's rows at a time."""
+
+TOKEN_FIELDS = ("tokens", "position", "subtree_end", "local", "order")
+"""Arrays of a pack with an entry per token; all its other arrays have one per row."""
 
 
 @dataclass(slots=True)
@@ -49,13 +58,25 @@ class Head:
     vocab_size: int
     temperature: float
     chunk: int
+    numerics: Numerics
+    cache: WeightCache
+    guard: HeadGuard | None = None
+    """Set in the passes that watch FP8."""
+    gates: Callable[[Pack, Tensor, Tensor | None, Tensor], Tensor] | None = None
+    """(pack, logp [n], old logprobs [n] or None for the pack's, rows [n]) -> closed clip gates [n], in an update."""
+    backend: Backend = "torch"
+    overlap_grad_reduce: bool = False
+    """Megatron then wants to see the weight's gradient in param.grad."""
+    whole_packs: bool = False
+    """The loss joins rows (sequence-level ratios): it must see a pack's rows at once, not a tile at a time."""
 
 
 def padding_multiple(cfg: Config) -> int:
-    """Packs are padded to a multiple of this: sequence parallelism splits each rank's share over TP, and on CUDA
-    the attention kernel is compiled per length."""
+    """Packs are padded to a multiple of this: sequence parallelism splits each rank's share over TP, FP8 layers want
+    more, and on CUDA the attention kernel is compiled per length."""
     p = cfg.parallel
     share = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    share *= row_multiple(cfg.model)
     return math.lcm(share, SHAPE_BUCKET) if has_cuda() else share
 
 
@@ -75,22 +96,36 @@ def on_device(values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
     return torch.from_numpy(values).to(device(), dtype)
 
 
-def head_outputs(model: PolicyModel, hidden: Tensor, pack: Pack, head: Head) -> tuple[Tensor, Tensor]:
-    """(logp [N], entropy [N]) of the pack's rows from the last stage's hidden states."""
+def rows_of(pack: Pack, part: slice) -> Pack:
+    """The pack with only the rows `part`."""
+    if part.indices(len(pack.target)) == (0, len(pack.target), 1):
+        return pack
+    arrays = {f.name: getattr(pack, f.name) for f in fields(pack) if f.name not in TOKEN_FIELDS}
+    return replace(pack, **{k: v[part] for k, v in arrays.items() if isinstance(v, np.ndarray)})
+
+
+def predicting_rows(model: PolicyModel, hidden: Tensor, pack: Pack) -> Tensor:
+    """Hidden states [N, K] that predict the pack's rows, from the last stage's [T, 1, K] or, under SP, [T/tp, 1, K]."""
     if model.config.sequence_parallel:
         hidden = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = mappings.copy_to_tensor_model_parallel_region(hidden)
-    weight = model.head_weight()
-    return logprob_entropy(
-        hidden[:, 0].index_select(0, on_device(pack.predictor)),
+    return hidden[:, 0].index_select(0, on_device(pack.predictor))
+
+
+def vocabulary_shard(weight: Tensor, head: Head) -> Shard:
+    """This tensor-parallel rank's shard of the output matrix."""
+    return Shard.of(
         weight,
-        on_device(pack.target),
-        vocab_start=ps.get_tensor_model_parallel_rank() * weight.shape[0],
-        vocab_size=head.vocab_size,
+        ps.get_tensor_model_parallel_rank() * weight.shape[0],
+        head.vocab_size,
         temperature=head.temperature,
         chunk=head.chunk,
         group=ps.get_tensor_model_parallel_group(),
+        numerics=head.numerics,
+        cache=head.cache,
+        backend=head.backend,
+        use_main_grad=not head.overlap_grad_reduce,
     )
 
 
@@ -98,10 +133,23 @@ def _loss_func(
     model: PolicyModel, pack: Pack, head: Head, loss: LossFunction | None, hidden: Tensor, non_loss_data: bool = False
 ) -> Any:
     """Megatron's loss callback. Without `loss`: the pack's logprobs, as data."""
-    logp, entropy = head_outputs(model, hidden, pack, head)
+    weight, target = model.head_weight(), on_device(pack.target)
+    shard, rows = vocabulary_shard(weight, head), predicting_rows(model, hidden, pack)
     if loss is None:
+        if head.guard is not None:
+            head.guard.watch(pack, rows, weight, target, shard)
+        logp, entropy = logprob_entropy(rows, weight, target, shard)
         return {"logprobs": logp.detach().float().cpu().numpy(), "entropy": entropy.detach().float().sum().cpu()}
-    total, sums = loss(logp, entropy, pack)
+
+    def of_rows(logp: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(logp, entropy, rows_of(pack, part))
+
+    if head.whole_packs:
+        total, sums = loss(*logprob_entropy(rows, weight, target, shard), pack)
+    else:
+        total, sums, _, _ = row_loss(rows, weight, target, shard, of_rows)
+    if head.guard is not None and head.gates is not None:
+        head.guard.count_flips(pack, rows, weight, target, shard, partial(head.gates, pack))
     # Megatron scales `total` in place; the sums for logging are separate tensors.
     return total.clone(), torch.tensor(pack.pairs, dtype=torch.int, device=total.device), sums
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treepo_mega.config import Config
+from treepo_mega.loss import te
 from treepo_mega.reshard.layout import ModelSpec, padded_vocab
 from treepo_mega.reshard.spec import ModelSpecError
 from treepo_mega.runtime import cpu_megatron
@@ -135,6 +136,7 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
         persist_layer_norm=False,
         apply_rope_fusion=False,
         finalize_model_grads_func=finalize_model_grads,
+        **te.body_fields(cfg.model),
     )
 
 
@@ -143,6 +145,8 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.fp8:
+        te.use_te_linears(layer)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackAttention
     if config.qk_layernorm:

@@ -12,6 +12,7 @@ gradient by the number of pairs of the whole step, all-reduced over data-paralle
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,10 @@ from treepo_mega.actor.forward import (
 )
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.config import AlgoConfig, Config
-from treepo_mega.loss.policy import kl_penalty, policy_loss, supervised_loss
+from treepo_mega.loss.backend import Backend, resolve_backend
+from treepo_mega.loss.guard import HeadGuard
+from treepo_mega.loss.operands import Numerics, WeightCache
+from treepo_mega.loss.policy import clip_active, kl_penalty, policy_loss, supervised_loss
 from treepo_mega.reshard.gather import load_from_hf
 from treepo_mega.reshard.layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
@@ -51,25 +55,55 @@ class TrainingDiverged(RuntimeError):
 class Policy:
     """Weights and forward passes. The reference is exactly this; the actor adds an optimizer."""
 
-    def __init__(self, cfg: Config, hf_dir: str | Path) -> None:
+    def __init__(self, cfg: Config, hf_dir: str | Path, guard: HeadGuard | None = None) -> None:
         """Build this rank's chunks and fill them from the HF files in `hf_dir`, reading only its slices."""
         self.cfg, self.hf_dir = cfg, Path(hf_dir)
         self.spec = ModelSpec.from_hf(hf_dir)
         self.models: list[PolicyModel] = build_model(cfg, hf_dir)
         load_from_hf(self.models, self.spec, cfg, hf_dir)
         self.chunks: list[torch.nn.Module] = list(self.models)
+        self.guard, self.weights = guard or HeadGuard(cfg.loss.head), WeightCache()
+        self.backend = resolve_backend(cfg.loss.head)
 
-    def head(self, temperature: float | None = None) -> Head:
-        """The loss head at `temperature` (default: the sampling temperature: ratios are of what was sampled)."""
+    def head(self, temperature: float | None = None, numerics: Numerics | None = None) -> Head:
+        """The loss head at `temperature` (default: the sampling temperature: ratios are of what was sampled).
+
+        In `numerics`, default: the policy update's.
+        """
+        n = numerics or self.guard.numerics(for_update=True)
         t = self.cfg.rollout.temperature if temperature is None else temperature
-        return Head(self.spec.vocab_size, t, self.cfg.train.logprob_chunk_size)
+        overlap = self.cfg.parallel.overlap_grad_reduce
+        return Head(
+            self.spec.vocab_size,
+            t,
+            self.cfg.train.logprob_chunk_size,
+            n,
+            self.weights,
+            backend=self.backend,
+            overlap_grad_reduce=overlap,
+            whole_packs=self.cfg.algo.ratio_level == "sequence",
+        )
 
-    def logprobs(self, packs: list[Pack], temperature: float | None = None) -> list[np.ndarray] | None:
-        """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel."""
-        return compute_logprobs(self.chunks, packs, self.head(temperature))
+    def logprobs(
+        self, packs: list[Pack], temperature: float | None = None, *, numerics: Numerics | None = None,
+        watch: bool = False,
+    ) -> list[np.ndarray] | None:  # fmt: skip
+        """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel.
 
-    def sequence_logprobs(self, tokens: list[int]) -> np.ndarray | None:
+        In `numerics`, or what the configuration and the guard say; `watch` lets the guard take its sample.
+        """
+        head = self.head(temperature, numerics or self.guard.numerics(for_update=False))
+        head.guard = self.guard if watch else None
+        return compute_logprobs(self.chunks, packs, head)
+
+    def weights_changed(self) -> None:
+        """Whoever writes new weights says so: prepared (bf16, fp8) copies of the output matrix are then made anew."""
+        self.weights.clear()
+
+    def sequence_logprobs(self, tokens: list[int], numerics: Numerics | None = None) -> np.ndarray | None:
         """Logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere.
+
+        The head computes in `numerics`, default: as for old and reference logprobs.
 
         Collective over the model-parallel and context-parallel groups: every data-parallel rank computes it for itself.
         """
@@ -79,7 +113,7 @@ class Policy:
         plan = plan_step(
             [one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=multiple, cp_size=cp_size, cp_rank=cp_rank
         )
-        got = self.logprobs(plan.packs * count_multiple(self.cfg))
+        got = self.logprobs(plan.packs * count_multiple(self.cfg), numerics=numerics)
         if got is None:
             return None
         (pack,) = plan.packs
@@ -91,7 +125,7 @@ class Policy:
         return out.cpu().numpy()
 
 
-def policy_gradient(algo: AlgoConfig) -> LossFunction:
+def policy_gradient(algo: AlgoConfig, backend: Backend = "torch") -> LossFunction:
     """The segment-advantage loss as a callback on packs (old logprobs must be filled in)."""
 
     def loss(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,7 +135,9 @@ def policy_gradient(algo: AlgoConfig) -> LossFunction:
         terms = {name: on_device(getattr(pack, name), logp.dtype) for name in ROW_TERMS}
         terms["ref_logprobs"] = None if pack.ref_logprobs is None else on_device(pack.ref_logprobs, logp.dtype)
         if algo.ratio_level == "token":
-            return policy_loss(logp, entropy, **terms, algo=algo)
+            # The kernel's statistics count rows by their loss weight.
+            kernel = backend == "triton" and algo.loss_agg_mode == "token-mean"
+            return policy_loss(logp, entropy, **terms, algo=algo, kernel=kernel)
         return _sequence_level(logp, entropy, pack, terms, algo)
 
     return loss
@@ -129,6 +165,16 @@ def _sequence_level(
         total = total + algo.kl_loss_coef * kl
         sums |= {"kl_loss": kl.detach(), "loss": total.detach()}
     return total, sums
+
+
+def clip_gates(algo: AlgoConfig, pack: Pack, logp: Tensor, old: Tensor | None, rows: Tensor) -> Tensor:
+    """Closed clip gates [n] of some rows of a pack, against `old` logprobs [n] or the pack's own."""
+    A_pos, A_neg = (on_device(x, logp.dtype)[rows] for x in (pack.A_pos, pack.A_neg))
+    if old is None:
+        if pack.old_logprobs is None:
+            return torch.zeros_like(A_pos, dtype=torch.bool)
+        old = on_device(pack.old_logprobs, logp.dtype)[rows]
+    return clip_active((logp - old).exp(), A_pos, A_neg, algo)
 
 
 def supervised(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
@@ -161,6 +207,33 @@ class Actor(Policy):
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.skipped_in_a_row = 0
 
+    def head_flips(self) -> dict[str, float]:
+        """Metrics of the guard after a rollout's updates. Collective over all ranks."""
+        if not self.guard.watches:
+            return {}
+        drift, counts = self.guard.take_drift(), ps.get_tensor_model_parallel_rank() == 0
+        self.guard.samples.clear()
+        sums = dist.sum_over_ranks({"flips": drift.flips * counts, "gates": drift.gates * counts})
+        return {"train/head_gate_flips": sums["flips"] / max(sums["gates"], 1.0)}
+
+    def watch_head(self) -> tuple[bool, dict[str, float]]:
+        """(did the head just fall back to bf16?, metrics) after a watched pass; ({}, when FP8 is not used).
+
+        Collective over all ranks, which decide alike.
+        """
+        if not self.guard.watches:
+            return False, {}
+        drift, counts = self.guard.take_drift(), ps.get_tensor_model_parallel_rank() == 0
+        sums = dist.sum_over_ranks({"diff": drift.total * counts, "rows": drift.rows * counts})
+        largest = dist.max_over_ranks({"max": drift.largest})["max"]
+        mean = sums["diff"] / max(sums["rows"], 1.0)
+        fell = self.guard.decide(mean)
+        return fell, {
+            "train/head_logp_abs_diff": mean,
+            "train/head_logp_abs_diff_max": largest,
+            "train/head_fallback": float(self.guard.fallen),
+        }
+
     def update(self, packs: list[Pack], loss: LossFunction) -> dict[str, float]:
         """One optimizer step over this rank's packs; returns global statistics, the same on every rank.
 
@@ -171,7 +244,9 @@ class Actor(Policy):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        data = run_schedule(self.chunks, packs, self.head(), loss=loss)
+        head = self.head()
+        head.guard, head.gates = self.guard, partial(clip_gates, self.cfg.algo)
+        data = run_schedule(self.chunks, packs, head, loss=loss)
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
         skipped = not math.isfinite(grad_norm)
@@ -194,6 +269,7 @@ class Actor(Policy):
         grad_norm = float(self.optimizer.get_grad_norm())
         if math.isfinite(grad_norm):
             self.optimizer.step()
+            self.weights_changed()
         return grad_norm
 
     def _after_step(self, skipped: bool, grad_norm: float) -> None:

@@ -11,11 +11,18 @@ A net advantage A_pos + A_neg would be wrong as soon as r leaves the clip range.
 entropy and importance weights multiply by the multiplicity `n` (or the masses) the same way. A flat
 trajectory is the case n = 1, one mass zero.
 
+Its slope is closed form, so that the gradient is known as soon as logp is (`fused.py` relies on it):
+
+    dL/dlogp = -w r (A_pos 1[r <= 1 + eps_clip_high] + A_neg 1[1 - eps_clip <= r <= eps_clip_c]) + coef n dKL/dlogp
+    dk1 = 1    dk2 = logp - ref    dk3 = 1 - exp(ref - logp)    dL/dentropy = -entropy_coef n
+
 The loss is a sum over rows; dividing by the number of (trajectory, token) pairs of the global batch
 (`token-mean`) is the pipeline's business (Megatron's per-token loss), because only it knows the total.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +51,95 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     return d.exp() - d - 1
 
 
+def kl_slope(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    """d kl_penalty / d logp per row [N]."""
+    d = ref_logp - logp
+    if kind == "k1":
+        return torch.ones_like(d)
+    return -d if kind == "k2" else 1 - d.exp()
+
+
+def objective_slope(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -> Tensor:
+    """d clipped_objective / d logp per row [N]: A * r where the clip is not active, 0 where it is."""
+    zero = torch.zeros_like(ratio)
+    low = ratio >= 1 - algo.eps_clip
+    if algo.eps_clip_c is not None:
+        low &= ratio <= algo.eps_clip_c
+    # `where` and not a product: a ratio that overflowed is clipped, and inf * 0 would be NaN.
+    return torch.where(ratio <= 1 + algo.eps_clip_high, A_pos * ratio, zero) + torch.where(low, A_neg * ratio, zero)
+
+
+def clip_active(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -> Tensor:
+    """Rows [N] at which a gate of the clip has closed for a mass that is not zero, dual clip aside."""
+    return ((A_pos > 0) & (ratio > 1 + algo.eps_clip_high)) | ((A_neg < 0) & (ratio < 1 - algo.eps_clip))
+
+
+class _KernelPolicyLoss(torch.autograd.Function):
+    """The same in one Triton kernel; fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, sums: dict[str, Tensor]
+    ) -> Tensor:
+        """As `_PolicyLoss.forward`."""
+        from treepo_mega.loss.triton import launch
+
+        slope, found = launch.policy(logp.detach(), entropy.detach(), rows, algo)
+        sums |= found
+        ctx.save_for_backward(slope, rows["n"])
+        ctx.entropy_coef = algo.entropy_coef
+        return found["loss"].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """As `_PolicyLoss.backward`."""
+        return _scaled_slopes(ctx, grads[0])
+
+
+def _scaled_slopes(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    """Slopes times the incoming gradient; entropy gets none when there is no bonus."""
+    slope, n = ctx.saved_tensors
+    d_entropy = -ctx.entropy_coef * n * incoming if ctx.entropy_coef else None
+    return slope * incoming, d_entropy, None, None, None
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """The loss [] of rows with its slopes in closed form: one pass, and nothing kept but two vectors [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, sums: dict[str, Tensor]
+    ) -> Tensor:
+        """`rows`: old, weight, A_pos, A_neg, n, count and, for the KL term, ref, all [N]. Fills `sums`."""
+        n, count, ratio = rows["n"], rows["count"], (logp - rows["old"]).exp()
+        masses = rows["A_pos"], rows["A_neg"], algo
+        pg = -(rows["weight"] * clipped_objective(ratio, *masses)).sum()
+        slope = -rows["weight"] * objective_slope(ratio, *masses)
+        kl = torch.zeros_like(pg)
+        if "ref" in rows:
+            kl = (n * kl_penalty(logp, rows["ref"], algo.kl_loss_type)).sum()
+            slope += algo.kl_loss_coef * n * kl_slope(logp, rows["ref"], algo.kl_loss_type)
+        loss = pg - algo.entropy_coef * (n * entropy).sum() + algo.kl_loss_coef * kl
+        sums |= {
+            "loss": loss,
+            "pg_loss": pg,
+            "kl_loss": kl,
+            "entropy": (count * entropy).sum(),
+            "pg_clipfrac": (count * clip_active(ratio, *masses)).sum(),
+            "ppo_kl": (-count * (logp - rows["old"])).sum(),
+            "tis_weight": (count * rows["weight"]).sum(),
+            "max_ratio_diff": (ratio - 1).abs().max() if len(ratio) else torch.zeros_like(pg),
+        }
+        ctx.save_for_backward(slope, n)
+        ctx.entropy_coef = algo.entropy_coef
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of logp and entropy."""
+        return _scaled_slopes(ctx, grads[0])
+
+
 def policy_loss(
     logp: Tensor,
     entropy: Tensor,
@@ -56,42 +152,29 @@ def policy_loss(
     n: Tensor,
     algo: AlgoConfig,
     count: Tensor | None = None,
+    kernel: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over rows of policy loss + KL + entropy bonus, and sums for logging (to be divided by the pairs).
 
     A statistic whose name begins with `max_` is a maximum instead.
 
     All arguments are [N]; `logp` and `entropy` carry gradients. `n` weighs a row in the loss, `count` in the
-    statistics (the trajectories through it; None: `n`): they differ unless loss_agg_mode is token-mean. Raises
-    ValueError when a KL term is asked for without reference logprobs.
+    statistics (the trajectories through it; None: `n`): they differ unless loss_agg_mode is token-mean. `kernel`: in
+    one Triton kernel, whose statistics count by `n`. Raises ValueError when a KL term is asked for without reference
+    logprobs.
     """
-    log_ratio = logp - old_logprobs
-    ratio = log_ratio.exp()
     weight = torch.ones_like(n)
     if algo.use_tis:
         weight = (old_logprobs - rollout_logprobs).exp().clamp(max=algo.tis_clip)
-    pg = -(weight * clipped_objective(ratio, A_pos, A_neg, algo)).sum()
-    loss = pg - algo.entropy_coef * (n * entropy).sum()
-    kl = torch.zeros_like(pg)
+    rows = {"old": old_logprobs, "weight": weight, "A_pos": A_pos, "A_neg": A_neg, "n": n}
+    rows["count"] = n if count is None else count
     if algo.kl_loss_coef > 0:
         if ref_logprobs is None:
             raise ValueError("algo.kl_loss_coef > 0 needs reference logprobs: the reference pass did not run")
-        kl = (n * kl_penalty(logp, ref_logprobs, algo.kl_loss_type)).sum()
-        loss = loss + algo.kl_loss_coef * kl
-    count = n if count is None else count
-    with torch.no_grad():
-        clipped = ((A_pos > 0) & (ratio > 1 + algo.eps_clip_high)) | ((A_neg < 0) & (ratio < 1 - algo.eps_clip))
-        sums = {
-            "loss": loss.detach(),
-            "pg_loss": pg.detach(),
-            "kl_loss": kl.detach(),
-            "entropy": (count * entropy).sum(),
-            "pg_clipfrac": (count * clipped).sum(),
-            "ppo_kl": (-count * log_ratio).sum(),
-            "tis_weight": (count * weight).sum(),
-            "max_ratio_diff": (ratio - 1).abs().max() if len(ratio) else torch.zeros_like(pg),
-        }
-    return loss, sums
+        rows["ref"] = ref_logprobs
+    sums: dict[str, Tensor] = {}
+    function = _KernelPolicyLoss if kernel else _PolicyLoss
+    return function.apply(logp, entropy, rows, algo, sums), sums
 
 
 def supervised_loss(logp: Tensor, n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,6 +18,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of this rank's GPU, such as (9, 0) for Hopper; None without one."""
+    return torch.cuda.get_device_capability(device()) if has_cuda() else None
+
+
 def device() -> torch.device:
     """This rank's device."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else torch.device("cpu")

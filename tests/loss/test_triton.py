@@ -1,0 +1,140 @@
+"""The fused kernels: their numbers in Triton's interpreter, and what the compiler makes of them for sm_90 and sm_100.
+
+Two child processes, one each: a kernel decorated under the interpreter cannot be compiled, and the other way round.
+What only a GPU can show is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+GOLDEN = json.loads((REPO / "tests/golden/loss_kernels.json").read_text())
+CHECKS = (
+    "stock_interpreter_is_still_wrong",
+    "patched_interpreter_is_right",
+    "quantisers_equal_torchs",
+    "quantisers_refuse_what_is_not_finite",
+    "fp32_head_equals_torchs",
+    "bf16_head_equals_torchs",
+    "fp8_heads_equal_torchs_emulation",
+    "shards_of_every_size_join",
+    "many_splits_and_a_deep_product",
+    "main_grad_is_added_to_and_the_weight_prepared_once",
+    "fp8_gradient_of_logits_is_scaled_by_row",
+    "policy_kernel_equals_torchs",
+)
+
+
+def child(*command: object, **variables: str) -> str:
+    """Output of a child Python in this checkout."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=REPO, env=env, capture_output=True, text=True, timeout=285
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """What each check of interpreter_worker.py found."""
+    out = tmp_path_factory.mktemp("interpreter") / "results.json"
+    child("-m", "tests.loss.interpreter_worker", out, TRITON_INTERPRET="1")
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_the_interpreter(interpreted: dict[str, str | None], name: str) -> None:
+    assert interpreted[name] is None, interpreted[name]
+
+
+def test_no_check_is_left_out(interpreted: dict[str, str | None]) -> None:
+    assert set(interpreted) == set(CHECKS)
+
+
+Kernels = dict[tuple[str, str], dict[str, Any]]
+
+
+def compile_all(cache: Path, *options: str) -> Kernels:
+    """Kernels compiled for both architectures, from an empty cache."""
+    out = child("tools/bench/kernel_report.py", *options, TRITON_CACHE_DIR=str(cache))
+    report = json.loads(out.strip().splitlines()[-1])
+    assert report["measured"] is None
+    return {(k["kernel"], k["arch"]): k for k in report["kernels"]}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The kernels of the default settings."""
+    return compile_all(tmp_path_factory.mktemp("triton_cache"), "--quick")
+
+
+@pytest.fixture(scope="module")
+def all_compiled(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Every kernel."""
+    return compile_all(tmp_path_factory.mktemp("triton_cache_all"))
+
+
+def check_code(k: dict[str, Any]) -> None:
+    """No spills, within the hardware's bounds, on the tensor cores through TMA."""
+    assert k["spill_bytes"] == 0 == k["mix"]["local"]
+    assert k["registers"] <= 255 and k["shared_bytes"] <= 227 * 1024
+    assert not any(m.startswith("mma.sync") for m in k["matrix"]), k["matrix"]
+    if not k["kernel"].startswith(("forward", "dlogits")):
+        return
+    fp8, bf16 = {
+        "sm_90a": (
+            "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+        ),
+        "sm_100a": ("tcgen05.mma.cta_group::1.kind::f8f6f4", "tcgen05.mma.cta_group::1.kind::f16"),
+    }[k["arch"]]
+    # In FP8 kernels the bf16 product is that of the loud channels.
+    assert set(k["matrix"]) == ({fp8, bf16} if "fp8" in k["kernel"] else {bf16})
+    assert k["tma_loads"] > 0 and k["mix"]["tma"] > 0 and k["mix"]["tensor"] > 0
+
+
+WANT = {(k["kernel"], k["arch"]): k for k in GOLDEN["kernels"]}
+
+
+def check_golden(kernels: Kernels) -> None:
+    """As in the golden table. After an intended change: python tools/bench/kernel_report.py --update."""
+    different = {key: (k, WANT.get(key)) for key, k in kernels.items() if k != WANT.get(key)}
+    assert not different
+
+
+def test_default_kernels_spill_nothing_and_use_the_tensor_cores(compiled: Kernels) -> None:
+    assert {arch for _, arch in compiled} == {"sm_90a", "sm_100a"}
+    assert {"forward-fp8-blockwise", "dlogits-fp8-blockwise"} < {name for name, _ in compiled}
+    for k in compiled.values():
+        check_code(k)
+
+
+def test_default_kernels_are_those_of_the_golden_table(compiled: Kernels) -> None:
+    check_golden(compiled)
+
+
+@pytest.mark.slow
+def test_all_kernels_spill_nothing_and_use_the_tensor_cores(all_compiled: Kernels) -> None:
+    for k in all_compiled.values():
+        check_code(k)
+
+
+@pytest.mark.slow
+def test_all_kernels_are_those_of_the_golden_table(all_compiled: Kernels) -> None:
+    assert all_compiled.keys() == WANT.keys()
+    check_golden(all_compiled)
+
+
+@pytest.mark.parametrize("key", WANT, ids="-".join)
+def test_the_golden_table_itself_is_of_good_kernels(key: tuple[str, str]) -> None:
+    check_code(WANT[key])

@@ -1,0 +1,124 @@
+"""Loss and gradient in one pass over the logits, for a loss that is a sum over rows.
+
+`logprob_entropy` must recompute the logits in its backward pass, because only then it learns what the loss wants.
+A loss that is a sum over rows tells at once: per tile of rows, logits -> logp and entropy -> the loss of these rows and
+its slope in closed form (`policy.py`) -> d loss / d logits, over the tile itself -> dHidden and dWeight. Three
+matrix products in place of four, and dHidden [N, K] is all that is kept for the backward pass.
+
+dWeight is therefore added to its buffer in the *forward* pass. That is right under two conditions, which hold for
+Megatron's schedules: the gradient that arrives at this loss is known beforehand (`loss_scale`, 1 without a loss
+scaler) and every forward pass that is run with gradients is followed by its backward pass. The first is checked.
+Without a `main_grad` the weight gradient is kept ([V/tp, K]) and scaled in the backward pass as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treepo_mega.loss.head import Shard, Tiles, logprob_entropy, main_grad, over_shards
+
+RowLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
+"""(logp [n], entropy [n], rows) -> (loss summed over these rows, sums for logging).
+
+Sums are added over tiles; one whose name begins with `max_` is a maximum. Both inputs want gradients.
+"""
+
+
+class _RowLoss(torch.autograd.Function):
+    """See the module docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        shard: Shard,
+        loss: RowLoss,
+        buffer: Tensor | None,
+        loss_scale: float,
+        sums: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss [], logp [N], entropy [N]); two all-reduces over the group for each tile of rows."""
+        tiles = Tiles(hidden, weight, target, shard)
+        dtype = tiles.ops.dtype
+        d_hidden = torch.empty_like(hidden)
+        kept = torch.zeros_like(weight, dtype=dtype) if buffer is None else None
+        logp, entropy = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        for part in tiles.parts():
+            z = tiles.logits(part)
+            peak, partial = tiles.sums_(part, z)
+            logp[part], entropy[part], lse = over_shards(shard, peak, partial)
+            value, g_logp, g_entropy = _slopes(loss, logp[part], entropy[part], part, sums)
+            total += value
+            if buffer is not None and loss_scale != 1:
+                g_logp = g_logp * loss_scale
+                g_entropy = None if g_entropy is None else g_entropy * loss_scale
+            # z holds exp(z - peak); exp(peak - lse) completes the softmax.
+            if z.shape[1]:
+                z.mul_((peak - lse).exp()[:, None])
+            dz = tiles.to_gradient_(part, z, g_logp, g_entropy, entropy[part])
+            tiles.ops.add_gradients(part, dz, d_hidden, kept if buffer is None else buffer)
+        if not hidden.shape[0]:
+            value, _, _ = _slopes(loss, logp, entropy, slice(0, 0), sums)
+            total += value
+        ctx.save_for_backward(d_hidden, *([] if kept is None else [kept]))
+        ctx.loss_scale, ctx.dtype = loss_scale, weight.dtype
+        ctx.mark_non_differentiable(logp, entropy)
+        return total, logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what the forward pass made. With a main_grad the incoming gradient must be `loss_scale`."""
+        d_hidden, *kept = ctx.saved_tensors
+        incoming = grads[0]
+        none = (None,) * 6
+        if kept:
+            return d_hidden * incoming, (kept[0] * incoming).to(ctx.dtype), *none
+        torch._assert_async(
+            incoming == ctx.loss_scale,
+            "the gradient that arrived at the fused loss is not the loss_scale it was told: the weight's main_grad "
+            "already holds a gradient of another scale",
+        )
+        return d_hidden, None, *none
+
+
+def _slopes(
+    loss: RowLoss, logp: Tensor, entropy: Tensor, part: slice, sums: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, d loss / d logp, d loss / d entropy or None) of a tile of rows; adds its statistics to `sums`."""
+    with torch.enable_grad():
+        leaves = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
+        value, new = loss(*leaves, part)
+        g_logp, g_entropy = torch.autograd.grad(value, leaves, allow_unused=True)
+    for name, v in new.items():
+        if name in sums:
+            v = torch.maximum(sums[name], v) if name.startswith("max_") else sums[name] + v
+        sums[name] = v.detach()
+    return value.detach(), torch.zeros_like(logp) if g_logp is None else g_logp, g_entropy
+
+
+def row_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, loss: RowLoss, *, loss_scale: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """(loss [], sums for logging, logp [N], entropy [N]) of hidden [N, K] under weight [V/tp, K].
+
+    Only the loss carries gradients: to `hidden` (this shard's part) and to `weight`, whose gradient goes straight to
+    `weight.main_grad` when there is one, already in this call. Collectives: two all-reduces over the group for each
+    tile of rows. With the fused kernels there are no logits to take the gradient from: they recompute them, and the
+    two all-reduces are of whole vectors.
+    """
+    sums: dict[str, Tensor] = {}
+    if shard.backend == "triton":
+        logp, entropy = logprob_entropy(hidden, weight, target, shard)
+        total, sums = loss(logp, entropy, slice(0, hidden.shape[0]))
+        return total, sums, logp.detach(), entropy.detach()
+    total, logp, entropy = _RowLoss.apply(
+        hidden, weight, target, shard, loss, main_grad(weight, shard), loss_scale, sums
+    )
+    return total, sums, logp, entropy

@@ -1,0 +1,127 @@
+"""Which numerics the head runs in, and whether FP8 may go on.
+
+FP8 moves logprobs by a few hundredths of a nat, and against a clip range of 0.2 that matters; how far depends on the
+model's activations, which nobody knows beforehand. So every step asks: in the old-logprob pass a sample of each
+micro-batch's rows is computed in fp8 and in bf16. When the mean difference over all ranks is beyond
+`loss.head.guard.max_abs_diff` the step runs in bf16 (its old logprobs are computed again, so that ratios compare like
+with like) and is counted; the following steps go on in bf16 and still ask, until the sample is within the limit again.
+
+The update counts, on the same rows, how many clip gates FP8 opens or closes where bf16 does not (old logprobs and new
+ones of either precision): what the difference does to the gradient, for it is mostly flipped gates.
+
+The sample is cheap: 256 rows are computed twice beside the thousands of a micro-batch, with the same quantised weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from treepo_mega.config_sections import HeadConfig
+from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.operands import Numerics, Precision
+
+
+def numerics_of(head: HeadConfig, precision: Precision | None) -> Numerics:
+    """The head's numerics in `precision` (loss.head.precision or loss.head.logprob_precision)."""
+    return Numerics(
+        precision=precision or "fp32",
+        recipe=head.fp8_recipe,
+        exact_target=head.exact_target,
+        power_of_2_scales=head.power_of_2_scales,
+        grads="fp8" if head.fp8_grads else "bf16",
+        loud_channels=head.fp8_loud_channels,
+    )
+
+
+GatesOf = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Drift:
+    """|logp_fp8 - logp_bf16| over sampled rows, nats, and gates that differ."""
+
+    total: float = 0.0
+    rows: float = 0.0
+    largest: float = 0.0
+    flips: float = 0.0
+    gates: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The rows [n] of a micro-batch that are watched, and their bf16 logprobs in the old-logprob pass."""
+
+    take: Tensor
+    old: Tensor
+
+
+class HeadGuard:
+    """See the module docstring. One per model that is trained; the reference follows the actor's."""
+
+    def __init__(self, head: HeadConfig) -> None:
+        self.head = head
+        self.update = numerics_of(head, head.precision)
+        self.logprobs = numerics_of(head, head.logprob_precision)
+        self.fallen = False
+        """Does this step run in bf16?"""
+        self.drift = Drift()
+        self.samples: dict[int, Sample] = {}
+        """By micro-batch, from the old-logprob pass to the end of the updates."""
+
+    @property
+    def watches(self) -> bool:
+        """Is there an FP8 pass to watch?"""
+        return self.head.guard.sample_rows > 0 and "fp8" in (self.update.precision, self.logprobs.precision)
+
+    def numerics(self, *, for_update: bool) -> Numerics:
+        """What a pass runs in now."""
+        n = self.update if for_update else self.logprobs
+        return replace(n, precision="bf16") if self.fallen and n.precision == "fp8" else n
+
+    @torch.no_grad()
+    def watch(self, batch: object, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> None:
+        """Compare a sample of the rows hidden [N, K], target [N] of `batch`. Collective over the shard's group."""
+        rows = hidden.shape[0]
+        if not self.watches or not rows:
+            return
+        take = torch.linspace(0, rows - 1, min(rows, self.head.guard.sample_rows), device=hidden.device).long()
+        low, exact = (self._logp(p, hidden[take], weight, target[take], shard) for p in ("fp8", "bf16"))
+        diff = (low - exact).abs()
+        self.drift.total += float(diff.sum())
+        self.drift.rows += len(take)
+        self.drift.largest = max(self.drift.largest, float(diff.max()))
+        self.samples[id(batch)] = Sample(take, exact)
+
+    def _logp(self, precision: Precision, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> Tensor:
+        fp8 = self.update if self.update.precision == "fp8" else self.logprobs
+        way = replace(shard, numerics=replace(fp8, precision=precision))
+        return logprob_entropy(hidden, weight, target, way)[0]
+
+    @torch.no_grad()
+    def count_flips(
+        self, batch: object, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, closed: GatesOf
+    ) -> None:
+        """In the update: gates `closed(logp [n], old [n] or None, rows [n])` of the update's head against bf16's.
+
+        `old` None stands for the batch's own old logprobs. Collective over the shard's group.
+        """
+        s = self.samples.get(id(batch))
+        if s is None or shard.numerics.precision != "fp8":
+            return
+        low, exact = (self._logp(p, hidden[s.take], weight, target[s.take], shard) for p in ("fp8", "bf16"))
+        self.drift.flips += float((closed(low, None, s.take) != closed(exact, s.old, s.take)).sum())
+        self.drift.gates += len(s.take)
+
+    def take_drift(self) -> Drift:
+        """What was seen since the last call, on this rank."""
+        drift, self.drift = self.drift, Drift()
+        return drift
+
+    def decide(self, mean: float) -> bool:
+        """Set this step's precision from the mean over all ranks; True when it changed from fp8 to bf16 just now."""
+        was, self.fallen = self.fallen, not mean <= self.head.guard.max_abs_diff
+        return self.fallen and not was

@@ -1,0 +1,201 @@
+"""FP8 quantisation with current scaling, in plain torch: the reference that kernels and Transformer Engine must match.
+
+A tensor x [N, K] becomes fp8 data [N, K] and fp32 scales with  x ~ data * scale. Three recipes:
+
+    tensorwise   one scale                            scale []
+    rowwise      one scale a row                      scale [N]
+    blockwise    blocks of 1 x 128 (activations) or   scale [ceil(N / rows), ceil(K / 128)], rows 1 or 128
+                 128 x 128 (weights)
+
+`e4m3` (largest 448) for operands, `e5m2` (largest 57344) for gradients. Current scaling: the scale comes from the
+largest magnitude of this very tensor, there is no history. The arithmetic is Transformer Engine's: multiply by
+max / amax in fp32, saturate, round to nearest even; `power_of_2_scales` rounds max / amax down to a power of two.
+
+Two traps. torch's cast to e4m3 saturates: an infinity would become 448 in silence, hence non-finite input is
+refused. And rows that are padding must not set the scale of the others: they are left out of every maximum
+(`valid_rows`), and saturate if they are larger.
+
+Loud channels. A few columns of a model's last hidden states are ten times louder than the rest and carry most of the
+logits' variance (SmolLM2: 4 of 576 carry two thirds). No scaling helps them, for their error is that of three
+mantissa bits. `Split` keeps them in bf16 and quantises the rest: see tools/bench/fp8_error.py for what it buys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Recipe = Literal["tensorwise", "rowwise", "blockwise"]
+RECIPES: tuple[Recipe, ...] = ("tensorwise", "rowwise", "blockwise")
+BLOCK = 128
+"""Columns (and rows, for weights) that share a scale in the blockwise recipe."""
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+ROWS_AT_A_TIME = 32 * BLOCK
+"""Rows converted at a time, so that fp32 temporaries stay small beside a weight matrix."""
+
+
+class QuantizeError(ValueError):
+    """The tensor cannot be quantised: it holds NaN or infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """fp8 data [N, K] and its scales; see the module docstring."""
+
+    data: Tensor
+    scale: Tensor
+    recipe: Recipe
+    block_rows: int = 1
+
+    def values(self, rows: slice = slice(None)) -> Tensor:
+        """What the data stands for, fp32 [n, K]: data * scale. `rows` must begin at a multiple of block_rows."""
+        data = self.data[rows].float()
+        if self.recipe == "tensorwise":
+            return data.mul_(self.scale)
+        if self.recipe == "rowwise":
+            return data.mul_(self.scale[rows, None])
+        start, _, _ = rows.indices(self.data.shape[0])
+        if start % self.block_rows:
+            raise ValueError(
+                f"rows begin at {start}, expected a multiple of {self.block_rows}: a block shares its scale"
+            )
+        return data.mul_(_spread(self.scale[start // self.block_rows :], self.block_rows, data.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A matrix [N, K] in fp8 but for some columns: `rest` has zeros there, `loud` [N, C] holds them in bf16.
+
+    `loud` is in units of rest's scale where a row has one scale, so that both products can share an accumulator.
+    """
+
+    rest: Quantized
+    channels: Tensor
+    """The columns [C], sorted."""
+    loud: Tensor
+
+    def values(self, rows: slice = slice(None)) -> Tensor:
+        """What it stands for, fp32 [n, K]; see `Quantized.values`."""
+        out = self.rest.values(rows)
+        out[:, self.channels] = self.loud[rows].float() * _loud_unit(self.rest, rows)
+        return out
+
+
+def _loud_unit(q: Quantized, rows: slice) -> Tensor | float:
+    """The scale of loud channels: that of the row, or 1 where a row has several."""
+    if q.recipe == "rowwise":
+        return q.scale[rows, None]
+    return q.scale if q.recipe == "tensorwise" else 1.0
+
+
+def loud_channels(hidden: Tensor, weight: Tensor, count: int) -> Tensor:
+    """The `count` columns that carry most of the variance of hidden [N, K] @ weight [V, K]^T, sorted.
+
+    At most an eighth of all: a head that keeps more in bf16 is no FP8 head.
+    """
+    energy = hidden.float().square().mean(0)
+    total = torch.zeros_like(energy)
+    for i in range(0, weight.shape[0], ROWS_AT_A_TIME):
+        total += weight[i : i + ROWS_AT_A_TIME].float().square().sum(0)
+    return (energy * total).nan_to_num().topk(min(count, len(energy) // 8)).indices.sort().values
+
+
+def split(x: Tensor, channels: Tensor, recipe: Recipe, by: Callable[..., Quantized], **how: Any) -> Split:
+    """Quantise x [N, K] but for `channels` with the quantiser `by`, which is `quantize` or the kernels' equal of it.
+
+    Raises QuantizeError for NaN and infinity.
+    """
+    loud, valid = x.index_select(1, channels), how.get("valid_rows", x.shape[0])
+    if not bool(loud[:valid].isfinite().all()):
+        raise QuantizeError(describe_non_finite(x, valid))
+    rest = by(x.index_fill(1, channels, 0) if len(channels) else x, recipe, **how)
+    return Split(rest, channels, (loud.float() / _loud_unit(rest, slice(None))).bfloat16())
+
+
+def _spread(blocks: Tensor, block_rows: int, shape: Any) -> Tensor:
+    """One number per block -> one per element [n, k]."""
+    rows, columns = shape
+    blocks = blocks[: -(-rows // block_rows)].repeat_interleave(block_rows, 0)[:rows]
+    return blocks.repeat_interleave(BLOCK, 1)[:, :columns]
+
+
+def _amax(x: Tensor, recipe: Recipe, block_rows: int) -> Tensor:
+    """Largest magnitude per scale of x [n, K], fp32; NaN and infinity carry over."""
+    if recipe == "tensorwise":
+        return x.abs().amax().float()[None]
+    if recipe == "rowwise":
+        return x.abs().amax(1).float()
+    n, k = x.shape
+    padded = torch.nn.functional.pad(x.abs(), (0, -k % BLOCK, 0, -n % block_rows))
+    return padded.view(-1, block_rows, padded.shape[1] // BLOCK, BLOCK).amax((1, 3)).float()
+
+
+def _maxima(x: Tensor, recipe: Recipe, block_rows: int, valid: int) -> Tensor:
+    """Largest magnitude per scale of the whole tensor, padding left out (its own scales get 0).
+
+    Raises QuantizeError for NaN and infinity.
+    """
+    rows, columns = x.shape
+    parts = [_amax(x[i : min(i + ROWS_AT_A_TIME, valid)], recipe, block_rows) for i in range(0, valid, ROWS_AT_A_TIME)]
+    shape = {"tensorwise": (0,), "rowwise": (0,), "blockwise": (0, -(-columns // BLOCK))}[recipe]
+    amax = torch.cat(parts) if parts else torch.zeros(shape, device=x.device)
+    if not bool(amax.isfinite().all()):
+        raise QuantizeError(describe_non_finite(x, valid))
+    if recipe == "tensorwise":
+        return amax.amax() if len(amax) else torch.zeros((), device=x.device)
+    missing = -(-rows // block_rows) - len(amax) if recipe == "blockwise" else rows - len(amax)
+    return torch.cat([amax, amax.new_zeros(missing, *amax.shape[1:])])
+
+
+def describe_non_finite(x: Tensor, valid: int) -> str:
+    """Where the first `valid` rows of x [N, K] hold NaN or infinity, for people."""
+    bad = (~x[:valid].isfinite()).nonzero()
+    return (
+        f"{len(bad)} of {valid * x.shape[1]} values are NaN or infinite, the first at row {int(bad[0, 0])}, column "
+        f"{int(bad[0, 1])}: FP8 would turn them into ordinary numbers"
+    )
+
+
+def factors(amax: Tensor, largest: float, power_of_2: bool) -> Tensor:
+    """What to multiply with before the cast; 1 where everything is zero."""
+    factor = torch.where(amax > 0, largest / amax, torch.ones_like(amax)).clamp(max=torch.finfo(torch.float32).max)
+    if power_of_2:
+        mantissa, exponent = torch.frexp(factor)
+        factor = torch.ldexp(torch.full_like(mantissa, 0.5), exponent)
+    return factor
+
+
+def quantize(
+    x: Tensor,
+    recipe: Recipe,
+    *,
+    format: Literal["e4m3", "e5m2"] = "e4m3",
+    block_rows: int = 1,
+    valid_rows: int | None = None,
+    power_of_2_scales: bool = False,
+) -> Quantized:
+    """Quantise x [N, K] (fp32, bf16 or fp64) by `recipe`; `block_rows` (1 or 128) matters to blockwise only.
+
+    Rows from `valid_rows` on are padding. Raises QuantizeError when a valid row holds NaN or infinity. On a GPU that
+    check waits for the device.
+    """
+    valid = x.shape[0] if valid_rows is None else valid_rows
+    dtype = FORMATS[format]
+    largest = torch.finfo(dtype).max
+    block_rows = block_rows if recipe == "blockwise" else 1
+    factor = factors(_maxima(x, recipe, block_rows, valid), largest, power_of_2_scales)
+    data = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for i in range(0, x.shape[0], ROWS_AT_A_TIME):
+        part = x[i : i + ROWS_AT_A_TIME].float()
+        by = factor
+        if recipe == "rowwise":
+            by = factor[i : i + ROWS_AT_A_TIME, None]
+        elif recipe == "blockwise":
+            by = _spread(factor[i // block_rows :], block_rows, part.shape)
+        # NaN can only be in padding here, and must not travel on.
+        data[i : i + ROWS_AT_A_TIME] = (part * by).nan_to_num_().clamp_(-largest, largest).to(dtype)
+    return Quantized(data, 1.0 / factor, recipe, block_rows)

@@ -1,0 +1,122 @@
+"""Transformer Engine: FP8 in the transformer layers, and its quantiser and products for the head. CUDA only.
+
+Transformer Engine neither runs nor, beside a CPU build of torch, installs without a GPU. So nothing here is imported
+before someone asks for it, and whoever asks where it cannot run gets an error with the reason: Megatron by itself
+would accept `fp8='hybrid'` without Transformer Engine and train in bf16 without a word.
+
+Layers: `model.fp8`, `model.fp8_recipe` and `model.first_last_layers_bf16` become Megatron's own fields
+(`body_fields`); the layers' four linear modules become Transformer Engine's (`use_te_linears`), which keep the names
+and shapes of the weights, so that resharding and checkpoints do not notice. Megatron enters the FP8 context around
+each layer. The output layer is outside of it, always: the head's precision is loss.head's.
+
+Head: `quantize_tensorwise` is Transformer Engine's current-scaling quantiser as our `Quantized`, and
+`gradient_products` its cuBLASLt products for dHidden and dWeight, with the split accumulator that a sum over a
+vocabulary needs on Hopper.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treepo_mega.config import ConfigError
+from treepo_mega.config_sections import ModelConfig
+from treepo_mega.loss.quantize import Quantized
+from treepo_mega.runtime.device import has_cuda
+
+PROBES = {
+    "delayed": "is_fp8_available",
+    "tensorwise": "is_fp8_available",
+    "blockwise": "is_fp8_block_scaling_available",
+    "mxfp8": "is_mxfp8_available",
+}
+"""Megatron's recipe -> transformer_engine.pytorch's question whether this GPU can."""
+
+
+def transformer_engine(asked_by: str) -> Any:
+    """The module transformer_engine.pytorch. Raises ConfigError with the reason when it cannot be used here."""
+    if not has_cuda():
+        raise ConfigError(
+            f"{asked_by} needs Transformer Engine on a GPU, and torch sees none here. On a CPU leave model.fp8 unset; "
+            "loss.head.precision=fp8 runs there by emulation (loss.head.backend=torch)"
+        )
+    try:
+        return importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as e:  # OSError: a library of it is missing, or was built for another torch
+        raise ConfigError(
+            f"{asked_by} needs Transformer Engine, which does not load ({type(e).__name__}: {e}). Install it with "
+            "`pip install --no-build-isolation -e .[te]` beside a CUDA build of torch"
+        ) from None
+
+
+def row_multiple(model: ModelConfig) -> int:
+    """FP8 layers take numbers of tokens that are multiples of this."""
+    if model.fp8 is None:
+        return 1
+    return 32 if model.fp8_recipe == "mxfp8" else 16
+
+
+def body_fields(model: ModelConfig) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for FP8 layers, none without `model.fp8`.
+
+    Raises ConfigError where FP8 layers cannot run: no GPU, no Transformer Engine, or a GPU without this recipe.
+    """
+    if model.fp8 is None:
+        return {}
+    te = transformer_engine(f"model.fp8={model.fp8}")
+    available, reason = getattr(te, PROBES[model.fp8_recipe])(return_reason=True)
+    if not available:
+        raise ConfigError(f"model.fp8_recipe={model.fp8_recipe} cannot run on this GPU: {reason}")
+    return {
+        "fp8": model.fp8,
+        "fp8_recipe": model.fp8_recipe,
+        "first_last_layers_bf16": model.first_last_layers_bf16,
+    }
+
+
+def use_te_linears(layer: Any) -> None:
+    """Replace the linear modules of a Megatron local layer spec by Transformer Engine's unfused ones, in place."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+    attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
+
+
+def quantize_tensorwise(x: Tensor, *, gradient: bool = False) -> Quantized:
+    """x [N, K] by Transformer Engine's current scaling: e4m3, or e5m2 for a gradient."""
+    te = transformer_engine("loss.te.quantize_tensorwise")
+    tex = importlib.import_module("transformer_engine_torch")
+    kind = tex.DType.kFloat8E5M2 if gradient else tex.DType.kFloat8E4M3
+    quantizer = te.Float8CurrentScalingQuantizer(fp8_dtype=kind, device=x.device, rowwise=True, columnwise=False)
+    made = quantizer(x)
+    dtype = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
+    return Quantized(made._data.view(dtype), made._scale_inv.reshape(()), "tensorwise")
+
+
+def gradient_products(dz: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(dz @ weight [N, K] in fp32, dz^T @ hidden [V, K] in fp32) as FP8 products of cuBLASLt.
+
+    dz [N, V] (e5m2), weight [V, K] and hidden [N, K] (e4m3), all bf16 here and quantised per tensor. The products take
+    multiples of 16 in every direction: zeros are appended and cut off again.
+    """
+    te = transformer_engine("loss.head.fp8_grads")
+    tex = importlib.import_module("transformer_engine_torch")
+    gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_gemm
+    (n, v), k = dz.shape, hidden.shape[1]
+
+    def both_ways(x: Tensor, kind: Any) -> Any:
+        rows, columns = x.shape
+        x = torch.nn.functional.pad(x, (0, -columns % 16, 0, -rows % 16)).contiguous()
+        return te.Float8CurrentScalingQuantizer(fp8_dtype=kind, device=x.device, rowwise=True, columnwise=True)(x)
+
+    dz8 = both_ways(dz, tex.DType.kFloat8E5M2)
+    w8, h8 = (both_ways(x, tex.DType.kFloat8E4M3) for x in (weight, hidden))
+    how = {"out_dtype": torch.float32, "grad": True, "use_split_accumulator": True}
+    # Column-major conventions of cuBLAS: NN is dz @ W, NT is dz^T @ hidden.
+    d_hidden = gemm(w8, dz8, layout="NN", **how)[0]
+    d_weight = gemm(h8, dz8, layout="NT", **how)[0]
+    return d_hidden[:n, :k], d_weight[:v, :k]

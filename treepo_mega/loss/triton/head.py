@@ -1,0 +1,102 @@
+"""`loss/head.py`'s logprob_entropy on the fused kernels: the same numbers, and no logits in memory at all.
+
+Forward: quantise hidden states (the weight's quantised copy is kept per optimizer step), one kernel over splits of the
+vocabulary, one that joins the splits, then the same two all-reduces. Backward: a slice of the vocabulary at a time,
+d loss / d logits [N, SLICE] from recomputed logits, and two plain products for the hidden and the weight gradient.
+The loss in between is T-sized: `launch.policy`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treepo_mega.loss import te
+from treepo_mega.loss.head import Shard, over_shards
+from treepo_mega.loss.quantize import split
+from treepo_mega.loss.triton import launch
+from treepo_mega.loss.triton.launch import Slopes
+
+SLICE = 32 * launch.BN
+"""Vocabulary columns whose gradients [N, SLICE] are alive at a time."""
+
+
+class _Call:
+    """The operands of one call, prepared alike for forward and backward."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> None:
+        self.shard, self.hidden, self.weight = shard, hidden.detach(), weight.detach()
+        local = target - shard.first
+        mine = (local >= 0) & (local < shard.valid)
+        self.column = torch.where(mine, local, torch.full_like(local, -1)).int()
+        local = local.clamp(0, shard.valid - 1)
+        n, valid = shard.numerics, shard.valid
+        if n.precision == "fp8":
+            w = shard.cache.quantised(self.weight, valid, n, self.hidden, by=launch.quantize_rows)
+            how = {"power_of_2_scales": n.power_of_2_scales}
+            h = split(self.hidden, w.channels, n.recipe, launch.quantize_rows, **how)
+            self.a, self.b = launch.scaled(h, len(target)), launch.scaled(w, valid)
+            exact = self._dot(local, torch.bfloat16) if n.exact_target else (h.values() * w.values()[local]).sum(1)
+        else:
+            dtype = torch.float32 if n.precision == "fp32" else torch.bfloat16
+            self.a = launch.plain(self.hidden.to(dtype))
+            self.b = launch.plain(shard.cache.rounded(self.weight, dtype)[:valid])
+            exact = self._dot(local, dtype)
+        self.given = exact / shard.temperature
+
+    def _dot(self, column: Tensor, dtype: torch.dtype) -> Tensor:
+        """The targets' logits [N] from operands rounded to `dtype`, summed in fp32."""
+        w = self.weight.index_select(0, column)
+        return (self.hidden.to(dtype).float() * w.to(dtype).float()).sum(1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of fp32 or bf16 operands, summed and returned in fp32."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class TritonLogProbEntropy(torch.autograd.Function):
+    """See the module docstring; arguments as in `loss/head.py`. Never called for a shard of nothing but padding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, buffer: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(logp [N], entropy [N]), fp32; two all-reduces over the group."""
+        call = _Call(hidden, weight, target, shard)
+        peak, sums = launch.forward(call.a, call.b, call.column, call.given, shard.temperature)
+        logp, entropy, lse = over_shards(shard, peak, sums)
+        ctx.save_for_backward(hidden, weight, target, lse, entropy)
+        ctx.shard, ctx.buffer = shard, buffer
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden [N, K] (this shard's part) and weight [V/tp, K]; no collective."""
+        hidden, weight, target, lse, entropy = ctx.saved_tensors
+        shard: Shard = ctx.shard
+        g_logp = torch.zeros_like(lse) if grads[0] is None else grads[0].contiguous()
+        slopes = Slopes(lse, entropy, g_logp, None if grads[1] is None else grads[1].contiguous())
+        call = _Call(hidden, weight, target, shard)
+        dtype = torch.float32 if shard.numerics.precision == "fp32" else torch.bfloat16
+        x, w = hidden.detach().to(dtype), shard.cache.rounded(weight, dtype)
+        d_hidden = torch.zeros(hidden.shape, device=hidden.device)
+        d_weight = torch.zeros(weight.shape, device=weight.device) if ctx.buffer is None else ctx.buffer
+        dz = torch.empty(hidden.shape[0], min(SLICE, shard.valid), dtype=dtype, device=hidden.device)
+        for first in range(0, shard.valid, SLICE):
+            end = min(first + SLICE, shard.valid)
+            part = dz[:, : end - first]
+            launch.dlogits(call.a, call.b, call.column, call.given, shard.temperature, slopes, first, part)
+            if shard.numerics.precision == "fp8" and shard.numerics.grads == "fp8":
+                to_hidden, to_weight = te.gradient_products(part, w[first:end], x)
+            else:
+                to_hidden, to_weight = _product(part, w[first:end]), _product(part.t(), x)
+            d_hidden += to_hidden
+            d_weight[first:end] += to_weight
+        d_weight_out = d_weight.to(weight.dtype) if ctx.buffer is None else None
+        return d_hidden.to(hidden.dtype), d_weight_out, None, None, None
