@@ -45,7 +45,7 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 
 LossFunction = Callable[[Tensor, Tensor, Pack], tuple[Tensor, dict[str, Tensor]]]
 """(logp [N], entropy [N], pack) -> (loss summed over rows, sums for logging). A sum over rows: it sees a tile of the
-pack's rows at a time."""
+pack's rows at a time, unless it joins rows and says so by an attribute `whole_packs`."""
 
 TOKEN_FIELDS = ("tokens", "position", "subtree_end", "local", "order")
 """Arrays of a pack with an entry per token; all its other arrays have one per row."""
@@ -67,8 +67,6 @@ class Head:
     backend: Backend = "torch"
     overlap_grad_reduce: bool = False
     """Megatron then wants to see the weight's gradient in param.grad."""
-    whole_packs: bool = False
-    """The loss joins rows (sequence-level ratios): it must see a pack's rows at once, not a tile at a time."""
 
 
 def padding_multiple(cfg: Config) -> int:
@@ -144,7 +142,7 @@ def _loss_func(
     def of_rows(logp: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         return loss(logp, entropy, rows_of(pack, part))
 
-    if head.whole_packs:
+    if getattr(loss, "whole_packs", False):
         total, sums = loss(*logprob_entropy(rows, weight, target, shard), pack)
     else:
         total, sums, _, _ = row_loss(rows, weight, target, shard, of_rows)

@@ -81,7 +81,6 @@ class Policy:
             self.weights,
             backend=self.backend,
             overlap_grad_reduce=overlap,
-            whole_packs=self.cfg.algo.ratio_level == "sequence",
         )
 
     def logprobs(
@@ -140,6 +139,7 @@ def policy_gradient(algo: AlgoConfig, backend: Backend = "torch") -> LossFunctio
             return policy_loss(logp, entropy, **terms, algo=algo, kernel=kernel)
         return _sequence_level(logp, entropy, pack, terms, algo)
 
+    loss.whole_packs = algo.ratio_level == "sequence"  # type: ignore[attr-defined]
     return loss
 
 
