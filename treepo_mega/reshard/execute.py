@@ -170,6 +170,7 @@ class _Run:
         self.stats = ReshardStats()
 
     def all_rounds(self) -> None:
+        """Send round i while round i - 1 is received and placed. Raises RuntimeError when something is not whole."""
         started, rounds = time.perf_counter(), self.of.rounds
         for i in range(len(rounds) + 1):
             if i < len(rounds):

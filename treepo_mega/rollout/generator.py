@@ -152,6 +152,7 @@ class Generator:
         stop = StopRules.from_config(r, self.eos_token_ids, self.decode)
 
         def begin(job: Job) -> TreeSearch:
+            """A new tree, or a carried-over one that goes on in this step."""
             p = job.prompt
             if job.state is not None:
                 search = carry.load(job.state, r, stop)
