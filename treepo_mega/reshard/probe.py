@@ -25,6 +25,7 @@ from treepo_mega.config import Config
 from treepo_mega.reshard.layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.device import device
+from treepo_mega.tree.pack import Trajectory, plan_step
 
 cpu_megatron.install()
 
@@ -88,8 +89,9 @@ def megatron_logits(
     """
     ids = torch.tensor([tokens], device=device())
     position = torch.arange(len(tokens), device=device())[None]
-    ends = np.full(len(tokens), len(tokens), np.int64)
-    layout = PackLayout.build(len(tokens), [(0, len(tokens))], ends, device())
+    one = Trajectory(0, list(tokens), 1, 0.0, [0.0] * (len(tokens) - 1))
+    (pack,) = plan_step([one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=1).packs
+    layout = PackLayout.build(pack, device())
 
     def step(_: Any, model: Any) -> tuple[Tensor, Any]:
         return model(ids, position, PACKS.add(layout)), partial(_full_logits, unwrap_model(model), vocab_size)
