@@ -167,7 +167,8 @@ def check_known(name: str) -> Metric:
 
 
 _CLOCKED = (
-    *("time", "timing_s/", "perf/", "reshard/seconds", "reshard/gb_per_s"),
+    *("time", "timing_s/", "perf/"),
+    *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
 )
