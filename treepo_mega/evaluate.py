@@ -10,7 +10,8 @@ branch factor is best at which compute) as a command. A `--compute-budget` of to
 series before it would be exceeded, and names the best maj@k within it.
 
 Reads Hugging Face weights (`model.hf_checkpoint`; for a Megatron checkpoint use tools/convert_mcore_to_hf.py first)
-and needs no Megatron layout: every rank has an engine, `rollout.engine.tensor_parallel_size` ranks share one. Writes
+and needs no Megatron layout: every rank has an engine, `rollout.engine.tensor_parallel_size` ranks share one. Prompts
+are dealt to the engines by expected cost and stolen by those that run dry, as in training. Writes
 eval.json and eval.html to `--output` (default: <logging.run_dir>/eval).
 """
 
@@ -33,7 +34,7 @@ from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.page import document, table
 from treepo_mega.monitor.report.svg import COLOURS, line_chart
 from treepo_mega.rollout.engine import Engine
-from treepo_mega.rollout.eval import evaluate, merge
+from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import dist
 from treepo_mega.train import EXPECTED
@@ -98,6 +99,7 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     progress.say(f"{len(prompts)} prompts, temperature {plan.temperature}, {dist.world_size()} ranks")
     points: list[Point] = []
     with RewardPool(cfg.reward) as pool:
+        evaluator = Evaluator(generator, pool, cfg)
         for name, sampling in series(cfg, plan):
             mine: list[Point] = []
             for k in plan.samples:
@@ -107,7 +109,7 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
                     )
                     break
                 rollout = sampling.model_copy(update={"n_samples_per_prompt": k})
-                mine.append(_point(generator, prompts, pool, cfg, name, rollout, plan.temperature))
+                mine.append(_point(evaluator, prompts, name, rollout, plan.temperature))
                 progress.close()
                 progress.say(_line(mine[-1]))
             points += mine
@@ -115,19 +117,10 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
 
 
 def _point(
-    generator: Generator,
-    prompts: Sequence[Prompt],
-    pool: RewardPool,
-    cfg: Config,
-    name: str,
-    rollout: RolloutConfig,
-    temperature: float,
+    evaluator: Evaluator, prompts: Sequence[Prompt], name: str, rollout: RolloutConfig, temperature: float
 ) -> Point:
-    started, tp, k = time.monotonic(), cfg.rollout.engine.tensor_parallel_size, rollout.n_samples_per_prompt
-    mine = prompts[dist.rank() // tp :: max(1, dist.world_size() // tp)]
-    here = evaluate(generator, mine, pool, cfg, temperature=temperature, n=k, step=0, rollout=rollout)
-    dist.barrier("evaluation", cfg.rollout.timeout_s)
-    m = merge([part for part in dist.gather_objects(here if dist.rank() % tp == 0 else None) if part])
+    started, k = time.monotonic(), rollout.n_samples_per_prompt
+    m = evaluator.evaluate(prompts, temperature=temperature, n=k, step=0, rollout=rollout)
     return Point(
         sampler=name,
         k=k,

@@ -33,7 +33,7 @@ from treepo_mega.reshard.export import export_hf
 from treepo_mega.reshard.refit import Refit
 from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.engine import Engine
-from treepo_mega.rollout.eval import evaluate, merge
+from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.handover import Handover, State
@@ -69,6 +69,7 @@ class Trainer:
         self.engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
         self.generator = Generator(self.engine, cfg, self.tokenizer, progress=self.progress.leaves)
         self.collector = Collector(cfg, self.generator, self.pool, self.cursor, self.timers)
+        self.evaluator = Evaluator(self.generator, self.pool, cfg)
         self.weights = Refit(cfg, self.actor.spec, self.actor.models, self.engine, self.score)
         self.handover = self._build_handover()
         self.step = self._resume()
@@ -258,10 +259,8 @@ class Trainer:
         """Sampled (and greedy) accuracy on the evaluation prompts, with the weights the engine holds."""
         if not self.eval_prompts:
             raise ConfigError("eval.interval, eval.at_start and eval.at_end need data.eval: there are no prompts")
-        e, tp = self.cfg.eval, self.cfg.rollout.engine.tensor_parallel_size
-        mine = self.eval_prompts[dist.rank() // tp :: max(1, dist.world_size() // tp)]
-        sampled = self._evaluate(mine, e.temperature, e.n_samples_per_prompt, step)
-        n = e.n_samples_per_prompt
+        e, n = self.cfg.eval, self.cfg.eval.n_samples_per_prompt
+        sampled = self.evaluator.evaluate(self.eval_prompts, temperature=e.temperature, n=n, step=step)
         out = {
             "eval/accuracy": sampled[f"avg@{n}"],
             "eval/pass_at_n": sampled[f"pass@{n}"],
@@ -269,14 +268,9 @@ class Trainer:
             "eval/response_len_mean": sampled["response_len"],
         }
         if e.greedy:
-            out["eval/greedy_accuracy"] = self._evaluate(mine, 0.0, 1, step)["avg@1"]
+            greedy = self.evaluator.evaluate(self.eval_prompts, temperature=0.0, n=1, step=step)
+            out["eval/greedy_accuracy"] = greedy["avg@1"]
         return out
-
-    def _evaluate(self, mine: list[Prompt], temperature: float, n: int, step: int) -> dict[str, float]:
-        here = evaluate(self.generator, mine, self.pool, self.cfg, temperature=temperature, n=n, step=step)
-        dist.barrier("evaluation", self.cfg.rollout.timeout_s)
-        speaks = dist.rank() % self.cfg.rollout.engine.tensor_parallel_size == 0
-        return merge([part for part in dist.gather_objects(here if speaks else None) if part])
 
     # Records ------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,33 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from treepo_mega.config import parse_config
+from treepo_mega.config import Config, parse_config
+from treepo_mega.data.prompts import Prompt
+from treepo_mega.data.rewards import RewardPool
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.engine import Engine
+from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator, Job
+
+
+def evaluations(generator: Generator, cfg: Config, slow: int) -> dict[str, object]:
+    """Two evaluations with few prompts in flight, in which engine `slow` is slow (-1: none is)."""
+    engine, real = generator.engine, generator.engine.step
+    if dist.get_rank() == slow:
+        engine.step = lambda: (time.sleep(0.05), real())[1]  # type: ignore[method-assign]
+    few = cfg.rollout.engine.model_copy(update={"max_num_seqs": 2})
+    one = {"mode": "sequential", "n_samples_per_prompt": 2, "engine": few}
+    prompts = [Prompt(f"e{k}", "", [3 + k] * 20, str(k), "last_number", "test") for k in range(6)]
+    with RewardPool(cfg.reward) as pool:
+        evaluator = Evaluator(generator, pool, cfg)
+        both = []
+        for rollout in (cfg.rollout.model_copy(update=one), cfg.rollout.model_copy(update={"engine": few})):
+            n = rollout.n_samples_per_prompt
+            both.append(evaluator.evaluate(prompts, temperature=1.0, n=n, step=3, rollout=rollout))
+    engine.step = real  # type: ignore[method-assign]
+    stolen = sum(m.pop("stolen") for m in both)
+    same = [{k: v for k, v in m.items() if k not in ("forwarded_tokens", "idle_share_max")} for m in both]
+    return {"stolen": stolen, "metrics": same}
 
 
 def main(hf: Path, other: Path, tp: int) -> None:
@@ -48,6 +72,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
     trees = [grown.trees[i] for i in sorted(grown.trees)]
     idle = generator.rollout([] if rank else prompts[:1], step=1) if tp == 1 else []
     assert len(idle) == (tp == 1 and rank == 0)
+    evaluated = [evaluations(generator, cfg, slow) for slow in ((0, 1) if tp == 1 else (-1,))]
     engine.update_weights(load_file(other / "model.safetensors").items())
     scores = engine.score(prompts[0].tokens, 0.7)
     total = torch.ones(1)
@@ -59,7 +84,8 @@ def main(hf: Path, other: Path, tp: int) -> None:
     if rank == 0:
         parts = paths[:1] if tp > 1 else paths
         assert tp == 1 or paths[0] == paths[1]
-        print(json.dumps({"trees": sorted(t for part in parts for t in part), "scores": scores}))  # type: ignore[attr-defined]
+        trees = sorted(t for part in parts for t in part)  # type: ignore[attr-defined]
+        print(json.dumps({"trees": trees, "scores": scores, "evaluated": evaluated}))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # not through the engine's destructor, which tears the process group down under the other ranks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from treepo_mega.config import RewardConfig, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.rollout.engine import Engine
-from treepo_mega.rollout.eval import _metrics, evaluate, merge
+from treepo_mega.rollout.eval import Evaluator, Graded, grade, metrics
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.tree.node import ROOT, Tree
 
@@ -29,7 +31,7 @@ def test_metrics_by_hand():
     texts = [["\\boxed{4}", "so \\boxed{ 4 }", "\\boxed{5}"], ["7", "8", "9"], ["x\n1", "y\n1", "2"]]
     scores = [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [None, None, 1.0]]
     trees = [tree(["answer"] * 3), tree(["eos", "length", "depth"]), tree(["eos"] * 3, length=6)]
-    m = _metrics(trees, texts, scores, 3)
+    m = metrics([grade(*row) for row in zip(trees, texts, scores, strict=True)], 3)
     assert m["avg@3"] == pytest.approx(4 / 7), "lost samples are left out"
     assert m["pass@3"] == 1.0
     assert m["maj@3"] == pytest.approx(1 / 3), "4 is right; 7 wins the tie; 1 was lost"
@@ -37,14 +39,11 @@ def test_metrics_by_hand():
     assert m["response_len"] == pytest.approx(4) and m["truncated"] == pytest.approx(2 / 9)
 
 
-def test_merging_ranks_equals_one_rank():
-    texts = [["\\boxed{4}"] * 2, ["7", "8"], ["1", "1"]]
-    scores: list[list[float | None]] = [[1.0, 1.0], [0.0, None], [0.0, 1.0]]
-    trees = [tree(["answer"] * 2), tree(["eos", "length"], 9), tree(["eos"] * 2, 6)]
-    whole = _metrics(trees, texts, scores, 2)
-    parts = [_metrics(trees[a:b], texts[a:b], scores[a:b], 2) for a, b in ((0, 1), (1, 3), (3, 3))]
-    assert merge(parts) == pytest.approx(whole)
-    assert merge([parts[2]])["avg@2"] == 0.0
+def test_what_a_rank_tells_is_json_and_no_prompts_have_no_score():
+    told = json.loads(json.dumps(asdict(grade(tree(["eos", "length"], 9), ["7", "8"], [0.0, None]))))
+    m = metrics([Graded(**told)], 2)
+    assert (m["avg@2"], m["lost"], m["truncated"], m["response_len"]) == (0.0, 1, 0.5, 9)
+    assert metrics([], 2)["avg@2"] == metrics([], 2)["pass@2"] == 0.0
 
 
 def test_through_the_engine_and_the_graders(tiny_llama: Path, keep_alive: list[object]):
@@ -64,10 +63,14 @@ def test_through_the_engine_and_the_graders(tiny_llama: Path, keep_alive: list[o
     said = generator.decode(trees[0].response(trees[0].leaves[0]))
     known = [Prompt(p.id, p.text, p.tokens, said, p.verifier, p.data_source) for p in made]
     with RewardPool(RewardConfig()) as pool:
-        m = evaluate(generator, known, pool, cfg, temperature=0.0, n=1, step=5)
-        none = evaluate(generator, [], pool, cfg, temperature=1.0, n=4, step=5)
-        four = evaluate(generator, known, pool, cfg, temperature=1.0, n=4, step=5)
+        evaluator = Evaluator(generator, pool, cfg)
+        m = evaluator.evaluate(known, temperature=0.0, n=1, step=5)
+        none = evaluator.evaluate([], temperature=1.0, n=4, step=5)
+        four = evaluator.evaluate(known, temperature=1.0, n=4, step=5)
+        again = evaluator.evaluate(known, temperature=1.0, n=4, step=5)
     assert m["avg@1"] == m["pass@1"] == m["maj@1"] == 0.5, "right on the prompt whose greedy answer was taken"
     assert none["samples"] == 0 and (four["samples"], four["graded"]) == (8, 8)
+    told = ("forwarded_tokens", "idle_share_max")  # the second time the prompts are cached
+    assert {k: v for k, v in four.items() if k not in told} == {k: v for k, v in again.items() if k not in told}
     with pytest.raises(ValueError, match="greedy"):
-        evaluate(generator, known, None, cfg, temperature=0.0, n=4, step=5)  # type: ignore[arg-type]
+        evaluator.evaluate(known, temperature=0.0, n=4, step=5)

@@ -32,6 +32,11 @@ def test_trees_and_scores_are_the_same_in_either_layout(tiny_llama, make_tiny_ll
     other = make_tiny_llama(seed=1)
     apart, together = launch(tiny_llama, other, 1), launch(tiny_llama, other, 2)
     assert len(apart["trees"]) == 3 and apart["trees"] == together["trees"]
+    (whole,) = together["evaluated"]
+    assert whole["stolen"] == 0 and whole["metrics"][0]["samples"] == 12 and whole["metrics"][1]["samples"] == 36
+    for slow in apart["evaluated"]:
+        assert slow["stolen"] > 0, "the fast engine takes prompts that were dealt to the slow one"
+        assert slow["metrics"] == whole["metrics"], "the figures do not depend on who sampled what"
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
     with torch.no_grad():
         want = (model(torch.tensor([[3] * 33])).logits[0, :-1] / 0.7).log_softmax(-1)[:, 3].tolist()

@@ -22,9 +22,9 @@ from treepo_mega.config import Config
 from treepo_mega.data.prompts import Prompt, PromptCursor
 from treepo_mega.data.rewards import RewardItem, RewardPool
 from treepo_mega.monitor.timers import Timers
-from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job, summarize
+from treepo_mega.rollout.rounds import open_round
 from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal, set_rewards
 from treepo_mega.tree.node import Tree
@@ -48,7 +48,6 @@ class Collector:
         self.tp = cfg.rollout.engine.tensor_parallel_size
         self.carried: list[dict[str, Any]] = []
         """Unfinished trees with their prompts, JSON-safe, the same on every rank; part of a checkpoint."""
-        self._rounds = 0
 
     def collect(self, step: int) -> Forest:
         """Trees of `rollout_batch_size` prompts with signal (all prompts without dynamic sampling)."""
@@ -78,7 +77,8 @@ class Collector:
     def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
         """Graded finished trees of `jobs`, in order, and counts, on every rank; paused trees go to `carried`."""
         started = time.monotonic()
-        queue = self.queue([self.generator.costs.expected(job.prompt) for job in jobs], f"step {step}")
+        costs = [self.generator.costs.expected(job.prompt) for job in jobs]
+        queue = open_round(self.cfg, costs, f"step {step}")
         with self.timers("rollout"):
             grown = self.generator.grow(jobs, queue, step=step, policy_version=step)
             busy = time.monotonic() - started
@@ -101,18 +101,6 @@ class Collector:
         counts = dist.sum_over_ranks(counts if speaks else dict.fromkeys(counts, 0.0))
         most = dist.max_over_ranks({"idle_share_max": (whole - busy) / max(whole, 1e-9)})
         return [trees[i] for i in done], counts | most
-
-    def queue(self, costs: list[float], what: str) -> Queue:
-        """This engine's way to the prompts of a round, by their expected costs. All ranks call it alike."""
-        engines = max(1, dist.world_size() // self.tp)
-        deal = deal_by_cost(costs, engines)
-        self._rounds += 1
-        if engines == 1:
-            return LocalQueue(deal[0])
-        engine, rank = divmod(dist.rank(), self.tp)
-        name = f"{what}, round {self._rounds}"
-        timeout_s = self.cfg.rollout.timeout_s
-        return SharedQueue(dist.store(), name, deal, costs, engine, rank=rank, ranks=self.tp, timeout_s=timeout_s)
 
     def _grade(self, prompts: list[Prompt], trees: list[Tree]) -> int:
         """Write rewards into `trees`; returns how many could not be graded (their leaves are taken out)."""

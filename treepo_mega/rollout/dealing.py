@@ -44,8 +44,11 @@ class CostModel:
 
     def update(self, prompts: Sequence[Prompt], trees: Sequence[Tree]) -> None:
         """Learn from finished trees, in the order of their prompts."""
-        for prompt, tree in zip(prompts, trees, strict=True):
-            seen = float(tree.unique_tokens())
+        self.learn(prompts, [tree.unique_tokens() for tree in trees])
+
+    def learn(self, prompts: Sequence[Prompt], tokens: Sequence[float]) -> None:
+        """Learn from the unique response tokens of finished trees, in the order of their prompts."""
+        for prompt, seen in zip(prompts, map(float, tokens), strict=True):
             self._by_prompt[_name(prompt)] = seen
             old = self._by_source.get(prompt.data_source, seen)
             self._by_source[prompt.data_source] = MEMORY * old + (1 - MEMORY) * seen
