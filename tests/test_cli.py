@@ -77,6 +77,26 @@ def test_bad_input_is_one_message_and_status_2(capsys, overrides, world, message
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.segment_length=0"], "rollout.segment_length: Input should be greater than or equal to 1 (got 0)"),
+        (["rollout.initial_branches=[2,32]"], "[2, 32] exceeds rollout.n_samples_per_prompt 16"),
+        (["rollout.initial_branches=[3,2]"], "expected [lo, hi] with 1 <= lo <= hi"),
+        (["rollout.fallback=none", "rollout.branch_factor=1"], "rollout.n_samples_per_prompt 16 is out of reach"),
+        (["data.max_prompt_len=256"], "data.max_prompt_len + rollout.max_response_len = 320 exceeds the model's 256"),
+        (["rollout.stop.eos_token_ids=[]"], "rollout.stop.eos_token_ids: List should have at least 1 item"),
+        (["rollout.stop.eos_token_ids=[2,32]"], "rollout.stop.eos_token_ids [32] are not among the model's 32 token"),
+    ],
+)
+def test_a_run_is_refused_by_the_same_rules_before_anything_is_imported(capsys, overrides, message):
+    before = set(sys.modules)
+    status = main(["train", "examples/tiny_cpu.yaml", *overrides])
+    assert status == 2 and "Traceback" not in (err := capsys.readouterr().err)
+    assert message in err
+    assert not {"vllm", "megatron", "treepo_mega.trainer"} & (set(sys.modules) - before)
+
+
 def test_a_config_json_without_sizes_is_named(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     status, _, err = dry_run(capsys, "llama3_70b_16x8.yaml", 128, f"model.hf_checkpoint={tmp_path}")

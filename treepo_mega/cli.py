@@ -168,6 +168,8 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     cfg = load_config(path, overrides)
     if dry_run:
         return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    # Again in runtime/dist.py, which knows the world size for sure; here a mistake costs no import of Megatron.
+    check(cfg, int(os.environ.get("WORLD_SIZE", "1")), read_hf_config(cfg.model.hf_checkpoint))
     _require_environment()
     quieten_libraries()  # before the import: most of them warn while being imported
     from treepo_mega.train import main as run  # heavy: torch, Megatron and vLLM

@@ -180,6 +180,11 @@ def check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
     stages = p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
     if hf["num_hidden_layers"] % stages:
         bad.append(f"{hf['num_hidden_layers']} layers cannot be split evenly over {stages} pipeline stages")
+    if unknown := [i for i in cfg.rollout.stop.eos_token_ids or [] if not 0 <= i < hf["vocab_size"]]:
+        bad.append(
+            f"rollout.stop.eos_token_ids {unknown} are not among the model's {hf['vocab_size']} token ids: no path "
+            "could end with them"
+        )
     window = hf.get("max_position_embeddings")
     if window and cfg.max_model_len > window:
         bad.append(

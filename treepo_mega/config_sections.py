@@ -125,7 +125,7 @@ class EngineConfig(Section):
 class StopConfig(Section):
     """When a path ends, besides the length and depth limits."""
 
-    eos_token_ids: list[int] | None = None
+    eos_token_ids: list[int] | None = Field(None, min_length=1)
     """None: from generation_config.json, config.json and the tokenizer."""
     answer_box: bool = True
     """End a path once its response holds a closed \\boxed{...}, also across segment borders."""

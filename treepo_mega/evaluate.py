@@ -33,7 +33,7 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.page import document, table
 from treepo_mega.monitor.report.svg import COLOURS, line_chart
-from treepo_mega.rollout.engine import Engine
+from treepo_mega.rollout.engine import Engine, find_eos_token_ids
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import dist
@@ -93,6 +93,7 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
     prompts = list(load_prompts(cfg.data.eval, cfg.data, tokenizer).prompts)[: cfg.eval.max_prompts]
     engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
     generator = Generator(engine, cfg, tokenizer, progress=progress.leaves)

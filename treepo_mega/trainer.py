@@ -3,8 +3,9 @@
     trainer = Trainer(cfg)                   collective over all ranks: groups, actor, reference, engine, prompts
     trainer.collect(step) ...
 
-Everything is built in one order on every rank, because building the engine and the models is collective. The
-actor comes first: it fails fast on a bad checkpoint, and the engine must be built inside a running process group.
+Everything is built in one order on every rank, because building the engine and the models is collective. What people
+get wrong most often comes first: prompts, end tokens, then the actor, which fails fast on a bad checkpoint. The engine
+must be built inside a running process group.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from treepo_mega.reshard.actor_memory import handover_backend
 from treepo_mega.reshard.export import export_hf
 from treepo_mega.reshard.refit import Refit
 from treepo_mega.rollout.collect import Collector, Forest
-from treepo_mega.rollout.engine import Engine
+from treepo_mega.rollout.engine import Engine, find_eos_token_ids
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import cpu_megatron, dist
@@ -59,13 +60,13 @@ class Trainer:
         self.progress = Progress(enabled=cfg.logging.progress and dist.is_main())
         self.progress.say(*notes)
         self.pool = RewardPool(cfg.reward)
+        self._load_prompts(hf_dir)
         self.actor = Actor(cfg, hf_dir)
         if cfg.model.load:
             checkpoint.load_model_weights(self.actor.models, cfg.model.load)
             self.actor.weights_changed()
             self.actor.optimizer.reload_model_params()
         self.reference = self._build_reference() if cfg.algo.kl_loss_coef > 0 else None
-        self._load_prompts(hf_dir)
         self.engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
         self.generator = Generator(self.engine, cfg, self.tokenizer, progress=self.progress.leaves)
         self.collector = Collector(cfg, self.generator, self.pool, self.cursor, self.timers)
@@ -101,6 +102,7 @@ class Trainer:
 
         cfg = self.cfg
         self.tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+        find_eos_token_ids(hf_dir, self.tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
         prompts = load_prompts(cfg.data.train, cfg.data, self.tokenizer)
         self.eval_prompts: list[Prompt] = []
         dropped = dict(prompts.dropped)

@@ -156,8 +156,8 @@ def test_long_prompts_are_dropped_counted_and_reported(
         got = load(path, tokenizer, max_prompt_len=10)
     assert [p.id for p in got] == ["a:0", "a:1"]
     assert got.dropped == {"too_long": 2}
-    assert "2 of 4 prompts dropped: longer than data.max_prompt_len = 10 tokens" in caplog.text
-    with pytest.raises(PromptError, match=r"no prompt is left of 4: dropped \{'too_long': 4\}"):
+    assert f"2 of 4 prompts dropped: longer than data.max_prompt_len = 10 tokens; such as {path}, line " in caplog.text
+    with pytest.raises(PromptError, match=r"left of 4: dropped \{'too_long': 4\}.*a.jsonl, line 1: 4 tokens"):
         load(path, tokenizer, max_prompt_len=2)
 
 
@@ -190,7 +190,8 @@ def test_each_source_has_its_verifier(tmp_path: Path, tokenizer: Any) -> None:
         ),
         ('{"prompt": "q", "anwser": "x"}', r"line 3: no answer: .*nearest: 'anwser' \(set data.label_key\)"),
         ('{"prompt": "q", "answer": null}', r"line 3: no answer"),
-        ('{"prompt": "", "answer": "x"}', r"line 3: no prompt"),
+        ('{"prompt": "", "answer": "x"}', r"line 3: no prompt: 'prompt' is empty \(data.input_key"),
+        ('{"prompt": " \\n", "answer": "x"}', r"line 3: the prompt is empty: nothing but white space"),
         ('{"prompt": 3, "answer": "x"}', r"line 3: the prompt is neither a string nor a list of messages"),
         ('{"prompt": [{"role": "user"}], "answer": "x"}', r"line 3: the prompt is neither"),
         ('{"prompt": [{"role": "assistant", "content": "a"}], "answer": "x"}', r"from 'assistant'; expected 'user'"),

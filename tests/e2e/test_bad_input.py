@@ -104,4 +104,6 @@ def test_a_model_without_an_end_token(model):
     ):
         content = json.loads((model / name).read_text())
         (model / name).write_text(json.dumps({k: v for k, v in content.items() if k not in keys}))
-    check_refused(run_with(model), "eos")
+    done = run_with(model)
+    check_refused(done, "no EOS token in generation_config.json", "rollout.stop.eos_token_ids")
+    assert "prompts to train on" not in done.stdout, "said before prompts, actor and engine"

@@ -85,27 +85,32 @@ def load_prompts(sources: Sequence[PromptSource], data: DataConfig, tokenizer: A
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
     names: Counter[str] = Counter()
+    too_long = ""
     for source in sources:
         drafts = _read_source(source, data, tokenizer, names)
         for draft, tokens in zip(drafts, _tokenize(drafts, tokenizer), strict=True):
             if len(tokens) > data.max_prompt_len:
                 dropped["too_long"] += 1
+                too_long = too_long or f"; such as {draft.where}: {len(tokens)} tokens"
             else:
                 prompts.append(replace(draft.prompt, tokens=tokens))
     total = len(prompts) + dropped.total()
-    _report(prompts, dropped, total, data, tokenizer)
+    _report(prompts, dropped, total, data, tokenizer, too_long)
     if not prompts:
         raise PromptError(
-            f"no prompt is left of {total}: dropped {dict(dropped)} (data.max_prompt_len {data.max_prompt_len})"
+            f"no prompt is left of {total}: dropped {dict(dropped)} (data.max_prompt_len "
+            f"{data.max_prompt_len}{too_long})"
         )
     return PromptSet(prompts, dict(dropped))
 
 
-def _report(prompts: list[Prompt], dropped: Counter[str], total: int, data: DataConfig, tokenizer: Any) -> None:
+def _report(
+    prompts: list[Prompt], dropped: Counter[str], total: int, data: DataConfig, tokenizer: Any, too_long: str
+) -> None:
     if dropped["too_long"]:
         limit = data.max_prompt_len
-        text = "%d of %d prompts dropped: longer than data.max_prompt_len = %d tokens"
-        logger.warning(text, dropped["too_long"], total, limit)
+        text = "%d of %d prompts dropped: longer than data.max_prompt_len = %d tokens%s"
+        logger.warning(text, dropped["too_long"], total, limit, too_long)
     unknown = getattr(tokenizer, "unk_token_id", None)
     blurred = [p.id for p in prompts if unknown is not None and unknown in p.tokens]
     if blurred:
@@ -151,6 +156,8 @@ def _draft(row: Row, prompt_id: str, source: str, verifier: str, data: DataConfi
     prompt = _first(row, "prompt", data.input_key, PROMPT_KEYS)
     answer = _answer_text(_first(row, "answer", data.label_key, ANSWER_KEYS))
     text, templated = _render(prompt, data, tokenizer, row.where)
+    if isinstance(prompt, str) and not prompt.strip():
+        raise PromptError(f"{row.where}: the prompt is empty: nothing but white space ({prompt[:20]!r})")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:

@@ -70,10 +70,12 @@ def lookup(values: dict[str, Any], key: str) -> Any:
 
 def describe_missing(row: Row, what: str, key: str, aliases: tuple[str, ...]) -> str:
     """The message for a row without a (non-empty) value under `key` or its aliases."""
+    option = "data.input_key" if what == "prompt" else "data.label_key"
     present = _all_keys(row.values)
+    if empty := [k for k in dict.fromkeys((key, *aliases)) if lookup(row.values, k) is not MISSING]:
+        return f"{row.where}: no {what}: {empty[0]!r} is empty ({option} says which key holds it)"
     near = [k for k in (difflib.get_close_matches(key, present, n=1, cutoff=0.5)) if k != key]
     hint = f"; nearest: {near[0]!r}" if near else ""
-    option = "data.input_key" if what == "prompt" else "data.label_key"
     tried = ", ".join(dict.fromkeys((key, *aliases)))
     return f"{row.where}: no {what}: tried {tried}; keys here: {', '.join(present) or 'none'}{hint} (set {option})"
 

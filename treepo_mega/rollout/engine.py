@@ -401,11 +401,14 @@ class Engine:
             raise EngineError(f"update_weights: {len(missing)} tensors missing, such as {sorted(missing)[:3]}")
 
 
-def find_eos_token_ids(hf_dir: str | Path, tokenizer: Any = None) -> list[int]:
-    """End-of-sequence ids of a checkpoint: the union of generation_config.json, config.json and the tokenizer.
+def find_eos_token_ids(hf_dir: str | Path, tokenizer: Any = None, named: Sequence[int] | None = None) -> list[int]:
+    """End-of-sequence ids: `named` (rollout.stop.eos_token_ids), else the checkpoint's.
 
-    Each may hold an int or a list; the order is that of first mention. Raises EngineError when there is none at all.
+    Those are the union of generation_config.json, config.json and the tokenizer. Each may hold an int or a list; the
+    order is that of first mention. Raises EngineError when there is none at all.
     """
+    if named is not None:
+        return list(named)
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_dir) / name

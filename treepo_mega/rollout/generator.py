@@ -75,8 +75,7 @@ class Generator:
     def __init__(self, engine: Engine, cfg: Config, tokenizer: Any, *, progress: Progress | None = None) -> None:
         """Raises EngineError when neither the configuration nor the checkpoint names an EOS token."""
         self.engine, self.cfg, self.progress = engine, cfg, progress
-        named = cfg.rollout.stop.eos_token_ids
-        self.eos_token_ids = find_eos_token_ids(engine.hf_dir, tokenizer) if named is None else list(named)
+        self.eos_token_ids = find_eos_token_ids(engine.hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)
         self.costs = CostModel()
         self.counts: dict[str, float] = {}
         self._tokenizer = tokenizer
