@@ -49,6 +49,9 @@ def test_the_split_is_held_out_and_the_answers_are_right():
             for i in range(2, len(symbols), 3):
                 total += int(symbols[i + 1] + symbols[i + 2])
             assert str(total) == row["answer"]
+    solved = [r for r in rows("eval") if "solution" in r]
+    assert solved == rows("eval")[: load_config(ROOT / "examples" / "tiny_cpu.yaml").eval.max_prompts]
+    assert all(r["solution"].endswith(f"={r['answer']};\\boxed{{{r['answer']}}}") for r in solved)
     assert {r["data_source"] for r in rows("train")} == {"chain3", "chain4", "chain5"}
     assert {r["data_source"] for r in rows("eval_long")} == {"chain6", "chain7"}
 

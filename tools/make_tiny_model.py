@@ -98,6 +98,8 @@ PROMPT_FILES = {
     "eval_long": (LONG_TERMS, True, 256),
 }
 """File stem -> (numbers of terms, held out, how many)."""
+SOLVED = 256
+"""Rows of eval.jsonl that have their worked solution with them: as many as an evaluation of the demo reads."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,15 @@ def write_skeleton(directory: Path, seed: int) -> None:
 
 
 def write_prompts(directory: Path, seed: int) -> None:
-    """The prompt files of PROMPT_FILES, one JSON object a line: prompt, answer, data_source."""
+    """The prompt files of PROMPT_FILES, one JSON object a line: prompt, answer, data_source; some also a solution."""
     for stem, (terms, held_out, count) in PROMPT_FILES.items():
         problems = task.draw_split(random.Random(derive_seed("prompts", stem, seed)), terms, held_out=held_out)
-        lines = [
-            json.dumps({"prompt": c.prompt, "answer": c.answer, "data_source": f"chain{len(c.terms)}"})
-            for c in itertools.islice(problems, count)
-        ]
+        lines = []
+        for i, c in enumerate(itertools.islice(problems, count)):
+            row = {"prompt": c.prompt, "answer": c.answer, "data_source": f"chain{len(c.terms)}"}
+            if stem == "eval" and i < SOLVED:
+                row["solution"] = task.worked_solution(c)
+            lines.append(json.dumps(row))
         (directory / f"{stem}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -88,6 +88,10 @@ class DataConfig(Section):
     label_key: str = "answer"
     """Key of the ground truth; with the default, label, ground_truth, solution and reward_model.ground_truth are
     tried too."""
+    reference_key: str = "solution"
+    """Key of a reference text (a worked solution), whose perplexity under the actor is reported at evaluation; with the
+    default, target and completion are tried too, and an answer in GSM8K's form (`reasoning`, then `#### 42`). verl's
+    GSM8K files have it in extra_info.answer. Rows without one are left out."""
     apply_chat_template: bool = False
     """Wrap the prompt with the tokenizer's chat template (a list of messages is always wrapped)."""
     system_prompt: str | None = None

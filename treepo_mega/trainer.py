@@ -21,6 +21,7 @@ import numpy as np
 
 from treepo_mega.actor import checkpoint
 from treepo_mega.actor.batch import plan_rollout
+from treepo_mega.actor.perplexity import describe_references, perplexity, reference_texts
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
 from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
 from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
@@ -110,9 +111,12 @@ class Trainer:
             held_out = load_prompts(cfg.data.eval, cfg.data, self.tokenizer)
             self.eval_prompts = list(held_out.prompts)[: cfg.eval.max_prompts]
             dropped |= {f"eval {reason}": n for reason, n in held_out.dropped.items()}
+        self.references = reference_texts(self.eval_prompts, self.tokenizer, cfg.rollout.max_response_len)
         self.cursor = PromptCursor(prompts, seed=cfg.train.seed, shuffle=cfg.data.shuffle)
         told = "".join(f"; dropped {n} ({reason})" for reason, n in dropped.items() if n)
         self.progress.say(f"{len(prompts)} prompts to train on, {len(self.eval_prompts)} to evaluate{told}")
+        if self.eval_prompts:
+            self.progress.say(describe_references(len(self.references), len(self.eval_prompts), cfg.data.reference_key))
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
@@ -258,7 +262,8 @@ class Trainer:
         return self.actor.sequence_logprobs(tokens, Numerics(precision=self.cfg.model.params_dtype))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Sampled (and greedy) accuracy on the evaluation prompts, with the weights the engine holds."""
+        """Sampled (and greedy) accuracy on the evaluation prompts, with the weights the engine holds; and the actor's
+        perplexity of their reference texts, for which the trainer takes its memory back."""
         if not self.eval_prompts:
             raise ConfigError("eval.interval, eval.at_start and eval.at_end need data.eval: there are no prompts")
         e, n = self.cfg.eval, self.cfg.eval.n_samples_per_prompt
@@ -272,6 +277,9 @@ class Trainer:
         if e.greedy:
             greedy = self.evaluator.evaluate(self.eval_prompts, temperature=0.0, n=1, step=step)
             out["eval/greedy_accuracy"] = greedy["avg@1"]
+        if self.references:
+            self._take_memory()
+            out["eval/perplexity"] = perplexity(self.actor, self.references, self.cfg)
         return out
 
     # Records ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 
 from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple, run_schedule
+from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
 from treepo_mega.config import Config
 from treepo_mega.reshard.gather import HfGather, local_params
@@ -103,6 +104,8 @@ def run(case: str, directory: Path) -> dict[str, float]:
     far = {
         "logprob_diff": logprob_diff(step, oracle) if known else 0.0,
         "gradient_diff": gradient_diff(actor, step, cfg, oracle),
+        "perplexity_rel": abs(perplexity(actor, trajectories(), cfg) / oracle.perplexity - 1),
+        "one_text_rel": abs(perplexity(actor, trajectories()[:1], cfg) / oracle.first_perplexity - 1),
     }
     stats = actor.update(step.packs, policy_gradient(cfg.algo))
     far["weight_diff"] = weight_diff(actor, cfg, oracle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -76,12 +77,26 @@ def logprobs(model: torch.nn.Module, t: Trajectory, temperature: float) -> tuple
     return dist.gather(1, ids[0, t.prompt_len :, None])[:, 0], -(dist.exp() * dist).sum(-1)
 
 
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, batch: list[Trajectory]) -> float:
+    """Of the responses, by transformers' own loss."""
+    nll, tokens = 0.0, 0
+    for t in batch:
+        ids = torch.tensor([t.tokens])
+        labels = ids.clone()
+        labels[:, : t.prompt_len] = -100
+        nll += float(model(ids, labels=labels).loss) * t.response_len
+        tokens += t.response_len
+    return math.exp(nll / tokens)
+
+
 class Oracle:
     """One optimizer step of the whole batch in transformers and torch."""
 
     def __init__(self, hf_dir: Path, cfg: Config, batch: list[Trajectory]) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
         t = cfg.rollout.temperature
+        self.perplexity, self.first_perplexity = perplexity(self.model, batch), perplexity(self.model, batch[:1])
         loss, pairs = torch.zeros(()), 0
         self.logprobs: dict[tuple[int, ...], Tensor] = {}
         for x in batch:

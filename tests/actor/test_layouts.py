@@ -51,6 +51,8 @@ def measured(tmp_path_factory):
 def test_equals_transformers(measured, ranks, case):
     got = measured(ranks)[case]
     assert got["logprob_diff"] <= 1e-5
+    assert got["perplexity_rel"] <= 1e-5, "transformers' own loss, over all data-parallel ranks"
+    assert got["one_text_rel"] <= 1e-5, "other data-parallel ranks have nothing but padding"
     assert got["gradient_diff"] <= 1e-5, "of every parameter, relative"
     assert got["grad_norm_rel"] <= 1e-6
     assert got["loss_diff"] <= 1e-6

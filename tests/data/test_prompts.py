@@ -106,6 +106,32 @@ def test_common_names_of_the_keys(tmp_path: Path, tokenizer: Any, row: dict[str,
     assert (prompt.text, prompt.answer) == ("q", "7")
 
 
+@pytest.mark.parametrize(
+    "row, reference",
+    [
+        ({"answer": "7", "solution": "3+4=7"}, "3+4=7"),
+        ({"answer": "7", "target": "3+4=7"}, "3+4=7"),
+        ({"solution": "3+4=7"}, "3+4=7"),
+        ({"answer": "Three and four.\n#### 7"}, "Three and four.\n#### 7"),
+        ({"answer": "7", "target": 7}, ""),
+        ({"answer": "7", "solution": " "}, ""),
+        ({"answer": "7"}, ""),
+    ],
+)
+def test_a_row_may_have_a_reference_text(tmp_path: Path, tokenizer: Any, row: dict[str, Any], reference: str) -> None:
+    (prompt,) = load(jsonl(tmp_path / "a.jsonl", {"prompt": "q", **row}), tokenizer)
+    assert prompt.reference == reference
+
+
+def test_a_chosen_reference_key_is_not_guessed_around(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"prompt": "q", "answer": "reasoning\n#### 7", "solution": "trap", "extra_info": {"answer": "3+4=7"}}
+    path = jsonl(tmp_path / "a.jsonl", row, {**row, "extra_info": {}})
+    assert [p.reference for p in load(path, tokenizer, reference_key="extra_info.answer")] == ["3+4=7", ""]
+    path = jsonl(tmp_path / "b.jsonl", {**row, "why": ["3+4=7"]})
+    with pytest.raises(PromptError, match=r"b\.jsonl, line 1: why is list, expected a text \(data\.reference_key\)"):
+        load(path, tokenizer, reference_key="why")
+
+
 def test_chosen_keys_reach_inside_and_are_not_guessed_around(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"x": {"q": "deep"}, "y.z": "flat", "answer": "trap"})
     (prompt,) = load(path, tokenizer, input_key="x.q", label_key="y.z")

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.actor.oracle import perplexity
 from tests.ranks import REPO, run_ranks
 from treepo_mega.actor.checkpoint import check_complete
+from treepo_mega.actor.perplexity import reference_texts
 from treepo_mega.config import load_config
 from treepo_mega.data.prompts import load_prompts
 from treepo_mega.data.rewards.verifiers import boxed
@@ -116,6 +118,10 @@ def test_transformers_loads_the_export_and_finds_the_same_accuracy(run, rows):
         out = model.generate(torch.tensor([p.tokens]), max_new_tokens=64, do_sample=False)[0, len(p.tokens) :]
         right += boxed(p.data_source, tokenizer.decode(out, skip_special_tokens=True), p.answer)
     assert right / 16 == pytest.approx(rows[3]["eval/greedy_accuracy"])
+    texts = reference_texts(prompts, tokenizer, cfg.rollout.max_response_len)
+    assert [tokenizer.decode(t.tokens[t.prompt_len :]) for t in texts] == [p.reference + "<eos>" for p in prompts]
+    assert perplexity(model, texts) == pytest.approx(rows[3]["eval/perplexity"], rel=1e-5)
+    assert rows[0]["eval/perplexity"] != rows[3]["eval/perplexity"]
 
 
 def test_the_same_command_goes_on_where_it_stopped(run):

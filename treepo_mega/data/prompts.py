@@ -7,8 +7,8 @@
 A source is a `.jsonl` or `.parquet` file (`file@[a:b]` takes rows a to b, as a Python slice) or a
 reasoning-gym task. A row has a prompt (a string, or a list of `{"role", "content"}` messages) and an answer;
 the keys are configurable, dotted keys reach into nested values, and common names are tried too unless a key
-was chosen. `data_source`
-and `extra_info` columns are passed on to the verifier, as in verl's data.
+was chosen. A row may also have a reference text (`data.reference_key`), for perplexity. `data_source` and
+`extra_info` columns are passed on to the verifier, as in verl's data.
 
 The verifier of a prompt is its source's own, else `reasoning_gym` for reasoning-gym sources, else
 `data.verifier`. It is checked here, before anything is sampled.
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("prompt", "messages", "question", "problem", "input")
 ANSWER_KEYS = ("answer", "label", "ground_truth", "solution", "reward_model.ground_truth")
+REFERENCE_KEYS = ("solution", "target", "completion")
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,6 +61,8 @@ class Prompt:
     verifier: str
     data_source: str
     extra: dict[str, Any] = field(default_factory=dict)
+    reference: str = ""
+    """A text that answers the prompt, such as a worked solution; empty when the row has none."""
 
 
 @dataclass(slots=True)
@@ -154,7 +157,8 @@ def _gym_rows(source: PromptSource) -> tuple[str, list[Row]]:
 
 def _draft(row: Row, prompt_id: str, source: str, verifier: str, data: DataConfig, tokenizer: Any) -> _Draft:
     prompt = _first(row, "prompt", data.input_key, PROMPT_KEYS)
-    answer = _answer_text(_first(row, "answer", data.label_key, ANSWER_KEYS))
+    truth = _first(row, "answer", data.label_key, ANSWER_KEYS)
+    answer = _answer_text(truth)
     text, templated = _render(prompt, data, tokenizer, row.where)
     if isinstance(prompt, str) and not prompt.strip():
         raise PromptError(f"{row.where}: the prompt is empty: nothing but white space ({prompt[:20]!r})")
@@ -170,7 +174,8 @@ def _draft(row: Row, prompt_id: str, source: str, verifier: str, data: DataConfi
     except (TypeError, ValueError) as e:
         raise PromptError(f"{row.where}: extra_info cannot be sent to a grader: {e}") from None
     data_source = str(row.values.get("data_source") or source)
-    return _Draft(Prompt(prompt_id, text, [], answer, verifier, data_source, extra), templated, row.where)
+    reference = _reference(row, data.reference_key, truth)
+    return _Draft(Prompt(prompt_id, text, [], answer, verifier, data_source, extra, reference), templated, row.where)
 
 
 def _first(row: Row, what: str, key: str, aliases: tuple[str, ...]) -> Any:
@@ -188,6 +193,19 @@ def _answer_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     head, mark, tail = value.rpartition("\n#### ")
     return tail.strip() if mark and head and "\n" not in tail.strip() else value
+
+
+def _reference(row: Row, key: str, truth: Any) -> str:
+    """The row's reference text, or nothing. A value that is no text is refused only under a key that was chosen."""
+    chosen = key != REFERENCE_KEYS[0]
+    for k in (key,) if chosen else REFERENCE_KEYS:
+        value = lookup(row.values, k)
+        if isinstance(value, str) and value.strip():
+            return value
+        if chosen and value is not MISSING and value is not None and not isinstance(value, str):
+            raise PromptError(f"{row.where}: {k} is {type(value).__name__}, expected a text (data.reference_key)")
+    has_reasoning = isinstance(truth, str) and _answer_text(truth) != truth
+    return truth if has_reasoning and not chosen else ""
 
 
 def _render(prompt: Any, data: DataConfig, tokenizer: Any, where: str) -> tuple[str, bool]:

@@ -146,6 +146,13 @@ _EVAL = (
     Metric("eval/pass_at_n", "share", "at least accuracy", "prompts with one correct sample of n"),
     Metric("eval/maj_at_n", "share", "at least accuracy as a rule", "prompts whose majority answer is correct"),
     Metric("eval/greedy_accuracy", "share", "rises", "correctness of the greedy response"),
+    Metric(
+        "eval/perplexity",
+        "1",
+        "no jump: a better solver need not write like the references",
+        "exp of the mean -logp per token of the evaluation rows' reference texts (data.reference_key, then the end mark) "
+        "at temperature 1; absent when no row has one",
+    ),
     Metric("eval/response_len_mean", "tokens", "no jump", "mean response length in evaluation"),
 )
 

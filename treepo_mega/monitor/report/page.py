@@ -22,6 +22,7 @@ CHARTS = (
     "rollout/accuracy",
     "eval/accuracy",
     "eval/greedy_accuracy",
+    "eval/perplexity",
     "tree/token_ratio",
     "rollout/response_len_mean",
     "train/entropy",

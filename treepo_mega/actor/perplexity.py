@@ -1,0 +1,69 @@
+"""Perplexity of held-out text under the actor: teacher-forced, through the loss head, like the old logprobs.
+
+The text is the evaluation rows' reference text (`data.reference_key`): a worked solution, say. It follows the prompt as
+a response would, its tokens (the end mark included) are the rows of the packs, and
+
+    perplexity = exp( -(sum of their logprobs) / (number of them) )
+
+at temperature 1 over all texts together, as a language model's perplexity is usually given. The model's own samples
+would not do: under the model that wrote them their perplexity is only its entropy.
+
+Texts longer than `rollout.max_response_len` are cut there (then without the end mark): a pack has no room for more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from treepo_mega.actor.batch import plan_batch
+from treepo_mega.actor.update import Policy
+from treepo_mega.config import Config
+from treepo_mega.data.prompts import REFERENCE_KEYS, Prompt
+from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.tree.pack import Batch, Trajectory
+
+cpu_megatron.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+
+
+def reference_texts(prompts: Sequence[Prompt], tokenizer: Any, max_len: int) -> list[Trajectory]:
+    """The prompts that have a reference text, each followed by at most `max_len` tokens of it and its end mark."""
+    chosen = [p for p in prompts if p.reference]
+    if not chosen:
+        return []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = tokenizer([p.reference for p in chosen], add_special_tokens=False)["input_ids"]
+    out = []
+    for i, (p, text) in enumerate(zip(chosen, texts, strict=True)):
+        response = (list(text) + end)[:max_len]
+        out.append(Trajectory(i, p.tokens + response, len(p.tokens), 0.0, [0.0] * len(response)))
+    return out
+
+
+def describe_references(found: int, prompts: int, key: str) -> str:
+    """For people: what eval/perplexity is of, or why there is none."""
+    if found:
+        return f"eval/perplexity is of the reference texts of {found} of {prompts} evaluation rows"
+    tried = " nor ".join(REFERENCE_KEYS if key == REFERENCE_KEYS[0] else (key,))
+    return f"no eval/perplexity: none of the {prompts} evaluation rows has a text under {tried} (data.reference_key)"
+
+
+def perplexity(policy: Policy, texts: Sequence[Trajectory], cfg: Config) -> float:
+    """Perplexity of the responses of `texts`, the same on every rank; at least one text is needed.
+
+    In the precision of old logprobs. Collective over all ranks.
+    """
+    packs = plan_batch(Batch.flat(texts), cfg).packs
+    logprobs = policy.logprobs(packs, temperature=1.0) or []
+    counts = ps.get_tensor_model_parallel_rank() == 0
+    sums = dist.sum_over_ranks(
+        {
+            "nll": -float(sum(x.sum(dtype="float64") for x in logprobs)) * counts,
+            "tokens": float(sum(x.size for x in logprobs)) * counts,
+        }
+    )
+    mean = sums["nll"] / sums["tokens"]
+    return math.exp(mean) if mean < 700 else math.inf
