@@ -150,7 +150,7 @@ _EVAL = (
         "eval/perplexity",
         "1",
         "no jump: a better solver need not write like the references",
-        "exp of the mean -logp per token of the evaluation rows' reference texts (data.reference_key, then the end mark) "
+        "exp of the mean -logp per token of the evaluation rows' reference texts (data.reference_key) and end marks "
         "at temperature 1; absent when no row has one",
     ),
     Metric("eval/response_len_mean", "tokens", "no jump", "mean response length in evaluation"),
