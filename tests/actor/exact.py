@@ -1,13 +1,19 @@
-"""Packed against flat in fp64 on one rank: random forests and odd shapes, cut and whole, all sums to 1e-10."""
+"""Packed against flat in fp64 on one rank: odd shapes, and forests that hypothesis draws, cut and whole, to 1e-10.
+
+The examples are drawn the same way in every run (`derandomize`); a failure is shrunk, and its forest printed.
+"""
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from tests.actor.oracle import VOCAB
 from tests.actor.tree_oracle import fill_in, flat_step, forest, prefixes_of_rows
@@ -54,19 +60,48 @@ def comb(depth: int) -> Tree:
     return tree
 
 
-def grown(seed: int) -> list[Tree]:
-    """One to three random trees."""
-    return forest(seed % 4, seed, trees=1 + seed % 3)
+def even(levels: int) -> Tree:
+    """Binary branching behind each of `levels` segments: 2 ** levels leaves."""
+    rng, tree, ends = random.Random(levels), Tree.start("p", [7] * 4), [0]
+    for level in range(levels):
+        made = []
+        for end in ends:
+            for _ in range(2):
+                node = tree.add_child(end)
+                node.tokens = [rng.randrange(VOCAB) for _ in range(1 + level % 2)]
+                node.logprobs = [0.0] * len(node.tokens)
+                made.append(node.id)
+        ends = made
+    tree.leaves, tree.rewards = ends, [0.0] * len(ends)
+    return tree
 
 
 SHAPES: dict[str, list[Tree]] = {
-    **{f"random {seed}": grown(seed) for seed in range(10)},
     "a single path": [chain(1, 9)],
     "one leaf, 28 segments": [chain(28, 3)],
     "64 leaves, some empty": [star(64)],
+    "64 leaves, 6 levels": [even(6)],
     "depth 28, a leaf at each": [comb(28)],
     "a long prompt": [forest(2, 7)[0], star(3), comb(5)],
 }
+EXAMPLES = 20
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> list[Tree]:
+    """One to three trees of up to 20 segments of 0 to 9 tokens anywhere below each other; every end is a leaf."""
+    trees = []
+    for i in range(draw(st.integers(1, 3))):
+        rng = random.Random(draw(st.integers(0, 1 << 16)))
+        tree = Tree.start(f"p{i}", [rng.randrange(VOCAB) for _ in range(draw(st.integers(1, 9)))])
+        for _ in range(draw(st.integers(1, 20))):
+            node = tree.add_child(draw(st.integers(0, len(tree.nodes) - 1)))
+            node.tokens = [rng.randrange(VOCAB) for _ in range(draw(st.sampled_from([0, 1, 2, 5, 9])))]
+            node.logprobs = [0.0] * len(node.tokens)
+        tree.leaves = [n.id for n in tree.nodes if not n.children]
+        tree.rewards = [0.0] * len(tree.leaves)
+        trees.append(tree)
+    return trees
 
 
 def double(policy: Policy) -> None:
@@ -99,16 +134,20 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
     data = run_schedule(policy.chunks, packs, policy.head(), loss=policy_gradient(cfg.algo))
     grads = torch.cat([p.grad.flatten() for m in policy.models for p in m.parameters()])
     loss = sum(float(d["loss"]) for d in data)
-    return {"loss": loss, "grads": grads, "logprobs": logprobs, "entropy": sum(float(d["entropy"]) for d in data)}
+    tokens = sum(b - a for p in packs for a, b in p.blocks)
+    entropy = sum(float(d["entropy"]) for d in data)
+    return {"loss": loss, "grads": grads, "logprobs": logprobs, "entropy": entropy, "tokens": tokens}
 
 
-def compare(policy: Policy, cfg: Config, trees: list[Tree]) -> dict[str, float]:
-    """Worst differences of trees (whole and cut) from flat."""
+def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> dict[str, float]:
+    """Worst differences from flat of trees whole, and cut to `room` tokens above their longest trajectory; and the
+    packs of either."""
     longest = max(len(t.prefix(leaf)) for t in trees for leaf in t.leaves)
-    flat = step(policy, cfg, trees, "none", longest)
+    flat = step(policy, cfg, trees, "none", 4 * longest)
     out = {"loss": 0.0, "grads": 0.0, "logprobs": 0.0, "entropy": 0.0}
-    for sharing, most in (("tree", 4096), ("tree", longest + 9)):
-        got = step(policy, cfg, trees, sharing, most)
+    packs = []
+    for most in (4096, longest + room):
+        got = step(policy, cfg, trees, "tree", most)
         apart = {
             "loss": abs(got["loss"] - flat["loss"]),
             "entropy": abs(got["entropy"] - flat["entropy"]),
@@ -118,16 +157,48 @@ def compare(policy: Policy, cfg: Config, trees: list[Tree]) -> dict[str, float]:
         if got["logprobs"].keys() != flat["logprobs"].keys():
             raise AssertionError("packed and flat ask for different tokens")
         out = {k: max(v, apart[k]) for k, v in out.items()}
-    return out
+        packs.append(got["tokens"])
+    return out | {"whole": packs[0], "cut": packs[1]}
+
+
+def check(apart: dict[str, float]) -> None:
+    """fp64: packed is flat up to rounding."""
+    assert apart["logprobs"] <= 1e-10 and apart["grads"] <= 1e-10, apart
+    # Sums over (trajectory, token) pairs, of which there are up to thousands.
+    assert apart["loss"] <= 1e-10 * 1e3 and apart["entropy"] <= 1e-10 * 1e3, apart
+
+
+def measure_drawn(policy: Policy, cfg: Config) -> Counter[str]:
+    """Hypothesis looks for a forest on which packed is not flat; what it looked at. AssertionError with the forest."""
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(forests(), st.integers(0, 20))
+    def packed_is_flat(trees: list[Tree], room: int) -> None:
+        assume(any(n.tokens for t in trees for n in t.nodes[1:]))
+        apart = compare(policy, cfg, trees, room)
+        seen.update(
+            examples=1,
+            cut=apart["cut"] > apart["whole"],
+            empty_segment=any(not n.tokens for t in trees for n in t.nodes[1:]),
+            single_path=any(len(t.leaves) == 1 for t in trees),
+            several_trees=len(trees) > 1,
+        )
+        check(apart)
+
+    packed_is_flat()
+    return seen
 
 
 def measure_exact(cfg: Config, hf_dir: Path) -> dict[str, Any]:
-    """{shape: worst differences}, and how far fp64 is from transformers' fp64."""
+    """{"shapes": {name: worst differences}, "drawn": what hypothesis looked at, "transformers": distance in fp64}."""
     policy = Policy(cfg, hf_dir)
     double(policy)
-    out: dict[str, Any] = {name: compare(policy, cfg, trees) for name, trees in SHAPES.items()}
-    trees = grown(3)
+    shapes = {name: compare(policy, cfg, trees) for name, trees in SHAPES.items()}
+    trees = forest(3, 3, trees=1)
     want = flat_step(hf_dir, cfg, trees, torch.float64)
     got = step(policy, cfg, trees, "tree", 4096)
-    out["transformers"] = max(abs(got["logprobs"][k] - v) for k, v in want["logprobs"].items())
-    return out
+    far = max(abs(got["logprobs"][k] - v) for k, v in want["logprobs"].items())
+    return {"shapes": shapes, "drawn": measure_drawn(policy, cfg), "transformers": far}

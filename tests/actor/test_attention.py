@@ -115,8 +115,17 @@ def test_pairs_grow_with_paths_and_not_with_the_square():
         assert exact.pairs == pack.attention_pairs and not exact.gathered
 
 
+def allocated_at_once(f):
+    """Most bytes of tensors alive at once during `f` beyond those before, by the allocator's own account."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
 def test_a_forest_of_100k_tokens_in_bounded_memory():
-    """Masks and gathered indices stay below 400 entries a token, where a dense mask has 100,000."""
+    """Masks and gathered indices stay below 400 entries a token, where a dense mask has 100,000; forward and backward
+    together hold no more at once than a dozen arrays of the size of the queries."""
     rng, ids = random.Random(3), itertools.count()
     trees = [grow(rng, nodes=60, max_segment=64, prompt=200, name="p", ids=ids) for _ in range(60)]
     pack = pack_of(trees)
@@ -124,6 +133,11 @@ def test_a_forest_of_100k_tokens_in_bounded_memory():
     layout = CpuLayout.build(pack.subtree_end, pack.blocks)
     held = sum(g.visible.numel() + g.key.numel() + g.query.numel() for g in layout.gathered)
     assert held <= 400 * len(pack.tokens)
+    leaves = inputs(pack, heads=1, groups=1, size=8, dtype=torch.float32)
+    peak = allocated_at_once(lambda: attend(*leaves, layout, None).sum().backward())
+    array = 4 * 8 * len(pack.tokens)  # bytes of query, key, value, output, or the gradient of one of them
+    assert 4 * array <= peak <= 12 * array
+    assert all(bool(x.grad.isfinite().all()) for x in leaves)
 
 
 def test_low_precision_stays_in_its_dtype():

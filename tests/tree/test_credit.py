@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tree.forests import forests
+from treepo_mega.config import AlgoConfig
+from treepo_mega.loss.policy import clipped_objective
 from treepo_mega.tree.advantage import leaf_advantages, masses, segment_advantages
 from treepo_mega.tree.credit import credit_by_depth, fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import Tree
@@ -88,3 +91,49 @@ def test_credit_falls_behind_the_branch():
     assert credit_by_depth(flat, fold(flat, np.array([1.0, -1.0]), ones)) == [0.25] * 4, "flat: every token alike"
     assert credit_by_depth(s, fold_nodes(s, np.array(segment_advantages(tree_of_two())), ones)) == [0, 0, 0.5, 0.5]
     assert credit_by_depth(s, fold(s, np.zeros(2), ones)) == [0] * 4
+
+
+LOW, HIGH, DUAL = 0.2, 0.28, 3.0
+RATIOS = {
+    "clipped low": (0.5,),
+    "at the lower border": (1 - LOW,),
+    "inside": (0.9, 1.0, 1.2),
+    "at the upper border": (1 + HIGH,),
+    "clipped high": (2.0,),
+    "at the dual border": (DUAL,),
+    "dual": (7.0,),
+}
+
+
+@pytest.mark.parametrize("dual", [None, DUAL])
+@pytest.mark.parametrize("signs", ["positive", "negative", "both"])
+@pytest.mark.parametrize("regime", RATIOS)
+def test_the_clipped_loss_is_a_function_of_the_masses(regime, signs, dual):
+    """Value and slope for a token of four trajectories against its four PPO terms, in every regime of the clip."""
+    tree = Tree.start("p", [0])
+    stem = tree.add_child(0)
+    stem.tokens, stem.logprobs = [1], [0.0]
+    tree.leaves = [tree.add_child(stem.id).id for _ in range(4)]
+    tree.rewards = [0.0] * 4
+    each = {"positive": [1.5, 0.5, 0.0, 2.0], "negative": [-1.0, -0.25, 0.0, -3.0], "both": [2.0, -1.0, 0.5, -0.75]}
+    a = np.array(each[signs])
+    s = Segments.from_trees([tree], [0])
+    c = fold(s, a, np.ones(4))
+    shared = s.node.tolist().index(stem.id)
+    algo = AlgoConfig(eps_clip=LOW, eps_clip_high=HIGH, eps_clip_c=dual)
+    masses_of = [torch.tensor([x[shared]], dtype=torch.float64) for x in (c.A_pos, c.A_neg)]
+
+    def term(r, x):
+        value = torch.minimum(r * x, r.clamp(1 - LOW, 1 + HIGH) * x)
+        return torch.maximum(value, torch.tensor(dual * x)) if x < 0 and dual is not None else value
+
+    for ratio in RATIOS[regime]:
+        r = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+        got, want = clipped_objective(r, *masses_of, algo).sum(), sum(term(r, x) for x in a.tolist()).sum()
+        assert got.item() == pytest.approx(want.item(), rel=1e-14)
+        if "border" not in regime:  # where either one-sided slope is right
+            slopes = [torch.autograd.grad(x, r)[0].item() for x in (got, want)]
+            assert slopes[0] == pytest.approx(slopes[1], rel=1e-14)
+            flat = {"clipped low": signs == "negative", "clipped high": signs == "positive"}
+            flat["dual"] = signs == "positive" or dual is not None
+            assert (slopes[0] == 0) == flat.get(regime, False), "clipped tokens, and no others, have no gradient"
