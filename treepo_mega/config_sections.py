@@ -30,6 +30,12 @@ class ModelConfig(Section):
     """Parameter and activation dtype of actor and reference. Optimizer state is always fp32."""
     make_vocab_size_divisible_by: int = Field(128, ge=1)
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Modules of the transformer layers: Megatron's own, or Transformer Engine's with norms fused into the linear
+    layers (a GPU only; refused elsewhere). Attention over trees is the same in both."""
+    gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
+    """Weight gradients are added to their fp32 buffers by the matrix product itself: Apex's kernel (local layers) or
+    Transformer Engine's, on a GPU. auto: where the kernel is there. true: refused where it is not."""
     fp8: Literal["e4m3", "hybrid"] | None = None
     """FP8 products in the transformer layers (Transformer Engine on a GPU; refused elsewhere). hybrid: e5m2 gradients.
     The output layer has its own setting, loss.head."""

@@ -65,6 +65,7 @@ def cells(ranks: int, slow: bool) -> list[dict[str, Any]]:
         for recompute, depth, split in MATRIX:
             out.append({**base, "recompute": recompute, "depth": depth, "split": split})
     if not slow and ranks == 1:
+        out += [{**out[0], "recompute": False, "twins": impl} for impl in ("local", "transformer_engine")]
         more = {"layout": {}, "kind": "llama", "tied": True, "recompute": False, "depth": 3, "split": True}
         out += [{**more, "sharing": sharing} for sharing in ("prompt", "none")]
         out += [{**more, "overrides": [f"algo.loss_agg_mode={mode}"]} for mode in OTHER]
@@ -73,14 +74,18 @@ def cells(ranks: int, slow: bool) -> list[dict[str, Any]]:
         gspo = ["algo.ratio_level=sequence", "algo.loss_agg_mode=seq-mean-token-mean"]
         out.append({**more, "sharing": "none", "overrides": gspo})
         out.append({**more, "exact": True})
-    return sorted(out, key=lambda c: (str(c["layout"]), c["kind"], c["recompute"], c.get("exact", False)))
+    if not slow and ranks == 2:
+        out.append({**out[1], "twins": "transformer_engine"})
+    return sorted(
+        out, key=lambda c: (str(c["layout"]), c["kind"], c["recompute"], c.get("exact", False), c.get("twins", ""))
+    )
 
 
 def name(cell: dict[str, Any]) -> str:
     """For the test's id."""
     layout = "".join(f"{k}{int(v)}" for k, v in cell["layout"].items()) or "dp"
     more = "-".join([*cell.get("overrides", ()), *([cell["sharing"]] if "sharing" in cell else [])])
-    more += "-fp64" if cell.get("exact") else ""
+    more += "-fp64" if cell.get("exact") else f"-{cell['twins']}-twins" if "twins" in cell else ""
     how = f"{'re' if cell['recompute'] else ''}d{cell['depth']}{'s' if cell['split'] else ''}"
     return f"{layout}-{cell['kind']}-{how}-{more}"
 
@@ -116,6 +121,13 @@ def check(got: dict[str, Any], cell: dict[str, Any]) -> None:
         assert got["repeated"] > 0, "trees were cut"
     else:
         assert cell["split"] or got["repeated"] == 0
+    if "twins" in cell:
+        # Four linear modules a layer, of which this rank may have a part; every micro-batch of the update.
+        assert got["fused"] > 0 and got["fused"] % (4 * 4) == 0, "weight gradients went straight to their buffers"
+        fused_norms = [name for name in got["parameters"] if name.endswith("layer_norm_weight")]
+        assert len(fused_norms) == (2 * 4 if cell["twins"] == "transformer_engine" else 0)
+    else:
+        assert not got.get("fused")
 
 
 def check_exact(got: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
     trees_worker.py DIRECTORY CELLS.json
 
 CELLS is a list of {"layout", "kind", "tied", "recompute", "depth", "split", ...} as test_trees.py makes it.
-Cells of the same layout and model share an actor. Rank 0 writes what it measured to DIRECTORY/results.json, one dict
-a cell, in order.
+Cells of the same layout and model share an actor; those with "twins" are made of gpu_twins.py. Rank 0 writes what it
+measured to DIRECTORY/results.json, one dict a cell, in order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 
 from tests.actor.exact import measure_exact
+from tests.actor.gpu_twins import pretend_gpu
 from tests.actor.oracle import configuration, write_checkpoint
 from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.update import Actor, policy_gradient
 from treepo_mega.config import Config
-from treepo_mega.reshard.gather import HfGather
+from treepo_mega.reshard.gather import HfGather, local_params
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.node import Tree
@@ -57,6 +59,7 @@ def config_of(cell: dict[str, Any], hf_dir: Path) -> Config:
         f"train.max_tokens_per_gpu={160 if cell['split'] else 4096}",
         f"train.prefix_sharing={cell.get('sharing', 'tree')}",
         "algo.use_tis=true",
+        *([f"model.transformer_impl={cell['twins']}"] if "twins" in cell else []),
         *cell.get("overrides", ()),
     )
 
@@ -96,7 +99,7 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
     stats = actor._mean_over_pairs(data, step.packs)
     gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
     pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
-    worst = max(relative(got, want["grads"][n]) for n, got in pairs)
+    worst = max(relative(got.cpu(), want["grads"][n]) for n, got in pairs)
     # Ranks of one data-parallel rank's model plan the same packs.
     share = ps.get_data_parallel_world_size() / dist.world_size()
     counts = dist.sum_over_ranks({"real": float(step.real_tokens), "flat": float(step.flat_tokens)})
@@ -114,7 +117,7 @@ def main() -> None:
     """All cells, in this process."""
     directory, cells = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     results, started = [], time.time()
-    sort = ("layout", "kind", "tied", "recompute", "exact")
+    sort = ("layout", "kind", "tied", "recompute", "exact", "twins")
     for _, group in itertools.groupby(cells, key=lambda c: [c.get(k) for k in sort]):
         same = list(group)
         first = same[0]
@@ -128,9 +131,11 @@ def main() -> None:
             results.append(measure_exact(cfg, hf_dir))
             ps.destroy_model_parallel()
             continue
-        actor = Actor(cfg, hf_dir)
-        for cell in same:
-            results.append(measure(actor, config_of(cell, hf_dir), cell, directory, hf_dir))
+        with pretend_gpu() if first.get("twins") else contextlib.nullcontext({}) as calls:
+            actor = Actor(cfg, hf_dir)
+            for cell in same:
+                results.append(measure(actor, config_of(cell, hf_dir), cell, directory, hf_dir))
+            results[-1] |= {"fused": calls.get("fused", 0), "parameters": sorted(local_params(actor.models[0]))}
         ps.destroy_model_parallel()
         if dist.is_main():
             print(f"{time.time() - started:6.1f} s", first, results[-1], flush=True)

@@ -2,10 +2,7 @@
 
 `PolicyModel` is Megatron's GPTModel with two changes: rotary angles come from the pack's positions instead
 of the row number, and the last stage returns hidden states, because `loss/head.py` turns them into
-logprobs without the [T, V] logits that GPTModel would make. Parameters have Megatron's local-spec names on
-every device, so one map (`reshard/layout.py`) serves them.
-
-Own RMSNorm: Megatron's torch norm refuses sequence parallelism.
+logprobs without the [T, V] logits that GPTModel would make. What its layers are made of: `layers.py`.
 """
 
 from __future__ import annotations
@@ -30,37 +27,17 @@ cpu_megatron.install()
 from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.tensor_parallel.layers import (  # noqa: E402
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from treepo_mega.actor.attention import PackAttention  # noqa: E402
+from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, layer_spec  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension; under sequence parallelism its gradient is summed over TP."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same shape and dtype."""
-        return F.rms_norm(x, (self.weight.shape[0],), self.weight, self.eps)
 
 
 class PolicyModel(GPTModel):
@@ -88,7 +65,8 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
-    """Megatron's configuration for this model and layout. No fusion that needs Apex or Transformer Engine."""
+    """Megatron's configuration for this model and layout. Its fusions need Apex; of them only the one of weight
+    gradients is used, where it is there."""
     p, dtype = cfg.parallel, DTYPES[cfg.model.params_dtype]
     pp = p.pipeline_model_parallel_size
     # With two stages the next and the previous rank are the same peer, and batched point-to-point
@@ -129,32 +107,15 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not has_cuda(),
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_fusion(cfg.model) == "apex",
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
+        transformer_impl=cfg.model.transformer_impl,
         finalize_model_grads_func=finalize_model_grads,
         **te.body_fields(cfg.model),
-    )
-
-
-def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's local layer with our norm and pack attention, for the layers of this stage."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    if config.fp8:
-        te.use_te_linears(layer)
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[ModuleSpec(module=layer.module, submodules=layer.submodules) for _ in range(count)],
-        layer_norm=RMSNorm,
     )
 
 
@@ -211,7 +172,7 @@ def build_model(cfg: Config, hf_dir: str | Path) -> list[PolicyModel]:
         vp_stage = stage if vpp else None
         model = PolicyModel(
             config=config,
-            transformer_layer_spec=layer_spec(config, vp_stage),
+            transformer_layer_spec=layer_spec(config, cfg.model, vp_stage),
             vocab_size=vocab,
             max_sequence_length=cfg.max_model_len,
             pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -222,5 +183,7 @@ def build_model(cfg: Config, hf_dir: str | Path) -> list[PolicyModel]:
         )
         model.inv_freq = inv_freq
         mark_tensor_parallel(model)
+        if gradient_fusion(cfg.model) == "transformer_engine":
+            fuse_weight_gradients(model)
         chunks.append(model.to(device()))
     return chunks

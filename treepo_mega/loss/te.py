@@ -36,12 +36,15 @@ PROBES = {
 """Megatron's recipe -> transformer_engine.pytorch's question whether this GPU can."""
 
 
-def transformer_engine(asked_by: str) -> Any:
-    """The module transformer_engine.pytorch. Raises ConfigError with the reason when it cannot be used here."""
+ON_A_CPU = "leave model.fp8 unset; loss.head.precision=fp8 runs there by emulation (loss.head.backend=torch)"
+
+
+def transformer_engine(asked_by: str, on_a_cpu: str = ON_A_CPU) -> Any:
+    """The module transformer_engine.pytorch. Raises ConfigError with the reason when it cannot be used here, and with
+    what to do on a CPU instead."""
     if not has_cuda():
         raise ConfigError(
-            f"{asked_by} needs Transformer Engine on a GPU, and torch sees none here. On a CPU leave model.fp8 unset; "
-            "loss.head.precision=fp8 runs there by emulation (loss.head.backend=torch)"
+            f"{asked_by} needs Transformer Engine on a GPU, and torch sees none here. On a CPU {on_a_cpu}"
         )
     try:
         return importlib.import_module("transformer_engine.pytorch")

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from treepo_mega.config import Config
 from treepo_mega.reshard.gather_plan import GatherPlan, Piece, Round, gather_plan
 from treepo_mega.reshard.hf import HfReader
-from treepo_mega.reshard.layout import Box, ModelSpec, ParamLayout, chunk_layouts, hf_shapes
+from treepo_mega.reshard.layout import NAMING, Box, ModelSpec, Naming, ParamLayout, chunk_layouts, hf_shapes
 from treepo_mega.runtime import cpu_megatron
 
 Reader = Callable[[str, Box], Tensor]
@@ -142,6 +142,7 @@ def _sizes(cfg: Config) -> dict[str, Any]:
         "pp": p.pipeline_model_parallel_size,
         "vpp": p.virtual_pipeline_model_parallel_size,
         "divisible_by": cfg.model.make_vocab_size_divisible_by,
+        "naming": NAMING[cfg.model.transformer_impl],
     }
 
 
@@ -170,6 +171,7 @@ class HfGather:
         pp: int,
         vpp: int | None = 1,
         divisible_by: int = 128,
+        naming: Naming = "local",
         coords: Sequence[tuple[int, int]],
         group: dist.ProcessGroup | None = None,
         dtype: torch.dtype,
@@ -185,7 +187,7 @@ class HfGather:
         self._group, self._dtype = group, dtype
         self._shapes = hf_shapes(spec)
         layouts = [
-            chunk_layouts(spec, tp=tp, pp=pp, vpp=vpp, tp_rank=t, pp_rank=p, divisible_by=divisible_by)
+            chunk_layouts(spec, tp=tp, pp=pp, vpp=vpp, tp_rank=t, pp_rank=p, divisible_by=divisible_by, naming=naming)
             for t, p in coords
         ]
         self._mine = layouts[self.rank]

@@ -58,6 +58,8 @@ Box = tuple[tuple[int, int], ...]
 
 Naming = Literal["local", "te"]
 """Which layer spec's parameter names: Megatron's own modules, or Transformer Engine's."""
+NAMING: dict[str, Naming] = {"local": "local", "transformer_engine": "te"}
+"""Of each `model.transformer_impl`."""
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from treepo_mega.config import Config
 from treepo_mega.reshard.layout import (
+    NAMING,
     Block,
     LayoutError,
     ModelSpec,
@@ -66,6 +67,7 @@ def grid_of(cfg: Config) -> Grid:
         pp=p.pipeline_model_parallel_size,
         vpp=p.virtual_pipeline_model_parallel_size,
         divisible_by=cfg.model.make_vocab_size_divisible_by,
+        naming=NAMING[cfg.model.transformer_impl],
     )
 
 
