@@ -128,7 +128,8 @@ class Trainer:
             directory = Path(c.load)
         if directory is None:
             return 0
-        state = checkpoint.load_training(directory, self.actor.models, self.actor.optimizer, self.actor.scheduler)
+        a, found = self.actor, c.load == "auto"
+        state = checkpoint.load_training(directory, a.models, a.optimizer, a.scheduler, known_whole=found)
         self.actor.weights_changed()
         self.cursor.load_state_dict(state["cursor"])
         self.actor.skipped_in_a_row = state["skipped_in_a_row"]

@@ -1,11 +1,15 @@
 """Megatron distributed checkpoints: save, resume in any layout, and never leave half of one looking whole.
 
     <save>/step_000010/            torch_dist files of megatron.core.dist_checkpointing
-    <save>/step_000010/manifest.json   written last and fsynced: step, layout, file sizes
+    <save>/step_000010/manifest.json   written last and fsynced: step, layout, sizes and SHA-256 of the files
 
 A checkpoint is written under a name ending in `.partial` and renamed once its manifest is on disk, so a
-directory named `step_N` is complete or was tampered with (`find_latest` compares file sizes). Weights and
+directory named `step_N` is complete or was tampered with (`find_latest` compares sizes and digests). Weights and
 optimizer state are saved by global tensor, so another TP x PP x DP layout can load them.
+
+Before anything is loaded, the ranks read the files once, each its share, and compare their SHA-256: a flipped bit is
+named, not trained on. Then names and shapes of the stored tensors are held against the model's, and the vocabulary's
+size against the one it was saved with: rows of padding may differ, and Megatron by itself would let any rows differ.
 
 Common state is plain JSON text inside the checkpoint: Megatron would unpickle anything else on load.
 
@@ -16,9 +20,12 @@ and after loading every parameter shares one `step` tensor, which then advances 
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +39,8 @@ cpu_megatron.install()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
@@ -110,13 +119,20 @@ def _separate_steps(optimizer: Any) -> None:
 def save_model_weights(models: list[torch.nn.Module], directory: str | Path, timeout_s: float = 600) -> None:
     """Save weights only (for converters). `directory` must not exist; it appears whole. Collective over all ranks."""
     state = _model_state(models, _metadata())
-    _save_whole(state, Path(directory), {"kind": "weights"}, timeout_s)
+    _save_whole(state, Path(directory), {"kind": "weights", "vocab_size": _vocab_size(models)}, timeout_s)
 
 
 def load_model_weights(models: list[torch.nn.Module], directory: str | Path) -> None:
-    """Load weights saved in any layout into `models`, in place. Collective over all ranks."""
-    check_complete(Path(directory))
-    loaded = dist_checkpointing.load(_model_state(models, _metadata()), str(directory))
+    """Load weights saved in any layout into `models`, in place. Collective over all ranks.
+
+    Raises CheckpointError, the same on every rank and before anything is loaded, for damaged files and for tensors
+    that are not the model's.
+    """
+    directory, state = Path(directory), _model_state(models, _metadata())
+    manifest = check_complete(directory)
+    check_digests(directory, manifest)
+    _check_tensors(directory, manifest, state, models)
+    loaded = dist_checkpointing.load(state, str(directory))
     for i, model in enumerate(models):
         model.load_state_dict(loaded[f"model{i}"], strict=True)
 
@@ -137,15 +153,24 @@ def save_training(
     model_state = _merged(state)
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
     state[TRAINER_STATE] = json.dumps({"trainer": trainer, "scheduler": scheduler.state_dict()})
-    _save_whole(state, directory, {"kind": "training", "step": trainer["step"]}, timeout_s)
+    note = {"kind": "training", "step": trainer["step"], "vocab_size": _vocab_size(models)}
+    _save_whole(state, directory, note, timeout_s)
 
 
-def load_training(directory: Path, models: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Restore what `save_training` saved, in place; returns its `trainer` dict. Collective over all ranks."""
-    check_complete(directory)
+def load_training(
+    directory: Path, models: list[torch.nn.Module], optimizer: Any, scheduler: Any, *, known_whole: bool = False
+) -> dict[str, Any]:
+    """Restore what `save_training` saved, in place; returns its `trainer` dict. Collective over all ranks.
+
+    `known_whole`: the files were just compared with their digests (`find_latest`). Raises as `load_model_weights`.
+    """
+    manifest = check_complete(directory)
+    if not known_whole:
+        check_digests(directory, manifest)
     metadata = _metadata()
     _prepare_optimizer_for_load(optimizer)
     state = _model_state(models, metadata)
+    _check_tensors(directory, manifest, state, models)
     state["optimizer"] = optimizer.sharded_state_dict(_merged(state), is_loading=True, metadata=metadata)
     loaded = dist_checkpointing.load(state, str(directory))
     for i, model in enumerate(models):
@@ -174,8 +199,9 @@ def _save_whole(state: dict[str, Any], directory: Path, note: dict[str, Any], ti
     dist.barrier(f"preparing checkpoint {directory}", timeout_s)
     dist_checkpointing.save(state, str(partial))
     dist.barrier(f"writing checkpoint {directory}", timeout_s)
+    digests = _digests(partial, _files(partial))
     if dist.is_main():
-        _write_manifest(partial, note)
+        _write_manifest(partial, note, digests)
         if directory.exists():  # only now: an older checkpoint of this step stays usable until its successor is whole
             shutil.rmtree(directory)
         partial.rename(directory)
@@ -183,8 +209,22 @@ def _save_whole(state: dict[str, Any], directory: Path, note: dict[str, Any], ti
     dist.barrier(f"finishing checkpoint {directory}", timeout_s)
 
 
-def _write_manifest(directory: Path, note: dict[str, Any]) -> None:
-    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+def _files(directory: Path) -> list[str]:
+    """All files below `directory`, sorted, by their paths relative to it."""
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+
+
+def _digests(directory: Path, names: list[str]) -> dict[str, str]:
+    """File -> SHA-256, on every rank; each reads its share of the files. Collective over all ranks."""
+    mine = {}
+    for name in names[dist.rank() :: dist.world_size()]:
+        with (directory / name).open("rb") as f:
+            mine[name] = hashlib.file_digest(f, "sha256").hexdigest()
+    return {name: digest for told in dist.gather_objects(mine) for name, digest in told.items()}
+
+
+def _write_manifest(directory: Path, note: dict[str, Any], digests: dict[str, str]) -> None:
+    files = {name: (directory / name).stat().st_size for name in _files(directory)}
     layout = {
         "tensor_model_parallel_size": ps.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": ps.get_pipeline_model_parallel_world_size(),
@@ -193,7 +233,7 @@ def _write_manifest(directory: Path, note: dict[str, Any]) -> None:
     }
     path = directory / MANIFEST
     with path.open("w", encoding="utf-8") as f:
-        json.dump({**note, "layout": layout, "files": files}, f, indent=1)
+        json.dump({**note, "layout": layout, "files": files, "sha256": digests}, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
     _fsync(directory)
@@ -229,12 +269,76 @@ def check_complete(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_digests(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError, the same on every rank, for a file whose SHA-256 is not the manifest's.
+
+    Each rank reads its share of the files. Manifests without digests (of earlier versions) are not checked.
+    Collective over all ranks.
+    """
+    expected = manifest.get("sha256", {})
+    found = _digests(directory, sorted(expected))
+    for name, digest in expected.items():
+        if found[name] != digest:
+            raise CheckpointError(
+                f"{directory / name}: SHA-256 is {found[name][:12]}..., {MANIFEST} says {digest[:12]}...: the file "
+                "was changed or damaged since it was written; use another checkpoint"
+            )
+
+
+def _vocab_size(models: list[torch.nn.Module]) -> int:
+    """The vocabulary without its padding."""
+    return int(models[0].unpadded_vocab_size)  # type: ignore[arg-type]
+
+
+def _sharded(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """The sharded tensors of a state; a gated MLP's first layer is a factory of two."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from _sharded({"made": value.build()})
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def _check_tensors(
+    directory: Path, manifest: dict[str, Any], state: dict[str, Any], models: list[torch.nn.Module]
+) -> None:
+    """Hold the stored tensors against the model's, by name and global shape, without reading them.
+
+    Layers are stacked in Megatron's global tensors, so another number of layers shows in their first dimension. Only
+    the rows that pad a vocabulary may differ. Raises CheckpointError on every rank. Collective over all ranks.
+    """
+    stored = {
+        name: list(t.global_shape)
+        for name, t in dist_checkpointing.load_tensors_metadata(str(directory)).items()
+        if not name.startswith("optimizer.")
+    }
+    wanted: dict[str, tuple[list[int], bool]] = {}
+    here = {t.key: (list(t.global_shape), t.allow_shape_mismatch) for t in _sharded(state)}
+    for told in dist.gather_objects(here):
+        wanted |= told
+    vocabulary, stored_vocabulary = _vocab_size(models), manifest.get("vocab_size", _vocab_size(models))
+    for name, (shape, padded) in wanted.items():
+        if name not in stored:
+            near = (*difflib.get_close_matches(name, sorted(set(stored) - set(wanted)) or stored, n=1), "none")[0]
+            raise CheckpointError(f"{directory}: tensor {name} {shape} is missing (nearest stored: {near})")
+        padding = padded and stored[name][1:] == shape[1:] and stored[name][0] >= vocabulary
+        if (stored[name] != shape and not padding) or (padded and vocabulary != stored_vocabulary):
+            rows, need = (f" for a vocabulary of {n}" if padded else "" for n in (stored_vocabulary, vocabulary))
+            raise CheckpointError(f"{directory}: tensor {name} has shape {stored[name]}{rows}; expected {shape}{need}")
+    if extra := sorted(set(stored) - set(wanted)):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise CheckpointError(f"{directory}: tensor {extra[0]} {stored[extra[0]]}{more} is not in the model")
+
+
 def find_latest(save: str | Path) -> Path | None:
-    """The newest complete checkpoint under `save`, or None. Damaged ones are passed over, with a word."""
+    """The newest complete and undamaged checkpoint under `save`, or None; others are passed over, with a word.
+
+    Collective over all ranks.
+    """
     found = sorted(Path(save).glob("step_" + "[0-9]" * 6), reverse=True)
     for directory in found:
         try:
-            check_complete(directory)
+            check_digests(directory, check_complete(directory))
         except CheckpointError as e:
             if dist.is_main():
                 print(f"passing over {directory}: {e}", flush=True)

@@ -47,6 +47,7 @@ class PolicyModel(GPTModel):
     """
 
     inv_freq: Tensor
+    unpadded_vocab_size: int
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         out = list(super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs))
@@ -181,7 +182,7 @@ def build_model(cfg: Config, hf_dir: str | Path) -> list[PolicyModel]:
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        model.inv_freq = inv_freq
+        model.inv_freq, model.unpadded_vocab_size = inv_freq, spec.vocab_size
         mark_tensor_parallel(model)
         if gradient_fusion(cfg.model) == "transformer_engine":
             fuse_weight_gradients(model)
