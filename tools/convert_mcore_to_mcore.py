@@ -10,48 +10,29 @@ for taking the weights out of a training checkpoint (name the model's directory 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+from typing import Any
 
-from treepo_mega.reshard.convert import companions_of, conversion_config, mcore_to_mcore, stored_dtype
-from treepo_mega.runtime import dist
+from treepo_mega.reshard.convert import mcore_to_mcore
+from treepo_mega.reshard.converter_cli import add_padding, converter_parser, layout_config, run_converter, told
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, help="Megatron checkpoint directory")
-    parser.add_argument("--save", required=True, help="directory to create")
-    parser.add_argument("--hf", help="directory with config.json and the tokenizer; default: LOAD/hf")
-    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P")
-    parser.add_argument("--virtual-pipeline-model-parallel-size", type=int, default=None, metavar="V")
-    parser.add_argument("--params-dtype", choices=["fp32", "bf16"], help="default: the one it was converted with")
-    parser.add_argument(
-        "--timeout-s", type=float, default=600, help="deadline of each collective; default: %(default)g"
-    )
+    parser = converter_parser(__doc__, loads=True, verifies=False)
+    add_padding(parser)
     return parser.parse_args()
 
 
+def convert(a: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """Convert."""
+    note = mcore_to_mcore(a.load, a.save, layout_config(a))
+    return [*told(note), f"wrote {a.save}"], note
+
+
 def main() -> None:
-    """Convert; on bad input one line on stderr and exit code 1."""
+    """The command."""
     a = arguments()
-    try:
-        cfg = conversion_config(
-            companions_of(a.load, a.hf),
-            tp=a.tensor_model_parallel_size,
-            pp=a.pipeline_model_parallel_size,
-            vpp=a.virtual_pipeline_model_parallel_size,
-            params_dtype=a.params_dtype or stored_dtype(a.load),
-            divisible_by=a.make_vocab_size_divisible_by,
-            timeout_s=a.timeout_s,
-        )
-        note = mcore_to_mcore(a.load, a.save, cfg)
-    except ValueError as e:  # every error of ours about input is one
-        sys.exit(f"error: {e}")
-    if dist.is_main():
-        print(f"wrote {a.save}\n{json.dumps(note)}", flush=True)
+    run_converter(lambda: convert(a))
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this file

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from treepo_mega.actor.checkpoint import MANIFEST, CheckpointError, check_complete, find_latest, prune
+from treepo_mega.actor.checkpoint import MANIFEST, CheckpointError, check_complete, check_digests, find_latest, prune
 from treepo_mega.config import ConfigError
 
 WORKER = Path(__file__).with_name("training_worker.py")
@@ -105,6 +105,21 @@ def test_a_truncated_file_is_named_and_passed_over(checkpoints, capsys):
     victim.unlink()
     with pytest.raises(CheckpointError, match="found nothing"):
         check_complete(newest)
+
+
+def test_a_flipped_bit_is_named_and_passed_over(checkpoints, capsys):
+    newest = checkpoints / "step_000006"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 3] ^= 1
+    victim.write_bytes(data)
+    manifest = check_complete(newest)
+    with pytest.raises(CheckpointError, match=rf"{victim}: SHA-256 is .*{MANIFEST} says .*use another checkpoint"):
+        check_digests(newest, manifest)
+    assert find_latest(checkpoints) == checkpoints / "step_000004"
+    assert f"passing over {newest}" in capsys.readouterr().out
+    del manifest["sha256"]
+    check_digests(newest, manifest)  # of an earlier version: sizes are all that is known
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"files": 3}'])

@@ -2,44 +2,50 @@
 
     SAVE/                      a Megatron torch_dist checkpoint (weights only) with its manifest.json
     SAVE/hf/                   config.json, generation_config.json, tokenizer: the way back needs nothing else
-    SAVE/conversion.json       params_dtype, sizes, what the verification found
+    SAVE/conversion.json       params_dtype, sizes, what the verification found, memory
 
-HF -> Megatron: each rank reads its own slices of the safetensors files. Verification reads the *saved*
-checkpoint back over weights that were first made unusable, gathers them, and demands that names, shapes, the number of
-parameters and every bit agree with the source (rounded to params_dtype), and that the logits of a probe prompt
-agree with transformers (`probe.py`). Only then does SAVE appear, by a rename.
+HF -> Megatron: each rank reads its own slices of the safetensors files, so that it holds its shard and one slice. The
+*saved* checkpoint is read back and held against the source (`verify.py`).
 
 Megatron -> HF: any TP x PP reads any checkpoint (also of a training run, with --hf); whole tensors go to the rank that
-writes them, and all ranks write shards at the same time (`export.py`).
+writes them, and all ranks write shards at the same time (`export.py`). What was written is held against the model.
 
 Megatron -> Megatron: load in the new layout, save, read back, compare; no HF files are involved but config.json.
+
+SAVE appears by a rename, when everything is written and verified. An error leaves nothing; a killed conversion leaves
+a directory whose name begins with a dot, which the next one replaces.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from treepo_mega.actor.checkpoint import CheckpointError, check_complete, load_model_weights, save_model_weights
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.config import Config, ConfigError, parse_config, read_hf_config
 from treepo_mega.reshard.export import export_hf
-from treepo_mega.reshard.gather import HfGather, load_from_hf, local_params
+from treepo_mega.reshard.gather import load_from_hf
 from treepo_mega.reshard.hf import HfReader, copy_companions, publish, require_absent
+from treepo_mega.reshard.host_memory import HostPeak
 from treepo_mega.reshard.layout import ModelSpec, hf_shapes
-from treepo_mega.reshard.probe import LOGITS_TOLERANCE, compare_with_transformers
+from treepo_mega.reshard.probe import LOGITS_TOLERANCE
+from treepo_mega.reshard.verify import (
+    ConversionError,
+    compare,
+    differing_from_memory,
+    parameter_count,
+    read_back,
+)
 from treepo_mega.runtime import dist
 
 COMPANIONS, NOTE = "hf", "conversion.json"
-
-
-class ConversionError(ValueError):
-    """The converted weights are not the source's; nothing was left behind."""
+MIB = 2**20
 
 
 def conversion_config(
@@ -86,6 +92,18 @@ def conversion_config(
     )
 
 
+@contextlib.contextmanager
+def _staged(save: Path) -> Iterator[Path]:
+    """Where to write what will be `save`. Any rank's error removes it."""
+    staging = save.parent / f".{save.name}.converting"
+    try:
+        yield staging
+    except BaseException:
+        for directory in (staging, staging.with_name(staging.name + ".partial")):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
 def hf_to_mcore(
     hf_dir: str | Path, save: str | Path, cfg: Config, *, verify: bool = True, tolerance: float = LOGITS_TOLERANCE
 ) -> dict[str, Any]:
@@ -99,23 +117,36 @@ def hf_to_mcore(
     require_absent(save)
     with HfReader(hf_dir, spec) as reader:  # before any process group: bad input needs no cluster to be found
         dist.initialize(cfg, read_hf_config(hf_dir))
-        models = build_model(cfg, hf_dir)
-        load_from_hf(models, spec, cfg, hf_dir, reader=reader)
-        staging = save.parent / f".{save.name}.converting"
-        save_model_weights([*models], staging, cfg.distributed.timeout_s)
-        note = _note(cfg, spec, verified=verify)
-        try:
+        with _staged(save) as staging:
+            with HostPeak() as peak:
+                models = build_model(cfg, hf_dir)
+                load_from_hf(models, spec, cfg, hf_dir, reader=reader)
+                read = reader.bytes_read
+                save_model_weights([*models], staging, cfg.distributed.timeout_s)
+            note = _note(cfg, spec, verified=verify)
+            memory = {
+                "read_mib": read,
+                "of_mib": reader.total_bytes,
+                "shard_mib": _bytes(models),
+                "peak_mib": peak.bytes,
+            }
             if verify:
-                note |= _verify(cfg, models, spec, reader, staging, tolerance)
-        except ConversionError:
-            if dist.is_main():
-                shutil.rmtree(staging)
-            raise
-    note["seconds"] = round(time.perf_counter() - started, 2)
-    if dist.is_main():
-        _publish(staging, save, note, hf_dir)
-    dist.barrier(f"publishing {save}", cfg.distributed.timeout_s)
+                with HostPeak() as peak:
+                    read_back(models, staging)
+                    note |= compare(cfg, models, spec, reader, tolerance=tolerance)
+                memory["verify_peak_mib"] = peak.bytes
+            note["memory"] = _busiest(memory)
+            _publish(staging, save, note, hf_dir, started, cfg)
     return note
+
+
+def _bytes(models: list[PolicyModel]) -> int:
+    return sum(p.numel() * p.element_size() for m in models for p in m.parameters())
+
+
+def _busiest(memory: dict[str, int]) -> dict[str, float]:
+    """The largest of each over the ranks, in MiB. Collective over all ranks."""
+    return {k: round(v, 3) for k, v in dist.max_over_ranks({k: v / MIB for k, v in memory.items()}).items()}
 
 
 def _note(cfg: Config, spec: ModelSpec, *, verified: bool) -> dict[str, Any]:
@@ -132,62 +163,6 @@ def _note(cfg: Config, spec: ModelSpec, *, verified: bool) -> dict[str, Any]:
     }
 
 
-def parameter_count(spec: ModelSpec) -> int:
-    """Elements of all HF tensors; a tied output matrix counts once."""
-    return sum(torch.Size(shape).numel() for shape in hf_shapes(spec).values())
-
-
-def _verify(
-    cfg: Config, models: list[PolicyModel], spec: ModelSpec, reader: HfReader, saved: Path, tolerance: float
-) -> dict[str, Any]:
-    """Read `saved` back and hold it against the source; the findings, or ConversionError on every rank."""
-    with torch.no_grad():
-        for model in models:
-            for p in model.parameters():
-                p.fill_(float("nan"))
-    load_model_weights([*models], saved)
-    dtype = DTYPES[cfg.model.params_dtype]
-    elements, wrong = 0, []
-    for name, tensor in HfGather.of(cfg, spec, dtype=dtype)([local_params(m) for m in models]):
-        elements += tensor.numel()
-        if dist.is_main():  # one reader is enough, and rank 0 is the one that reports
-            source = reader.read(name, tuple((0, n) for n in tensor.shape), dtype)
-            if not torch.equal(tensor.cpu(), source):
-                wrong.append(name)
-    bad = int(dist.max_over_ranks({"wrong": float(len(wrong))})["wrong"])
-    if bad:
-        order = {name: i for i, name in enumerate(hf_shapes(spec))}
-        wrong.sort(key=order.__getitem__)  # the first one is in the first layer that diverges
-        names = f", first {', '.join(wrong[:4])}" if wrong else " (named by rank 0)"
-        raise ConversionError(f"{bad} tensors of the Megatron checkpoint differ from the source{names}")
-    difference, counted, diverging = compare_with_transformers(cfg, models, spec, reader.directory)
-    if not elements == counted == parameter_count(spec):
-        raise ConversionError(
-            f"parameters: {parameter_count(spec)} by config.json, {elements} in the checkpoint, "
-            f"{counted} in transformers"
-        )
-    if not difference <= tolerance:
-        raise ConversionError(
-            f"logits of the probe prompt differ from transformers by {difference:.3g}; allowed {tolerance:.3g}; the "
-            f"first layer that diverges is {diverging or 'none: final norm or output layer'}"
-        )
-    return {"max_logit_difference": difference, "logit_tolerance": tolerance}
-
-
-def verify_checkpoint(
-    hf_dir: str | Path, load: str | Path, cfg: Config, *, tolerance: float = LOGITS_TOLERANCE
-) -> dict[str, Any]:
-    """Hold the Megatron checkpoint `load` against the HF checkpoint `hf_dir`: bits, number of parameters, logits.
-
-    Returns the findings; raises ConversionError naming the first layer that diverges. Collective over all ranks.
-    """
-    spec = ModelSpec.from_hf(hf_dir)
-    check_complete(Path(load))
-    with HfReader(hf_dir, spec) as reader:
-        dist.initialize(cfg, read_hf_config(hf_dir))
-        return _verify(cfg, build_model(cfg, hf_dir), spec, reader, Path(load), tolerance)
-
-
 def mcore_to_mcore(load: str | Path, save: str | Path, cfg: Config) -> dict[str, Any]:
     """Rewrite the weights of checkpoint `load` as `save` in the layout of `cfg`, and verify the copy by bits.
 
@@ -199,43 +174,37 @@ def mcore_to_mcore(load: str | Path, save: str | Path, cfg: Config) -> dict[str,
     check_complete(Path(load))
     require_absent(save)
     dist.initialize(cfg, read_hf_config(hf_dir))
-    models = build_model(cfg, hf_dir)
-    load_model_weights([*models], load)
-    staging = save.parent / f".{save.name}.converting"
-    save_model_weights([*models], staging, cfg.distributed.timeout_s)
-    wrong = _differs_from_memory(models, staging)
-    note = _note(cfg, spec, verified=True)
-    if wrong:
-        if dist.is_main():
-            shutil.rmtree(staging)
-        raise ConversionError(f"{wrong[0]} read back from the new checkpoint differs ({len(wrong)} in all)")
-    note["seconds"] = round(time.perf_counter() - started, 2)
-    if dist.is_main():
-        _publish(staging, save, note, hf_dir)
-    dist.barrier(f"publishing {save}", cfg.distributed.timeout_s)
+    with _staged(save) as staging:
+        with HostPeak() as peak:
+            models = build_model(cfg, hf_dir)
+            load_model_weights([*models], load)
+            save_model_weights([*models], staging, cfg.distributed.timeout_s)
+        memory = {"of_mib": _model_bytes(spec, cfg), "shard_mib": _bytes(models), "peak_mib": peak.bytes}
+        with HostPeak() as peak:
+            wrong = differing_from_memory(models, staging)
+        if wrong:
+            raise ConversionError(f"{wrong[0]} read back from the new checkpoint differs ({len(wrong)} in all)")
+        note = _note(cfg, spec, verified=True)
+        note["memory"] = _busiest(memory | {"verify_peak_mib": peak.bytes})
+        _publish(staging, save, note, hf_dir, started, cfg)
     return note
 
 
-def _differs_from_memory(models: list[PolicyModel], saved: Path) -> list[str]:
-    """Names, over all ranks, of the parameters that come back from `saved` with other bits."""
-    kept = [{n: t.clone() for n, t in local_params(m).items()} for m in models]
-    with torch.no_grad():
-        for m in models:
-            for p in m.parameters():
-                p.fill_(float("nan"))
-    load_model_weights([*models], saved)
-    wrong = [
-        n for m, old in zip(models, kept, strict=True) for n, t in local_params(m).items() if not torch.equal(t, old[n])
-    ]
-    return [n for told in dist.gather_objects(wrong) for n in told]
+def _model_bytes(spec: ModelSpec, cfg: Config) -> int:
+    return parameter_count(spec) * DTYPES[cfg.model.params_dtype].itemsize
 
 
-def _publish(staging: Path, save: Path, note: dict[str, Any], companions: str | Path) -> None:
-    """Add configuration, tokenizer and note, and make the checkpoint appear."""
-    (staging / COMPANIONS).mkdir()
-    copy_companions(companions, staging / COMPANIONS)
-    (staging / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-    publish(staging, save)
+def _publish(
+    staging: Path, save: Path, note: dict[str, Any], companions: str | Path, started: float, cfg: Config
+) -> None:
+    """Add configuration, tokenizer and note, and make the checkpoint appear. Collective over all ranks."""
+    note["seconds"] = round(time.perf_counter() - started, 2)
+    if dist.is_main():
+        (staging / COMPANIONS).mkdir()
+        copy_companions(companions, staging / COMPANIONS)
+        (staging / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        publish(staging, save)
+    dist.barrier(f"publishing {save}", cfg.distributed.timeout_s)
 
 
 def companions_of(load: str | Path, hf_dir: str | Path | None) -> Path:
@@ -253,23 +222,51 @@ def stored_dtype(load: str | Path) -> str | None:
     return json.loads(note.read_text(encoding="utf-8"))["params_dtype"] if note.is_file() else None
 
 
-def mcore_to_hf(load: str | Path, save: str | Path, cfg: Config, *, max_shard_bytes: int = 5 << 30) -> dict[str, Any]:
+def mcore_to_hf(
+    load: str | Path,
+    save: str | Path,
+    cfg: Config,
+    *,
+    max_shard_bytes: int = 5 << 30,
+    verify: bool = True,
+    tolerance: float = LOGITS_TOLERANCE,
+) -> dict[str, Any]:
     """Export the Megatron checkpoint `load` as the HF checkpoint `save`; `cfg.model.hf_checkpoint` gives config
     and tokenizer. Collective over all ranks of a `torchrun` that fits `cfg`, whatever layout wrote the checkpoint.
+
+    Raises ConversionError when what was written is not the model's weights; then `save` does not exist.
     """
     started, hf_dir = time.perf_counter(), Path(cfg.model.hf_checkpoint)
     spec, dtype = ModelSpec.from_hf(hf_dir), DTYPES[cfg.model.params_dtype]
     check_complete(Path(load))
     require_absent(save)
     dist.initialize(cfg, read_hf_config(hf_dir))
-    models = build_model(cfg, hf_dir)
-    load_model_weights([*models], load)
-    written = export_hf(models, spec, cfg, save, like=hf_dir, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    found: dict[str, Any] = {}
+    memory: dict[str, int] = {"of_mib": _model_bytes(spec, cfg)}
+    writing = HostPeak()
+
+    def check(written: Path) -> None:
+        writing.stop()
+        if verify:
+            with HostPeak() as peak, HfReader(written, spec) as reader:
+                words = {"made": "the export", "source": "the Megatron checkpoint"}
+                found.update(compare(cfg, models, spec, reader, tolerance=tolerance, **words))
+            memory["verify_peak_mib"] = peak.bytes
+
+    with writing:
+        models = build_model(cfg, hf_dir)
+        load_model_weights([*models], load)
+        options: dict[str, Any] = {"like": hf_dir, "dtype": dtype, "max_shard_bytes": max_shard_bytes, "check": check}
+        written = export_hf(models, spec, cfg, save, **options)
+    memory |= {"shard_mib": _bytes(models), "peak_mib": writing.bytes}
     return {
         "architecture": spec.architecture,
         "params_dtype": cfg.model.params_dtype,
         "tensors": len(hf_shapes(spec)),
         "parameters": parameter_count(spec),
+        "verified": verify,
+        **found,
         **written,
+        "memory": _busiest(memory),
         "seconds": round(time.perf_counter() - started, 2),
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,35 @@ def export_hf(
     like: str | Path,
     dtype: torch.dtype,
     max_shard_bytes: int = 5 << 30,
+    check: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Write `target`; returns its bytes, shards and the seconds of transport of the slowest rank.
 
-    Raises HfCheckpointError when `target` exists. Collective over all ranks.
+    `check(directory)` is called on every rank with what will become `target`, and may raise. Whatever goes wrong,
+    `target` does not appear. Raises HfCheckpointError when `target` exists. Collective over all ranks.
     """
-    target, world, rank = Path(target).absolute(), dist.world_size(), dist.rank()
+    target = Path(target).absolute()
     require_absent(target)
     partial = target.parent / f".{target.name}.partial"
+    try:
+        return _export(models, spec, cfg, target, partial, Path(like), dtype, max_shard_bytes, check)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _export(
+    models: Sequence[nn.Module],
+    spec: ModelSpec,
+    cfg: Config,
+    target: Path,
+    partial: Path,
+    like: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    check: Callable[[Path], None] | None,
+) -> dict[str, Any]:
+    world, rank = dist.world_size(), dist.rank()
     if dist.is_main():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -123,12 +144,16 @@ def export_hf(
     stats = resharder([local_params(m) for m in models], shards)
     written = [s for told in dist.gather_objects(shards.shards) for s in told]
     if dist.is_main():
-        _complete(partial, written, spec, Path(like), dtype)
+        _complete(partial, written, spec, like, dtype)
+        HfReader(partial, spec).close()  # key set and shapes, as the next reader will see them
+    dist.barrier(f"writing {target}", cfg.distributed.timeout_s)
+    if check is not None:
+        check(partial)
+    if dist.is_main():
         if target.is_dir():
             target.rmdir()  # empty, or require_absent would have refused it
         publish(partial, target)
-        HfReader(target, spec).close()  # key set and shapes, as the next reader will see them
-    dist.barrier(f"writing {target}", cfg.distributed.timeout_s)
+    dist.barrier(f"publishing {target}", cfg.distributed.timeout_s)
     return {
         "bytes": sum(size for _, _, size in written),
         "shards": len(written),

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ from treepo_mega.reshard.layout import EMBEDDING, LM_HEAD, Box, ModelSpec, hf_sh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Types of safetensors that weights may have, and their bytes."""
 _DERIVED = ".rotary_emb.inv_freq"
 _COMPANIONS = (
     "config.json",
@@ -60,12 +62,15 @@ class HfCheckpointError(ValueError):
 class HfReader:
     """Tensors of a checkpoint directory, by slices. Files are opened when first needed and closed on exit.
 
+    `total_bytes`: of all tensors that `spec` asks for, as stored; `bytes_read`: of the slices handed out so far.
+
     Raises HfCheckpointError on construction: no safetensors, a missing or truncated shard, and, against
     `spec`, a missing, unexpected, misshapen or non-floating-point tensor.
     """
 
     def __init__(self, directory: str | Path, spec: ModelSpec) -> None:
         self.directory = Path(directory)
+        self.bytes_read, self.total_bytes = 0, 0
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
         self._where = self._locate()
@@ -87,6 +92,7 @@ class HfReader:
         """The box `((start, stop), ...)` of tensor `name`, on the CPU, cast to `dtype` (None: as stored)."""
         index = tuple(slice(a, b) for a, b in box)
         part = self._slice(name)[index]
+        self.bytes_read += part.nbytes
         if self._tied_head and name == EMBEDDING and not torch.equal(part, self._slice(LM_HEAD)[index]):
             raise HfCheckpointError(
                 f"{self.directory}: config.json says tie_word_embeddings, but {LM_HEAD} "
@@ -150,6 +156,7 @@ class HfReader:
                 raise HfCheckpointError(f"{where} has shape {list(found)}; config.json asks for {list(shape)}")
             if kind not in _FLOATS:
                 raise HfCheckpointError(f"{where} has dtype {kind}; expected one of {', '.join(_FLOATS)}")
+            self.total_bytes += math.prod(shape) * _FLOATS[kind]
 
 
 def _key_problems(expected: set[str], present: set[str], shown: int = 4) -> list[str]:

@@ -3,13 +3,15 @@
 The probe runs in fp32 for either params_dtype: bf16 weights are exact in fp32, so the two implementations can
 be held to the same tolerance (1e-4 on the largest logit difference) instead of one that bf16 rounding of
 activations would need, under which a wrong rotary base or a swapped projection could hide.
+
+transformers gets its weights by their names, straight from the files, not through the map that is on trial; and one
+layer at a time, so that a model larger than the host's memory can be probed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ from treepo_mega.actor.attention import PACKS, PackLayout
 from treepo_mega.actor.forward import count_multiple
 from treepo_mega.actor.model import PolicyModel, build_model
 from treepo_mega.config import Config
-from treepo_mega.reshard.layout import ModelSpec
+from treepo_mega.reshard.hf import HfReader
+from treepo_mega.reshard.layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.device import device
 from treepo_mega.tree.pack import Trajectory, plan_step
@@ -39,36 +42,47 @@ LOGITS_TOLERANCE = 1e-4
 LAYER_TOLERANCE = 1e-3
 """A layer diverges when its output differs by more than this share of its largest element."""
 _DIRECTIONS = 16
+_EMBED, _NORM = EMBEDDING.removesuffix(".weight"), FINAL_NORM.removesuffix(".weight")
 
 
 class LayerOutputs:
-    """Fingerprints of the hidden states behind every layer: projections on a few fixed directions, [T, 16] each.
+    """Fingerprints of the hidden states behind the embedding, every layer and the final norm: projections on a few
+    fixed directions, [T, 16] each. `found`: HF module name -> fingerprint.
 
     Small enough to be sent between ranks for any model, and any wrong element shows in them.
     """
 
     def __init__(self) -> None:
-        self.found: dict[int, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
 
-    def hook(self, layer: nn.Module, number: int) -> Any:
-        """Watch `layer`, whose output is [T, 1, K] or [1, T, K]; `number` counts from 0 over the whole model."""
+    def hook(self, module: nn.Module, name: str) -> Any:
+        """Watch `module`, whose output is [T, 1, K] or [1, T, K] and which HF calls `name`."""
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             hidden = hidden.reshape(-1, hidden.shape[-1]).float().cpu()
             generator = torch.Generator().manual_seed(0)
-            self.found[number] = hidden @ torch.randn(hidden.shape[1], _DIRECTIONS, generator=generator)
+            self.found[name] = hidden @ torch.randn(hidden.shape[1], _DIRECTIONS, generator=generator)
 
-        return layer.register_forward_hook(keep)
+        return module.register_forward_hook(keep)
 
-    def first_difference(self, other: Mapping[int, Tensor]) -> str:
-        """`model.layers.N` of the first layer whose outputs differ, or ""."""
-        for number in sorted(other):
-            if number not in self.found:
-                continue
-            far = (self.found[number] - other[number]).abs().max()
-            if not far <= LAYER_TOLERANCE * other[number].abs().max():
-                return f"model.layers.{number}"
+    def watch_megatron(self, model: Any) -> list[Any]:
+        """Hooks on what a Megatron chunk holds of the places that `watch_transformers` watches."""
+        hooks = [self.hook(layer, f"model.layers.{layer.layer_number - 1}") for layer in model.decoder.layers]
+        if model.pre_process:
+            hooks.append(self.hook(model.embedding, _EMBED))
+        if model.post_process:
+            hooks.append(self.hook(model.decoder.final_layernorm, _NORM))
+        return hooks
+
+    def first_difference(self, other: LayerOutputs) -> str:
+        """The first module, in the order of the model, whose outputs differ; or ""."""
+        layers = [f"model.layers.{i}" for i in range(len(other.found))]
+        for name in (_EMBED, *layers, _NORM):
+            if name in self.found and name in other.found:
+                far = (self.found[name] - other.found[name]).abs().max()
+                if not far <= LAYER_TOLERANCE * other.found[name].abs().max():
+                    return name
         return ""
 
 
@@ -126,26 +140,49 @@ def _full_logits(model: PolicyModel, vocab_size: int, hidden: Tensor, non_loss_d
 
 
 def transformers_logits(
-    hf_dir: str | Path, tokens: Sequence[int], params_dtype: torch.dtype, layers: LayerOutputs | None = None
+    reader: HfReader, spec: ModelSpec, tokens: Sequence[int], params_dtype: torch.dtype, outputs: LayerOutputs
 ) -> tuple[Tensor, int]:
     """(logits [T, V] in fp32 from weights rounded to params_dtype, number of parameters), by transformers.
 
-    `layers` is told every layer's output.
+    `outputs` is told what every layer gives. At most one layer's weights are held at a time.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
+    config = AutoConfig.from_pretrained(reader.directory, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    body = model.model
+    body.rotary_emb = type(body.rotary_emb)(config)  # its buffers are computed, not stored
+    count = sum(p.numel() for p in model.parameters())
+    head = _EMBED if spec.tie_word_embeddings else LM_HEAD.removesuffix(".weight")
+    layers = {f"model.layers.{i}": layer for i, layer in enumerate(body.layers)}
+    for name, module in {_EMBED: body.embed_tokens, **layers, _NORM: body.norm}.items():
+        _filled_on_demand(module, name, reader, params_dtype)
+        outputs.hook(module, name)
+    _filled_on_demand(model.lm_head, head, reader, params_dtype)
     with torch.no_grad():
-        for p in model.parameters():  # parameters only: rounding the rotary buffers would change the model
-            p.copy_(p.to(params_dtype))
-        for number, layer in enumerate(model.model.layers if layers else ()):
-            layers.hook(layer, number)
-        logits = model(torch.tensor([list(tokens)])).logits[0]
-    return logits, sum(p.numel() for p in model.parameters())
+        return model(torch.tensor([list(tokens)]), use_cache=False).logits[0], count
+
+
+def _filled_on_demand(module: nn.Module, name: str, reader: HfReader, dtype: torch.dtype) -> None:
+    """Let `module`, whose parameters are on no device, read them when it is called and drop them afterwards."""
+
+    def fill(module: nn.Module, _: Any) -> None:
+        state = {}
+        for key in module.state_dict():
+            shape = reader.shape(f"{name}.{key}")
+            state[key] = reader.read(f"{name}.{key}", tuple((0, n) for n in shape), dtype).float()
+        module.load_state_dict(state, strict=True, assign=True)
+
+    def drop(module: nn.Module, _: Any, __: Any) -> None:
+        module.to("meta")
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(drop)
 
 
 def compare_with_transformers(
-    cfg: Config, models: Sequence[PolicyModel], spec: ModelSpec, hf_dir: str | Path
+    cfg: Config, models: Sequence[PolicyModel], spec: ModelSpec, reader: HfReader
 ) -> tuple[float, int, str]:
     """(largest absolute logit difference, parameters that transformers counts, first layer that diverges or "").
 
@@ -155,25 +192,25 @@ def compare_with_transformers(
     exact = list(models)
     if cfg.model.params_dtype != "fp32":
         wide = cfg.model_copy(update={"model": cfg.model.model_copy(update={"params_dtype": "fp32"})})
-        exact = build_model(wide, hf_dir)
+        exact = build_model(wide, reader.directory)
         with torch.no_grad():
             for target, source in zip(exact, models, strict=True):
                 for p, q in zip(target.parameters(), source.parameters(), strict=True):
                     p.copy_(q)
     tokens, ours, theirs = probe_tokens(spec), LayerOutputs(), LayerOutputs()
-    hooks = [ours.hook(layer, layer.layer_number - 1) for m in exact for layer in unwrap_model(m).decoder.layers]
+    hooks = [hook for m in exact for hook in ours.watch_megatron(unwrap_model(m))]
     logits = megatron_logits(cfg, exact, tokens, spec.vocab_size)
     for hook in hooks:
         hook.remove()
     speaks = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank(with_context_parallel=True) == 0
-    told = dist.gather_objects({str(n): t.tolist() for n, t in ours.found.items()} if speaks else {})
+    told = dist.gather_objects({n: t.tolist() for n, t in ours.found.items()} if speaks else {})
     found = {"difference": 0.0, "parameters": 0.0}
     diverging = ""
     if logits is not None and speaks:
-        expected, count = transformers_logits(hf_dir, tokens, next(models[0].parameters()).dtype, theirs)
+        expected, count = transformers_logits(reader, spec, tokens, next(models[0].parameters()).dtype, theirs)
         difference = (logits - expected).abs().max().item()
         found = {"difference": difference if np.isfinite(difference) else float("inf"), "parameters": float(count)}
-        ours.found = {int(n): torch.tensor(t) for part in told for n, t in part.items()}
-        diverging = ours.first_difference(theirs.found)
+        ours.found = {n: torch.tensor(t) for part in told for n, t in part.items()}
+        diverging = ours.first_difference(theirs)
     found = dist.max_over_ranks(found)
     return found["difference"], int(found["parameters"]), max(dist.gather_objects(diverging))
