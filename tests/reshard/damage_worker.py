@@ -3,7 +3,8 @@
     damage_worker.py HF SHARDED TIED OTHER DIRECTORY
 
 HF, SHARDED: one llama checkpoint, in one file and in several; TIED: a tied qwen2 one; OTHER: qwen3. Prints, after
-"FOUND", a JSON object: case -> error; and what is left in DIRECTORY. Ends as `treepo-mega train` on a damaged checkpoint.
+"FOUND", a JSON object: case -> error; and what is left in DIRECTORY. Ends as `treepo-mega train` on a damaged
+checkpoint.
 """
 
 from __future__ import annotations

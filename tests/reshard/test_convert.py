@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.reshard.bugs import BUGS
+from tests.reshard.models import write_qwen2
 from treepo_mega.config import ConfigError
 from treepo_mega.reshard.convert import companions_of, conversion_config, hf_to_mcore, mcore_to_hf
 from treepo_mega.reshard.hf import HfCheckpointError
@@ -104,22 +106,47 @@ def test_nothing_appears_when_the_logits_disagree(tiny_hf, tmp_path, run_ranks):
     assert {p.name for p in tmp_path.iterdir()} == {"hf"}
 
 
+FIRST = {  # the first module that diverges for each bug, when the map that reads is also the one that checks
+    "K and V swapped": "model.layers.1",
+    "biases of K and V swapped": "model.layers.0",
+    "a bias of another layer": "model.layers.0",
+    "gate and up swapped": "model.layers.0",
+    "one TP slice shifted, columns": "model.layers.1",
+    "one TP slice shifted, rows": "model.layers.0",
+    "heads in another order within a rank": "model.layers.1",
+    "output projection of another rank": "model.layers.0",
+    "two layers swapped": "model.layers.0",
+    "norms of a layer swapped": "model.layers.0",
+    "final norm swapped with a layer's": "model.layers.1",
+    "halves of the vocabulary swapped": "model.embed_tokens",
+}
+SPOILT = {
+    "norm negated": "model.layers.0",
+    "final norm": "model.norm",
+    "not a number": "lm_head",
+    "rotary base": "model.layers.0",
+}
+
+
 @pytest.mark.slow
-def test_the_probe_sees_wrong_weights(tiny_hf, run_ranks):
-    code, text = run_ranks(1, Path(__file__).with_name("probe_worker.py"), tiny_hf("qwen3"))
+def test_verification_sees_every_planted_bug_and_names_the_first_layer(tmp_path, run_ranks):
+    (tmp_path / "work").mkdir()
+    source = write_qwen2(tmp_path / "hf", 5)
+    code, text = run_ranks(2, Path(__file__).with_name("verify_worker.py"), source, tmp_path / "work", timeout=240)
     assert code == 0, text
-    found, diverging = json.loads(text.strip().splitlines()[-1])
-    assert diverging == {
-        "right": "",
-        "k and v swapped": "model.layers.1",
-        "norm negated": "model.layers.3",
-        "not a number": "",  # in the output layer
-        "rotary base": "model.layers.0",
-    }
-    assert found.pop("right") <= 1e-4
-    assert found.pop("parameters") > 0
-    assert found.pop("not a number") == float("inf")
-    assert all(d > 0.01 for d in found.values()), found
+    found = json.loads(next(x for x in text.splitlines() if x.startswith("FOUND ")).removeprefix("FOUND "))
+    assert found["right"]["read"] == "", "right weights pass"
+    assert "the first layer that diverges is model.layers.0" in found["right"]["command"]
+    assert found["right"]["left"] == ""
+    assert found["read"].keys() == FIRST.keys() == BUGS.keys() and len(BUGS) >= 10
+    for bug, first in FIRST.items():
+        for kind in ("read", "export"):
+            error = found[kind][bug]
+            assert "logits of the probe prompt differ" in error and error.endswith(f"diverges is {first}"), (kind, bug)
+        error = found["one-sided"][bug]
+        assert "differ from the source, first " in error and first in error.partition("first ")[2], (bug, error)
+    for case, first in SPOILT.items():
+        assert found["spoilt"][case].endswith(f"diverges is {first}"), found["spoilt"]
 
 
 def test_bad_source_is_refused_before_anything_starts(tiny_hf, tmp_path):
