@@ -7,9 +7,10 @@ Runs the demo's recipe (examples/tiny_cpu.yaml: 16 prompts x 16 leaves, real vLL
 update passes step by step. The first step of a run is left out of times (first calls are slow). Predicted: the share
 of tokens, prompts included, that trees compute, from the trainer's perf/packed_tokens.
 
-Last line, JSON: {"steps", "reward_packed" and "reward_flat" (per step), "reward_max_diff", "trees_equal" (token by
-token, all steps), "loss_max_diff", "token_ratio", "train_time_ratio" (old + update, packed / flat, sums over steps),
-"update_time_ratio", "seconds_packed", "seconds_flat"}. --quick: 3 steps of 8 prompts x 8 leaves.
+Progress goes to stderr. Last line, JSON: {"steps", "reward_packed" and "reward_flat" (per step), "reward_max_diff",
+"trees_equal" (token by token, all steps), "loss_max_diff", "token_ratio", "train_time_ratio" (old + update, packed /
+flat, sums over steps), "update_time_ratio", "seconds_packed", "seconds_flat"}. --quick: 3 steps of 8 prompts x 8
+leaves.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def main() -> int:
         for sharing in ("tree", "none"):
             overrides = [*([] if args.quick else FULL), f"train.num_rollouts={steps}", "checkpoint.save=''"]
             overrides += ["logging.trees_interval=1", f"train.prefix_sharing={sharing}"]
+            print(f"training {steps} steps with train.prefix_sharing={sharing}", file=sys.stderr, flush=True)
             rows[sharing] = run(1, Path(tmp) / sharing, overrides, sharing)
             trees[sharing] = forests(Path(tmp) / sharing)
     print(f"{'step':>5}{'reward tree':>13}{'flat':>9}{'loss tree':>13}{'flat':>13}{'old+update tree':>17}{'flat':>8}")
