@@ -151,6 +151,13 @@ def test_equals_flat_autograd(measured, ranks, index):
     check(measured(ranks, False)[index], cells(ranks, False)[index])
 
 
+def test_checkpoints_do_not_depend_on_what_layers_are_made_of(measured):
+    stored = {c.get("twins"): got["stored"] for c, got in zip(cells(1, False), measured(1, False), strict=True)
+              if c["kind"] == "qwen3"}  # fmt: skip
+    assert stored.keys() == {None, "local", "transformer_engine"}
+    assert len(stored[None]) > 10 and stored[None] == stored["local"] == stored["transformer_engine"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, index", params(slow=True))
 def test_topology_matrix(measured, ranks, index):

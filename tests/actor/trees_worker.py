@@ -26,6 +26,7 @@ from tests.actor.oracle import configuration, write_checkpoint
 from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
+from treepo_mega.actor.model import PolicyModel
 from treepo_mega.actor.update import Actor, policy_gradient
 from treepo_mega.config import Config
 from treepo_mega.reshard.gather import HfGather, local_params
@@ -38,6 +39,7 @@ from treepo_mega.tree.segments import Segments
 cpu_megatron.install()
 
 from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 NAMES = {
     "tp": "tensor_model_parallel_size",
@@ -113,6 +115,15 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
     }
 
 
+def names(model: PolicyModel) -> dict[str, list[str]]:
+    """What the first chunk calls its parameters, and what a checkpoint calls its tensors."""
+    stored = model.sharded_state_dict().values()
+    return {
+        "parameters": sorted(local_params(model)),
+        "stored": sorted(t.key for t in stored if isinstance(t, ShardedTensor)),
+    }
+
+
 def main() -> None:
     """All cells, in this process."""
     directory, cells = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
@@ -135,7 +146,8 @@ def main() -> None:
             actor = Actor(cfg, hf_dir)
             for cell in same:
                 results.append(measure(actor, config_of(cell, hf_dir), cell, directory, hf_dir))
-            results[-1] |= {"fused": calls.get("fused", 0), "parameters": sorted(local_params(actor.models[0]))}
+            results[-1]["fused"] = calls.get("fused", 0)
+            results[-1] |= names(actor.models[0])
         ps.destroy_model_parallel()
         if dist.is_main():
             print(f"{time.time() - started:6.1f} s", first, results[-1], flush=True)
