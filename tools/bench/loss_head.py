@@ -12,15 +12,21 @@ Every variant runs in a process of its own (one thread) on the same seeded numbe
 
 naive and torch compute the loss only; ours and recompute also the entropy. What explains the numbers: naive holds
 4 T V bytes of logits, ours 4 * tile * V; products of T x K x V: naive 3, ours 3, recompute 4. The loss is sum(g * logp)
-with random g. FP8 and bf16 on a CPU are emulated (rounded operands, fp32 products): their time says nothing of a GPU.
---quick: one case, naive and ours, once.
+with random g. naive and torch are fp32 in every row. bf16 and fp8 are emulated on a CPU (operands rounded as on a GPU,
+products in fp32): their memory and their error are those of the numerics, their time says nothing of a GPU.
 
-Last line, JSON: {"cases": [{"T", "K", "V", "precision", "peak_ratio", "time_ratio", "logp_mean_abs_diff",
-"grad_rel_diff", "peak_mib", "naive_peak_mib", "cpu_s", "naive_cpu_s", "torch_peak_ratio", "torch_time_ratio",
-"recompute_peak_ratio", "recompute_time_ratio", "peak_over_logits"}]}. Ratios are ours / naive (torch_*: ours / torch;
-recompute_*: recompute / naive); CPU seconds, smallest of the repeats; grad_rel_diff: relative L2 of both gradients
-together; peak_over_logits: ours / (4 T V bytes), the only measure where the naive path does not fit into --memory-gib
-and is not run (its ratios are null).
+The default run has a row a precision and one of 32,768 tokens, about 11 minutes of one idle core; bars are printed for
+fp32: peak at most 0.1 x naive, time at most 1.2 x. --quick: one fp32 case, naive and ours, once, under a minute.
+Progress goes to stderr.
+
+Last line, JSON: {"cases": [{"T", "K", "V", "precision", "emulated", "repeats", "peak_ratio", "time_ratio",
+"logp_mean_abs_diff", "grad_rel_diff", "peak_mib", "naive_peak_mib", "cpu_s", "naive_cpu_s", "torch_peak_ratio",
+"torch_time_ratio", "recompute_peak_ratio", "recompute_time_ratio", "peak_over_logits"}], "bars": {"peak_ratio_at_most",
+"worst_peak_ratio", "time_ratio_at_most", "worst_time_ratio", "met"}}. Ratios are ours / naive (torch_*: ours / torch;
+recompute_*: recompute / naive; absent where that variant is not run); CPU seconds, smallest of the repeats;
+grad_rel_diff: relative L2 of both gradients together; peak_over_logits: ours / (4 T V bytes), the only measure where
+the naive path does not fit into --memory-gib and is not run (its ratios are null). bars: over
+the fp32 rows of 4,096 tokens and more (fewer leave less to save); met: null without such a row.
 """
 
 from __future__ import annotations
@@ -33,16 +39,32 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+EVERY = ("naive", "torch", "ours", "recompute")
+PEAK_BAR, TIME_BAR = 0.1, 1.2
+
+
+class Case(NamedTuple):
+    """One row: T tokens of width K over V columns, which variants run, and how often."""
+
+    T: int
+    K: int
+    V: int
+    precision: str
+    repeats: int
+    variants: tuple[str, ...]
+
+
 CASES = [
-    (4096, 576, 49152, "fp32"),
-    (4096, 1024, 151936, "fp32"),
-    (4096, 576, 49152, "bf16"),
-    (4096, 576, 49152, "fp8"),
-    (32768, 576, 49152, "fp32"),
+    Case(4096, 576, 49152, "fp32", 2, EVERY),
+    Case(4096, 1024, 151936, "fp32", 1, ("naive", "torch", "ours")),
+    Case(4096, 576, 49152, "bf16", 1, ("naive", "ours")),
+    Case(4096, 576, 49152, "fp8", 1, ("naive", "ours")),
+    Case(32768, 576, 49152, "fp32", 1, ("naive", "ours")),
 ]
-QUICK = [(4096, 576, 49152, "fp32")]
+QUICK = [CASES[0]._replace(repeats=1, variants=("naive", "ours"))]
 
 
 def peak_bytes() -> int:
@@ -84,6 +106,22 @@ def worker(variant: str, T: int, K: int, V: int, precision: str, out: str) -> No
     print(json.dumps({"peak": peak, "seconds": seconds}))
 
 
+def backward_of_loss(loss, slope, weight):
+    """Dense backward of sum(slope * logp) with logp = -loss, the weight's gradient added to main_grad; returns logp."""
+    (-slope * loss).sum().backward()
+    weight.main_grad.add_(weight.grad)
+    weight.grad = None
+    return -loss.detach()
+
+
+def shard_of(weight, precision):
+    """The whole vocabulary as one shard."""
+    from treepo_mega.loss.head import Shard
+    from treepo_mega.loss.operands import Numerics
+
+    return Shard.of(weight, 0, weight.shape[0], numerics=Numerics(precision=precision))
+
+
 def naive(hidden, weight, target, slope, precision):
     """Megatron: ColumnParallelLinear's product, then its cross entropy on the full logits."""
     import torch
@@ -102,10 +140,7 @@ def naive(hidden, weight, target, slope, precision):
         logits = torch.matmul(hidden[:n, None], weight.t())
         loss = vocab_parallel_cross_entropy(logits.float(), target[:n, None])[:, 0]
         del logits
-        (-slope[:n] * loss).sum().backward()
-        weight.main_grad.add_(weight.grad)
-        weight.grad = None
-        return -loss.detach()
+        return backward_of_loss(loss, slope[:n], weight)
 
     return step
 
@@ -116,10 +151,7 @@ def torch_fused(hidden, weight, target, slope, precision):
 
     def step(n):
         loss = F.linear_cross_entropy(hidden[:n], weight, target[:n], reduction="none")
-        (-slope[:n] * loss).sum().backward()
-        weight.main_grad.add_(weight.grad)
-        weight.grad = None
-        return -loss.detach()
+        return backward_of_loss(loss, slope[:n], weight)
 
     return step
 
@@ -127,10 +159,8 @@ def torch_fused(hidden, weight, target, slope, precision):
 def ours(hidden, weight, target, slope, precision):
     """Gradient in the forward pass."""
     from treepo_mega.loss.fused import row_loss
-    from treepo_mega.loss.head import Shard
-    from treepo_mega.loss.operands import Numerics
 
-    shard = Shard.of(weight, 0, weight.shape[0], numerics=Numerics(precision=precision))
+    shard = shard_of(weight, precision)
 
     def step(n):
         def loss(logp, entropy, part):
@@ -145,10 +175,9 @@ def ours(hidden, weight, target, slope, precision):
 
 def recompute(hidden, weight, target, slope, precision):
     """logp and entropy as differentiable tensors."""
-    from treepo_mega.loss.head import Shard, logprob_entropy
-    from treepo_mega.loss.operands import Numerics
+    from treepo_mega.loss.head import logprob_entropy
 
-    shard = Shard.of(weight, 0, weight.shape[0], numerics=Numerics(precision=precision))
+    shard = shard_of(weight, precision)
 
     def step(n):
         logp, _ = logprob_entropy(hidden[:n], weight, target[:n], shard)
@@ -161,45 +190,58 @@ def recompute(hidden, weight, target, slope, precision):
 STEPS = {"naive": naive, "torch": torch_fused, "ours": ours, "recompute": recompute}
 
 
-def measure(variant: str, case: tuple[int, int, int, str], out: Path) -> dict[str, float]:
-    """Run one variant in a process of its own."""
+def measure(variant: str, case: Case, out: Path) -> dict[str, float]:
+    """Run one variant in a process of its own; naive and torch know fp32 only."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, "--worker", variant, *map(str, case), str(out)]
+    precision = case.precision if variant in ("ours", "recompute") else "fp32"
+    command = [sys.executable, __file__, "--worker", variant, *map(str, case[:3]), precision, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
     if done.returncode:
         raise RuntimeError(f"{variant} at {case} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def naive_bytes(T: int, K: int, V: int) -> int:
+def naive_bytes(case: Case) -> int:
     """What the naive path needs: logits, weight, main_grad, dense gradient, hidden states."""
-    return 4 * (T * V + 3 * V * K + 3 * T * K)
+    return 4 * (case.T * case.V + 3 * case.V * case.K + 3 * case.T * case.K)
 
 
-def run_case(case: tuple[int, int, int, str], variants: list[str], repeats: int, limit: float) -> dict[str, object]:
-    """All variants of one case, alternating; returns its row of the JSON line."""
+def run_case(case: Case, limit: float) -> dict[str, object]:
+    """All variants of one case, alternating; returns its row of the JSON line. Says on stderr what it does."""
     import numpy as np
 
-    T, K, V, precision = case
-    if naive_bytes(T, K, V) > limit * 2**30:
-        variants = ["ours"]
+    variants = case.variants
+    if naive_bytes(case) > limit * 2**30:
+        print(f"  naive needs {naive_bytes(case) / 2**30:.1f} GiB: over --memory-gib, left out", file=sys.stderr)
+        variants = ("ours",)
     best: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as tmp:
-        for _ in range(repeats):
+        for repeat in range(case.repeats):
             for v in variants:
-                got = measure(v, case if v in ("ours", "recompute") else (T, K, V, "fp32"), Path(tmp) / f"{v}.npz")
+                got = measure(v, case, Path(tmp) / f"{v}.npz")
+                numbers = f"{got['seconds']:7.1f} CPU s  {got['peak'] / 2**20:8.1f} MiB"
+                print(f"  {v:<10} {repeat + 1}/{case.repeats}  {numbers}", file=sys.stderr, flush=True)
                 old = best.setdefault(v, got)
                 best[v] = {k: min(got[k], old[k]) for k in got}
-        saved = {v: np.load(Path(tmp) / f"{v}.npz") for v in variants}
+        saved = {v: dict(np.load(Path(tmp) / f"{v}.npz")) for v in variants}
+    return row_of(case, best, saved)
+
+
+def row_of(case: Case, best: dict[str, dict[str, float]], saved: dict[str, dict[str, object]]) -> dict[str, object]:
+    """The row of the JSON line from each variant's smallest numbers and its logp and gradients."""
+    import numpy as np
+
     o, n = best["ours"], best.get("naive")
-    row: dict[str, object] = {"T": T, "K": K, "V": V, "precision": precision}
+    row: dict[str, object] = {**dict(zip(("T", "K", "V", "precision"), case, strict=False))}
+    row |= {"emulated": case.precision != "fp32", "repeats": case.repeats}
     for name, top, bottom in (("", o, n), ("torch_", o, best.get("torch")), ("recompute_", best.get("recompute"), n)):
         if name and not (top and bottom):
             continue
         row[f"{name}peak_ratio"] = round(top["peak"] / bottom["peak"], 4) if top and bottom else None
         row[f"{name}time_ratio"] = round(top["seconds"] / bottom["seconds"], 3) if top and bottom else None
     row |= {"peak_mib": round(o["peak"] / 2**20, 1), "cpu_s": round(o["seconds"], 2)}
-    row["peak_over_logits"] = round(o["peak"] / (4 * T * V), 4)
+    row["peak_over_logits"] = round(o["peak"] / (4 * case.T * case.V), 4)
+    row["logp_mean_abs_diff"] = None
     if n:
         row |= {"naive_peak_mib": round(n["peak"] / 2**20, 1), "naive_cpu_s": round(n["seconds"], 2)}
         a, b = saved["ours"], saved["naive"]
@@ -207,9 +249,47 @@ def run_case(case: tuple[int, int, int, str], variants: list[str], repeats: int,
         error = sum(float(((a[k] - b[k]).astype(float) ** 2).sum()) for k in ("dh", "dw"))
         size = sum(float((b[k].astype(float) ** 2).sum()) for k in ("dh", "dw"))
         row["grad_rel_diff"] = (error / size) ** 0.5
-    else:
-        row["logp_mean_abs_diff"] = None
     return row
+
+
+def bars(rows: list[dict[str, object]]) -> dict[str, object]:
+    """The worst ratios of the fp32 rows with enough tokens against what they may be at most."""
+    known = [r for r in rows if r["precision"] == "fp32" and r["T"] >= 4096 and r["peak_ratio"] is not None]
+    peak, seconds = (max((r[k] for r in known), default=None) for k in ("peak_ratio", "time_ratio"))
+    met = None if peak is None else peak <= PEAK_BAR and seconds <= TIME_BAR
+    return {
+        **{"peak_ratio_at_most": PEAK_BAR, "worst_peak_ratio": peak},
+        **{"time_ratio_at_most": TIME_BAR, "worst_time_ratio": seconds, "met": met},
+    }
+
+
+COLUMNS = {
+    "peak MiB": "peak_mib", "naive": "naive_peak_mib", "ratio": "peak_ratio", "/torch": "torch_peak_ratio",
+    "CPU s": "cpu_s", "naive ": "naive_cpu_s", "ratio ": "time_ratio", "/torch ": "torch_time_ratio",
+    "|dlogp|": "logp_mean_abs_diff", "dgrad": "grad_rel_diff",
+}  # fmt: skip
+"""Heading -> key of the row."""
+
+
+def cell(value: float | None) -> str:
+    """A number for the table."""
+    if value is None:
+        return "-"
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.4g}"
+
+
+def show(rows: list[dict[str, object]], bar: dict[str, object]) -> None:
+    """The table for people."""
+    print(f"{'T':>6}{'K':>6}{'V':>8} {'prec':<5}" + "".join(f"{h.strip():>10}" for h in COLUMNS))
+    for r in rows:
+        cells = [r.get(key) for key in COLUMNS.values()]
+        text = "".join(f"{cell(c):>10}" for c in cells)
+        print(f"{r['T']:>6}{r['K']:>6}{r['V']:>8} {r['precision']:<5}{text}" + ("  emulated" if r["emulated"] else ""))
+    if bar["met"] is not None:
+        print(
+            f"fp32: peak at most {bar['worst_peak_ratio']} x naive (bar {PEAK_BAR}), time at most "
+            f"{bar['worst_time_ratio']} x (bar {TIME_BAR}): {'met' if bar['met'] else 'NOT met'}"
+        )
 
 
 def main() -> int:
@@ -220,27 +300,22 @@ def main() -> int:
         return 0
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="one case, naive and ours, once")
-    p.add_argument("--repeats", type=int, default=2, help="times each variant runs; the smallest numbers count")
-    p.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help=f"which of {CASES}, by index")
-    p.add_argument("--variants", nargs="+", default=list(STEPS), choices=list(STEPS), help="what to run beside ours")
+    p.add_argument("--repeats", type=int, help="times each variant runs, instead of each case's own number")
+    listed = ", ".join(f"{i}: T {c.T} K {c.K} V {c.V} {c.precision}" for i, c in enumerate(CASES))
+    p.add_argument("--cases", type=int, nargs="+", choices=range(len(CASES)), help=f"which of {listed}")
+    p.add_argument("--tokens", type=int, help="T of every case, to see that it works in less time")
     p.add_argument("--memory-gib", type=float, default=7.0, help="do not run the naive path where it needs more")
     args = p.parse_args()
+    chosen = QUICK if args.quick else CASES if args.cases is None else [CASES[i] for i in args.cases]
     rows = []
-    for case in QUICK if args.quick else [CASES[i] for i in args.cases]:
-        few = args.quick or case[3] != "fp32"
-        variants = [v for v in STEPS if v == "ours" or v in (("naive",) if few else args.variants)]
-        rows.append(run_case(case, variants, 1 if args.quick else args.repeats, args.memory_gib))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    heads = ("peak MiB", "naive", "ratio", "CPU s", "naive", "ratio", "|dlogp|")
-    widths = (10, 9, 8, 8, 8, 7, 10)
-    print(f"{'T':>6}{'K':>6}{'V':>8} {'prec':<5}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
-    for r in rows:
-        cells = [r.get("naive_peak_mib"), r["peak_ratio"], r["cpu_s"], r.get("naive_cpu_s"), r["time_ratio"]]
-        text = "".join(f"{'-' if c is None else c:>{w}}" for c, w in zip(cells, (9, 8, 8, 8, 7), strict=True))
-        diff = r["logp_mean_abs_diff"]
-        print(f"{r['T']:>6}{r['K']:>6}{r['V']:>8} {r['precision']:<5}{r['peak_mib']:>10}{text}"
-              f"{'-' if diff is None else format(diff, '.1e'):>10}")  # fmt: skip
-    print(json.dumps({"cases": rows}))
+    for i, case in enumerate(chosen, 1):
+        case = case._replace(T=args.tokens or case.T, repeats=args.repeats or case.repeats)
+        where = f"T {case.T}, K {case.K}, V {case.V}, {case.precision}"
+        print(f"case {i} of {len(chosen)}: {where}, {' '.join(case.variants)}", file=sys.stderr, flush=True)
+        rows.append(run_case(case, args.memory_gib))
+    bar = bars(rows)
+    show(rows, bar)
+    print(json.dumps({"cases": rows, "bars": bar}))
     return 0
 
 
