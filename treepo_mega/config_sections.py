@@ -154,7 +154,8 @@ class RolloutConfig(Section):
     """Prompts trained on per rollout step."""
     n_samples_per_prompt: int = Field(16, ge=1)
     """Leaves per tree (the paper's width w)."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01)
+    """Of sampling, and of the logprobs trained on. The engine would take anything below 0.01 for 0.01."""
     top_p: float = 1.0
     top_k: int = -1
     max_response_len: int = Field(1024, ge=1)

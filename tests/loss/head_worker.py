@@ -49,6 +49,16 @@ def compare(vocab: int, sizes: list[int], chunk: int, group: dist.ProcessGroup) 
         torch.testing.assert_close(d_shard, e_weight[first : first + size], rtol=1e-10, atol=1e-12)
 
 
+def nothing(group: dist.ProcessGroup) -> None:
+    """A micro-batch without rows: as many collectives as any other, of nothing, and a gradient of zeros."""
+    hidden, weight, target = inputs(rows=11, vocab=8, padded=8)
+    shard = Shard.of(weight, 8 * dist.get_rank(group), 8 * dist.get_world_size(group), group=group)
+    logp, entropy = logprob_entropy(hidden[:0], weight, target[:0], shard)
+    total, *_ = row_loss(hidden[:0], weight, target[:0], shard, lambda logp, entropy, part: (logp.sum(), {}))
+    (logp.sum() + entropy.sum() + total).backward()
+    assert logp.shape == entropy.shape == (0,) and (weight.grad == 0).all()
+
+
 def main() -> None:
     """Every case of every group size."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -58,6 +68,7 @@ def main() -> None:
         for vocab, sizes in cases:
             for chunk in (3, 100):
                 compare(vocab, sizes, chunk, groups[rank // size])
+        nothing(groups[rank // size])
     print("head worker passed", flush=True)
     dist.destroy_process_group()
 

@@ -236,6 +236,24 @@ def main_grad_is_added_to_and_the_weight_prepared_once() -> None:
 
 
 @check
+def a_row_that_is_not_finite_spoils_no_other_or_is_refused() -> None:
+    hidden, weight, target = operands(rows=16)
+    broken = hidden.detach().clone()
+    broken[5, 140] = float("nan")
+    shard = Shard.of(weight, 0, VOCAB, backend="triton")
+    sound, spoilt = (logprob_entropy(h, weight, target, shard) for h in (hidden.detach(), broken))
+    others = torch.arange(16) != 5
+    for a, b in zip(sound, spoilt, strict=True):
+        assert b[5].isnan() and torch.equal(a[others], b[others])
+    fp8 = Shard.of(weight, 0, VOCAB, numerics=Numerics("fp8"), backend="triton")
+    with pytest.raises(quantize.QuantizeError, match="row 5, column 140"):
+        logprob_entropy(broken, weight, target, fp8)
+    target[3] = VOCAB
+    with pytest.raises(ValueError, match="row 3: the target 300 is no token of 300"):
+        logprob_entropy(hidden, weight, target, shard)
+
+
+@check
 def fp8_gradient_of_logits_is_scaled_by_row() -> None:
     hidden, weight, target = operands(rows=20)
     a, b = launch.plain(hidden.detach()), launch.plain(weight.detach())
@@ -256,6 +274,9 @@ def policy_kernel_equals_torchs() -> None:
     logp = -torch.rand(300, generator=torch.Generator().manual_seed(1))
     entropy = torch.rand(300, generator=torch.Generator().manual_seed(2))
     rows = policy_rows(logp)
+    for name in ("A_pos", "A_neg", "n"):
+        rows[name][-3:] = 0  # rows that do not count, whose ratio and KL term overflow
+    rows["old_logprobs"][-3:], rows["ref_logprobs"][-3:] = -200.0, 200.0
     for algo in (
         *(EVERY_TERM.model_copy(update={"kl_loss_type": k}) for k in ("k1", "k2", "k3")),
         AlgoConfig(use_tis=False, eps_clip_c=None),

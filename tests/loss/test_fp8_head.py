@@ -86,6 +86,31 @@ def test_the_weight_is_quantised_once_for_old_reference_and_policy_passes():
     assert cache.made == 3 and not torch.equal(stale, fresh)
 
 
+def test_an_empty_micro_batch_does_not_choose_the_loud_channels():
+    """A data-parallel rank with less work than others begins its step with one."""
+    hidden, weight, target = operands()
+    loud = hidden.detach().clone()
+    loud[:, 150:156] *= 10
+    numerics, cache = Numerics("fp8", loud_channels=6), WeightCache()
+    logp, entropy = call(loud[:0], weight, target[:0], numerics, cache=cache)
+    (logp.sum() + entropy.sum()).backward()
+    assert cache.made == 0 and (weight.grad == 0).all()
+    got = call(loud, weight, target, numerics, cache=cache)[0]
+    assert torch.equal(got, call(loud, weight, target, numerics)[0])
+
+
+@pytest.mark.parametrize("grads", ["bf16", "fp8"])
+def test_a_slope_that_is_not_finite_reaches_the_gradient_norm(grads):
+    """Where the step is skipped; rounding to FP8 would have made it an ordinary number."""
+    hidden, weight, target = operands()
+    slope = torch.ones(ROWS)
+    slope[7] = float("nan")
+    (slope * call(hidden, weight, target, Numerics("fp8", grads=grads))[0]).sum().backward()
+    others = torch.arange(ROWS) != 7
+    assert hidden.grad[7].isnan().all() and hidden.grad[others].isfinite().all()
+    assert weight.grad[:VOCAB].isnan().all()
+
+
 def test_hidden_states_that_are_not_finite_are_refused():
     hidden, weight, target = operands()
     broken = hidden.detach().clone()

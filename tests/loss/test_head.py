@@ -46,7 +46,7 @@ def test_gradcheck_in_fp64():
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1024])
 @pytest.mark.parametrize("vocab, padded", [(11, 11), (11, 16), (1, 2)])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1e-3])
 def test_equals_dense_log_softmax_with_gradients(chunk, vocab, padded, temperature):
     hidden, weight, target = inputs(vocab=vocab, padded=padded)
     got = logprob_entropy(hidden, weight, target, vocab_start=0, vocab_size=vocab, temperature=temperature, chunk=chunk)
@@ -103,6 +103,35 @@ def test_large_logits_do_not_overflow():
     logp, entropy = logprob_entropy(hidden * 1e3, weight, target, vocab_start=0, vocab_size=11)
     (logp.sum() + entropy.sum()).backward()
     assert all(torch.isfinite(t).all() for t in (logp, entropy, hidden.grad, weight.grad))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ValueError, match="expected a positive number"):
+        Shard(0, 4, 4, temperature=temperature)
+
+
+@pytest.mark.parametrize("token", [-1, 11, 15])
+def test_a_target_that_no_shard_has_is_refused_with_its_row(token):
+    """11 to 15 are columns of padding: their logit would be taken for 0."""
+    hidden, weight, target = inputs(vocab=11, padded=16)
+    target[3] = token
+    with pytest.raises(ValueError, match=f"row 3: the target {token} is no token of 11"):
+        logprob_entropy(hidden, weight, target)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_row_that_is_not_finite_spoils_no_other(bad, precision):
+    """FP8 refuses it (test_fp8_head.py), for it would turn into an ordinary number."""
+    hidden, weight, target = inputs(dtype=torch.float32)
+    broken = hidden.detach().clone()
+    broken[2, 1] = bad
+    numerics = Numerics(precision=precision)
+    sound, spoilt = (logprob_entropy(h, weight, target, numerics=numerics) for h in (hidden.detach(), broken))
+    others = torch.arange(len(target)) != 2
+    for a, b in zip(sound, spoilt, strict=True):
+        assert b[2].isnan() and torch.equal(a[others], b[others])
 
 
 def test_no_rows():

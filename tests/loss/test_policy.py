@@ -203,6 +203,20 @@ def test_closed_form_gradient_is_autograds(seed, kind, dual, bonus):
         assert grads[0][1] is None
 
 
-def test_a_ratio_that_overflows_gives_no_nan():
-    _, _, grad = loss_of([800.0, 0.0], old=[0.0, 800.0], A=[1.0, -1.0])
-    assert grad == [0.0, 0.0]
+@pytest.mark.parametrize("dual", [10.0, None])
+def test_a_ratio_that_overflows_gives_no_nan(dual):
+    algo = AlgoConfig(use_tis=False, eps_clip_c=dual)
+    total, _, grad = loss_of([800.0, 0.0], old=[0.0, 800.0], A=[1.0, -1.0], algo=algo)
+    assert grad == [0.0, 0.0] and total == pytest.approx(-1.28 + 0.8)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_rows_that_do_not_count_cost_nothing_whatever_they_hold(kind):
+    """All of a micro-batch masked: no masses, no multiplicity, and ratios and KL terms that overflow."""
+    algo = AlgoConfig(use_tis=True, eps_clip_c=None, kl_loss_coef=0.1, kl_loss_type=kind, entropy_coef=0.01)
+    logp, old, rollout = [0.0, -900.0, 0.0], [-900.0, 0.0, 0.0], [0.0, -900.0, -900.0]
+    total, sums, grad = loss_of(
+        logp, old=old, rollout=rollout, ref=[900.0, -900.0, 0.0], A=[0.0] * 3, n=[0.0] * 3, algo=algo
+    )
+    assert total == 0.0 and grad == [0.0] * 3
+    assert all(v == 0.0 for k, v in sums.items() if k != "max_ratio_diff")

@@ -28,6 +28,7 @@ CHECKS = (
     "shards_of_every_size_join",
     "many_splits_and_a_deep_product",
     "main_grad_is_added_to_and_the_weight_prepared_once",
+    "a_row_that_is_not_finite_spoils_no_other_or_is_refused",
     "fp8_gradient_of_logits_is_scaled_by_row",
     "policy_kernel_equals_torchs",
 )

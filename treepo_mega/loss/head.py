@@ -22,9 +22,10 @@ to `weight.main_grad` where Megatron has given the parameter one: no [V/tp, K] t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,10 @@ class Shard:
     use_main_grad: bool = True
     """Add the weight's gradient to `weight.main_grad` where there is one; off, it is returned as usual."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"the head's temperature is {self.temperature}; expected a positive number")
+
     @property
     def shared(self) -> bool:
         """Is the vocabulary split over several ranks?"""
@@ -73,6 +78,21 @@ class Shard:
         """
         columns = -(-self.vocab_size // dist.get_world_size(self.group)) if self.shared else self.vocab_size
         return min(self.chunk, max(TILE_BYTES // (itemsize * columns), MIN_TILE_ROWS))
+
+    def owned(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(is the target one of this shard's columns, and which; 0 or the last where it is not), both [N].
+
+        Raises ValueError on a CPU, and fails on a GPU, for a target that no shard has: its logit would be taken for 0.
+        """
+        known = (target >= 0) & (target < self.vocab_size)
+        if target.is_cuda:
+            torch._assert_async(known.all(), "a target is no token of the vocabulary")
+        elif not bool(known.all()):
+            row = int((~known).nonzero()[0, 0])
+            raise ValueError(f"row {row}: the target {int(target[row])} is no token of {self.vocab_size}")
+        local = target - self.first
+        mine = (local >= 0) & (local < self.valid)
+        return mine, local.clamp(0, max(self.valid - 1, 0))
 
     @classmethod
     def of(cls, weight: Tensor, vocab_start: int, vocab_size: int, **how: Any) -> Shard:
@@ -92,9 +112,7 @@ class Tiles:
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> None:
         self.shard = shard
         self.ops = Operands(hidden, weight, shard.valid, shard.numerics, shard.cache)
-        local = target - shard.first
-        self.mine = (local >= 0) & (local < shard.valid)
-        self.local = local.clamp(0, max(shard.valid - 1, 0))
+        self.mine, self.local = shard.owned(target)
         self.rows = shard.tile_rows(self.ops.dtype.itemsize)
         self._buffer: Tensor | None = None
         self._scratch: Tensor | None = None
@@ -176,6 +194,39 @@ def main_grad(weight: Tensor, shard: Shard) -> Tensor | None:
     return getattr(weight, "main_grad", None) if shard.use_main_grad else None
 
 
+def joined(
+    ctx: Any, operands: tuple[Tensor, Tensor, Tensor], shard: Shard, buffer: Tensor | None, peak: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The end of a forward pass, whatever made the sums: (logp [N], entropy [N]); two all-reduces over the group.
+
+    `operands` (hidden, weight, target) and the rest that `arrived` gives back are kept in `ctx`.
+    """
+    logp, entropy, lse = over_shards(shard, peak, sums)
+    ctx.save_for_backward(*operands, lse, entropy)
+    ctx.shard, ctx.buffer = shard, buffer
+    ctx.set_materialize_grads(False)
+    return logp, entropy
+
+
+class Arrived(NamedTuple):
+    """What a backward pass begins with: what was kept, and the gradients of both outputs [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    lse: Tensor
+    entropy: Tensor
+    g_logp: Tensor
+    g_entropy: Tensor | None
+
+
+def arrived(ctx: Any, grads: tuple[Tensor | None, ...]) -> Arrived:
+    """The beginning of a backward pass. Zeros for a logp nobody asked about; None for such an entropy."""
+    g_logp, g_entropy = (g if g is None else g.contiguous() for g in grads)
+    kept = ctx.saved_tensors
+    return Arrived(*kept, torch.zeros_like(kept[3]) if g_logp is None else g_logp, g_entropy)
+
+
 class _LogProbEntropy(torch.autograd.Function):
     """See the module docstring; a function of (hidden, weight) with two outputs."""
 
@@ -190,18 +241,12 @@ class _LogProbEntropy(torch.autograd.Function):
         sums = torch.empty(3, rows, dtype=tiles.ops.dtype, device=hidden.device)
         for part in tiles.parts():
             peak[part], sums[:, part] = tiles.sums_(part, tiles.logits(part))
-        logp, entropy, lse = over_shards(shard, peak, sums)
-        ctx.save_for_backward(hidden, weight, target, lse, entropy)
-        ctx.shard, ctx.buffer = shard, buffer
-        ctx.set_materialize_grads(False)
-        return logp, entropy
+        return joined(ctx, (hidden, weight, target), shard, buffer, peak, sums)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden [N, K] (this shard's part) and weight [V/tp, K], logits recomputed; no collective."""
-        hidden, weight, target, lse, entropy = ctx.saved_tensors
-        g_logp, g_entropy = grads
-        g_logp = torch.zeros_like(lse) if g_logp is None else g_logp
+        hidden, weight, target, lse, entropy, g_logp, g_entropy = arrived(ctx, grads)
         tiles = Tiles(hidden, weight, target, ctx.shard)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=tiles.ops.dtype) if ctx.buffer is None else ctx.buffer

@@ -123,7 +123,8 @@ class Operands:
 
     def __post_init__(self) -> None:
         n = self.numerics
-        if self.fp8:
+        # An empty micro-batch must not choose the loud channels that the cache keeps for all that follow.
+        if self.fp8 and self.hidden.shape[0]:
             h, channels = self.hidden.detach(), self._weight8().channels
             self._hidden8 = split(h, channels, n.recipe, quantize, power_of_2_scales=n.power_of_2_scales)
 
@@ -188,7 +189,10 @@ class Operands:
             return
         if self.fp8 and self.numerics.grads == "fp8":
             for r in column_slices(dz.shape[0], BLOCK):
-                dz[r] = quantize(dz[r], "rowwise", format="e5m2").values()
+                # What is not finite stays so: the step is then skipped, as it is in other precisions.
+                sound = dz[r].isfinite().all(1, keepdim=True)
+                rounded = quantize(dz[r].where(sound, 0.0), "rowwise", format="e5m2").values()
+                dz[r] = rounded.where(sound, float("nan"))
             return
         for c in column_slices(dz.shape[1]):
             dz[:, c] = dz[:, c].bfloat16().to(dz.dtype)

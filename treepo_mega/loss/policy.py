@@ -30,12 +30,17 @@ from torch import Tensor
 from treepo_mega.config import AlgoConfig
 
 
+def times(mass: Tensor, x: Tensor) -> Tensor:
+    """mass * x per row [N], and 0 where the mass is: a ratio of a row that does not count may have overflowed."""
+    return torch.where(mass == 0, torch.zeros_like(x), mass * x)
+
+
 def clipped_objective(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -> Tensor:
     """The bracket of the module docstring per row [N], to be maximised."""
     below = ratio.clamp(min=1 - algo.eps_clip)
     if algo.eps_clip_c is not None:
         below = below.clamp(max=algo.eps_clip_c)
-    return A_pos * ratio.clamp(max=1 + algo.eps_clip_high) + A_neg * below
+    return A_pos * ratio.clamp(max=1 + algo.eps_clip_high) + times(A_neg, below)
 
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
@@ -66,7 +71,8 @@ def objective_slope(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfi
     if algo.eps_clip_c is not None:
         low &= ratio <= algo.eps_clip_c
     # `where` and not a product: a ratio that overflowed is clipped, and inf * 0 would be NaN.
-    return torch.where(ratio <= 1 + algo.eps_clip_high, A_pos * ratio, zero) + torch.where(low, A_neg * ratio, zero)
+    pos = torch.where(ratio <= 1 + algo.eps_clip_high, A_pos * ratio, zero)
+    return pos + torch.where(low, times(A_neg, ratio), zero)
 
 
 def clip_active(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -> Tensor:
@@ -117,8 +123,8 @@ class _PolicyLoss(torch.autograd.Function):
         slope = -rows["weight"] * objective_slope(ratio, *masses)
         kl = torch.zeros_like(pg)
         if "ref" in rows:
-            kl = (n * kl_penalty(logp, rows["ref"], algo.kl_loss_type)).sum()
-            slope += algo.kl_loss_coef * n * kl_slope(logp, rows["ref"], algo.kl_loss_type)
+            kl = times(n, kl_penalty(logp, rows["ref"], algo.kl_loss_type)).sum()
+            slope += algo.kl_loss_coef * times(n, kl_slope(logp, rows["ref"], algo.kl_loss_type))
         loss = pg - algo.entropy_coef * (n * entropy).sum() + algo.kl_loss_coef * kl
         sums |= {
             "loss": loss,

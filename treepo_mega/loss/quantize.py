@@ -135,20 +135,30 @@ def _amax(x: Tensor, recipe: Recipe, block_rows: int) -> Tensor:
 
 
 def _maxima(x: Tensor, recipe: Recipe, block_rows: int, valid: int) -> Tensor:
-    """Largest magnitude per scale of the whole tensor, padding left out (its own scales get 0).
-
-    Raises QuantizeError for NaN and infinity.
-    """
+    """Largest magnitude per scale of the whole tensor, padding left out (its own scales get 0)."""
     rows, columns = x.shape
     parts = [_amax(x[i : min(i + ROWS_AT_A_TIME, valid)], recipe, block_rows) for i in range(0, valid, ROWS_AT_A_TIME)]
     shape = {"tensorwise": (0,), "rowwise": (0,), "blockwise": (0, -(-columns // BLOCK))}[recipe]
     amax = torch.cat(parts) if parts else torch.zeros(shape, device=x.device)
-    if not bool(amax.isfinite().all()):
-        raise QuantizeError(describe_non_finite(x, valid))
     if recipe == "tensorwise":
         return amax.amax() if len(amax) else torch.zeros((), device=x.device)
     missing = -(-rows // block_rows) - len(amax) if recipe == "blockwise" else rows - len(amax)
     return torch.cat([amax, amax.new_zeros(missing, *amax.shape[1:])])
+
+
+def _cast(x: Tensor, factor: Tensor, recipe: Recipe, block_rows: int, dtype: torch.dtype) -> Tensor:
+    """x [N, K] times the factor of its scale in fp8, ROWS_AT_A_TIME rows at a time."""
+    largest, data = torch.finfo(dtype).max, torch.empty(x.shape, dtype=dtype, device=x.device)
+    for i in range(0, x.shape[0], ROWS_AT_A_TIME):
+        part = x[i : i + ROWS_AT_A_TIME].float()
+        by = factor
+        if recipe == "rowwise":
+            by = factor[i : i + ROWS_AT_A_TIME, None]
+        elif recipe == "blockwise":
+            by = _spread(factor[i // block_rows :], block_rows, part.shape)
+        # NaN can only be in padding here, and must not travel on.
+        data[i : i + ROWS_AT_A_TIME] = (part * by).nan_to_num_().clamp_(-largest, largest).to(dtype)
+    return data
 
 
 def describe_non_finite(x: Tensor, valid: int) -> str:
@@ -169,6 +179,19 @@ def factors(amax: Tensor, largest: float, power_of_2: bool) -> Tensor:
     return factor
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The two passes over the data: plain torch here (`TORCH`), kernels in `triton/launch.py`."""
+
+    maxima: Callable[[Tensor, Recipe, int, int], Tensor]
+    """(x [N, K], recipe, block_rows, valid rows) -> largest magnitude per scale, fp32; not finite where x is not."""
+    cast: Callable[[Tensor, Tensor, Recipe, int, torch.dtype], Tensor]
+    """(x [N, K], factor per scale, recipe, block_rows, dtype) -> x * factor [N, K], saturated and rounded."""
+
+
+TORCH = Passes(_maxima, _cast)
+
+
 def quantize(
     x: Tensor,
     recipe: Recipe,
@@ -177,6 +200,7 @@ def quantize(
     block_rows: int = 1,
     valid_rows: int | None = None,
     power_of_2_scales: bool = False,
+    passes: Passes = TORCH,
 ) -> Quantized:
     """Quantise x [N, K] (fp32, bf16 or fp64) by `recipe`; `block_rows` (1 or 128) matters to blockwise only.
 
@@ -185,17 +209,9 @@ def quantize(
     """
     valid = x.shape[0] if valid_rows is None else valid_rows
     dtype = FORMATS[format]
-    largest = torch.finfo(dtype).max
     block_rows = block_rows if recipe == "blockwise" else 1
-    factor = factors(_maxima(x, recipe, block_rows, valid), largest, power_of_2_scales)
-    data = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for i in range(0, x.shape[0], ROWS_AT_A_TIME):
-        part = x[i : i + ROWS_AT_A_TIME].float()
-        by = factor
-        if recipe == "rowwise":
-            by = factor[i : i + ROWS_AT_A_TIME, None]
-        elif recipe == "blockwise":
-            by = _spread(factor[i // block_rows :], block_rows, part.shape)
-        # NaN can only be in padding here, and must not travel on.
-        data[i : i + ROWS_AT_A_TIME] = (part * by).nan_to_num_().clamp_(-largest, largest).to(dtype)
-    return Quantized(data, 1.0 / factor, recipe, block_rows)
+    amax = passes.maxima(x, recipe, block_rows, valid)
+    if not bool(amax.isfinite().all()):
+        raise QuantizeError(describe_non_finite(x, valid))
+    factor = factors(amax, torch.finfo(dtype).max, power_of_2_scales)
+    return Quantized(passes.cast(x, factor, recipe, block_rows, dtype), 1.0 / factor, recipe, block_rows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treepo_mega.loss import te
-from treepo_mega.loss.head import Shard, over_shards
+from treepo_mega.loss.head import Shard, arrived, joined
 from treepo_mega.loss.quantize import split
 from treepo_mega.loss.triton import launch
 from treepo_mega.loss.triton.launch import Slopes
@@ -28,10 +28,8 @@ class _Call:
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> None:
         self.shard, self.hidden, self.weight = shard, hidden.detach(), weight.detach()
-        local = target - shard.first
-        mine = (local >= 0) & (local < shard.valid)
+        mine, local = shard.owned(target)
         self.column = torch.where(mine, local, torch.full_like(local, -1)).int()
-        local = local.clamp(0, shard.valid - 1)
         n, valid = shard.numerics, shard.valid
         if n.precision == "fp8":
             w = shard.cache.quantised(self.weight, valid, n, self.hidden, by=launch.quantize_rows)
@@ -69,19 +67,14 @@ class TritonLogProbEntropy(torch.autograd.Function):
         """(logp [N], entropy [N]), fp32; two all-reduces over the group."""
         call = _Call(hidden, weight, target, shard)
         peak, sums = launch.forward(call.a, call.b, call.column, call.given, shard.temperature)
-        logp, entropy, lse = over_shards(shard, peak, sums)
-        ctx.save_for_backward(hidden, weight, target, lse, entropy)
-        ctx.shard, ctx.buffer = shard, buffer
-        ctx.set_materialize_grads(False)
-        return logp, entropy
+        return joined(ctx, (hidden, weight, target), shard, buffer, peak, sums)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden [N, K] (this shard's part) and weight [V/tp, K]; no collective."""
-        hidden, weight, target, lse, entropy = ctx.saved_tensors
+        hidden, weight, target, *of_rows = arrived(ctx, grads)
         shard: Shard = ctx.shard
-        g_logp = torch.zeros_like(lse) if grads[0] is None else grads[0].contiguous()
-        slopes = Slopes(lse, entropy, g_logp, None if grads[1] is None else grads[1].contiguous())
+        slopes = Slopes(*of_rows)
         call = _Call(hidden, weight, target, shard)
         dtype = torch.float32 if shard.numerics.precision == "fp32" else torch.bfloat16
         x, w = hidden.detach().to(dtype), shard.cache.rounded(weight, dtype)

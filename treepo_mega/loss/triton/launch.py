@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -15,8 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from treepo_mega.config_sections import AlgoConfig
-from treepo_mega.loss import quantize
-from treepo_mega.loss.quantize import BLOCK, Quantized, Recipe, Split
+from treepo_mega.loss.quantize import BLOCK, Passes, Recipe, Split, quantize
 from treepo_mega.loss.triton import kernels, rows
 
 BM = BN = 128
@@ -84,43 +84,37 @@ def scaled(s: Split, rows: int) -> Matrix:
     return Matrix(data, q.scale.reshape(-1).contiguous(), MODES[q.recipe], loud)
 
 
-def quantize_rows(
-    x: Tensor,
-    recipe: Recipe,
-    *,
-    format: Literal["e4m3", "e5m2"] = "e4m3",
-    block_rows: int = 1,
-    valid_rows: int | None = None,
-    power_of_2_scales: bool = False,
-) -> Quantized:
-    """`loss/quantize.py`'s quantize with the two passes over x [N, K] in kernels; the same errors and numbers."""
-    n, k = x.shape
-    valid = n if valid_rows is None else valid_rows
-    blocks, dtype = -(-k // BLOCK), quantize.FORMATS[format]
-    largest = torch.finfo(dtype).max
-    block_rows = block_rows if recipe == "blockwise" else 1
+def _maxima(x: Tensor, recipe: Recipe, block_rows: int, valid: int) -> Tensor:
+    """See `quantize.Passes`."""
+    (n, k), blocks = x.shape, -(-x.shape[1] // BLOCK)
     amax = torch.zeros(n, blocks, device=x.device)
-    grid = (triton.cdiv(n, 32), blocks)
     if n:
-        rows.amax_kernel[grid](x, amax, n, k, x.stride(0), blocks, BM=32, BLOCK=BLOCK)
+        rows.amax_kernel[(triton.cdiv(n, 32), blocks)](x, amax, n, k, x.stride(0), blocks, BM=32, BLOCK=BLOCK)
     amax[valid:] = 0
-    if not bool(amax.isfinite().all()):
-        raise quantize.QuantizeError(quantize.describe_non_finite(x, valid))
     if recipe == "tensorwise":
-        amax = amax.amax() if n else amax.new_zeros(())
-    elif recipe == "rowwise":
-        amax = amax.amax(1)
-    elif block_rows > 1:
-        amax = torch.nn.functional.pad(amax, (0, 0, 0, -n % block_rows)).view(-1, block_rows, blocks).amax(1)
-    factor = quantize.factors(amax, largest, power_of_2_scales)
+        return amax.amax() if n else amax.new_zeros(())
+    if recipe == "rowwise":
+        return amax.amax(1)
+    if block_rows == 1:
+        return amax
+    return torch.nn.functional.pad(amax, (0, 0, 0, -n % block_rows)).view(-1, block_rows, blocks).amax(1)
+
+
+def _cast(x: Tensor, factor: Tensor, recipe: Recipe, block_rows: int, dtype: torch.dtype) -> Tensor:
+    """See `quantize.Passes`; rows of the result are aligned."""
+    (n, k), blocks = x.shape, -(-x.shape[1] // BLOCK)
     out = empty_rows(n, k, dtype, x.device)
     strides = {"tensorwise": (0, 0), "rowwise": (1, 0), "blockwise": (blocks, 1)}[recipe]
     if n:
-        rows.cast_kernel[grid](
+        rows.cast_kernel[(triton.cdiv(n, 32), blocks)](
             x, out, factor, n, k, x.stride(0), out.stride(0), *strides,
-            SHARED_ROWS=block_rows, LARGEST=largest, BM=32, BLOCK=BLOCK,
+            SHARED_ROWS=block_rows, LARGEST=torch.finfo(dtype).max, BM=32, BLOCK=BLOCK,
         )  # fmt: skip
-    return Quantized(out, 1.0 / factor, recipe, block_rows)
+    return out
+
+
+quantize_rows = partial(quantize, passes=Passes(_maxima, _cast))
+"""`loss/quantize.py`'s quantize with the two passes over x [N, K] in kernels; the same errors and numbers."""
 
 
 def _both(a: Matrix, b: Matrix) -> tuple[TensorDescriptor, ...]:

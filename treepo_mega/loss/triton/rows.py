@@ -86,8 +86,9 @@ def policy_kernel(
     neg = tl.load(A_neg + rows, mask=live, other=0.0)
     count = tl.load(n + rows, mask=live, other=0.0)
     below = tl.minimum(tl.maximum(ratio, low), dual)
-    pg = -w * (pos * tl.minimum(ratio, high) + neg * below)
-    inside = (ratio >= low) & (ratio <= dual)
+    # Where a mass is 0 its ratio may have overflowed, and inf * 0 would be NaN.
+    pg = -w * (pos * tl.minimum(ratio, high) + tl.where(neg < 0, neg * below, 0.0))
+    inside = (neg < 0) & (ratio >= low) & (ratio <= dual)
     g = -w * (tl.where(ratio <= high, pos * ratio, 0.0) + tl.where(inside, neg * ratio, 0.0))
     kl = tl.zeros((BM,), dtype=tl.float32)
     if KL > 0:
@@ -99,8 +100,8 @@ def policy_kernel(
         else:
             e = tl.exp(d)
             kl, dkl = e - d - 1.0, 1.0 - e
-        kl = tl.where(live, count * kl, 0.0)
-        g += kl_coef * count * dkl
+        kl = tl.where(live & (count != 0), count * kl, 0.0)
+        g += tl.where(count != 0, kl_coef * count * dkl, 0.0)
     bonus = count * h
     clipped = ((pos > 0) & (ratio > high)) | ((neg < 0) & (ratio < low))
     tl.store(slope + rows, g, mask=live)
