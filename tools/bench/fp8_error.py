@@ -15,7 +15,7 @@ output weight of the model before (old) and after (new). Everything is compared 
 
 Emulated on the CPU: operands are rounded to FP8 exactly as kernels and Transformer Engine round them, sums are fp32.
 `exact`: the target's logit from bf16; `loud C`: C channels stay in bf16; `grads8`: logit gradients are rounded to e5m2
-and the gradient's products take quantised operands. --quick: 192 tokens, one drift, fewer variants.
+and the gradient's products take quantised operands. --quick: about 128 tokens, one drift, fewer variants.
 
 Last line, JSON: {"model", "rows", "drifts": [std of logp_new - logp_old], "variants": [{"precision", "recipe",
 "exact_target", "loud_channels", "power_of_2_scales", "grads", "logp_mean", "logp_p99", "logp_beyond_clip", "grad",
@@ -42,6 +42,7 @@ import reasoning_gym
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.fused import row_loss
@@ -249,10 +250,10 @@ def main() -> int:
     p.add_argument("--drifts", type=float, nargs="+", default=[0.03, 0.1], help="std(logp_new - logp_old) to reach")
     p.add_argument("--lr", type=float, default=5e-6)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--quick", action="store_true", help="192 tokens, one drift")
+    p.add_argument("--quick", action="store_true", help="about 128 tokens, one drift, fewer variants")
     args = p.parse_args()
     if args.quick:
-        args.rows, args.drifts = 192, args.drifts[-1:]
+        args.rows, args.drifts = 128, args.drifts[-1:]
     if not (args.hf / "config.json").is_file():
         print(
             f"{args.hf}: no checkpoint there. Make one: python tools/prepare_smollm2.py --out {args.hf}",
@@ -260,6 +261,7 @@ def main() -> int:
         )
         return 2
     torch.set_num_threads(1)
+    disable_progress_bar()
     s, old, moved, reached = collect(args)
     want = logprobs(old, targets(s), Numerics())
     exact = {"old": want, "moved": [gradient(new, s, want, Numerics()) for new in moved]}
