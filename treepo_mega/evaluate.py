@@ -33,7 +33,8 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.page import document, table
 from treepo_mega.monitor.report.svg import COLOURS, line_chart
-from treepo_mega.rollout.engine import Engine, find_eos_token_ids
+from treepo_mega.rollout.checkpoint_files import find_eos_token_ids
+from treepo_mega.rollout.engine import Engine
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import dist

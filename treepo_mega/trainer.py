@@ -33,8 +33,9 @@ from treepo_mega.monitor.timers import Timers
 from treepo_mega.reshard.actor_memory import handover_backend
 from treepo_mega.reshard.export import export_hf
 from treepo_mega.reshard.refit import Refit
+from treepo_mega.rollout.checkpoint_files import find_eos_token_ids
 from treepo_mega.rollout.collect import Collector, Forest
-from treepo_mega.rollout.engine import Engine, find_eos_token_ids
+from treepo_mega.rollout.engine import Engine
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import cpu_megatron, dist

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from treepo_mega.config import ConfigError, parse_config
-from treepo_mega.rollout.engine import Engine, EngineError, find_eos_token_ids
+from treepo_mega.rollout.checkpoint_files import find_eos_token_ids
+from treepo_mega.rollout.engine import Engine, EngineError
 from treepo_mega.runtime.device import has_cuda
 
 

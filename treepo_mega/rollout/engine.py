@@ -12,145 +12,34 @@ independent; with more, the ranks of an engine must make the same calls in the s
 over all ranks. Logprobs are those of the distribution sampled from, after temperature (`processed_logprobs`),
 in nats; at temperature 0 (greedy) those of temperature 1.
 
-Traps of vLLM 0.32 on the CPU that this module exists to hide:
+Building it, and what vLLM does to the process meanwhile: `rollout/vllm_setup.py`; requests and what comes back of them:
+`rollout/requests.py`. Traps that are hidden here:
 
 - Deleting the engine destroys torch.distributed's default process group, the trainer's: hold the `Engine` until
   the process ends.
-- Building it reseeds every global generator, replaces `torch.set_num_threads` by a no-op and overwrites
-  LOCAL_WORLD_SIZE and LD_PRELOAD: all restored here.
-- Linear weights are repacked at load; with tied embeddings a reload leaves the packed LM head stale, without an
-  error (`WeightSync`). The KV cache of old weights would be reused: the prefix cache is reset with every update.
-- A per-request seed and chunked prefill crash together: chunked prefill is off, so a whole sequence must fit into
-  `max_num_batched_tokens`.
+- The KV cache of old weights would be reused: the prefix cache is reset with every update.
 - Only full KV blocks are reused, and a segment's last token has no KV yet: a resubmitted prefix recomputes least
   when its length mod block_size is 1 (`rollout.segment_alignment`).
-- VLLM_CPU_KVCACHE_SPACE, when set in the environment, wins over `kv_cache_memory_mb`.
 
 The engine's vocabulary is config.json's: the rows by which Megatron pads the embedding do not exist here and cannot
-be sampled. On CUDA the same code runs with the GPU's settings (memory by `gpu_memory_utilization`, no LM-head repack);
-that path has not been run.
+be sampled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from treepo_mega.config import Config, read_hf_config
-from treepo_mega.reshard.vllm_target import VllmTarget, repack_tied_head
-from treepo_mega.runtime.device import device, has_cuda
-
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Head sizes that the CPU attention kernels of vLLM 0.32 take."""
-
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores; the launcher decides about threads
-    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the cores from the other ranks
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-class EngineError(RuntimeError):
-    """The engine cannot be built, or was used in a way that would give wrong samples; the message says what."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A finished request: what was sampled, its logprobs (nats), why it ended, and prefix tokens reused.
-
-    `finish_reason`: "stop" (a stop token, kept), "length", or "border" (a border token, kept).
-    """
-
-    request_id: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    num_cached_tokens: int
-    peek: list[float] = field(default_factory=list)
-    """Logprobs of the likeliest tokens behind the last one, descending, where they were asked for."""
-    more: bool = False
-    """A segment of a run that has not ended: the engine waits for `go_on` or `drop`."""
-
-
-@dataclass(slots=True)
-class _Request:
-    """What was asked for, and what has been sampled of it. `start`: where the segment begins in a run."""
-
-    name: str
-    max_tokens: int
-    peek: int
-    borders: frozenset[int]
-    min_tokens: int
-    streams: bool
-    runs: bool
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[float] = field(default_factory=list)
-    start: int = 0
-    waits: bool = False
-
-    def add(self, sampled: Any) -> None:
-        """Take the tokens that vLLM reports (new ones when it streams, else all at the end)."""
-        entries = sampled.logprobs or []
-        for token, entry in zip(sampled.token_ids, entries, strict=True):
-            self.tokens.append(token)
-            self.logprobs.append(entry[token].logprob)
-        if self.peek and entries:
-            self.top = sorted((e.logprob for e in entries[-1].values()), reverse=True)[: self.peek]
-
-    def end(self, reason: str | None) -> tuple[int, str] | None:
-        """(where the segment ends, why), None while it goes on. `reason`: vLLM's, None while it samples."""
-        seen = len(self.tokens) - self.start
-        last = seen - (self.peek > 0)  # a peeked-at token is behind the segment
-        ended_itself = reason == "stop" and not self.peek
-        if not ended_itself and self.min_tokens <= last and last and self.tokens[self.start + last - 1] in self.borders:
-            return self.start + last, "border"
-        if self.streams and self.runs and seen >= self.max_tokens and not ended_itself:
-            return self.start + self.max_tokens, "length"
-        if reason is None:
-            return None
-        if self.peek and seen > self.max_tokens:
-            return self.max_tokens, "length"
-        return len(self.tokens), reason
-
-
-class WeightSync:
-    """Mixed into vLLM's worker (`worker_extension_cls`): `self` is the worker."""
-
-    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load full tensors by their Hugging Face names, in place; without lm_head.weight when it is tied."""
-        self.reload_weights(weights_iterator=iter(weights))  # type: ignore[attr-defined]
-        if self.model_config.hf_config.tie_word_embeddings and not has_cuda():  # type: ignore[attr-defined]
-            # vLLM repacks the embedding it just loaded, but not the packed copy that the LM head computes with.
-            repack_tied_head(self.model_runner.get_model())  # type: ignore[attr-defined]
-
-    def weight_target(self) -> VllmTarget:
-        """This worker as the destination of a reshard."""
-        return VllmTarget(self)
-
-    def scale_logits(self, factor: float) -> float:
-        """Multiply the model's logit scale by `factor` and return the old scale. Only for an idle engine."""
-        processor = self.model_runner.get_model().logits_processor  # type: ignore[attr-defined]
-        old: float = processor.scale
-        processor.scale = old * factor
-        return old
-
-    def engine_vocab_size(self) -> int:
-        """Ids that the LM head can produce."""
-        return int(self.model_runner.get_model().logits_processor.org_vocab_size)  # type: ignore[attr-defined]
+from treepo_mega.reshard.vllm_target import VllmTarget
+from treepo_mega.rollout.checkpoint_files import checkpoint_shapes
+from treepo_mega.rollout.requests import Finished, Request
+from treepo_mega.rollout.vllm_setup import EngineError, build, check_model, process_left_alone
 
 
 class Engine:
@@ -160,17 +49,17 @@ class Engine:
         """Load the checkpoint at `hf_dir`. Raises EngineError for a checkpoint or layout vLLM cannot take."""
         self.hf_dir = Path(hf_dir)
         hf = read_hf_config(self.hf_dir)
-        _check_model(self.hf_dir, hf, cfg)
+        check_model(self.hf_dir, hf, cfg)
         self.vocab_size: int = hf["vocab_size"]
         # One more than the longest trajectory, so that a full one can still be scored; never past the positions.
         self.max_model_len = min(cfg.max_model_len + 1, hf.get("max_position_embeddings") or cfg.max_model_len + 1)
         self._tied = bool(hf.get("tie_word_embeddings", False))
-        self._shapes = _checkpoint_shapes(self.hf_dir, self._tied)
-        self._open: dict[str, _Request] = {}  # by vLLM's id
+        self._shapes = checkpoint_shapes(self.hf_dir, self._tied)
+        self._open: dict[str, Request] = {}  # by vLLM's id
         self._next = 0
         self._broken = ""
-        with _process_left_alone():
-            self._llm = _build(self.hf_dir, cfg, self.max_model_len, seed)
+        with process_left_alone():
+            self._llm = build(self.hf_dir, cfg, self.max_model_len, seed)
         produced = self._llm.collective_rpc("engine_vocab_size")[0]
         if produced != self.vocab_size:
             raise EngineError(
@@ -236,7 +125,7 @@ class Engine:
             # Whoever looks for borders looks at every token; for the others vLLM makes no output before the last.
             output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
         )
-        asked = _Request(request_id, max_tokens, peek, borders, min_tokens, streams, run > 0)
+        asked = Request(request_id, max_tokens, peek, borders, min_tokens, streams, run > 0)
         self._open[self._add(prefix, params)] = asked
 
     def step(self) -> list[Finished]:
@@ -375,7 +264,7 @@ class Engine:
         if not 0 <= min(prefix) <= max(prefix) < self.vocab_size:
             raise EngineError(f"request {request_id!r}: token ids must be in [0, {self.vocab_size})")
 
-    def _segment(self, asked: _Request, end: int, reason: str, cached: int, *, more: bool) -> Finished:
+    def _segment(self, asked: Request, end: int, reason: str, cached: int, *, more: bool) -> Finished:
         tokens, logprobs = asked.tokens[asked.start : end], asked.logprobs[asked.start : end]
         if len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs)):
             raise EngineError(f"request {asked.name!r}: logprobs are not finite; the engine's weights are broken")
@@ -399,140 +288,3 @@ class Engine:
             yield name, tensor
         if missing:
             raise EngineError(f"update_weights: {len(missing)} tensors missing, such as {sorted(missing)[:3]}")
-
-
-def find_eos_token_ids(hf_dir: str | Path, tokenizer: Any = None, named: Sequence[int] | None = None) -> list[int]:
-    """End-of-sequence ids: `named` (rollout.stop.eos_token_ids), else the checkpoint's.
-
-    Those are the union of generation_config.json, config.json and the tokenizer. Each may hold an int or a list; the
-    order is that of first mention. Raises EngineError when there is none at all.
-    """
-    if named is not None:
-        return list(named)
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        path = Path(hf_dir) / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found += value if isinstance(value, list) else [value]
-    found.append(getattr(tokenizer, "eos_token_id", None))
-    ids = list(dict.fromkeys(i for i in found if isinstance(i, int)))
-    if not ids:
-        raise EngineError(
-            f"{hf_dir}: no EOS token in generation_config.json, config.json or the tokenizer; no path could end by "
-            "itself. Set rollout.stop.eos_token_ids"
-        )
-    return ids
-
-
-def _check_model(hf_dir: Path, hf: dict[str, Any], cfg: Config) -> None:
-    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    if not has_cuda() and head not in CPU_HEAD_SIZES:
-        raise EngineError(
-            f"{hf_dir}: head size {head} is not one that vLLM's CPU kernels take: {', '.join(map(str, CPU_HEAD_SIZES))}"
-        )
-    window, tp = hf.get("max_position_embeddings"), cfg.rollout.engine.tensor_parallel_size
-    if window and cfg.max_model_len > window:
-        raise EngineError(
-            f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
-            f"{window} positions"
-        )
-    if tp > 1 and not _launched():
-        raise EngineError(f"rollout.engine.tensor_parallel_size {tp} needs torch.distributed: start with torchrun")
-    if hf["num_attention_heads"] % tp:
-        raise EngineError(
-            f"rollout.engine.tensor_parallel_size {tp} does not divide num_attention_heads {hf['num_attention_heads']}"
-        )
-
-
-def _launched() -> bool:
-    """True on a rank of an initialised torch.distributed job; an engine alone in a process brings its own group."""
-    return dist.is_initialized() and "RANK" in os.environ
-
-
-def _checkpoint_shapes(hf_dir: Path, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the checkpoint, from the safetensors headers; no lm_head.weight if tied."""
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    files = _weight_files(hf_dir)
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as f:
-                shapes |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise EngineError(f"{path}: not a readable safetensors file: {e}") from None
-    if tied:
-        shapes.pop("lm_head.weight", None)
-    return {name: s for name, s in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def _weight_files(hf_dir: Path) -> list[Path]:
-    """The checkpoint's safetensors files; with an index, exactly those it names, and each must exist."""
-    index = hf_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [hf_dir / n for n in names]
-    else:
-        files = sorted(hf_dir.glob("*.safetensors"))
-    missing = [f.name for f in files if not f.is_file()]
-    if missing or not files:
-        raise EngineError(f"{hf_dir}: missing weights: {', '.join(missing) or 'no *.safetensors file'}")
-    return files
-
-
-@contextlib.contextmanager
-def _process_left_alone() -> Iterator[None]:
-    """Undo what building an engine does to the process: generators, thread setter, launcher's environment."""
-    names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
-    before = {name: os.environ.get(name) for name in names}
-    set_num_threads, python_state, numpy_state = torch.set_num_threads, random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device()] if has_cuda() else []):
-        try:
-            yield
-        finally:
-            torch.set_num_threads = set_num_threads
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-
-
-def _build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
-    """vLLM's LLM with the settings that the module docstring explains."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise EngineError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the engine lives in the trainer's process")
-    from vllm import LLM
-
-    e = cfg.rollout.engine
-    memory: dict[str, Any] = (
-        {"gpu_memory_utilization": e.gpu_memory_utilization}
-        if has_cuda()
-        else {"kv_cache_memory_bytes": e.kv_cache_memory_mb << 20}
-    )
-    if _launched():
-        memory["distributed_executor_backend"] = "external_launcher"
-    return LLM(
-        str(hf_dir),
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[e.dtype or cfg.model.params_dtype],
-        tensor_parallel_size=e.tensor_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=e.max_num_seqs,
-        max_num_batched_tokens=max(e.max_num_batched_tokens, max_model_len),
-        block_size=e.block_size,
-        enforce_eager=e.enforce_eager,
-        enable_chunked_prefill=False,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        skip_tokenizer_init=True,
-        use_tqdm_on_load=False,
-        worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
-        seed=seed,
-        enable_sleep_mode=has_cuda(),  # the hand-over of device memory
-        **memory,
-    )
