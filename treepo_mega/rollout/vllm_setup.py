@@ -11,6 +11,8 @@ Traps of vLLM 0.32 on the CPU that this module exists to hide:
   error (`WeightSync`).
 - A per-request seed and chunked prefill crash together: chunked prefill is off, so a whole sequence must fit into
   `max_num_batched_tokens`.
+- The first sampled token of a process waits for torch.compile, which builds the kernel that counts a token's rank
+  (nobody reads it): a second, or many with a cold cache. On the CPU it is counted without (`_count_ranks_eagerly`).
 - VLLM_CPU_KVCACHE_SPACE, when set in the environment, wins over `kv_cache_memory_mb`.
 
 On CUDA the same code runs with the GPU's settings (memory by `gpu_memory_utilization`, no LM-head repack); that path
@@ -122,6 +124,14 @@ def process_left_alone() -> Iterator[None]:
                     os.environ[name] = value
 
 
+def _count_ranks_eagerly() -> None:
+    """The same counts as vLLM's compiled `batched_count_greater_than`, of `[B, V]` logprobs, without the compiler."""
+    from vllm.v1.sample import sampler
+
+    compiled = sampler.batched_count_greater_than  # an AttributeError here: vLLM moved it, look where it went
+    sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
 def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
     """vLLM's LLM with the settings that the module docstring explains."""
     for name, value in _ENVIRONMENT.items():
@@ -130,6 +140,8 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
         raise EngineError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the engine lives in the trainer's process")
     from vllm import LLM
 
+    if not has_cuda():
+        _count_ranks_eagerly()
     e = cfg.rollout.engine
     memory: dict[str, Any] = (
         {"gpu_memory_utilization": e.gpu_memory_utilization}
