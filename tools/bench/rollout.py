@@ -2,8 +2,9 @@
 
     python tools/bench/rollout.py [--quick] [--repeats 1] [--prompts 8] [--dtype fp32]
 
-One vLLM engine, one process, one model of 24 M random weights; the three ways alternate, the prefix cache is emptied
-before each, and the fastest of the repeats counts. All three give the same leaves and lengths:
+One vLLM engine, one process, one model of 22 M random weights; the three ways alternate, the prefix cache is emptied
+before each, and the minimum over the repeats (--repeats, 1 by default) counts. All three give the same leaves and
+lengths, with a seed a request:
 
     tree          this project's generator, `schedule: async`
     level         `schedule: level`, `continue_paths: never`: one blocking call a level for all prompts, as published
@@ -17,13 +18,21 @@ a log-normal law cut at the window, one segment at a time from the node's seed, 
 `steps`: segments end with a step of reasoning (`rollout.segment_end`) instead of after a fixed number of tokens; the
 lengths of steps are log-normal too, and nothing is aligned to KV blocks.
 
-Shapes are depth x segment length as in the paper (28, 14 and 7 segments) with segments of one or two of the CPU's KV
-blocks of 32 tokens, w = 16 leaves, binary branching. --quick: 7 x 32, once.
+Shapes are depth x segment length as in the paper (28, 14 and 7 segments) with segments of one of the CPU's KV blocks of
+32 tokens, w = 16 leaves, binary branching. --quick: 4 x 32 and 3 x 32 with 8 leaves. What is being done is told on
+stderr.
+
+Why the time saved is less than the tokens saved: an engine step costs a part that no batch shares and a part for each
+running request. A table of ms per step over the running batch is measured first; with the batch of every step of a run
+it gives the ratio that this engine makes possible, printed beside the measured one (`explained`). A tree begins with
+two branches a prompt, so that its first steps run small batches; more prompts in flight fill them.
 
 Last line, JSON: {"shapes": [{"name", "prompts", "token_ratio", "forwarded_over_unique", "time_vs_independent",
 "time_vs_level"}], ...}. token_ratio = unique / flat response tokens. forwarded_over_unique = tokens that went through
 the model / tokens of the forest, prompts included. time_vs_*: tree's seconds / theirs (below 1: the tree is faster);
-cpu_vs_* the same in CPU time, which other load on the machine disturbs less.
+cpu_vs_* the same in CPU time, which other load on the machine disturbs less; predicted_vs_independent the same from the
+table; running_mean the mean batch of (tree, level, independent). "engine_steps": [{"running", "cpu_ms",
+"cpu_ms_per_token"}], the table; "prefill_cpu_ms_per_token": of a prompt's tokens.
 
 With --choices: what each choice of segment border costs in recomputed tokens, and the two transfer rules compared on
 leaves, token_ratio, duplicates and speed; one more JSON key, "choices".
@@ -47,6 +56,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from rich.console import Console
+from rich.progress import Progress as RichProgress
 
 from treepo_mega.config import Config, RolloutConfig, parse_config
 from treepo_mega.data.prompts import Prompt
@@ -89,6 +101,7 @@ class Case:
     length: int
     pattern: str
     steps: bool = False
+    leaves: int = 16
 
     @property
     def window(self) -> int:
@@ -99,6 +112,18 @@ class Case:
     def name(self) -> str:
         """As it is printed."""
         return f"{self.depth}x{self.length} {self.pattern}" + (", steps" if self.steps else "")
+
+
+QUICK = [Case(4, 32, "trained", leaves=8), Case(3, 32, "long-tailed", steps=True, leaves=8)]
+CASES = [
+    Case(14, 32, "trained"),
+    Case(14, 32, "long-tailed"),
+    Case(7, 32, "full"),
+    Case(7, 32, "trained"),
+    Case(28, 32, "trained"),
+    Case(7, 32, "trained", steps=True),
+    Case(7, 32, "long-tailed", steps=True),
+]
 
 
 class Script:
@@ -144,6 +169,7 @@ class ScriptedEngine:
     def __init__(self, engine: Engine, script: Script, tree_seeds: dict[tuple[int, ...], int]) -> None:
         self.engine, self.script, self.tree_seeds = engine, script, tree_seeds
         self.ends: set[str] = set()
+        self.batches: list[int] = []  # running requests, step by step
         self.far: dict[str, tuple[tuple[int, ...], int]] = {}  # a run's name -> its prompt, tokens behind it
 
     def __getattr__(self, name: str) -> Any:
@@ -184,6 +210,7 @@ class ScriptedEngine:
     def step(self) -> list[Finished]:
         """As the engine's; the last token of a path that ended is EOS."""
         out = []
+        self.batches.append(len(self.engine.unfinished))
         for x in self.engine.step():
             if x.request_id in self.ends:
                 self.ends.remove(x.request_id)
@@ -206,7 +233,7 @@ class Bench:
             for k in range(prompts)
         ]
 
-    def grow(self, script: Script, rollout: RolloutConfig) -> tuple[list[Tree], dict[str, float]]:
+    def grow(self, script: Script, rollout: RolloutConfig) -> tuple[list[Tree], dict[str, Any]]:
         """Trees by our generator under `rollout`; counts with seconds and CPU seconds."""
         self.engine.reset_prefix_cache()
         seeds = {tuple(p.tokens): derive_seed(self.cfg.train.seed, "train", 0, p.id) for p in self.prompts}
@@ -217,9 +244,9 @@ class Bench:
         cpu, wall = time.process_time(), time.perf_counter()
         trees = generator.rollout(self.prompts, step=0, rollout=rollout)
         counts = {**generator.counts, "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        return trees, counts
+        return trees, counts | {"batches": scripted.batches}
 
-    def independent(self, trees: Sequence[Tree]) -> dict[str, float]:
+    def independent(self, trees: Sequence[Tree]) -> dict[str, Any]:
         """As many samples a prompt as its tree has leaves, and as long; everything submitted at once."""
         self.engine.reset_prefix_cache()
         cpu, wall = time.process_time(), time.perf_counter()
@@ -227,13 +254,80 @@ class Bench:
             for n, leaf in enumerate(tree.leaves):
                 length = len(tree.response(leaf))
                 self.engine.submit(f"{k}:{n}", tree.prompt_tokens, length, derive_seed(k, n), 1.0, [])
-        forwarded = steps = 0
+        forwarded, batches = 0, []
         while self.engine.busy:
-            steps += 1
+            batches.append(len(self.engine.unfinished))
             for x in self.engine.step():
                 forwarded += PROMPT - x.num_cached_tokens + len(x.tokens) - 1
         seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        return {"forwarded_tokens": forwarded, "engine_steps": steps, **seconds}
+        return {"forwarded_tokens": forwarded, "engine_steps": len(batches), "batches": batches, **seconds}
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """CPU milliseconds of an engine step by the requests that run in it, and of a prompt's token."""
+
+    running: list[int]
+    cpu_ms: list[float]
+    prefill_ms: float
+
+    @classmethod
+    def measure(cls, bench: Bench, steps: int = 8) -> StepTimes:
+        """Of requests behind one cached prompt, each sampling a few tokens; and of prompts that are not cached."""
+
+        def timed() -> float:
+            cpu = time.process_time()
+            bench.engine.step()
+            return 1e3 * (time.process_time() - cpu)
+
+        bench.engine.reset_prefix_cache()
+        for k, p in enumerate(bench.prompts):
+            bench.engine.submit(f"prompt {k}", p.tokens, 2, k, 1.0, [])
+        first, second = timed(), timed()
+        prefill = (first - second) / ((PROMPT - 1) * len(bench.prompts))
+        running, found = [1, 8, 16, 32, 64, 128], []
+        for n in running:
+            for k in range(n):
+                bench.engine.submit(f"{n}:{k}", bench.prompts[0].tokens, steps + 1, k, 1.0, [])
+            bench.engine.step()
+            found.append(statistics.median(timed() for _ in range(steps)))
+        return cls(running, found, prefill)
+
+    def at(self, running: int) -> float:
+        """Of one step: linear between the measured batches, and on beyond them."""
+        xs, ys = self.running, self.cpu_ms
+        i = next((i for i in range(1, len(xs) - 1) if running <= xs[i]), len(xs) - 1)
+        return ys[i - 1] + (ys[i] - ys[i - 1]) * (running - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+    def predict(self, batches: Sequence[int], forwarded: float) -> float:
+        """Of a run with these batches; what it forwarded beyond a token a running request were prefixes."""
+        return sum(map(self.at, batches)) + self.prefill_ms * max(0.0, forwarded - sum(batches))
+
+
+class Told:
+    """What is being done, on stderr: a bar on a terminal, else lines."""
+
+    def __init__(self, total: int) -> None:
+        self.started, self.total, self.done = time.monotonic(), total, 0
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = RichProgress(*RichProgress.get_default_columns(), console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=total)
+
+    def say(self, what: str) -> None:
+        """`what` begins; the part before it is done."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=what)
+        else:
+            seconds = time.monotonic() - self.started
+            print(f"[{seconds:4.0f} s] {self.done + 1} of {self.total}: {what}", file=sys.stderr, flush=True)
+        self.done += 1
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
 
 
 class NoText:
@@ -275,26 +369,31 @@ def make_model(directory: Path, dtype: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def measure(bench: Bench, case: Case, repeats: int) -> dict[str, Any]:
-    """One row: the three ways in turn, the fastest of each."""
+def measure(bench: Bench, case: Case, repeats: int, times: StepTimes, told: Told) -> dict[str, Any]:
+    """One row: the three ways in turn, the minimum of each."""
     script = Script(case.pattern, case.window, bench.prompts, case.steps)
-    shape = {"segment_length": case.length, "max_response_len": case.window}
+    shape = {"segment_length": case.length, "max_response_len": case.window, "n_samples_per_prompt": case.leaves}
     r = bench.cfg.rollout.model_copy(update={**shape, "segment_end": "newline" if case.steps else "length"})
     level = r.model_copy(update={"schedule": "level", "continue_paths": "never"})
-    best: dict[str, dict[str, float]] = {}
-    for _ in range(repeats):
+    best: dict[str, dict[str, Any]] = {}
+    for k in range(repeats):
+        told.say(f"{case.name}, {k + 1} of {repeats}: tree")
         trees, tree = bench.grow(script, r)
+        told.say(f"{case.name}, {k + 1} of {repeats}: level-synchronous")
         others, synchronous = bench.grow(script, level)
         if [len(t.response(i)) for t in trees for i in t.leaves] != [
             len(t.response(i)) for t in others for i in t.leaves
         ]:
             raise RuntimeError(f"{case.name}: the two schedules did not give the same leaves")
+        told.say(f"{case.name}, {k + 1} of {repeats}: independent samples")
         alone = bench.independent(trees)
         for name, got in (("tree", tree), ("level", synchronous), ("independent", alone)):
             old = best.setdefault(name, got)
             best[name] = {**got, **{k: min(old[k], got[k]) for k in ("wall", "cpu")}}
     tree, level_, alone = best["tree"], best["level"], best["independent"]
+    ways = (tree, level_, alone)
     unique = tree["unique_tokens"] + PROMPT * len(trees)
+    predicted = {id(x): times.predict(x["batches"], x["forwarded_tokens"]) for x in ways}
     return {
         "name": case.name,
         "prompts": len(trees),
@@ -306,10 +405,12 @@ def measure(bench: Bench, case: Case, repeats: int) -> dict[str, Any]:
         "time_vs_level": tree["wall"] / level_["wall"],
         "cpu_vs_independent": tree["cpu"] / alone["cpu"],
         "cpu_vs_level": tree["cpu"] / level_["cpu"],
+        "predicted_vs_independent": predicted[id(tree)] / predicted[id(alone)],
+        "running_mean": [statistics.mean(x["batches"]) for x in ways],
         "trajectories_per_s": tree["leaves"] / tree["wall"],
         "independent_per_s": tree["leaves"] / alone["wall"],
-        "steps": [int(x["engine_steps"]) for x in (tree, level_, alone)],
-        "forwarded": [int(x["forwarded_tokens"]) for x in (tree, level_, alone)],
+        "steps": [int(x["engine_steps"]) for x in ways],
+        "forwarded": [int(x["forwarded_tokens"]) for x in ways],
     }
 
 
@@ -353,51 +454,83 @@ def show(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]
         print("".join(f"{format(row[k], f):>{28 if k == 'name' else 13}}" for k, _, f in columns))
 
 
+def table_of_steps(times: StepTimes) -> dict[str, Any]:
+    """The keys of the output that say what a step costs."""
+    rows = [
+        {"running": n, "cpu_ms": ms, "cpu_ms_per_token": ms / n}
+        for n, ms in zip(times.running, times.cpu_ms, strict=True)
+    ]
+    return {"engine_steps": rows, "prefill_cpu_ms_per_token": times.prefill_ms}
+
+
+def report(out: dict[str, Any]) -> None:
+    """All tables for people."""
+    rows = out["shapes"]
+    table = [
+        ("name", "shape", "s"),
+        ("leaves", "leaves", "d"),
+        ("mean_length", "mean length", ".0f"),
+        ("token_ratio", "token_ratio", ".3f"),
+    ]
+    table += [("forwarded_over_unique", "fwd/unique", ".3f"), ("time_vs_independent", "t/independ.", ".3f")]
+    table += [("cpu_vs_independent", "(cpu)", ".3f"), ("time_vs_level", "t/level", ".3f")]
+    table += [("cpu_vs_level", "(cpu)", ".3f"), ("trajectories_per_s", "traj/s", ".1f")]
+    table += [("independent_per_s", "indep. traj/s", ".1f")]
+    show(rows, table)
+    for row in rows:
+        print(f"{row['name']:>28}  engine steps, forwarded tokens (tree, level, independent): ", end="")
+        print(row["steps"], row["forwarded"])
+    print("\nms of CPU time per engine step, by requests that run in it:")
+    for row in out["engine_steps"]:
+        print(f"{row['running']:>28}  {row['cpu_ms']:7.1f} ms, {row['cpu_ms_per_token']:5.2f} a token")
+    for row in rows:
+        tree, _, alone = row["running_mean"]
+        print(
+            f"{row['name']:>28}  explained: {tree:.0f} running in a tree's step, {alone:.0f} in an independent one's: "
+            f"predicted {row['predicted_vs_independent']:.3f} of the CPU time, measured {row['cpu_vs_independent']:.3f}"
+            f" (token_ratio {row['token_ratio']:.3f})"
+        )
+    if "choices" in out:
+        keys = ("leaves", "token_ratio", "recomputed_share", "forwarded_over_unique", "fallbacks", "duplicates")
+        formats = ("d", ".3f", ".3f", ".3f", "d", "d")
+        wide = [("name", "choice", "s"), *((k, k[:12], f) for k, f in zip(keys, formats, strict=True))]
+        show(out["choices"], [*wide, ("engine_steps", "steps", "d"), ("tokens_per_s", "flat tok/s", ".0f")])
+
+
 def main() -> int:
     """Run and print; the exit status is 0 unless something failed."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true", help="two shapes, one repeat")
-    p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--quick", action="store_true", help="two small shapes")
+    p.add_argument("--repeats", type=int, default=1, help="the minimum of so many counts (default: %(default)s)")
     p.add_argument("--prompts", type=int, default=8)
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--only", default="", help="only shapes whose name holds this")
     p.add_argument("--choices", action="store_true", help="also compare borders and transfer rules")
     args = p.parse_args()
     quieten_libraries()
-    patterns = ("trained", "long-tailed")
-    cases = [Case(d, n, pattern) for d, n in ((14, 32), (7, 64), (28, 32)) for pattern in patterns]
-    cases += [Case(7, 64, pattern, steps=True) for pattern in patterns]
-    if args.quick:
-        cases = [Case(7, 32, p, steps) for p, steps in (("trained", False), ("long-tailed", True))]
-    cases = [case for case in cases if args.only in case.name]
-    if not cases:
-        p.error(f"--only {args.only!r}: no shape has that in its name")
+    cases = [case for case in (QUICK if args.quick else CASES) if args.only in case.name]
+    if not cases or args.repeats < 1 or args.prompts < 1:
+        p.error(f"--only {args.only!r} leaves {len(cases)} shapes; --repeats and --prompts must be positive")
+    told = Told(4 + 3 * args.repeats * len(cases) + args.choices)
     with tempfile.TemporaryDirectory() as tmp:
+        told.say("model")
         size = make_model(Path(tmp), args.dtype)
+        told.say("engine")
         bench = Bench(Path(tmp), args.dtype, args.prompts)
-        print(f"{size / 1e6:.1f} M parameters, {args.dtype}, {args.prompts} prompts x 16 leaves")
-        short = bench.cfg.rollout.model_copy(update={"max_response_len": 64})
-        bench.independent(bench.grow(Script("full", 64, bench.prompts), short)[0])  # warm up
-        rows = []
-        for case in cases:
-            rows.append(measure(bench, case, args.repeats))
-            print(f"{case.name}: done", flush=True)
-        table = [("name", "shape", "s"), ("mean_length", "mean length", ".0f"), ("token_ratio", "token_ratio", ".3f")]
-        table += [("forwarded_over_unique", "fwd/unique", ".3f"), ("time_vs_independent", "t/independ.", ".3f")]
-        table += [("cpu_vs_independent", "(cpu)", ".3f"), ("time_vs_level", "t/level", ".3f")]
-        table += [("cpu_vs_level", "(cpu)", ".3f"), ("trajectories_per_s", "traj/s", ".1f")]
-        table += [("independent_per_s", "indep. traj/s", ".1f")]
-        show(rows, table)
-        for row in rows:
-            print(f"{row['name']:>28}  engine steps, forwarded tokens (tree, level, independent): ", end="")
-            print(row["steps"], row["forwarded"])
-        out: dict[str, Any] = {"shapes": rows}
+        told.say("warm-up")
+        short = bench.cfg.rollout.model_copy(update={"mode": "sequential", "max_response_len": 8})
+        bench.independent(bench.grow(Script("full", 8, bench.prompts), short)[0])
+        told.say("ms per engine step")
+        times = StepTimes.measure(bench)
+        rows = [measure(bench, case, args.repeats, times, told) for case in cases]
+        out: dict[str, Any] = {"shapes": rows, **table_of_steps(times)}
         if args.choices:
+            told.say("choices")
             out["choices"] = choices(bench, "trained")
-            keys = ("leaves", "token_ratio", "recomputed_share", "forwarded_over_unique", "fallbacks", "duplicates")
-            formats = ("d", ".3f", ".3f", ".3f", "d", "d")
-            wide = [("name", "choice", "s"), *((k, k[:12], f) for k, f in zip(keys, formats, strict=True))]
-            show(out["choices"], [*wide, ("engine_steps", "steps", "d"), ("tokens_per_s", "flat tok/s", ".0f")])
+    told.close()
+    print(f"{size / 1e6:.1f} M parameters, {args.dtype}, {args.prompts} prompts, ", end="")
+    print(f"minimum of {args.repeats} alternated repeats")
+    report(out)
     print(json.dumps(out))
     sys.stdout.flush()
     os._exit(0)  # the engine's destructor would tear down process groups
