@@ -48,6 +48,9 @@ def test_round_trip_is_bit_equal_in_any_layout(tiny_hf, tmp_path, run_ranks, kin
     note = json.loads((mcore / "conversion.json").read_text())
     assert note["verified"] is True
     assert note["max_logit_difference"] <= 1e-4
+    memory, parts = note["memory"], there.get("tp", 1) * there.get("pp", 1)
+    assert memory["read_mib"] <= memory["of_mib"] * {1: 1, 2: 0.7, 4: 0.6}[parts], "its own slices only"
+    assert f"read {memory['read_mib']:.1f} of them" in text and memory["peak_mib"] > memory["shard_mib"]
     assert note["params_dtype"] == ("bf16" if options.get("dtype") else "fp32")
     expected = tensors_of(source)
     assert (note["tensors"], note["parameters"]) == (len(expected), sum(t.numel() for t in expected.values()))

@@ -1,15 +1,20 @@
 """Reading checkpoints by slices, writing them whole, and naming what is wrong with them."""
 
+import itertools
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from treepo_mega.reshard.gather import fill_local
 from treepo_mega.reshard.hf import HfCheckpointError, HfReader, HfWriter, whole_directory
-from treepo_mega.reshard.layout import ModelSpec, hf_shapes
+from treepo_mega.reshard.layout import ModelSpec, chunk_layouts, hf_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -39,6 +44,50 @@ def test_reads_slices_of_single_and_sharded_files(tiny_hf, options):
         part = reader.read("model.layers.2.mlp.down_proj.weight", ((3, 9), (16, 48)), torch.bfloat16)
     assert torch.equal(part, state["model.layers.2.mlp.down_proj.weight"][3:9, 16:48].bfloat16())
     assert all(torch.equal(t, state[n]) for n, t in everything(directory).items())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that torch hands out while this is on and that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self._seen = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        mine = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in mine:
+                self.live += t.nbytes
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(t, self._gone, t.nbytes)
+        return out
+
+    def _gone(self, size):
+        self.live -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_reads_its_own_bytes_once_and_holds_its_shard_and_one_slice(tiny_hf, dtype):
+    directory, tp, pp = tiny_hf("llama", max_shard_size="50KB"), 2, 2
+    spec, read = ModelSpec.from_hf(directory), 0
+    replicated = 0
+    for tp_rank, pp_rank in itertools.product(range(tp), range(pp)):
+        (layout,) = chunk_layouts(spec, tp=tp, pp=pp, tp_rank=tp_rank, pp_rank=pp_rank)
+        blocks = [b for p in layout.values() for b in p.blocks]
+        replicated += sum(b.numel for b in blocks if len(b.shape) == 1 and tp_rank)
+        with HfReader(directory, spec) as reader, LiveBytes() as memory:
+            params = {n: torch.full(p.shape, torch.nan, dtype=dtype) for n, p in layout.items()}
+            shard = memory.live
+            filled = fill_local(params, layout, reader)
+        assert filled == sum(b.numel for b in blocks) * dtype.itemsize
+        assert reader.bytes_read == sum(b.numel for b in blocks) * 4, "every byte of its own, once, and no other"
+        assert shard == sum(p.nbytes for p in params.values())
+        assert memory.peak <= shard + max(b.numel for b in blocks) * 8, "one slice, and its cast"
+        assert reader.total_bytes == sum(f.nbytes for f in everything(directory).values())
+        assert memory.peak < reader.total_bytes
+        read += reader.bytes_read
+    assert read == reader.total_bytes + replicated * 4, "norms are read by both tensor-parallel ranks, all else by one"
 
 
 def test_missing_unexpected_and_misshapen_tensors(tiny_hf):

@@ -27,6 +27,9 @@ from treepo_mega.reshard.layout import LM_HEAD, ModelSpec, hf_shapes
 from treepo_mega.reshard.probe import LOGITS_TOLERANCE, compare_with_transformers
 from treepo_mega.runtime import dist
 
+GATHER_MIB = 32
+"""Receiving buffer of the comparison by bits, on each rank, however many ranks there are."""
+
 
 class ConversionError(ValueError):
     """The converted weights are not the source's; nothing was left behind."""
@@ -59,7 +62,9 @@ def compare(
     """Hold the model against the HF checkpoint of `reader`; returns the findings. `made`, `source`: for messages."""
     dtype = DTYPES[cfg.model.params_dtype]
     elements, wrong = 0, []
-    for name, tensor in HfGather.of(cfg, spec, dtype=dtype)([local_params(m) for m in models]):
+    bucket = GATHER_MIB / (cfg.parallel.tensor_model_parallel_size * cfg.parallel.pipeline_model_parallel_size)
+    gather = HfGather.of(cfg, spec, dtype=dtype, bucket_mib=bucket)
+    for name, tensor in gather([local_params(m) for m in models]):
         elements += tensor.numel()
         if dist.is_main():  # one reader is enough, and rank 0 is the one that reports
             there = reader.read(name, tuple((0, n) for n in tensor.shape), dtype)
