@@ -177,7 +177,7 @@ class Trainer:
     def collect(self, step: int) -> Forest:
         """Sample, grade and exchange the trees of a step."""
         if self.handover.state is not State.ROLLOUT:
-            self.refit()  # a checkpoint was written since: the trainer had its memory back
+            self._wake_engine()  # a checkpoint was written since: the trainer had its memory back
         return self.collector.collect(step)
 
     def plan(self, forest: Forest) -> tuple[list[StepPlan], dict[str, float]]:
@@ -230,6 +230,7 @@ class Trainer:
     def update(self, plans: list[StepPlan]) -> dict[str, float]:
         """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""
         loss = policy_gradient(self.cfg.algo, self.actor.backend)
+        self.handover.weights_changed()
         stats = [self.actor.update(plan.packs, loss) for plan in plans]
         out = {"train/skipped_steps": sum(s["skipped_steps"] for s in stats)}
         for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
@@ -250,6 +251,19 @@ class Trainer:
         log = h.log[first:]
         memory = {"freed": float(sum(t.freed for t in log)), "taken": float(sum(t.taken for t in log))}
         return metrics | self.weights.canary() | {f"reshard/handover_{k}_bytes": v for k, v in memory.items()}
+
+    def _wake_engine(self) -> None:
+        """The engine's turn, with the weights that it has if those are the actor's, else with new ones."""
+        if not self.handover.weights_current:
+            self.refit()
+            return
+        h = self.handover
+        h.offload()
+        h.wake_weights()
+        h.keep_weights()
+        h.free_actor()
+        h.wake_kv()
+        self.engine.reset_prefix_cache()  # its KV did not survive; and a resumed run begins without any
 
     def _take_memory(self) -> None:
         """The trainer's turn: the engine sleeps, gradients and optimizer state return. No-op when it is already."""

@@ -71,6 +71,47 @@ def test_refitting_again_really_moves_again():
     assert moves == [0, 1, 2] and handover.state is State.REFITTED
 
 
+def test_weights_stay_in_an_engine_that_keeps_them_until_they_change():
+    books = Bookkeeping(SIZES)
+    handover = Handover(books)
+    handover.offload()
+    handover.wake_weights()
+    with pytest.raises(HandoverError, match="keep_weights: the actor's weights changed since the last refit; call"):
+        handover.keep_weights()
+    for step in STEPS[2:]:
+        call(handover, step)
+    assert handover.weights_current
+    with pytest.raises(HandoverError, match="the state is TRAIN: offload comes next"):
+        handover.keep_weights()
+    for step in ["offload", "wake_weights", "keep_weights", *STEPS[3:]]:
+        call(handover, step)
+    assert handover.state is State.TRAIN and books.used == 18 and handover.weights_current
+    handover.weights_changed()
+    assert not handover.weights_current
+    for step in STEPS[:2]:
+        call(handover, step)
+    with pytest.raises(HandoverError, match="half way"):
+        handover.refit(half_way)
+    assert not handover.weights_current, "what a failed refit leaves is not the actor's"
+
+
+def half_way():
+    raise MemoryError("half way")
+
+
+def test_an_engine_that_drops_its_weights_must_be_refitted():
+    memory = DeviceMemory({part: [] for part in PARTS}.__getitem__, Engine(), level=2)
+    memory.sleep()
+    handover = Handover(memory)
+    for step in STEPS:
+        call(handover, step)
+    assert not handover.weights_current
+    handover.offload()
+    handover.wake_weights()
+    with pytest.raises(HandoverError, match="keep_weights: the engine drops its weights when it sleeps; call refit"):
+        handover.keep_weights()
+
+
 @pytest.mark.parametrize("parts", [[], ["optimizer"], ["grads", "optimizer"], list(PARTS)])
 def test_selective_offload(parts):
     books = Bookkeeping(SIZES)

@@ -5,7 +5,7 @@
     handover = Handover(backend)
     handover.offload()                # gradients and optimizer state leave the device
     handover.wake_weights()           # the engine gets memory for its weights
-    handover.refit(move)              # move() copies the actor's weights into them
+    handover.refit(move)              # move() copies the actor's weights into them (or keep_weights())
     handover.free_actor()             # the trainer's own copy of the weights leaves (if `offload` names params)
     handover.wake_kv()                # the rest is the engine's KV cache: sampling may begin
     handover.sleep()                  # the engine gives everything back
@@ -15,6 +15,11 @@ Waking the engine's weights while gradients and optimizer state are there, or it
 is, runs out of memory; sampling before a refit runs on stale weights, in silence. So each transition is allowed from
 one state only and otherwise raises HandoverError, which names both; a transition whose target is the current state
 does nothing. Each is logged with the bytes that it freed and took (`log`).
+
+Saving a checkpoint between two rollouts needs the optimizer state, hence TRAIN, but no weight changes: an engine that
+keeps its weights while it sleeps (vLLM's level 1 copies them to the host; on the CPU nothing moves) wakes up with those
+of the last refit. `weights_current` says so, and `keep_weights()` then stands for the refit. The trainer reports every
+update with `weights_changed()`.
 
 A transition that fails is undone: the engine is put to sleep, whatever the trainer had given away comes back, the state
 is TRAIN, and HandoverError tells what happened. If even that fails, the state is BROKEN and every call says so.
@@ -99,6 +104,10 @@ class Backend(Protocol):
     def sleep(self) -> int:
         """Take all memory from the engine; bytes freed."""
 
+    @property
+    def keeps_weights(self) -> bool:
+        """True when the engine's weights come back from its sleep."""
+
 
 class Handover:
     """See the module's page. `offload` names the PARTS that leave the device; the rest stays (selective offload)."""
@@ -109,6 +118,7 @@ class Handover:
             raise HandoverError(f"cannot offload {unknown[0]!r}; expected some of {', '.join(PARTS)}")
         self.state, self.log = State.TRAIN, list[Transition]()
         self._backend, self._why = backend, ""
+        self._moved = False  # since the actor's weights last changed
 
     def offload(self) -> None:
         """TRAIN -> OFFLOADED."""
@@ -128,8 +138,30 @@ class Handover:
 
         if self.state is State.REFITTED:
             self.state = State.WEIGHTS_AWAKE
+        self._moved = False
         self._go(State.REFITTED, work)
+        self._moved = True
         return out[0]
+
+    @property
+    def weights_current(self) -> bool:
+        """True when an engine that wakes up has the actor's weights: `keep_weights` may stand for `refit`."""
+        return self._moved and self._backend.keeps_weights
+
+    def weights_changed(self) -> None:
+        """The actor's weights are no longer those of the last refit."""
+        self._moved = False
+
+    def keep_weights(self) -> None:
+        """WEIGHTS_AWAKE -> REFITTED without moving anything. Raises HandoverError unless `weights_current`."""
+        if not self.weights_current:
+            why = (
+                "the actor's weights changed since the last refit"
+                if self._backend.keeps_weights
+                else ("the engine drops its weights when it sleeps")
+            )
+            raise HandoverError(f"keep_weights: {why}; call refit")
+        self._go(State.REFITTED, lambda: (0, 0))
 
     def free_actor(self) -> None:
         """REFITTED -> ACTOR_FREED."""
@@ -199,6 +231,9 @@ class Handover:
 class Bookkeeping:
     """Counts bytes and checks that nothing is given away or taken twice. `sizes`: part or tag -> bytes."""
 
+    keeps_weights = True
+    """Nothing really moves."""
+
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = dict(sizes)
         self.away: set[str] = set()
@@ -244,6 +279,11 @@ class DeviceMemory:
         self._tensors, self._engine, self._level = tensors, engine, level
         self._away: dict[str, list[tuple[torch.UntypedStorage, int, Tensor | None]]] = {}
         self._awake = {"weights", "kv_cache"}
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Level 1 copies them to the host; level 2 drops them."""
+        return self._level == 1
 
     def offload(self, part: str) -> int:
         """Empty the storages of a part, keeping a host copy of all but gradients; bytes freed."""
