@@ -74,7 +74,9 @@ class Config(Section):
         if r.engine.dtype is None:
             r.engine.dtype = self.model.params_dtype
         if r.engine.canary_max_abs_diff is None:
-            r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 1.0
+            r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 2.0
+        if r.engine.canary_mean_abs_diff is None:
+            r.engine.canary_mean_abs_diff = 5e-5 if r.engine.dtype == self.model.params_dtype == "fp32" else 0.15
         head = self.loss.head
         if head.precision is None:
             head.precision = self.model.params_dtype

@@ -76,8 +76,9 @@ def test_the_first_step_starts_from_equal_models(rows):
     assert rows[2]["train/kl_loss"] > 0, "and stays behind when the actor moves"
     assert all(rows[s]["rollout/logprob_abs_diff_max"] <= 1e-4 for s in (1, 2, 3))
     assert rows[0]["reshard/canary_abs_diff"] <= 1e-4
-    # Random tokens, far less probable than sampled ones: the run's own limit, which stops it, is wider.
+    # Random tokens, far less probable than sampled ones: rounding shows in the largest difference, not in the mean.
     assert all(rows[s]["reshard/canary_abs_diff"] <= 1e-3 for s in (1, 2, 3))
+    assert all(rows[s]["reshard/canary_mean_abs_diff"] <= 2e-5 for s in (0, 1, 2, 3))
 
 
 def test_trees_share_tokens_and_have_all_their_leaves(run, rows):

@@ -13,7 +13,9 @@ import copy
 import json
 import sys
 
+import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.reshard.bugs import BUGS
 from treepo_mega.actor.forward import padding_multiple
@@ -31,10 +33,16 @@ from treepo_mega.tree.pack import Trajectory, plan_step
 PROMPTS = [[7, 3, 9, 30, 4, 5, 6, 8, 12, 11, 40, 2, 33, 21] * 2, [5, 9, 9, 14, 3, 50, 27]]
 
 
-def configuration(hf_dir: str, tp: int, pp: int, tp_v: int):
+TRAINED = "examples/tiny_reasoner"
+IN_ONE_LAYER = ("K and V swapped", "gate and up swapped", "norms of a layer swapped")
+KEEP: list[Engine] = []
+"""Deleting an engine takes the process groups of all others with it."""
+
+
+def configuration(hf_dir: str, tp: int, pp: int, tp_v: int, dtype: str = "fp32"):
     return parse_config(
         {
-            "model": {"hf_checkpoint": hf_dir, "make_vocab_size_divisible_by": 16},
+            "model": {"hf_checkpoint": hf_dir, "params_dtype": dtype, "make_vocab_size_divisible_by": 16},
             "parallel": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
             "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 32},
             "rollout": {
@@ -143,6 +151,34 @@ def damaged_in_the_engine(refit: Refit, param: str):
     del refit.target.update_weight
 
 
+def rounding(refit: Refit, hf_dir: str) -> list[float]:
+    """Mean distance of the canary's logprobs, in fp32: engine to actor; engine, actor and transformers to fp64."""
+    exact = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float64).eval()
+    plain = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    apart = []
+    for tokens in refit.prompts:
+        with torch.no_grad():
+            theirs = [
+                m(torch.tensor([tokens])).logits[0].log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].double().numpy()
+                for m in (exact, plain)
+            ]
+        known = refit.score(tokens)
+        actor = np.array(next(x for x in dist.gather_objects(None if known is None else known.tolist()) if x))
+        engine = np.array(refit.engine.score(tokens))
+        pairs = [(engine, actor), (engine, theirs[0]), (actor, theirs[0]), (theirs[1], theirs[0])]
+        apart.append([float(np.abs(a - b).mean()) for a, b in pairs])
+    return np.mean(apart, axis=0).tolist()
+
+
+def canary_in_bf16(tp: int, pp: int) -> dict[str, object]:
+    """A trained model in bf16: what the canary measures, and its error for mistakes in single layers."""
+    cfg = configuration(TRAINED, tp, pp, 1, "bf16")
+    policy, engine = Policy(cfg, TRAINED), Engine(TRAINED, cfg, seed=0)
+    refit = Refit(cfg, policy.spec, policy.models, engine, score_with(policy))
+    KEEP.append(engine)
+    return {"right": refit()} | {name: failure_of(planted(refit, BUGS[name])) for name in IN_ONE_LAYER}
+
+
 def main() -> None:
     """Build, refit, compare, damage."""
     old, new, tp, pp, tp_v = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
@@ -172,7 +208,11 @@ def main() -> None:
         found["warned"] = refit()["reshard/canary_failures"]
     cfg.reshard.canary_failure = "stop"
 
-    if policy.spec.tie_word_embeddings:
+    if not policy.spec.tie_word_embeddings:
+        refit()
+        found["rounding"] = rounding(refit, new)
+        found["bf16"] = canary_in_bf16(tp, pp)
+    else:
         found["bugs"] = {name: failure_of(planted(refit, bug)) for name, bug in BUGS.items()}
         found["bugs"]["packed LM head left stale"] = stale_head(refit)
 

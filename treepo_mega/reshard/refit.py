@@ -4,9 +4,10 @@
     metrics = refit()                            # collective over all ranks; after every update
 
 The plan (`plan.py`) is made once. Each refit carries it out into the engine's own sharded parameters and ends with a
-canary: the engine scores fixed token sequences and its logprobs are compared with the actor's own. A difference
-above `rollout.engine.canary_max_abs_diff` stops the run (or, with reshard.canary_failure warn, is printed and counted):
-training on samples of other weights than those updated goes wrong silently.
+canary: the engine scores fixed token sequences and its logprobs are compared with the actor's own. A largest difference
+above `rollout.engine.canary_max_abs_diff`, or a mean one above `canary_mean_abs_diff`, stops the run (or, with
+reshard.canary_failure warn, is printed and counted): training on samples of other weights than those updated goes wrong
+silently.
 
 Before it complains, a failed canary moves the weights once more with checksums, so that its message can say what is
 wrong: the layer group whose bytes differ in the engine; or that all bytes agree now, and either the first transfer was
@@ -19,6 +20,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,14 @@ CANARY_TOKENS = 24
 
 class RefitError(RuntimeError):
     """The engine does not hold the actor's weights; the message says how far off and, if known, which layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Between engine and actor, nats; infinite when a logprob is not a number."""
+
+    largest: float
+    mean: float
 
 
 class Refit:
@@ -105,49 +115,63 @@ class Refit:
 
     def canary(self) -> dict[str, float]:
         """Score the canary on both sides, which needs the engine's KV cache and the actor's weights."""
-        worst, failed = self.check()
-        return {"reshard/canary_abs_diff": worst, "reshard/canary_failures": float(failed)}
+        found, failed = self.check()
+        return {
+            "reshard/canary_abs_diff": found.largest,
+            "reshard/canary_mean_abs_diff": found.mean,
+            "reshard/canary_failures": float(failed),
+        }
 
     def move(self, checksums: bool = False) -> ReshardStats:
         """The transfer alone, without the canary."""
         chunks = [local_params(m) for m in self.models]
         return self.engine.update_weights_by(lambda: self.resharder(chunks, self.target, checksums=checksums))
 
-    def difference(self) -> float:
-        """Largest |engine - actor| logprob of the canary over all engines, nats; infinite when not a number."""
-        worst = 0.0
+    def difference(self) -> Difference:
+        """|engine - actor| logprob of the canary: largest over all engines, and the mean of the engine worst off."""
+        diffs = []
         for tokens in self.prompts:
             theirs = np.array(self.engine.score(tokens, self.cfg.rollout.temperature))
             known = self.score(tokens)
             # Only last-stage ranks know the actor's logprobs; the first of them tells all engines.
             told = [x for x in dist.gather_objects(None if known is None else known.tolist()) if x is not None]
-            diff = float(np.abs(theirs - np.array(told[0])).max())
-            worst = max(worst, diff if np.isfinite(diff) else float("inf"))
-        return dist.max_over_ranks({"diff": worst})["diff"]
+            diffs.append(np.abs(theirs - np.array(told[0])))
+        here = np.nan_to_num(np.concatenate(diffs), nan=np.inf)
+        found = dist.max_over_ranks({"largest": float(here.max()), "mean": float(here.mean())})
+        return Difference(**found)
 
-    def check(self) -> tuple[float, bool]:
-        """(largest difference, whether it is above the limit). Raises RefitError, or warns, as configured."""
-        worst = self.difference()
-        limit = self.cfg.rollout.engine.canary_max_abs_diff
-        if limit is None or worst <= limit:
-            return worst, False
-        message = (
-            f"after the refit the engine's logprobs differ from the actor's by up to {worst:.3g} nats, more than "
-            f"rollout.engine.canary_max_abs_diff = {limit:.3g}: {self._diagnosis(limit)}"
-        )
+    def check(self) -> tuple[Difference, bool]:
+        """(the difference, whether it is above a limit). Raises RefitError, or warns, as configured."""
+        found = self.difference()
+        exceeded = self._exceeded(found)
+        if not exceeded:
+            return found, False
+        message = f"after the refit the engine's logprobs differ from the actor's {exceeded}: {self._diagnosis()}"
         if self.cfg.reshard.canary_failure == "stop":
             raise RefitError(message)
         if dist.is_main():
             print(f"warning: {message}", file=sys.stderr, flush=True)
-        return worst, True
+        return found, True
 
-    def _diagnosis(self, limit: float) -> str:
+    def _exceeded(self, found: Difference) -> str:
+        """Which limit is exceeded, in words; "" for none."""
+        e = self.cfg.rollout.engine
+        for how, value, name in (
+            ("by up to", found.largest, "canary_max_abs_diff"),
+            ("on average by", found.mean, "canary_mean_abs_diff"),
+        ):
+            limit = getattr(e, name)
+            if limit is not None and not value <= limit:
+                return f"{how} {value:.3g} nats, more than rollout.engine.{name} = {limit:.3g}"
+        return ""
+
+    def _diagnosis(self) -> str:
         """Move the weights again with checksums, and say what that shows. Collective over all ranks."""
         told = dist.gather_objects(differing_groups(self.move(checksums=True).checksums))
         if groups := list(dict.fromkeys(g for here in told for g in here)):
             more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
             return f"the engine does not hold the actor's weights: checksums differ in {', '.join(groups[:4])}{more}"
-        if self.difference() <= limit:
+        if not self._exceeded(self.difference()):
             return "a second transfer repaired it, so the first was damaged on its way"
         return (
             "yet every layer group's checksum agrees: the bytes arrived, so the map's names or the engine's packing "
