@@ -5,22 +5,27 @@
 Starts four ranks (gloo, one thread each) on this machine. Every case moves a model of about 135M parameters, random
 weights, from a Megatron layout into tensors that have the names and shapes of a vLLM worker's parameters:
 
-- ours: the plan of `treepo_mega/reshard/plan.py`, carried out by `execute.py`
+- ours: the plan of `treepo_mega/reshard/plan.py`, carried out by `execute.py`: within a node ranks read each other's
+  buffers in shared memory
+- links: the same plan over gloo alone, as between nodes, so that the gain of the plan shows apart from that of memory
 - gather: every rank collects every Hugging Face tensor, then copies its slices out of them, as most systems do before
   the engine's `load_weights`. The faster of two ways: tensor by tensor (all_gather over TP, broadcast from the pipeline
   stage that holds it), and this project's bucketed HfGather
 - memcpy: each rank copies as many bytes as its engine holds from one buffer into another
 
-The three alternate in the same processes; a time is the median over repeats of the slowest rank. Packing of weights is
-the engine's own and the same for all three: it is measured apart, in a real vLLM engine, where --engine asks for it.
+They alternate in the same processes; a time is the median over repeats of the slowest rank. Packing of weights is
+the engine's own and the same for all of them, and not part of this: the metric reshard/pack_s of a run has it.
 
 Peak memory is what the process's resident set grew by during one reshard, sampled every millisecond, besides the
 destination, plus this rank's shared buffers; the bucket is `--bucket-mb`.
 
 Last line, JSON: {"cases": [{"name", "bytes_moved", "bytes_over_bound", "seconds", "gather_seconds", "memcpy_seconds",
-"gather_way", "gather_each_seconds", "gather_bucketed_seconds", "time_vs_gather", "time_vs_memcpy", "peak_bytes",
-"gather_peak_bytes", "peak_over_bucket"}], "bucket_bytes"}. time_vs_gather = gather_seconds / seconds (more is better),
-time_vs_memcpy = seconds / memcpy_seconds (1 is as fast as a copy), peak_over_bucket = peak_bytes / bucket_bytes.
+"gather_way", "gather_each_seconds", "gather_bucketed_seconds", "time_vs_gather", "time_vs_memcpy", "links_seconds",
+"links_time_vs_gather", "peak_bytes", "links_peak_bytes", "gather_peak_bytes", "peak_over_bucket",
+"links_peak_over_bucket"}], "bucket_bytes"}.
+time_vs_gather = gather_seconds / seconds (more is better), links_time_vs_gather = gather_seconds / links_seconds: both
+over gloo; time_vs_memcpy = seconds / memcpy_seconds (1 is as fast as a copy), peak_over_bucket = peak_bytes /
+bucket_bytes. Progress goes to stderr; the five cases take some minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +36,6 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +62,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="two cases, three repeats")
-    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--bucket-mb", type=int, default=16)
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return p.parse_args()
@@ -84,8 +88,14 @@ def worker(args: argparse.Namespace) -> None:
     from treepo_mega.runtime import dist
 
     torch_dist.init_process_group("gloo")
+    connect()
     cases, repeats = (CASES[:2], 3) if args.quick else (CASES, args.repeats)
-    rows = [Case(*case, bucket_bytes=args.bucket_mb << 20).measure(repeats) for case in cases]
+    rows, started = [], time.perf_counter()
+    for number, case in enumerate(cases, 1):
+        if dist.is_main():
+            spent = time.perf_counter() - started
+            print(f"case {number} of {len(cases)}: {case[0]} ({spent:.0f} s so far)", file=sys.stderr, flush=True)
+        rows.append(Case(*case, bucket_bytes=args.bucket_mb << 20).measure(repeats))
     if dist.is_main():
         show(rows)
         print(json.dumps({"cases": rows, "bucket_bytes": args.bucket_mb << 20}), flush=True)
@@ -93,17 +103,38 @@ def worker(args: argparse.Namespace) -> None:
     dist.leave()
 
 
+def connect() -> None:
+    """Let every pair of ranks meet once: what gloo allocates for a connection belongs to no case."""
+    import torch
+    import torch.distributed as torch_dist
+
+    me, others = torch_dist.get_rank(), range(torch_dist.get_world_size())
+    sent, received = torch.zeros(1 << 20), torch.zeros(len(others), 1 << 20)
+    ops = [torch_dist.P2POp(torch_dist.isend, sent, r) for r in others if r != me]
+    ops += [torch_dist.P2POp(torch_dist.irecv, received[r], r) for r in others if r != me]
+    for work in torch_dist.batch_isend_irecv(ops):
+        work.wait()
+
+
 def show(rows: list[dict]) -> None:
     """The table for people."""
-    head = f"{'case':<34}{'MB moved':>9}{'/bound':>8}{'ours ms':>9}{'gather':>8}{'memcpy':>8}"
-    print(f"{head}{'x gather':>10}{'x memcpy':>10}{'peak MB':>9}{'/bucket':>9}{'gather peak':>13}")
+    columns = (
+        ("MB moved", 9, lambda r: f"{r['bytes_moved'] / 1e6:.1f}"),
+        ("/bound", 8, lambda r: f"{r['bytes_over_bound']:.2f}"),
+        ("ours ms", 9, lambda r: f"{r['seconds'] * 1e3:.0f}"),
+        ("links", 7, lambda r: f"{r['links_seconds'] * 1e3:.0f}"),
+        ("gather", 8, lambda r: f"{r['gather_seconds'] * 1e3:.0f}"),
+        ("memcpy", 8, lambda r: f"{r['memcpy_seconds'] * 1e3:.0f}"),
+        ("x gather", 10, lambda r: f"{r['time_vs_gather']:.1f}"),
+        ("(links)", 8, lambda r: f"{r['links_time_vs_gather']:.1f}"),
+        ("x memcpy", 10, lambda r: f"{r['time_vs_memcpy']:.2f}"),
+        ("peak/bucket", 13, lambda r: f"{r['peak_over_bucket']:.2f}"),
+        ("(links)", 8, lambda r: f"{r['links_peak_over_bucket']:.2f}"),
+        ("gather peak MB", 16, lambda r: f"{r['gather_peak_bytes'] / 1e6:.0f}"),
+    )
+    print(f"{'case':<34}" + "".join(f"{name:>{width}}" for name, width, _ in columns))
     for r in rows:
-        print(
-            f"{r['name']:<34}{r['bytes_moved'] / 1e6:>9.1f}{r['bytes_over_bound']:>8.2f}{r['seconds'] * 1e3:>9.1f}"
-            f"{r['gather_seconds'] * 1e3:>8.0f}{r['memcpy_seconds'] * 1e3:>8.1f}{r['time_vs_gather']:>10.1f}"
-            f"{r['time_vs_memcpy']:>10.2f}{r['peak_bytes'] / 1e6:>9.1f}{r['peak_over_bucket']:>9.2f}"
-            f"{r['gather_peak_bytes'] / 1e6:>13.1f}"
-        )
+        print(f"{r['name']:<34}" + "".join(f"{text(r):>{width}}" for _, width, text in columns))
 
 
 class Case:
@@ -127,9 +158,10 @@ class Case:
         self.plan = plan_reshard(
             self.source, self.wanted, Cluster(self.world, self.world), itemsize=2, bucket_bytes=bucket_bytes
         )
-        self.resharder = Resharder(
-            self.plan, self.source, self.wanted, self.rank, dtype=dtype, device=torch.device("cpu"), timeout_s=60
-        )
+        options = {"dtype": dtype, "device": torch.device("cpu"), "timeout_s": 60}
+        sides = (self.plan, self.source, self.wanted, self.rank)
+        self.resharder = Resharder(*sides, **options)
+        self.by_links = Resharder(*sides, **options, shared_memory=False)
         # The same values on every replica, so that results can be compared by bits.
         generator = torch.Generator().manual_seed(0)
         full = {n: torch.randn(s, generator=generator).to(dtype) for n, s in self.shapes.items()}
@@ -160,7 +192,13 @@ class Case:
         """Alternate the ways `repeats` times after one warm-up each; checks every result by bits."""
         from treepo_mega.runtime import dist
 
-        ways = {"ours": self.ours, "each": self.gather_each, "bucketed": self.gather_bucketed, "memcpy": self.memcpy}
+        ways = {
+            "ours": self.ours,
+            "links": self.links,
+            "each": self.gather_each,
+            "bucketed": self.gather_bucketed,
+            "memcpy": self.memcpy,
+        }
         times: dict[str, list[float]] = {w: [] for w in ways}
         peaks: dict[str, int] = {}
         for turn in range(repeats + 1):
@@ -181,7 +219,9 @@ class Case:
         gather = min(("each", "bucketed"), key=middle.__getitem__)
         moved = dist.sum_over_ranks({"b": float(self.moved)})["b"]
         bound = self.plan.traffic().bound
+        # Shared buffers are not anonymous memory, hence added. Those of the links are, and are first touched here.
         own = peak["ours"] + self.resharder.exchange.buffer_bytes
+        links = max(peak["links"], self.by_links.exchange.buffer_bytes)
         return {
             "name": self.name,
             "bytes_moved": int(moved),
@@ -194,14 +234,24 @@ class Case:
             "memcpy_seconds": middle["memcpy"],
             "time_vs_gather": middle[gather] / middle["ours"],
             "time_vs_memcpy": middle["ours"] / middle["memcpy"],
+            "links_seconds": middle["links"],
+            "links_time_vs_gather": middle[gather] / middle["links"],
             "peak_bytes": own,
+            "links_peak_bytes": links,
             "gather_peak_bytes": peak[gather],
             "peak_over_bucket": own / self.bucket_bytes,
+            "links_peak_over_bucket": links / self.bucket_bytes,
         }
 
     def ours(self) -> None:
         """Shard to shard."""
         self.moved = self.resharder(self.held, self.target).bytes_received
+
+    def links(self) -> None:
+        """Shard to shard, every parcel a message."""
+        received = self.by_links(self.held, self.target).bytes_received
+        if received != self.moved:
+            raise SystemExit(f"over links {received} bytes arrived, through memory {self.moved}: one plan, one number")
 
     def memcpy(self) -> None:
         """As many bytes as this rank's engine holds."""
@@ -277,25 +327,12 @@ def groups(world: int, tp: int, pp: int, rank: int):
 
 
 def peak_growth(work: Callable[[], None]) -> int:
-    """Bytes by which anonymous resident memory grew at most during `work`, sampled every millisecond."""
+    """Bytes by which anonymous resident memory grew at most during `work`."""
+    from treepo_mega.reshard.host_memory import HostPeak
 
-    def resident() -> int:
-        with open("/proc/self/status", encoding="ascii") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
-
-    before, peak, done = resident(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(1e-3):
-            peak = max(peak, resident())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    work()
-    done.set()
-    thread.join()
-    return max(0, peak - before)
+    with HostPeak() as peak:
+        work()
+    return peak.bytes
 
 
 if __name__ == "__main__":
