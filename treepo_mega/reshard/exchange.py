@@ -91,6 +91,8 @@ class Exchange:
         self.slot_elements = max((sum(p.numel for p in r.sends) for r in rounds), default=0)
         self._base = 0  # rounds of the calls before this one
         self._works: dict[int, list[Any]] = {}
+        far = [sum(p.numel for p in r.receives if not self._near(p.source)) for r in rounds]
+        self._inbox = torch.empty(2, max(far, default=0), dtype=dtype, device=device)
         self._received: dict[int, dict[int, Tensor]] = {}
         self._peers: dict[int, _Segment] = {}
         if self._shared:
@@ -114,11 +116,7 @@ class Exchange:
     @property
     def buffer_bytes(self) -> int:
         """Memory of this rank's buffers: its two slots, and two rounds of receives from other nodes."""
-        far = max(
-            (sum(p.numel for p in r.receives if not self._near(p.source)) for r in self.rounds),
-            default=0,
-        )
-        return 2 * (self.slot_elements + far) * self.dtype.itemsize
+        return 2 * (self.slot_elements + self._inbox.shape[1]) * self.dtype.itemsize
 
     def _near(self, other: int) -> bool:
         return self._shared and other // self._per_node == self.rank // self._per_node
@@ -135,11 +133,12 @@ class Exchange:
         """Make round i's parcels available and ask for those of other nodes."""
         if self._shared:
             self._own.set(_PUBLISHED, self._base + i + 1)
-        slot, ops = self._slots[i % 2], []
+        slot, inbox, at, ops = self._slots[i % 2], self._inbox[i % 2], 0, []
         self._received[i] = {}
         for p in self.rounds[i].receives:
             if not self._near(p.source):
-                into = torch.empty(p.numel, dtype=self.dtype, device=self.device)
+                into = inbox[at : at + p.numel]
+                at += p.numel
                 self._received[i][id(p)] = into
                 ops.append(torch_dist.P2POp(torch_dist.irecv, into, p.source))
         for p in self.rounds[i].sends:
