@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from tests.conftest import TINY_SYMBOLS, write_tiny_tokenizer
+
 WORKER = Path(__file__).with_name("damage_worker.py")
 UP = "model.layers.1.mlp.up_proj.weight"
 WORDS = {
@@ -36,6 +38,7 @@ WORDS = {
 def test_damage_is_named_and_nothing_is_left(tiny_hf, tmp_path, run_ranks):
     sources = [tiny_hf("llama"), tiny_hf("llama", name="sharded", max_shard_size="50KB")]
     sources += [tiny_hf("qwen2", name="tied", tied=True), tiny_hf("qwen3", name="other")]
+    write_tiny_tokenizer(sources[0], TINY_SYMBOLS)  # training reads its prompts before any weights
     (tmp_path / "work").mkdir()
     code, text = run_ranks(1, WORKER, *sources, tmp_path / "work")
     found = json.loads(next(x for x in text.splitlines() if x.startswith("FOUND ")).removeprefix("FOUND "))
