@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from runs import kill, metrics, run, start, wait, wait_for_step
-
 from treepo_mega.monitor.registry import depends_on_time
 
 SAVE_INTERVAL = 2

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from parity import forests
-
 from runs import run
 
 FULL = ["rollout.rollout_batch_size=16", "rollout.n_samples_per_prompt=16", "train.max_tokens_per_gpu=4096"]
