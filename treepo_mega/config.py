@@ -73,10 +73,13 @@ class Config(Section):
             t.global_batch_size = max(1, r.rollout_batch_size * r.n_samples_per_prompt // t.num_steps_per_rollout)
         if r.engine.dtype is None:
             r.engine.dtype = self.model.params_dtype
+        largest, mean = (1e-3, 5e-5) if r.engine.dtype == self.model.params_dtype == "fp32" else (2.0, 0.15)
+        if r.engine.quantization:
+            largest, mean = 4.0, 0.4
         if r.engine.canary_max_abs_diff is None:
-            r.engine.canary_max_abs_diff = 1e-3 if r.engine.dtype == self.model.params_dtype == "fp32" else 2.0
+            r.engine.canary_max_abs_diff = largest
         if r.engine.canary_mean_abs_diff is None:
-            r.engine.canary_mean_abs_diff = 5e-5 if r.engine.dtype == self.model.params_dtype == "fp32" else 0.15
+            r.engine.canary_mean_abs_diff = mean
         head = self.loss.head
         if head.precision is None:
             head.precision = self.model.params_dtype

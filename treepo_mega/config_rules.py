@@ -59,6 +59,8 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
             f"rollout.engine.max_num_batched_tokens {r.engine.max_num_batched_tokens} is smaller than the longest "
             f"trajectory ({cfg.max_model_len} tokens)"
         )
+    if r.engine.quantization and r.engine.dtype != "bf16":
+        bad.append(f"rollout.engine.quantization needs rollout.engine.dtype bf16, which is {r.engine.dtype}")
     if r.dynamic_sampling and r.n_samples_per_prompt < 2:
         bad.append("rollout.dynamic_sampling needs rollout.n_samples_per_prompt >= 2: one reward never differs")
     for name, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):

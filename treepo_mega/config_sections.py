@@ -118,6 +118,10 @@ class EngineConfig(Section):
     """Ranks that share one engine (TP_v). 1: an engine a rank."""
     dtype: Literal["fp32", "bf16"] | None = None
     """None: model.params_dtype."""
+    quantization: Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"] | None = None
+    """FP8 in the engine's linear layers, by vLLM's names: weights are quantised anew by each refit, activations as they
+    come. The trainer keeps its own precision, so algo.use_tis is on. On a CPU fp8_per_channel, with AMX also
+    fp8_per_block."""
     block_size: int = Field(32, ge=1)
     """KV-cache block, tokens. The CPU kernels take multiples of 32."""
     max_num_seqs: int = Field(256, ge=1)
@@ -129,12 +133,14 @@ class EngineConfig(Section):
     enforce_eager: bool = True
     canary_max_abs_diff: float | None = Field(None, gt=0)
     """After each refit the engine's logprobs of fixed random tokens may differ from the actor's by this much, nats.
-    None: 1e-3 when both are fp32, else 2. What is left when the weights agree is rounding in another order: in fp32 up
-    to 1.5e-4, each side as far from fp64 as from the other and as transformers is; in bf16 up to 0.9."""
+    None: 1e-3 when both are fp32, else 2, and 4 for a quantised engine. What is left when the weights agree is rounding
+    in another order: in fp32 up to 1.5e-4, each side as far from fp64 as from the other and as transformers is; in bf16
+    up to 0.9, in FP8 up to 1.5."""
     canary_mean_abs_diff: float | None = Field(None, gt=0)
     """The same for the mean over those tokens, which tells rounding from a wrong weight where the largest alone cannot.
-    None: 5e-5 when both are fp32, else 0.15. Rounding, measured on a trained model: up to 6e-6 in fp32, 0.11 in bf16;
-    a projection, norm or slice of a single layer in the wrong place: 0.19 to 4.6 in either."""
+    None: 5e-5 when both are fp32, else 0.15, and 0.4 for a quantised engine. Rounding, measured on a trained model: up
+    to 6e-6 in fp32, 0.11 in bf16, 0.27 in FP8; a projection, norm or slice of a single layer in the wrong place: 0.19
+    to 4.6 in either, 0.46 to 3.0 in FP8."""
 
 
 class StopConfig(Section):

@@ -39,7 +39,7 @@ KEEP: list[Engine] = []
 """Deleting an engine takes the process groups of all others with it."""
 
 
-def configuration(hf_dir: str, tp: int, pp: int, tp_v: int, dtype: str = "fp32"):
+def configuration(hf_dir: str, tp: int, pp: int, tp_v: int, dtype: str = "fp32", **engine: object):
     return parse_config(
         {
             "model": {"hf_checkpoint": hf_dir, "params_dtype": dtype, "make_vocab_size_divisible_by": 16},
@@ -48,7 +48,7 @@ def configuration(hf_dir: str, tp: int, pp: int, tp_v: int, dtype: str = "fp32")
             "rollout": {
                 "max_response_len": 32,
                 "segment_length": 16,
-                "engine": {"max_num_batched_tokens": 1024, "tensor_parallel_size": tp_v},
+                "engine": {"max_num_batched_tokens": 1024, "tensor_parallel_size": tp_v} | engine,
             },
             "reshard": {"bucket_mb": 1},
         }
@@ -170,13 +170,31 @@ def rounding(refit: Refit, hf_dir: str) -> list[float]:
     return np.mean(apart, axis=0).tolist()
 
 
-def canary_in_bf16(tp: int, pp: int) -> dict[str, object]:
-    """A trained model in bf16: what the canary measures, and its error for mistakes in single layers."""
-    cfg = configuration(TRAINED, tp, pp, 1, "bf16")
+def canary_in(tp: int, pp: int, tp_v: int, quantization: str | None) -> dict[str, object]:
+    """A trained model, actor in bf16: what the canary measures, and its error for mistakes in single layers.
+
+    With TP_v 2 its 32 token ids all lie on the first rank; the second has padding only.
+    """
+    cfg = configuration(TRAINED, tp, pp, tp_v, "bf16", quantization=quantization)
     policy, engine = Policy(cfg, TRAINED), Engine(TRAINED, cfg, seed=0)
     refit = Refit(cfg, policy.spec, policy.models, engine, score_with(policy))
     KEEP.append(engine)
     return {"right": refit()} | {name: failure_of(planted(refit, BUGS[name])) for name in IN_ONE_LAYER}
+
+
+def quantised_as_when_loaded(old: str, new: str, layout: tuple[int, int, int]) -> bool:
+    """Whether an FP8 engine built from `old` and refitted samples like one that was built from `new`, bit for bit."""
+    cfg = configuration(new, *layout, "bf16", quantization="fp8_per_channel")
+    engine, fresh = Engine(old, cfg, seed=0), Engine(new, cfg, seed=0)
+    KEEP.extend((engine, fresh))
+    policy = Policy(cfg, new)
+    refit = Refit(cfg, policy.spec, policy.models, engine, score_with(policy))
+    before = sampled(engine)
+    refit.move()
+    assert before != sampled(fresh), "the two checkpoints must differ"
+    first = sampled(engine)
+    refit.move()
+    return first == sampled(fresh) and [x[:2] for x in sampled(engine)] == [x[:2] for x in first]
 
 
 def main() -> None:
@@ -211,10 +229,12 @@ def main() -> None:
     if not policy.spec.tie_word_embeddings:
         refit()
         found["rounding"] = rounding(refit, new)
-        found["bf16"] = canary_in_bf16(tp, pp)
+        found["trained"] = canary_in(tp, pp, tp_v, None)
     else:
         found["bugs"] = {name: failure_of(planted(refit, bug)) for name, bug in BUGS.items()}
         found["bugs"]["packed LM head left stale"] = stale_head(refit)
+        found["quantised"] = quantised_as_when_loaded(old, new, (tp, pp, tp_v))
+        found["trained"] = canary_in(tp, pp, tp_v, "fp8_per_channel")
 
     def dies(chunk, param):
         raise ValueError("planted")

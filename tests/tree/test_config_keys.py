@@ -111,6 +111,10 @@ def leaves_without_a_stop(cfg: Config, seed: int) -> int:
         ({"segment_end": []}, "a list names at least one string"),
         ({"segment_end": ["a", ""]}, "none of them is empty"),
         ({"max_depth": 2}, "no path could reach it"),
+        (
+            {"engine": {"quantization": "fp8_per_channel"}},
+            "engine.quantization needs rollout.engine.dtype bf16",
+        ),
     ],
 )
 def test_keys_that_contradict_one_another_are_named(changes, says):

@@ -141,6 +141,12 @@ class Resharder:
         for r in self.rounds:
             for copy in [*r.local, *(c for p in r.receives for c in p.copies)]:
                 self.copies[copy.chunk, copy.param] += 1
+        self.all_padding = [
+            (chunk, name)
+            for chunk, params in enumerate(self.wanted)
+            for name, param in params.items()
+            if not any(b.numel for b in param.blocks)
+        ]
 
     @torch.no_grad()
     def __call__(self, chunks: Chunks, target: Target, *, checksums: bool = False) -> ReshardStats:
@@ -177,6 +183,9 @@ class _Run:
                 self._send(i)
             if i == 0:
                 self._timed(self.target.start_weight_update)
+                for key in self.of.all_padding:  # a small vocabulary leaves nothing for the last ranks
+                    self.target.buffer(*key)
+                    self._timed(self.target.update_weight, *key)
             if i < len(rounds):
                 self._copy_local(rounds[i].local)
             if i:

@@ -14,8 +14,10 @@ The reload is driven with the functions of vllm.model_executor.model_loader.relo
 (`reload_weights`) takes full tensors only and would make every rank receive the whole model.
 
 Traps: the packed copy that a tied LM head computes with is not the embedding's, so it is packed again at the end. A
-bias stays a real tensor throughout. After `abort_weight_update` the modules have their old storage back, some with
-new contents: the owner must not sample before a complete update.
+bias stays a real tensor throughout. Where quantising asks the engine's other ranks (a scale over a dimension that they
+share), modules wait unpacked for the end and are packed in the map's order: ranks finish them in different orders, and
+in the middle of the rounds one would wait for a scale while another waits for its parcel. After `abort_weight_update`
+the modules have their old storage back, some with new contents: the owner must not sample before a complete update.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class VllmTarget:
         self._padded: set[str] = set()
         self._left: dict[nn.Module, set[str]] = {}
         self._open: set[nn.Module] = set()
+        self._whole: set[nn.Module] = set()
         self._updating = False
 
     @property
@@ -100,17 +103,22 @@ class VllmTarget:
         module, short = self._modules[name]
         self._left[module].discard(short)
         if not self._left[module] and module in self._open:
-            from vllm.config import set_current_vllm_config
-            from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
-
-            with set_current_vllm_config(self._worker.vllm_config):
-                _layerwise_process(module, get_layerwise_info(module))
-            self._open.discard(module)
+            if _scale_is_shared(module):
+                self._whole.add(module)
+            else:
+                self._pack(module)
 
     def finish_weight_update(self) -> None:
-        """All parameters were handed over: pack the tied LM head, let attention layers look at their scales."""
+        """All parameters were handed over: pack what waited, and the tied LM head.
+
+        Collective over the engine's ranks.
+        """
         if missing := [n for n, (m, s) in self._modules.items() if s in self._left.get(m, ())]:
             raise VllmTargetError(f"finish_weight_update: {len(missing)} parameters missing, such as {missing[0]}")
+        for module in dict.fromkeys(self._modules[name][0] for name in self._layout or ()):
+            if module in self._whole:
+                self._pack(module)
+        self._whole.clear()
         self._updating = False
         if self._worker.model_config.hf_config.tie_word_embeddings and not has_cuda():
             repack_tied_head(self._model)
@@ -124,7 +132,17 @@ class VllmTarget:
             _place_kernel_tensors(module, info)
             info.reset()
         self._open.clear()
+        self._whole.clear()
         self._updating = False
+
+    def _pack(self, module: nn.Module) -> None:
+        """A whole module packs (and quantises) itself into its old storage."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+
+        with set_current_vllm_config(self._worker.vllm_config):
+            _layerwise_process(module, get_layerwise_info(module))
+        self._open.discard(module)
 
     def _unpack(self, module: nn.Module) -> None:
         """What vLLM's initialize_layerwise_reload does to a layer, for this one only, and memory for its parameters."""
@@ -152,25 +170,43 @@ def repack_tied_head(model: nn.Module) -> None:
 
 
 def _unpacked(module: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Parameter -> (shape before packing, identity) of a module's own parameters."""
+    """Parameter -> (shape before packing, identity) of a module's own parameters, without those that packing makes."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 
     recorded, _ = get_layerwise_info(module).restore_metadata
     out = {}
     for short, param in module._parameters.items():
-        if param is not None:
+        # Not recorded, yet loaded: a bias. Not recorded and not that: a scale of the quantised weight.
+        if param is not None and (short in recorded or short in SKIP_TENSORS or not _is_quantised(module)):
             out[short] = (tuple(recorded[short].shape if short in recorded else param.shape), id(param))
     return out
 
 
-def _is_packed(module: nn.Module) -> bool:
-    """True for a module that computes with something else than its plain parameters."""
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+def _scale_is_shared(module: nn.Module) -> bool:
+    """True for a module whose quantisation is collective: its scale spans a dimension that the engine's ranks share."""
+    if not _is_quantised(module) or getattr(module, "tp_size", 1) == 1:
+        return False
+    from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerTensorOnlineLinearMethod
+
+    rows_whole = module.input_size == module.input_size_per_partition
+    return not rows_whole or isinstance(module.quant_method, Fp8PerTensorOnlineLinearMethod)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     method = getattr(module, "quant_method", None)
-    if method is None:
-        return False
-    if not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+    return method is not None and not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """True for a module that computes with something else than its plain parameters."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    if _is_quantised(module):
         return True
-    return not has_cuda() and isinstance(module, LinearBase | ParallelLMHead)
+    plain = getattr(module, "quant_method", None) is None
+    return not plain and not has_cuda() and isinstance(module, LinearBase | ParallelLMHead)

@@ -22,6 +22,7 @@ has not been run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,7 @@ def check_model(hf_dir: Path, hf: dict[str, Any], cfg: Config) -> None:
         raise EngineError(
             f"{hf_dir}: head size {head} is not one that vLLM's CPU kernels take: {', '.join(map(str, CPU_HEAD_SIZES))}"
         )
+    _check_quantization(cfg.rollout.engine.quantization)
     window, tp = hf.get("max_position_embeddings"), cfg.rollout.engine.tensor_parallel_size
     if window and cfg.max_model_len > window:
         raise EngineError(
@@ -97,6 +99,16 @@ def check_model(hf_dir: Path, hf: dict[str, Any], cfg: Config) -> None:
         raise EngineError(
             f"rollout.engine.tensor_parallel_size {tp} does not divide num_attention_heads {hf['num_attention_heads']}"
         )
+
+
+def _check_quantization(name: str | None) -> None:
+    """Raises EngineError for an FP8 format that vLLM's CPU build has no kernel for. A GPU's own limits vLLM reports."""
+    if has_cuda() or name in (None, "fp8_per_channel"):
+        return
+    if name == "fp8_per_block" and torch.cpu._is_amx_tile_supported():
+        return
+    why = "it needs a CPU with AMX" if name == "fp8_per_block" else "its quantiser is not in the CPU build"
+    raise EngineError(f"rollout.engine.quantization {name} cannot run on this CPU: {why}; use fp8_per_channel")
 
 
 def launched() -> bool:
@@ -138,6 +150,8 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise EngineError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the engine lives in the trainer's process")
+    # It reports once a process, before its logging has a level, that Triton (our kernels' compiler) has no CPU backend.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     from vllm import LLM
 
     if not has_cuda():
@@ -159,6 +173,7 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
         max_num_batched_tokens=max(e.max_num_batched_tokens, max_model_len),
         block_size=e.block_size,
         enforce_eager=e.enforce_eager,
+        quantization=e.quantization,
         enable_chunked_prefill=False,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
