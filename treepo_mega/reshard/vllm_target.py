@@ -140,6 +140,8 @@ class VllmTarget:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
 
+        if not has_cuda() and getattr(module.quant_method, "moe_kernel", None) is not None:
+            module.quant_method.moe_kernel = None  # the CPU's experts are packed only while their kernel is built
         with set_current_vllm_config(self._worker.vllm_config):
             _layerwise_process(module, get_layerwise_info(module))
         self._open.discard(module)
@@ -183,30 +185,31 @@ def _unpacked(module: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
     return out
 
 
+def _is_quantised(module: nn.Module) -> bool:
+    """True for a linear layer that is given plain weights and quantises them itself."""
+    from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
+
+    return isinstance(getattr(module, "quant_method", None), OnlineLinearBase)
+
+
 def _scale_is_shared(module: nn.Module) -> bool:
     """True for a module whose quantisation is collective: its scale spans a dimension that the engine's ranks share."""
-    if not _is_quantised(module) or getattr(module, "tp_size", 1) == 1:
-        return False
     from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerTensorOnlineLinearMethod
 
+    if not _is_quantised(module) or module.tp_size == 1:
+        return False
     rows_whole = module.input_size == module.input_size_per_partition
     return not rows_whole or isinstance(module.quant_method, Fp8PerTensorOnlineLinearMethod)
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
-    method = getattr(module, "quant_method", None)
-    return method is not None and not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
-
-
 def _is_packed(module: nn.Module) -> bool:
     """True for a module that computes with something else than its plain parameters."""
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-    if _is_quantised(module):
+    method = getattr(module, "quant_method", None)
+    if method is None:
+        return False
+    if not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
         return True
-    plain = getattr(module, "quant_method", None) is None
-    return not plain and not has_cuda() and isinstance(module, LinearBase | ParallelLMHead)
+    return not has_cuda() and isinstance(module, LinearBase | ParallelLMHead)
