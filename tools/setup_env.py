@@ -102,7 +102,9 @@ class Installer:
         if self.dry_run:
             self.say("would run: " + " ".join(command))
             return subprocess.CompletedProcess(command, 0, "", "")
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+        # Byte code is part of an installation, to pip as well, whatever is wanted of later runs.
+        unwanted = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
+        env = {k: v for k, v in os.environ.items() if k not in unwanted}
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
         with self.log.open("a", encoding="utf-8") as f:
             f.write("$ " + " ".join(command) + "\n" + done.stdout + "\n")
@@ -162,9 +164,10 @@ class Installer:
     def verify(self) -> None:
         """Raise SetupError when the finished environment has one of the known problems."""
         self.say("checking that torch, the engine and Megatron-Core fit together")
+        # treepo_mega.trainer imports all of Megatron that a run does, and so leaves it compiled for a CPU.
         code = (
-            "import sys, torch, megatron.core; from treepo_mega.runtime.environment import check_environment; "
-            "sys.exit('\\n'.join(check_environment()) or 0)"
+            "import sys, torch; from treepo_mega.runtime.environment import check_environment as check\n"
+            "sys.exit('\\n'.join(p)) if (p := check()) else __import__('treepo_mega.trainer')"
         )
         self.must("the check of the environment", self.run(str(python_of(self.venv)), "-c", code))
 

@@ -32,7 +32,8 @@ def python(code: str, cwd: Path | None = None, timeout: float = 120) -> str:
     path = f"{cwd}{os.pathsep}{REPO}" if cwd else str(REPO)
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""},
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]
     return child.stdout
@@ -75,11 +76,12 @@ def test_line_numbers_survive():
     assert e.traceback[-1].lineno == 2  # counted from 0
 
 
-def test_only_megatron_is_rewritten_and_nothing_is_cached(tmp_path):
+def test_only_megatron_is_rewritten_and_only_for_us(tmp_path):
     for package in ("megatron", "other"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
         (tmp_path / package / "m.py").write_text("import torch\nDEVICE = 'cuda'\nCUDA = torch.cuda\n")
+    module = tmp_path / "megatron" / "m.py"
     code = """
         import torch
         from treepo_mega.runtime import cpu_megatron
@@ -90,8 +92,15 @@ def test_only_megatron_is_rewritten_and_nothing_is_cached(tmp_path):
         assert sum(type(f).__name__ == "_Finder" for f in sys.meta_path) == 1
         print(megatron.m.__file__)
     """
-    assert python(code, tmp_path).strip() == str(tmp_path / "megatron" / "m.py")
-    assert not list((tmp_path / "megatron").rglob("m.*.pyc")), "byte code would shadow the real module's"
+    assert python(code, tmp_path).strip() == str(module)
+    (kept,) = (tmp_path / "megatron").rglob("m.*.pyc")
+    assert ".opt-retargeted." in kept.name, "under its plain name it would shadow the real module's"
+    written = kept.read_bytes()
+    assert python(code, tmp_path).strip() == str(module) and kept.read_bytes() == written, "from what was kept"
+    kept.write_bytes(written[:-9])
+    assert python(code, tmp_path).strip() == str(module) and kept.read_bytes() == written, "made again if damaged"
+    module.write_text(module.read_text() + "MORE = 1\n")
+    assert "1 cpu" in python(code + "    print(megatron.m.MORE, megatron.m.DEVICE)", tmp_path), "and for another source"
     assert "cuda" in python("import megatron.m\nprint(megatron.m.DEVICE)", tmp_path), "without install nothing changes"
 
 

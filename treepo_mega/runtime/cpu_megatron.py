@@ -9,6 +9,9 @@ import finder in front that parses each `megatron.*` source file and rewrites, i
     "cuda"                  ->  "cpu"                 "torch.cuda.FloatTensor" -> "torch.FloatTensor"
     t.cuda(...)             ->  t.cpu()               pin_memory=True          -> pin_memory=False
 
+Megatron's jit_fuser, torch.compile on all its fused functions, is switched off in the way that Megatron itself offers:
+fusions are not used on a CPU, and decorating them would import the whole compiler into every rank.
+
 Line numbers survive, so tracebacks point into Megatron's own files. torch stays untouched. With CUDA
 present `install()` does nothing at all: GPU runs use Megatron as shipped.
 
@@ -20,10 +23,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import importlib.machinery
+import importlib.util
+import marshal
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +41,9 @@ from treepo_mega.runtime.device import has_cuda
 
 STAND_IN = "__treepo_cuda__"
 ROOT = "megatron"
+MARKS = (b"cuda", b"pin_memory")
+"""In every line that `_Retarget` rewrites."""
+_RULES = Path(__file__).read_bytes()
 
 
 class _Inert:
@@ -167,16 +178,39 @@ class _Retarget(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles the rewritten tree; byte code is never cached, since it would shadow the real module's."""
+    """Compiles the rewritten tree. A source without any of MARKS has nothing to rewrite and is loaded as usual.
+
+    Rewriting takes seconds, in every rank: its byte code lies beside Megatron's own under a name that Python never
+    looks at, headed by the SHA-256 of the source and of this file, and is made again when either changes.
+    """
 
     def get_code(self, fullname: str) -> Any:
         path = self.get_filename(fullname)
-        tree = _Retarget().visit(ast.parse(self.get_data(path), path))
-        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+        source = self.get_data(path)
+        if not any(mark in source for mark in MARKS):
+            return super().get_code(fullname)
+        digest = hashlib.sha256(source + _RULES).digest()
+        cache = Path(importlib.util.cache_from_source(path, optimization="retargeted"))
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
+            kept = cache.read_bytes()
+            if kept.startswith(digest):
+                return marshal.loads(kept[len(digest) :])
+        tree = _Retarget().visit(ast.parse(source, path))
+        code = compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+        if sys.dont_write_bytecode:
+            return code
+        with contextlib.suppress(OSError):  # an installation that is not ours to write in
+            cache.parent.mkdir(exist_ok=True)
+            partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+            partial.write_bytes(digest + marshal.dumps(code))
+            partial.replace(cache)
+        return code
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__[STAND_IN] = CpuCuda()
         super().exec_module(module)
+        if module.__name__ == f"{ROOT}.core.jit":
+            module.disable_jit_fuser()
 
 
 class _Finder(MetaPathFinder):
