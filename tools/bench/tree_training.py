@@ -63,8 +63,10 @@ from treepo_mega.tree.segments import Segments, Sharing  # noqa: E402
 MODELS = {
     "4x64": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32, "vocab_size": 512},
     "4x256": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 4096},
+    "2x512": {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 64, "vocab_size": 4096},
 }
-"""Llama shapes: layers x hidden size; half as many key-value heads, MLP 3 x hidden."""
+"""Llama shapes: layers x hidden size; half as many key-value heads, MLP 3 x hidden. 4x64 is the demo's, whose attention
+is twice as wide as its hidden states: there visible pairs weigh as much as tokens, and they shrink less."""
 FORESTS = {"published": (0, 4, 10), "short": (0, 4, 0), "late": (8, 4, 0)}
 """(shared segments, branching levels, segments behind the last branch) on a path."""
 PROMPT, LEAVES, CAP = 16, 16, 4096
