@@ -21,6 +21,7 @@ from treepo_mega.rollout.collect import Collector
 from treepo_mega.rollout.engine import Engine
 from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.signals import StopRequest
 
 
 def main(hf: Path, how: str) -> None:
@@ -39,6 +40,7 @@ def main(hf: Path, how: str) -> None:
             "distributed": {"timeout_s": 60},
         }
     )
+    StopRequest().install()  # as a run does: the launcher's SIGTERM, 0.1 s after a death, must not come first
     dist.initialize(cfg, read_hf_config(hf))
     engine = Engine(hf, cfg)
     generator = Generator(engine, cfg, AutoTokenizer.from_pretrained(hf))
