@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -52,3 +53,13 @@ def run_ranks(n: int, *command: object, timeout: float = 240) -> str:
     if code:
         pytest.fail(f"{command[0]} on {n} ranks ended with {code}:\n{out[-8000:]}")
     return out
+
+
+def report_found(found: dict[str, object]) -> None:
+    """The end of a worker, on every rank: rank 0 prints what it found, as one line `FOUND {json}`."""
+    from treepo_mega.runtime import dist
+
+    if dist.is_main():
+        print("FOUND " + json.dumps(found), flush=True)
+    dist.barrier("the end", 60)
+    dist.leave()

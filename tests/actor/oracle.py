@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.checkpoints import save_random
 from treepo_mega.config import Config, load_config
 from treepo_mega.loss.policy import policy_loss
 from treepo_mega.tree.pack import Trajectory
@@ -25,13 +26,7 @@ def write_checkpoint(directory: Path, kind: str, tied: bool) -> Path:
         num_key_value_heads=2, head_dim=16 if kind == "qwen2" else 32, tie_word_embeddings=tied,
         max_position_embeddings=256, initializer_range=0.1,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.copy_(torch.randn_like(p) * 0.1 + (1 if "norm" in name else 0))
-    model.save_pretrained(directory)
-    return directory
+    return save_random(config, directory, 0.1)
 
 
 def configuration(hf_dir: Path, *overrides: str) -> Config:

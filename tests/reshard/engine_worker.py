@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import sys
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.ranks import report_found
 from tests.reshard.bugs import BUGS
 from treepo_mega.actor.forward import padding_multiple
 from treepo_mega.actor.update import Policy
@@ -251,10 +251,7 @@ def main() -> None:
         found["refused"] = str(e)
     refit()
     assert sampled(engine)[0][:2] == expected[0][:2], "usable again after a complete update"
-    if dist.is_main():
-        print("FOUND " + json.dumps(found), flush=True)
-    dist.barrier("the end", 60)
-    dist.leave()
+    report_found(found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+
+from tests.checkpoints import save_random
 
 
 def write_qwen2(directory: Path, seed: int) -> Path:
@@ -16,10 +18,4 @@ def write_qwen2(directory: Path, seed: int) -> Path:
         intermediate_size=96, vocab_size=64, tie_word_embeddings=True, max_position_embeddings=256,
         initializer_range=0.2,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.copy_(torch.randn_like(p) * 0.3 + (1 if "norm" in name else 0))
-    model.save_pretrained(directory)
-    return directory
+    return save_random(config, directory, 0.3)

@@ -10,7 +10,6 @@ that only the logits can tell; in the export, the same; and where files are read
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.ranks import report_found
 from tests.reshard.bugs import BUGS
 from treepo_mega.actor.model import build_model
 from treepo_mega.config import read_hf_config
@@ -119,10 +119,7 @@ def main() -> None:
     for m in models:
         m.inv_freq = m.inv_freq * 0.9
     found["spoilt"]["rotary base"] = against_source()
-    if dist.is_main():
-        print("FOUND " + json.dumps(found), flush=True)
-    dist.barrier("the end", 60)
-    dist.leave()
+    report_found(found)
 
 
 if __name__ == "__main__":

@@ -125,16 +125,16 @@ def hf_to_mcore(
                 save_model_weights([*models], staging, cfg.distributed.timeout_s)
             note = _note(cfg, spec, verified=verify)
             memory = {
-                "read_mib": read,
-                "of_mib": reader.total_bytes,
-                "shard_mib": _bytes(models),
-                "peak_mib": peak.bytes,
+                "read": read,
+                "of": reader.total_bytes,
+                "shard": _bytes(models),
+                "peak": peak.bytes,
             }
             if verify:
                 with HostPeak() as peak:
                     read_back(models, staging)
                     note |= compare(cfg, models, spec, reader, tolerance=tolerance)
-                memory["verify_peak_mib"] = peak.bytes
+                memory["verify_peak"] = peak.bytes
             note["memory"] = _busiest(memory)
             _publish(staging, save, note, hf_dir, started, cfg)
     return note
@@ -145,8 +145,8 @@ def _bytes(models: list[PolicyModel]) -> int:
 
 
 def _busiest(memory: dict[str, int]) -> dict[str, float]:
-    """The largest of each over the ranks, in MiB. Collective over all ranks."""
-    return {k: round(v, 3) for k, v in dist.max_over_ranks({k: v / MIB for k, v in memory.items()}).items()}
+    """Bytes -> the largest of each over the ranks, MiB, under `<name>_mib`. Collective over all ranks."""
+    return {k: round(v, 3) for k, v in dist.max_over_ranks({f"{k}_mib": v / MIB for k, v in memory.items()}).items()}
 
 
 def _note(cfg: Config, spec: ModelSpec, *, verified: bool) -> dict[str, Any]:
@@ -179,13 +179,13 @@ def mcore_to_mcore(load: str | Path, save: str | Path, cfg: Config) -> dict[str,
             models = build_model(cfg, hf_dir)
             load_model_weights([*models], load)
             save_model_weights([*models], staging, cfg.distributed.timeout_s)
-        memory = {"of_mib": _model_bytes(spec, cfg), "shard_mib": _bytes(models), "peak_mib": peak.bytes}
+        memory = {"of": _model_bytes(spec, cfg), "shard": _bytes(models), "peak": peak.bytes}
         with HostPeak() as peak:
             wrong = differing_from_memory(models, staging)
         if wrong:
             raise ConversionError(f"{wrong[0]} read back from the new checkpoint differs ({len(wrong)} in all)")
         note = _note(cfg, spec, verified=True)
-        note["memory"] = _busiest(memory | {"verify_peak_mib": peak.bytes})
+        note["memory"] = _busiest(memory | {"verify_peak": peak.bytes})
         _publish(staging, save, note, hf_dir, started, cfg)
     return note
 
@@ -242,23 +242,24 @@ def mcore_to_hf(
     require_absent(save)
     dist.initialize(cfg, read_hf_config(hf_dir))
     found: dict[str, Any] = {}
-    memory: dict[str, int] = {"of_mib": _model_bytes(spec, cfg)}
+    memory: dict[str, int] = {"of": _model_bytes(spec, cfg)}
     writing = HostPeak()
 
     def check(written: Path) -> None:
+        """Once the export is written, before it appears. Raises ConversionError. Collective over all ranks."""
         writing.stop()
         if verify:
             with HostPeak() as peak, HfReader(written, spec) as reader:
                 words = {"made": "the export", "source": "the Megatron checkpoint"}
                 found.update(compare(cfg, models, spec, reader, tolerance=tolerance, **words))
-            memory["verify_peak_mib"] = peak.bytes
+            memory["verify_peak"] = peak.bytes
 
     with writing:
         models = build_model(cfg, hf_dir)
         load_model_weights([*models], load)
         options: dict[str, Any] = {"like": hf_dir, "dtype": dtype, "max_shard_bytes": max_shard_bytes, "check": check}
         written = export_hf(models, spec, cfg, save, **options)
-    memory |= {"shard_mib": _bytes(models), "peak_mib": writing.bytes}
+    memory |= {"shard": _bytes(models), "peak": writing.bytes}
     return {
         "architecture": spec.architecture,
         "params_dtype": cfg.model.params_dtype,

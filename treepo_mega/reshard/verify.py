@@ -71,9 +71,7 @@ def compare(
             if not torch.equal(tensor.cpu(), there):
                 wrong.append(name)
     order = {name: i for i, name in enumerate(hf_shapes(spec))}
-    wrong = sorted(
-        dist.gather_objects(wrong)[0], key=order.__getitem__
-    )  # the first is in the first layer that diverges
+    wrong = sorted(dist.gather_objects(wrong)[0], key=order.__getitem__)  # first: in the first layer that diverges
     if wrong:
         raise ConversionError(f"{len(wrong)} tensors of {made} differ from {source}, first {', '.join(wrong[:4])}")
     difference, counted, diverging = compare_with_transformers(cfg, models, spec, reader)

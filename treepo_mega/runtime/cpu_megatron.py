@@ -3,7 +3,7 @@
 Megatron-Core 0.16.1 names `torch.cuda` and the device string "cuda" in a few dozen places that CPU runs
 reach (RNG tracker, gradient buffers, pipeline communication, clipping, rotary tables). Patching
 `torch.cuda` itself would disturb vLLM and transformers, which share this process; so `install()` puts an
-import finder in front that parses each `megatron.*` source file and rewrites, in the syntax tree only:
+import finder in front that rewrites `megatron.*` source files, in the syntax tree only:
 
     torch.cuda.X            ->  <stand-in>.X          from torch.cuda import X -> X = <stand-in>.X
     "cuda"                  ->  "cpu"                 "torch.cuda.FloatTensor" -> "torch.FloatTensor"
@@ -32,7 +32,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -177,6 +177,15 @@ class _Retarget(ast.NodeTransformer):
         ]
 
 
+def _keep(cache: Path, data: bytes) -> None:
+    """Write `cache` whole or not at all: ranks start together. Silent where the installation is not ours to change."""
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(exist_ok=True)
+        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+        partial.write_bytes(data)
+        partial.replace(cache)
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     """Compiles the rewritten tree. A source without any of MARKS has nothing to rewrite and is loaded as usual.
 
@@ -184,7 +193,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
     looks at, headed by the SHA-256 of the source and of this file, and is made again when either changes.
     """
 
-    def get_code(self, fullname: str) -> Any:
+    def get_code(self, fullname: str) -> CodeType | None:
+        """The module's code, rewritten where there is something to rewrite."""
         path = self.get_filename(fullname)
         source = self.get_data(path)
         if not any(mark in source for mark in MARKS):
@@ -197,13 +207,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
                 return marshal.loads(kept[len(digest) :])
         tree = _Retarget().visit(ast.parse(source, path))
         code = compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
-        if sys.dont_write_bytecode:
-            return code
-        with contextlib.suppress(OSError):  # an installation that is not ours to write in
-            cache.parent.mkdir(exist_ok=True)
-            partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-            partial.write_bytes(digest + marshal.dumps(code))
-            partial.replace(cache)
+        if not sys.dont_write_bytecode:
+            _keep(cache, digest + marshal.dumps(code))
         return code
 
     def exec_module(self, module: ModuleType) -> None:
