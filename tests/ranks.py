@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -53,6 +57,43 @@ def run_ranks(n: int, *command: object, timeout: float = 240) -> str:
     if code:
         pytest.fail(f"{command[0]} on {n} ranks ended with {code}:\n{out[-8000:]}")
     return out
+
+
+def launch_once(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch`, remembering what it gave for its arguments, also that it failed: a hang costs its deadline once."""
+    done: dict[tuple[Any, ...], Any] = {}
+    failed: set[tuple[Any, ...]] = set()
+
+    @wraps(launch)
+    def remembering(*args: Any) -> Any:
+        if args in failed:
+            pytest.fail("the launch that measures this failed before; the first test to need it shows its output")
+        if args not in done:
+            failed.add(args)
+            done[args] = launch(*args)
+            failed.remove(args)
+        return done[args]
+
+    return remembering
+
+
+def leave_layout() -> None:
+    """Forget Megatron's parallel state and close every group but the world's; collective over all ranks.
+
+    Megatron's own end of a layout forgets its groups but leaves them open: each gloo group keeps threads, and a worker
+    that goes through dozens of layouts ends with thousands of them a rank and is slower by an order of magnitude.
+    """
+    from megatron.core import parallel_state as ps
+    from torch.distributed import destroy_process_group, distributed_c10d
+
+    from treepo_mega.runtime import dist
+
+    dist.barrier("the end of a layout", 60)
+    ps.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group != distributed_c10d.GroupMember.WORLD:
+            destroy_process_group(group)
+    gc.collect()  # models refer to their groups in cycles
 
 
 def report_found(found: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
+from tests.ranks import leave_layout
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple, run_schedule
 from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
@@ -114,7 +115,7 @@ def run(case: str, directory: Path) -> dict[str, float]:
     out["loss_diff"] = abs(stats["loss"] - oracle.loss)
     out["clipped_by"] = oracle.grad_norm / cfg.train.clip_grad
     dist.barrier(case, 60)
-    ps.destroy_model_parallel()
+    leave_layout()
     return out
 
 

@@ -6,13 +6,12 @@ One launch a world size runs all of its layouts (see layouts_worker.py); the tes
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import launch_once, run_ranks
 
 WORKER = Path(__file__).with_name("layouts_worker.py")
 RECOMPUTE = ":parallel.recompute_granularity=full,parallel.recompute_method=uniform,parallel.recompute_num_layers=1"
@@ -38,7 +37,7 @@ CASES = {
 def measured(tmp_path_factory):
     """measured(world_size) -> {case: {name: number}}, launched once."""
 
-    @cache
+    @launch_once
     def launch(ranks: int) -> dict[str, dict[str, Any]]:
         directory = tmp_path_factory.mktemp(f"layouts{ranks}")
         run_ranks(ranks, WORKER, directory, *CASES[ranks])

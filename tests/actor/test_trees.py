@@ -7,7 +7,6 @@ layout, a model, recompute on or off, a branching depth (0: a single path), and 
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 from tests.actor import exact
 from tests.actor.tree_oracle import CLIP_REGIMES
-from tests.ranks import run_ranks
+from tests.ranks import launch_once, run_ranks
 
 WORKER = Path(__file__).with_name("trees_worker.py")
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -94,7 +93,7 @@ def name(cell: dict[str, Any]) -> str:
 def measured(tmp_path_factory):
     """measured(world_size, slow) -> results in the order of `cells`, launched once."""
 
-    @cache
+    @launch_once
     def launch(ranks: int, slow: bool) -> list[dict[str, Any]]:
         directory = tmp_path_factory.mktemp(f"trees{ranks}")
         (directory / "cells.json").write_text(json.dumps(cells(ranks, slow)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
+from tests.ranks import leave_layout
 from treepo_mega.actor import checkpoint
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.actor.update import Actor, TrainingDiverged, supervised
@@ -42,7 +43,7 @@ UNSTEPPED = ("tp2", "dp2_plain_optimizer")
 def begin(directory: Path, layout: str) -> tuple[Config, Actor]:
     """A fresh actor in `layout`; an earlier layout of this process is taken down."""
     if ps.model_parallel_is_initialized():
-        ps.destroy_model_parallel()
+        leave_layout()
     decay = ["train.lr_decay_style=linear", "train.num_rollouts=8", "train.adam_eps=1e-8"]
     cfg = configuration(directory / "hf", *LAYOUTS[layout], *decay, "train.max_skipped_steps=3")
     dist.initialize(cfg)

@@ -24,6 +24,7 @@ from tests.actor.exact import measure_exact
 from tests.actor.gpu_twins import pretend_gpu
 from tests.actor.oracle import configuration, write_checkpoint
 from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
+from tests.ranks import leave_layout
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.model import PolicyModel
@@ -140,7 +141,7 @@ def main() -> None:
         dist.barrier("the checkpoint", 60)
         if first.get("exact"):
             results.append(measure_exact(cfg, hf_dir))
-            ps.destroy_model_parallel()
+            leave_layout()
             continue
         with pretend_gpu() if first.get("twins") else contextlib.nullcontext({}) as calls:
             actor = Actor(cfg, hf_dir)
@@ -148,7 +149,7 @@ def main() -> None:
                 results.append(measure(actor, config_of(cell, hf_dir), cell, directory, hf_dir))
             results[-1]["fused"] = calls.get("fused", 0)
             results[-1] |= names(actor.models[0])
-        ps.destroy_model_parallel()
+        leave_layout()
         if dist.is_main():
             print(f"{time.time() - started:6.1f} s", first, results[-1], flush=True)
     if dist.is_main():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
+from tests.ranks import leave_layout
 from treepo_mega.actor.forward import count_multiple, padding_multiple
 from treepo_mega.actor.update import Actor, policy_gradient
 from treepo_mega.loss.quantize import BLOCK, Split, quantize, split
@@ -24,7 +25,7 @@ from megatron.core import parallel_state as ps  # noqa: E402
 def begin(directory: Path, *overrides: str) -> tuple[Actor, list[Pack]]:
     """An actor and the packs of one optimizer step."""
     if ps.model_parallel_is_initialized():
-        ps.destroy_model_parallel()
+        leave_layout()
     hf = directory / "hf"
     # Without importance weights: the rollout logprobs of these trajectories are made up.
     fixed = ("parallel.tensor_model_parallel_size=2", "algo.kl_loss_coef=0", "algo.use_tis=false")
