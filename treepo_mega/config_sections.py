@@ -124,6 +124,9 @@ class EngineConfig(Section):
     fp8_per_block."""
     block_size: int = Field(32, ge=1)
     """KV-cache block, tokens. The CPU kernels take multiples of 32."""
+    copy_partial_blocks: bool = True
+    """A branch inside a KV block copies the block's beginning from where it was computed (rollout/branch_cache.py).
+    false: computes it again, as vLLM alone would. Models whose layers do not all attend to everything need false."""
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(8192, ge=1)
     kv_cache_memory_mb: int = Field(64, ge=1)
@@ -181,11 +184,11 @@ class RolloutConfig(Section):
     """Tokens of the shortest segment when segment_end is not length."""
     segment_alignment: Literal["auto", "none", "kv_block"] = "auto"
     """kv_block: segments of segment_length are stretched (by less than a KV block) to end one token behind a block
-    border, where resubmitting a path recomputes least. auto: that, when block_size divides segment_length (then only
-    the first segment of a path is stretched). none: never."""
+    border, where resubmitting a path recomputes least without engine.copy_partial_blocks. auto: that, when block_size
+    divides segment_length (then only the first segment of a path is stretched). none: never."""
     continue_paths: Literal["auto", "always", "never"] = "auto"
     """Sample a path that cannot branch any more in one go to its end, instead of resubmitting it segment by segment.
-    auto: when segments do not end at KV-block borders, where resubmitting would recompute up to a block."""
+    auto: when segments do not end at KV-block borders, where resubmitting would copy or recompute part of a block."""
     max_depth: int | None = Field(None, ge=1)
     """Segments on a path; None: as many as max_response_len tokens of the shortest segments can be."""
     branch_factor: int = Field(2, ge=1)

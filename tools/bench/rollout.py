@@ -1,6 +1,6 @@
 """What a tree saves at sampling: our generator against independent samples and against a level-synchronous tree.
 
-    python tools/bench/rollout.py [--quick] [--repeats 1] [--prompts 8] [--dtype fp32]
+    python tools/bench/rollout.py [--quick] [--repeats 1] [--prompts N] [--dtype fp32]
 
 One vLLM engine, one process, one model of 22 M random weights; the three ways alternate, the prefix cache is emptied
 before each, and the minimum over the repeats (--repeats, 1 by default) counts. All three give the same leaves and
@@ -16,11 +16,12 @@ a log-normal law cut at the window, one segment at a time from the node's seed, 
 `long-tailed`: median 0.12, sigma 0.9 (0.8 between prompts). The tokens are sampled by the model all the same.
 
 `steps`: segments end with a step of reasoning (`rollout.segment_end`) instead of after a fixed number of tokens; the
-lengths of steps are log-normal too, and nothing is aligned to KV blocks.
+lengths of steps are log-normal too, and nothing is aligned to KV blocks: what a branch shares of a begun block is
+copied (`rollout.engine.copy_partial_blocks`).
 
 Shapes are depth x segment length as in the paper (28, 14 and 7 segments) with segments of one of the CPU's KV blocks of
-32 tokens, w = 16 leaves, binary branching. --quick: 4 x 32 and 3 x 32 with 8 leaves. What is being done is told on
-stderr.
+32 tokens, w = 16 leaves, binary branching, 8 prompts in flight, and one shape with 16. --quick: 4 x 32 and 3 x 32 with
+8 leaves. What is being done is told on stderr.
 
 Why the time saved is less than the tokens saved: an engine step costs a part that no batch shares and a part for each
 running request. A table of ms per step over the running batch is measured first; with the batch of every step of a run
@@ -34,13 +35,14 @@ cpu_vs_* the same in CPU time, which other load on the machine disturbs less; pr
 table; running_mean the mean batch of (tree, level, independent). "engine_steps": [{"running", "cpu_ms",
 "cpu_ms_per_token"}], the table; "prefill_cpu_ms_per_token": of a prompt's tokens.
 
-With --choices: what each choice of segment border costs in recomputed tokens, and the two transfer rules compared on
-leaves, token_ratio, duplicates and speed; one more JSON key, "choices".
+With --choices: what each choice of segment border costs in recomputed tokens, with and without copies of begun blocks,
+and the two transfer rules compared on leaves, token_ratio, duplicates and speed; one more JSON key, "choices".
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -49,7 +51,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,7 @@ class Case:
     pattern: str
     steps: bool = False
     leaves: int = 16
+    prompts: int = 8
 
     @property
     def window(self) -> int:
@@ -111,7 +114,8 @@ class Case:
     @property
     def name(self) -> str:
         """As it is printed."""
-        return f"{self.depth}x{self.length} {self.pattern}" + (", steps" if self.steps else "")
+        more = (", steps" if self.steps else "") + (f", {self.prompts} prompts" if self.prompts != 8 else "")
+        return f"{self.depth}x{self.length} {self.pattern}{more}"
 
 
 QUICK = [Case(4, 32, "trained", leaves=8), Case(3, 32, "long-tailed", steps=True, leaves=8)]
@@ -120,6 +124,7 @@ CASES = [
     Case(14, 32, "long-tailed"),
     Case(7, 32, "full"),
     Case(7, 32, "trained"),
+    Case(7, 32, "trained", prompts=16),
     Case(28, 32, "trained"),
     Case(7, 32, "trained", steps=True),
     Case(7, 32, "long-tailed", steps=True),
@@ -228,10 +233,26 @@ class Bench:
         self.cfg = config(hf, dtype)
         self.engine = Engine(hf, self.cfg)
         rng = random.Random(7)
-        self.prompts = [
+        self.prompts = self.all_prompts = [
             Prompt(f"p{k}", "", [rng.randrange(VOCABULARY) for _ in range(PROMPT)], "", "exact", "bench")
             for k in range(prompts)
         ]
+
+    def take(self, prompts: int) -> None:
+        """The next runs are of the first so many prompts."""
+        self.prompts = self.all_prompts[:prompts]
+
+    @contextlib.contextmanager
+    def vllm_alone(self, really: bool) -> Iterator[None]:
+        """Without copies of begun blocks, if `really`."""
+        connector = self.engine.sleeper.llm_engine.engine_core.engine_core.scheduler.connector
+        candidates = connector._candidates
+        if really:
+            connector._candidates = lambda *_: iter(())
+        try:
+            yield
+        finally:
+            connector._candidates = candidates
 
     def grow(self, script: Script, rollout: RolloutConfig) -> tuple[list[Tree], dict[str, Any]]:
         """Trees by our generator under `rollout`; counts with seconds and CPU seconds."""
@@ -371,6 +392,7 @@ def make_model(directory: Path, dtype: str) -> int:
 
 def measure(bench: Bench, case: Case, repeats: int, times: StepTimes, told: Told) -> dict[str, Any]:
     """One row: the three ways in turn, the minimum of each."""
+    bench.take(case.prompts)
     script = Script(case.pattern, case.window, bench.prompts, case.steps)
     shape = {"segment_length": case.length, "max_response_len": case.window, "n_samples_per_prompt": case.leaves}
     r = bench.cfg.rollout.model_copy(update={**shape, "segment_end": "newline" if case.steps else "length"})
@@ -416,6 +438,7 @@ def measure(bench: Bench, case: Case, repeats: int, times: StepTimes, told: Told
 
 def choices(bench: Bench, pattern: str) -> list[dict[str, Any]]:
     """What borders, budget transfer and the peek of an uncertainty budget cost, on the 14-segment shape."""
+    bench.take(8)
     script = Script(pattern, 448, bench.prompts)
     base = bench.cfg.rollout.model_copy(update={"segment_length": 32, "max_response_len": 448})
     rows = []
@@ -423,11 +446,13 @@ def choices(bench: Bench, pattern: str) -> list[dict[str, Any]]:
         ("aligned to KV blocks", {}),
         ("not aligned", {"segment_alignment": "none"}),
         ("segments of 24, not aligned", {"segment_length": 24}),
+        ("segments of 24, vLLM alone", {"segment_length": 24}),
         ("segments of 24, stretched to blocks", {"segment_length": 24, "segment_alignment": "kv_block"}),
         ("transfer: quota", {"transfer": "quota"}),
         ("budget: entropy (peeks)", {"budget": "entropy"}),
     ):
-        trees, c = bench.grow(script, base.model_copy(update=change))
+        with bench.vllm_alone(name.endswith("vLLM alone")):
+            trees, c = bench.grow(script, base.model_copy(update=change))
         first = [sum(n.depth == 1 for n in t.nodes) for t in trees]
         rows.append(
             {
@@ -502,21 +527,24 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="two small shapes")
     p.add_argument("--repeats", type=int, default=1, help="the minimum of so many counts (default: %(default)s)")
-    p.add_argument("--prompts", type=int, default=8)
+    p.add_argument("--prompts", type=int, help="in flight, in every shape (default: 8, 16 in one shape)")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--only", default="", help="only shapes whose name holds this")
     p.add_argument("--choices", action="store_true", help="also compare borders and transfer rules")
     args = p.parse_args()
     quieten_libraries()
     cases = [case for case in (QUICK if args.quick else CASES) if args.only in case.name]
-    if not cases or args.repeats < 1 or args.prompts < 1:
+    if not cases or args.repeats < 1 or (args.prompts is not None and args.prompts < 1):
         p.error(f"--only {args.only!r} leaves {len(cases)} shapes; --repeats and --prompts must be positive")
+    if args.prompts is not None:
+        cases = list(dict.fromkeys(replace(case, prompts=args.prompts) for case in cases))
     told = Told(4 + 3 * args.repeats * len(cases) + args.choices)
     with tempfile.TemporaryDirectory() as tmp:
         told.say("model")
         size = make_model(Path(tmp), args.dtype)
         told.say("engine")
-        bench = Bench(Path(tmp), args.dtype, args.prompts)
+        bench = Bench(Path(tmp), args.dtype, max(8, *(case.prompts for case in cases)))
+        bench.take(8)
         told.say("warm-up")
         short = bench.cfg.rollout.model_copy(update={"mode": "sequential", "max_response_len": 8})
         bench.independent(bench.grow(Script("full", 8, bench.prompts), short)[0])
@@ -528,7 +556,7 @@ def main() -> int:
             told.say("choices")
             out["choices"] = choices(bench, "trained")
     told.close()
-    print(f"{size / 1e6:.1f} M parameters, {args.dtype}, {args.prompts} prompts, ", end="")
+    print(f"{size / 1e6:.1f} M parameters, {args.dtype}, ", end="")
     print(f"minimum of {args.repeats} alternated repeats")
     report(out)
     print(json.dumps(out))

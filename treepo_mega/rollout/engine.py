@@ -18,8 +18,8 @@ Building it, and what vLLM does to the process meanwhile: `rollout/vllm_setup.py
 - Deleting the engine destroys torch.distributed's default process group, the trainer's: hold the `Engine` until
   the process ends.
 - The KV cache of old weights would be reused: the prefix cache is reset with every update.
-- Only full KV blocks are reused, and a segment's last token has no KV yet: a resubmitted prefix recomputes least
-  when its length mod block_size is 1 (`rollout.segment_alignment`).
+- vLLM reuses full KV blocks only; what a prefix shares of a begun block is copied (`rollout/branch_cache.py`). A
+  segment's last token has no KV yet, so a resubmitted prefix computes one token.
 
 The engine's vocabulary is config.json's: the rows by which Megatron pads the embedding do not exist here and cannot
 be sampled.

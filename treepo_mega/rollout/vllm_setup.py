@@ -157,13 +157,23 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
     if not has_cuda():
         _count_ranks_eagerly()
     e = cfg.rollout.engine
-    memory: dict[str, Any] = (
+    more: dict[str, Any] = (
         {"gpu_memory_utilization": e.gpu_memory_utilization}
         if has_cuda()
         else {"kv_cache_memory_bytes": e.kv_cache_memory_mb << 20}
     )
+    if e.copy_partial_blocks:
+        from vllm.config import KVTransferConfig
+
+        from treepo_mega.rollout import branch_cache
+
+        more["kv_transfer_config"] = KVTransferConfig(
+            kv_connector=branch_cache.BranchCache.__name__,
+            kv_connector_module_path=branch_cache.__name__,
+            kv_role="kv_consumer",
+        )
     if launched():
-        memory["distributed_executor_backend"] = "external_launcher"
+        more["distributed_executor_backend"] = "external_launcher"
     return LLM(
         str(hf_dir),
         dtype={"fp32": "float32", "bf16": "bfloat16"}[e.dtype or cfg.model.params_dtype],
@@ -182,5 +192,5 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
         worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
         seed=seed,
         enable_sleep_mode=has_cuda(),  # the hand-over of device memory
-        **memory,
+        **more,
     )
