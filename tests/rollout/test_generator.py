@@ -133,6 +133,15 @@ def test_what_runs_on_is_not_computed_twice(generator, copies):
     assert unique - 24 <= c["forwarded_tokens"] <= unique + c["recomputed_tokens"]
 
 
+def test_what_a_rollout_costs_does_not_depend_on_what_ran_before(generator):
+    """An evaluation's compute is compared between samplers, and a resumed run's numbers with an uninterrupted one's."""
+    counted = []
+    for _ in range(2):
+        generator.rollout(prompts(3), step=0)
+        counted.append({k: v for k, v in generator.counts.items() if k != "seconds"})
+    assert counted[0] == counted[1] and counted[0]["recomputed_tokens"] >= 3 * 33
+
+
 def test_runs_are_the_same_watched_or_not(generator):
     """The engine reports a run segment by segment only when its text may end it: the tokens are the same."""
     stop = generator.cfg.rollout.stop.model_copy(update={"answer_box": False, "repetition_window": 0})

@@ -17,7 +17,8 @@ Who runs when is `rollout/admission.py`'s business: no more than the KV cache ho
 long ones first (`rollout/dealing.py`). `schedule: level` is the published way, kept to compare with: what the trees
 want is submitted only when nothing runs any more, one blocking call a level.
 
-A tree lives on one engine, whose prefix cache makes resubmitting its prefixes cheap. `cached_tokens` and
+A tree lives on one engine, whose prefix cache makes resubmitting its prefixes cheap. Each call begins with an empty
+one: what a step costs and how its numbers are rounded do not depend on what ran before. `cached_tokens` and
 `recomputed_tokens` are the prefix tokens that were found there and that were not; `forwarded_tokens` are all that
 went through the model: recomputed ones, and each sampled one but a segment's last.
 
@@ -149,6 +150,7 @@ class Generator:
         tau = r.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
         r = r.model_copy(update={"budget_temperature": tau})
         self._check(jobs, r)
+        self.engine.reset_prefix_cache()
         stop = StopRules.from_config(r, self.eos_token_ids, self.decode)
 
         def begin(job: Job) -> TreeSearch:
