@@ -189,12 +189,12 @@ def quantised_as_when_loaded(old: str, new: str, layout: tuple[int, int, int]) -
     KEEP.extend((engine, fresh))
     policy = Policy(cfg, new)
     refit = Refit(cfg, policy.spec, policy.models, engine, score_with(policy))
-    before = sampled(engine)
+    before, expected = sampled(engine), sampled(fresh)
     refit.move()
-    assert before != sampled(fresh), "the two checkpoints must differ"
+    assert before != expected, "the two checkpoints must differ"
     first = sampled(engine)
     refit.move()
-    return first == sampled(fresh) and [x[:2] for x in sampled(engine)] == [x[:2] for x in first]
+    return first == expected and [x[:2] for x in sampled(engine)] == [x[:2] for x in first]
 
 
 def main() -> None:
