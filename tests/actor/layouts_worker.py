@@ -114,7 +114,6 @@ def run(case: str, directory: Path) -> dict[str, float]:
     out["grad_norm_rel"] = abs(stats["grad-norm"] - oracle.grad_norm) / oracle.grad_norm
     out["loss_diff"] = abs(stats["loss"] - oracle.loss)
     out["clipped_by"] = oracle.grad_norm / cfg.train.clip_grad
-    dist.barrier(case, 60)
     leave_layout()
     return out
 

@@ -59,10 +59,8 @@ def generator(engine: Engine, tiny_llama: Path) -> Generator:
 @pytest.fixture(params=["copies", "vllm alone"])
 def copies(engine: Engine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a branch inside a KV block copies its beginning, or computes it again as vLLM alone would."""
-    engine.reset_prefix_cache()
     if request.param != "copies":
-        connector = engine.sleeper.llm_engine.engine_core.engine_core.scheduler.connector
-        monkeypatch.setattr(connector, "_candidates", lambda *_: iter(()))
+        monkeypatch.setattr(engine.branch_cache, "enabled", False)
     return request.param == "copies"
 
 
@@ -121,7 +119,6 @@ def test_what_runs_on_is_not_computed_twice(generator, copies):
     again = change(generator, continue_paths="never")
     generator.rollout(prompts(3), step=0, rollout=again)
     resubmitted = dict(generator.counts)
-    generator.engine.reset_prefix_cache()
     trees = generator.rollout(prompts(3), step=0)
     c = generator.counts
     unique = sum(len(n.tokens) for t in trees for n in t.nodes)

@@ -16,7 +16,7 @@ a log-normal law cut at the window, one segment at a time from the node's seed, 
 `long-tailed`: median 0.12, sigma 0.9 (0.8 between prompts). The tokens are sampled by the model all the same.
 
 `steps`: segments end with a step of reasoning (`rollout.segment_end`) instead of after a fixed number of tokens; the
-lengths of steps are log-normal too, and nothing is aligned to KV blocks: what a branch shares of a begun block is
+lengths of steps are log-normal too, and nothing is aligned to KV blocks: what a branch shares of a partial block is
 copied (`rollout.engine.copy_partial_blocks`).
 
 Shapes are depth x segment length as in the paper (28, 14 and 7 segments) with segments of one of the CPU's KV blocks of
@@ -35,8 +35,8 @@ cpu_vs_* the same in CPU time, which other load on the machine disturbs less; pr
 table; running_mean the mean batch of (tree, level, independent). "engine_steps": [{"running", "cpu_ms",
 "cpu_ms_per_token"}], the table; "prefill_cpu_ms_per_token": of a prompt's tokens.
 
-With --choices: what each choice of segment border costs in recomputed tokens, with and without copies of begun blocks,
-and the two transfer rules compared on leaves, token_ratio, duplicates and speed; one more JSON key, "choices".
+With --choices: what each choice of segment border costs in recomputed tokens, with and without copies of partial
+blocks, and the two transfer rules compared on leaves, token_ratio, duplicates and speed; one more JSON key, "choices".
 """
 
 from __future__ import annotations
@@ -244,19 +244,15 @@ class Bench:
 
     @contextlib.contextmanager
     def vllm_alone(self, really: bool) -> Iterator[None]:
-        """Without copies of begun blocks, if `really`."""
-        connector = self.engine.sleeper.llm_engine.engine_core.engine_core.scheduler.connector
-        candidates = connector._candidates
-        if really:
-            connector._candidates = lambda *_: iter(())
+        """Without copies of partial blocks, if `really`."""
+        self.engine.branch_cache.enabled = not really
         try:
             yield
         finally:
-            connector._candidates = candidates
+            self.engine.branch_cache.enabled = True
 
     def grow(self, script: Script, rollout: RolloutConfig) -> tuple[list[Tree], dict[str, Any]]:
         """Trees by our generator under `rollout`; counts with seconds and CPU seconds."""
-        self.engine.reset_prefix_cache()
         seeds = {tuple(p.tokens): derive_seed(self.cfg.train.seed, "train", 0, p.id) for p in self.prompts}
         scripted = ScriptedEngine(self.engine, script, seeds)
         generator = Generator(scripted, self.cfg, NoText())  # type: ignore[arg-type]

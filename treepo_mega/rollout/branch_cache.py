@@ -1,4 +1,4 @@
-"""Branching inside a KV block without computing it again: a child copies the begun block of its parent.
+"""Branching inside a KV block without computing it again: a child copies its parent's partial block.
 
 vLLM shares full KV blocks only, so a request whose prefix ends within a block computes that rest anew, on the CPU up
 to 31 tokens for each branch. `BranchCache` is a vLLM KV connector (the interface by which vLLM takes keys and values
@@ -9,7 +9,7 @@ same prefix, in a running request or in one that ended, and has the worker copy 
                                                        kv_connector_module_path=branch_cache.__name__))
 
 A copy holds what the parent computed, bit for bit. Blocks of ended requests are free and stay readable until they are
-given out again: each carries a hash in vLLM's own table (for a full block vLLM's, for a begun one ours), which vLLM
+given out again: each carries a hash in vLLM's own table (for a full block vLLM's, for a partial one ours), which vLLM
 takes away when it gives the block out or resets the prefix cache; an entry here is valid as long as its hash stands.
 
 One pass of the scheduler: `get_num_new_matched_tokens` pins the block that it finds, so that nobody is given it in this
@@ -64,7 +64,10 @@ class Left:
 
 
 class BranchCache(KVConnectorBase_V1):
-    """See the module docstring. vLLM makes one for its scheduler and one for its worker."""
+    """See the module docstring. vLLM makes one for its scheduler and one for its worker.
+
+    `enabled` false: nothing is found, and vLLM computes the rest of a block again, to compare.
+    """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         """Raises ValueError for a model with sliding windows or states, whose blocks cannot be told apart like this."""
@@ -77,9 +80,10 @@ class BranchCache(KVConnectorBase_V1):
             )
         self.block_size: int = groups[0].kv_cache_spec.block_size
         self._num_blocks: int = kv_cache_config.num_blocks
+        self.enabled = True
         self._pool: BlockPool | None = None
         self._running: dict[str, Request] = {}
-        self._begun_now: set[str] = set()  # nothing of theirs is computed yet
+        self._new: set[str] = set()  # nothing of theirs is computed yet
         self._left: dict[int, Left] = {}  # by block id
         self._behind: dict[bytes, set[int]] = {}  # hash of the prefix -> ids of the blocks left behind it
         self._found: dict[str, tuple[KVCacheBlock, int]] = {}  # request -> source, index of the block it goes to
@@ -94,7 +98,7 @@ class BranchCache(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens behind the request's first `num_computed_tokens` (full, shared blocks) that a copy would bring."""
         assert self._pool is not None
-        if request.skip_reading_prefix_cache:
+        if request.skip_reading_prefix_cache or not self.enabled:
             return 0, False
         found = max(self._candidates(request, num_computed_tokens), key=lambda c: c[0], default=None)
         if found is None or not found[0]:
@@ -116,7 +120,7 @@ class BranchCache(KVConnectorBase_V1):
         parent: bytes = request.block_hashes[k - 1] if k else b""
         for name, other in self._running.items():
             computed = other.num_computed_tokens - start
-            if computed <= 0 or name in self._begun_now or len(other.block_hashes) < k:
+            if computed <= 0 or name in self._new or len(other.block_hashes) < k:
                 continue
             if not k or other.block_hashes[k - 1] == parent:
                 assert self._kv_cache_manager is not None
@@ -132,7 +136,7 @@ class BranchCache(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         """The request runs now, in `blocks`."""
         self._running[request.request_id] = request
-        self._begun_now.add(request.request_id)
+        self._new.add(request.request_id)
         if num_external_tokens:
             source, k = self._found[request.request_id]
             self._pairs.append((source.block_id, blocks.blocks[GROUP][k].block_id))
@@ -143,7 +147,7 @@ class BranchCache(KVConnectorBase_V1):
         copies = Copies(self._num_blocks, self._pairs)
         self._pool.free_blocks([block for block, _ in self._found.values()])
         self._pairs, self._found = [], {}
-        self._begun_now.clear()
+        self._new.clear()
         return copies
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, None]:
@@ -163,7 +167,7 @@ class BranchCache(KVConnectorBase_V1):
         self._forget(block_id)
         if block.block_hash is None:
             # A token is at most 8 bytes; the mark keeps our hashes apart from vLLM's, which are of full blocks.
-            ours = hashlib.sha256(b"begun" + parent + b"".join(t.to_bytes(8, "little") for t in tokens)).digest()
+            ours = hashlib.sha256(b"partial" + parent + b"".join(t.to_bytes(8, "little") for t in tokens)).digest()
             key = make_block_hash_with_group_id(BlockHash(ours), GROUP)
             self._pool._insert_block_hash(key, block, num_tokens=start + len(tokens))
         self._left[block_id] = Left(block, parent, tokens, block.block_hash)

@@ -18,7 +18,7 @@ Building it, and what vLLM does to the process meanwhile: `rollout/vllm_setup.py
 - Deleting the engine destroys torch.distributed's default process group, the trainer's: hold the `Engine` until
   the process ends.
 - The KV cache of old weights would be reused: the prefix cache is reset with every update.
-- vLLM reuses full KV blocks only; what a prefix shares of a begun block is copied (`rollout/branch_cache.py`). A
+- vLLM reuses full KV blocks only; what a prefix shares of a partial block is copied (`rollout/branch_cache.py`). A
   segment's last token has no KV yet, so a resubmitted prefix computes one token.
 
 The engine's vocabulary is config.json's: the rows by which Megatron pads the embedding do not exist here and cannot
@@ -196,6 +196,11 @@ class Engine:
     def sleeper(self) -> Any:
         """vLLM's LLM, whose sleep(level) and wake_up(tags) give memory away and take it back (CUDA)."""
         return self._llm
+
+    @property
+    def branch_cache(self) -> Any:
+        """What finds the blocks to copy (`rollout/branch_cache.py`); None without `copy_partial_blocks`."""
+        return self._llm.llm_engine.engine_core.engine_core.scheduler.connector
 
     def weight_target(self) -> VllmTarget:
         """This rank's part of the engine as the destination of a reshard (`reshard/vllm_target.py`)."""
