@@ -20,6 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.hf_fixtures import run_ranks, tiny_hf
+
+__all__ = ["run_ranks", "tiny_hf"]
+
 TINY_SYMBOLS = [
     "<pad>",
     "<bos>",

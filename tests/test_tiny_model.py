@@ -12,7 +12,7 @@ import pytest
 
 from treepo_mega.config import check, load_config
 from treepo_mega.data.tasks import chain as task
-from treepo_mega.reshard.layout import ModelSpec
+from treepo_mega.modelspec.mcore_layout import ModelSpec
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "examples" / "tiny_reasoner"

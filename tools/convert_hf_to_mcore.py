@@ -6,7 +6,7 @@
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
 The layout only divides the work of converting: any layout loads the result (`model.load` of a training
-configuration). DIR of --save appears when everything is written and verified; see treepo_mega/reshard/convert.py.
+configuration). DIR of --save appears when everything is written and verified; see treepo_mega/convert/convert.py.
 
 A safetensors file carries no checksum: a bit that flipped before the conversion is part of the source. One that flips
 afterwards is refused when the checkpoint is loaded (manifest.json holds SHA-256), and --verify names the tensor.
@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from treepo_mega.reshard.convert import hf_to_mcore
-from treepo_mega.reshard.converter_cli import add_padding, converter_parser, layout_config, run_converter, told
-from treepo_mega.reshard.verify import verify_checkpoint
+from treepo_mega.convert.convert import hf_to_mcore
+from treepo_mega.convert.cli import add_padding, converter_parser, layout_config, run_converter, told
+from treepo_mega.convert.verify import verify_checkpoint
 
 
 def arguments() -> argparse.Namespace:

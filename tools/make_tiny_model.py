@@ -51,9 +51,9 @@ from treepo_mega.actor.update import Actor, supervised
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.rewards.verifiers import boxed
 from treepo_mega.data.tasks import chain as task
-from treepo_mega.reshard.gather import HfGather, local_params
-from treepo_mega.reshard.hf import HfCheckpointError, whole_directory
-from treepo_mega.reshard.layout import ModelSpec, hf_shapes
+from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.checkpoint.hf import HfCheckpointError, whole_directory
+from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.pack import Trajectory, plan_step

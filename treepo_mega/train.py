@@ -19,12 +19,12 @@ from treepo_mega.data.gym import GymError
 from treepo_mega.data.prompts import PromptError
 from treepo_mega.data.rewards import VerifierError
 from treepo_mega.monitor.metrics import MetricsError
-from treepo_mega.reshard.hf import HfCheckpointError
-from treepo_mega.reshard.layout import LayoutError, ModelSpecError
-from treepo_mega.reshard.refit import RefitError
-from treepo_mega.rollout.engine import EngineError
+from treepo_mega.checkpoint.hf import HfCheckpointError
+from treepo_mega.modelspec.mcore_layout import LayoutError, ModelSpecError
+from treepo_mega.sync.refit import RefitError
+from treepo_mega.engine.engine import EngineError
 from treepo_mega.runtime import dist
-from treepo_mega.runtime.handover import HandoverError
+from treepo_mega.sync.handover import HandoverError
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
 

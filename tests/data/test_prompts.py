@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from treepo_mega.config import DataConfig
-from treepo_mega.config_sections import PromptSource
+from treepo_mega.config.sections import PromptSource
 from treepo_mega.data.prompts import PromptSet, load_prompts
 from treepo_mega.data.rows import PromptError
 

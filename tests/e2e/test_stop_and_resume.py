@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.ranks import finish, run_ranks, start_ranks
-from treepo_mega.actor.checkpoint import check_complete
+from treepo_mega.checkpoint.mcore import check_complete
 from treepo_mega.monitor.metrics import read_metrics
 from treepo_mega.monitor.registry import depends_on_time
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.loss.test_fp8_head import VOCAB, operands
-from treepo_mega.config_sections import HeadConfig
+from treepo_mega.config.sections import HeadConfig
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.head import Shard
 from treepo_mega.loss.operands import Numerics

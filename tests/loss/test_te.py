@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from treepo_mega.config import Config, ConfigError, check, parse_config
-from treepo_mega.config_sections import HeadConfig, ModelConfig
+from treepo_mega.config.sections import HeadConfig, ModelConfig
 from treepo_mega.loss import backend, te
 from treepo_mega.loss.backend import resolve_backend
 

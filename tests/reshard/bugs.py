@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from treepo_mega.reshard.layout import Block, ParamLayout
+from treepo_mega.modelspec.mcore_layout import Block, ParamLayout
 from treepo_mega.reshard.sides import Side
 
 Change = Callable[[int, Block], Block]

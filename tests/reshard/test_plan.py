@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.reshard.worlds import carry_out, full_tensors, model, reshards, sliced
-from treepo_mega.reshard.layout import LayoutError, ModelSpec, hf_shapes
+from treepo_mega.modelspec.mcore_layout import LayoutError, ModelSpec, hf_shapes
 from treepo_mega.reshard.plan import Cluster, PlanError, plan_reshard
 from treepo_mega.reshard.sides import Grid, Side, files_side, mcore_side, vllm_side
 

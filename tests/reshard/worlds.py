@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from treepo_mega.reshard.layout import ModelSpec, hf_shapes
+from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.reshard.plan import Cluster, Copy, ReshardPlan
 from treepo_mega.reshard.sides import ChunkLayouts, Grid, Side
 

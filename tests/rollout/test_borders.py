@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from treepo_mega.rollout.borders import border_tokens
-from treepo_mega.rollout.engine import EngineError
+from treepo_mega.engine.engine import EngineError
 
 
 class Words:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from treepo_mega.config import RewardConfig, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
-from treepo_mega.rollout.engine import Engine
+from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.eval import Evaluator, Graded, grade, metrics
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.tree.node import ROOT, Tree

@@ -144,8 +144,8 @@ class Case:
         import torch
 
         from treepo_mega.reshard.execute import Resharder, TensorTarget
-        from treepo_mega.reshard.gather import HfGather
-        from treepo_mega.reshard.layout import ModelSpec, hf_shapes
+        from treepo_mega.checkpoint.load import HfGather
+        from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
         from treepo_mega.reshard.plan import Cluster, plan_reshard
         from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
         from treepo_mega.runtime import dist
@@ -328,7 +328,7 @@ def groups(world: int, tp: int, pp: int, rank: int):
 
 def peak_growth(work: Callable[[], None]) -> int:
     """Bytes by which anonymous resident memory grew at most during `work`."""
-    from treepo_mega.reshard.host_memory import HostPeak
+    from treepo_mega.runtime.host_memory import HostPeak
 
     with HostPeak() as peak:
         work()

@@ -5,7 +5,7 @@
     local                 Megatron's own linear modules with our RMSNorm; any device
     transformer_engine    Megatron's spec of Transformer Engine modules, a norm fused into the linear layer behind it;
                           a GPU only. The norms have other names then (`linear_qkv.layer_norm_weight`), which
-                          `reshard/layout.py` knows as naming "te"
+                          `modelspec/mcore_layout.py` knows as naming "te"
 
 In both the core attention is ours (`attention.py`): no module of Transformer Engine knows what a tree's token sees.
 `model.fp8` puts Transformer Engine's linear modules into the local layer (`loss/te.py`), under local names.
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treepo_mega.config import ConfigError
-from treepo_mega.config_sections import ModelConfig
+from treepo_mega.config.sections import ModelConfig
 from treepo_mega.loss import te
 from treepo_mega.runtime import cpu_megatron
 from treepo_mega.runtime.device import has_cuda

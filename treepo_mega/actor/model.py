@@ -17,8 +17,8 @@ from torch import Tensor
 
 from treepo_mega.config import Config
 from treepo_mega.loss import te
-from treepo_mega.reshard.layout import ModelSpec, padded_vocab
-from treepo_mega.reshard.spec import ModelSpecError
+from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
+from treepo_mega.modelspec.spec import ModelSpecError
 from treepo_mega.runtime import cpu_megatron
 from treepo_mega.runtime.device import device, has_cuda
 

@@ -34,8 +34,8 @@ from treepo_mega.loss.backend import Backend, resolve_backend
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.operands import Numerics, WeightCache
 from treepo_mega.loss.policy import clip_active, kl_penalty, policy_loss, supervised_loss
-from treepo_mega.reshard.gather import load_from_hf
-from treepo_mega.reshard.layout import ModelSpec
+from treepo_mega.checkpoint.load import load_from_hf
+from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.device import device
 from treepo_mega.tree.pack import Pack, Trajectory, plan_step

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from treepo_mega.config import DataConfig
-from treepo_mega.config_sections import PromptSource
+from treepo_mega.config.sections import PromptSource
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 from treepo_mega.data.rows import MISSING, PromptError, Row, describe_missing, lookup, read_rows

@@ -11,7 +11,7 @@ import importlib.util
 from typing import Literal
 
 from treepo_mega.config import ConfigError
-from treepo_mega.config_sections import HeadConfig
+from treepo_mega.config.sections import HeadConfig
 from treepo_mega.loss.te import transformer_engine
 from treepo_mega.runtime.device import compute_capability
 

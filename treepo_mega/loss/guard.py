@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from treepo_mega.config_sections import HeadConfig
+from treepo_mega.config.sections import HeadConfig
 from treepo_mega.loss.head import Shard, logprob_entropy
 from treepo_mega.loss.operands import Numerics, Precision
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from treepo_mega.config import ConfigError
-from treepo_mega.config_sections import ModelConfig
+from treepo_mega.config.sections import ModelConfig
 from treepo_mega.loss.quantize import Quantized
 from treepo_mega.runtime.device import has_cuda
 

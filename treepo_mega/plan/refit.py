@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from treepo_mega.config import Config, ConfigError
-from treepo_mega.reshard.layout import ModelSpec, hf_shapes
+from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.reshard.plan import LINKS, Cluster, Traffic, plan_reshard
 from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
 

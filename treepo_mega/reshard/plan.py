@@ -28,7 +28,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from treepo_mega.reshard.layout import Block, Box, LayoutError
+from treepo_mega.modelspec.mcore_layout import Block, Box, LayoutError
 from treepo_mega.reshard.sides import Ranks, Side
 
 LINKS = ("local", "node", "network")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treepo_mega.config import Config
-from treepo_mega.reshard.layout import (
+from treepo_mega.modelspec.mcore_layout import (
     NAMING,
     Block,
     LayoutError,
@@ -31,7 +31,7 @@ from treepo_mega.reshard.layout import (
     chunk_layouts,
     hf_shapes,
 )
-from treepo_mega.reshard.vllm_layout import vllm_layout
+from treepo_mega.modelspec.vllm_layout import vllm_layout
 
 ChunkLayouts = Sequence[Mapping[str, ParamLayout]]
 """Layouts of one rank's model chunks."""

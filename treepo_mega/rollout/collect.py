@@ -24,7 +24,7 @@ from treepo_mega.data.rewards import RewardItem, RewardPool
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job, summarize
-from treepo_mega.rollout.rounds import open_round
+from treepo_mega.rollout.round import open_round
 from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal, set_rewards
 from treepo_mega.tree.node import Tree

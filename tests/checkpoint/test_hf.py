@@ -1,0 +1,223 @@
+"""Reading checkpoints by slices, writing them whole, and naming what is wrong with them."""
+
+import itertools
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from treepo_mega.checkpoint.load import fill_local
+from treepo_mega.checkpoint.hf import HfCheckpointError, HfReader, HfWriter, whole_directory
+from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def box(shape):
+    return tuple((0, n) for n in shape)
+
+
+def everything(directory):
+    spec = ModelSpec.from_hf(directory)
+    with HfReader(directory, spec) as reader:
+        return {name: reader.read(name, box(shape)) for name, shape in hf_shapes(spec).items()}
+
+
+def edit(directory, change, file="model.safetensors"):
+    tensors = load_file(directory / file)
+    change(tensors)
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}])
+def test_reads_slices_of_single_and_sharded_files(tiny_hf, options):
+    directory = tiny_hf("llama", **options)
+    assert (directory / "model.safetensors.index.json").exists() == bool(options)
+    state = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    with HfReader(directory, ModelSpec.from_hf(directory)) as reader:
+        part = reader.read("model.layers.2.mlp.down_proj.weight", ((3, 9), (16, 48)), torch.bfloat16)
+    assert torch.equal(part, state["model.layers.2.mlp.down_proj.weight"][3:9, 16:48].bfloat16())
+    assert all(torch.equal(t, state[n]) for n, t in everything(directory).items())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that torch hands out while this is on and that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self._seen = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        mine = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in mine:
+                self.live += t.nbytes
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(t, self._gone, t.nbytes)
+        return out
+
+    def _gone(self, size):
+        self.live -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_reads_its_own_bytes_once_and_holds_its_shard_and_one_slice(tiny_hf, dtype):
+    directory, tp, pp = tiny_hf("llama", max_shard_size="50KB"), 2, 2
+    spec, read = ModelSpec.from_hf(directory), 0
+    replicated = 0
+    for tp_rank, pp_rank in itertools.product(range(tp), range(pp)):
+        (layout,) = chunk_layouts(spec, tp=tp, pp=pp, tp_rank=tp_rank, pp_rank=pp_rank)
+        blocks = [b for p in layout.values() for b in p.blocks]
+        replicated += sum(b.numel for b in blocks if len(b.shape) == 1 and tp_rank)
+        with HfReader(directory, spec) as reader, LiveBytes() as memory:
+            params = {n: torch.full(p.shape, torch.nan, dtype=dtype) for n, p in layout.items()}
+            shard = memory.live
+            filled = fill_local(params, layout, reader)
+        assert filled == sum(b.numel for b in blocks) * dtype.itemsize
+        assert reader.bytes_read == sum(b.numel for b in blocks) * 4, "every byte of its own, once, and no other"
+        assert shard == sum(p.nbytes for p in params.values())
+        assert memory.peak <= shard + max(b.numel for b in blocks) * 8, "one slice, and its cast"
+        assert reader.total_bytes == sum(f.nbytes for f in everything(directory).values())
+        assert memory.peak < reader.total_bytes
+        read += reader.bytes_read
+    assert read == reader.total_bytes + replicated * 4, "norms are read by both tensor-parallel ranks, all else by one"
+
+
+def test_missing_unexpected_and_misshapen_tensors(tiny_hf):
+    directory = tiny_hf("llama")
+    original = directory / "model.safetensors"
+    saved = original.read_bytes()
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def misspell(tensors):
+        tensors["model.layers.1.self_attn.k_porj.weight"] = tensors.pop(name)
+
+    cases = [
+        (lambda t: t.pop(name), ["1 tensors missing", name]),
+        (misspell, ["1 tensors missing", "k_porj.weight (nearest expected: " + name]),
+        (lambda t: t.update({name: torch.zeros(16, 31)}), [str(original), name, "[16, 31]", "[16, 32]"]),
+        (lambda t: t.update({name: torch.zeros(16, 32, dtype=torch.int8)}), [name, "I8", "BF16"]),
+    ]
+    for change, words in cases:
+        original.write_bytes(saved)
+        edit(directory, change)
+        with pytest.raises(HfCheckpointError) as e:
+            HfReader(directory, ModelSpec.from_hf(directory))
+        assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_missing_and_broken_files(tiny_hf):
+    directory = tiny_hf("llama", max_shard_size="20KB")
+    spec = ModelSpec.from_hf(directory)
+    shard = sorted(directory.glob("model-*.safetensors"))[1]
+    saved = shard.read_bytes()
+    shard.write_bytes(saved[: len(saved) // 2])
+    with pytest.raises(HfCheckpointError, match=f"{shard.name}: not a readable safetensors file"):
+        HfReader(directory, spec)
+    shard.unlink()
+    with pytest.raises(HfCheckpointError, match=f"{shard.name}: no such file, although"):
+        HfReader(directory, spec)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../other.safetensors"}}))
+    with pytest.raises(HfCheckpointError, match="expected a file name in this directory"):
+        HfReader(directory, spec)
+    index.write_text("[]")
+    with pytest.raises(HfCheckpointError, match="expected a JSON object with a weight_map"):
+        HfReader(directory, spec)
+    for path in directory.glob("model*"):
+        path.unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(HfCheckpointError, match=r"found pytorch_model.bin \(convert to safetensors first"):
+        HfReader(directory, spec)
+
+
+def test_tied_head_in_the_file_must_equal_the_embedding(tiny_hf):
+    directory = tiny_hf("qwen2", tied=True)
+    edit(directory, lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
+    assert "lm_head.weight" not in everything(directory)
+    edit(directory, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(HfCheckpointError, match=r"tie_word_embeddings, but lm_head.weight"):
+        everything(directory)
+
+
+def test_derived_buffers_of_old_files_are_skipped(tiny_hf):
+    directory = tiny_hf("llama")
+    edit(directory, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert "model.norm.weight" in everything(directory)
+
+
+@pytest.mark.parametrize("limit, shards", [(1 << 30, 1), (20_000, 5)])
+def test_written_checkpoint_is_bit_equal_and_loads_in_transformers(tiny_hf, tmp_path, limit, shards):
+    source, target = tiny_hf("qwen3"), tmp_path / "out"
+    (source / "tokenizer_config.json").write_text("{}")
+    tensors = everything(source)
+    spec = ModelSpec.from_hf(source)
+    with HfWriter(target, like=source, spec=spec, dtype=torch.float32, max_shard_bytes=limit) as writer:
+        for name in reversed(tensors):
+            writer.add(name, tensors[name])
+        assert not target.exists()
+    files = list(target.glob("*.safetensors"))
+    assert len(files) >= shards
+    assert (target / "model.safetensors.index.json").exists() == (shards > 1)
+    back = everything(target)
+    assert all(torch.equal(back[n], tensors[n]) for n in tensors)
+    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert (target / "tokenizer_config.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(target).state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in tensors.items())
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_dtype_of_config_follows_the_weights(tiny_hf, tmp_path):
+    source, target = tiny_hf("llama"), tmp_path / "out"
+    with HfWriter(target, like=source, spec=ModelSpec.from_hf(source), dtype=torch.bfloat16) as writer:
+        for name, tensor in everything(source).items():
+            writer.add(name, tensor)
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+    assert next(iter(everything(target).values())).dtype is torch.bfloat16
+
+
+def test_nothing_partial_looks_whole(tiny_hf, tmp_path):
+    source, target = tiny_hf("llama"), tmp_path / "out"
+    tensors, spec = everything(source), ModelSpec.from_hf(source)
+
+    def write(pairs):
+        with HfWriter(target, like=source, spec=spec, dtype=torch.float32, max_shard_bytes=20_000) as writer:
+            for name, tensor in pairs:
+                writer.add(name, tensor)
+
+    pairs = list(tensors.items())
+    for wrong, words in [
+        (pairs[:-1], "1 tensors missing: lm_head.weight"),
+        ([*pairs, pairs[0]], "embed_tokens.weight added twice"),
+        ([*pairs, ("model.other", torch.zeros(1))], "model.other unexpected"),
+        ([(pairs[0][0], torch.zeros(3, 3))], "has shape \\[3, 3\\]; expected \\[301, 32\\]"),
+    ]:
+        with pytest.raises(HfCheckpointError, match=words):
+            write(wrong)
+        assert {p.name for p in tmp_path.iterdir()} == {"hf"}
+    write(pairs)
+    with pytest.raises(HfCheckpointError, match="exists already"):
+        write(pairs)
+    assert len(everything(target)) == len(tensors)
+
+
+def test_stale_partial_directory_is_replaced(tmp_path):
+    stale = tmp_path / ".out.partial"
+    stale.mkdir()
+    (stale / "left.over").write_text("x")
+    (tmp_path / "out").mkdir()  # an empty directory may be the target
+    with whole_directory(tmp_path / "out") as partial:
+        (partial / "new").write_text("y")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), whole_directory(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,141 @@
+"""Checkpoints: resume bit-equal in the same layout and close in others; damaged ones are named and passed over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, check_complete, check_digests, find_latest, prune
+from treepo_mega.config import ConfigError
+
+WORKER = Path(__file__).with_name("training_worker.py")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The worker's directory, with results.json and real checkpoints; launched once for the module."""
+    directory = tmp_path_factory.mktemp("training")
+    run_ranks(2, WORKER, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def results(trained):
+    return json.loads((trained / "results.json").read_text())
+
+
+@pytest.mark.parametrize("saved", ["tp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "vpp2", "dp2"])
+def test_resume_continues_the_run(results, saved, layout):
+    whole, back = results["resume"][saved]["whole"], results["resume"][saved][layout]
+    assert whole[0][0] > 0 and whole[2] != whole[3]
+    assert back["trainer"], "the trainer's own state comes back as it was"
+    if layout == saved:
+        assert back["steps"] == whole[2:] and back["weight_diff"] == 0, "bit for bit"
+    else:
+        for got, want in zip(back["steps"], whole[2:], strict=True):
+            assert got == pytest.approx(want, rel=1e-6)
+        assert back["weight_diff"] < 1e-2, "in units of the learning rate"
+
+
+def test_resume_without_the_distributed_optimizer(results):
+    run = results["plain_optimizer"]
+    assert run["dp2_plain_optimizer"]["steps"] == run["whole"][2:]
+    assert run["dp2_plain_optimizer"]["weight_diff"] == 0
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2_plain_optimizer"])
+def test_a_run_that_never_stepped_can_be_saved_and_resumed(results, layout):
+    run = results["before_the_first_step"][layout]
+    assert run[layout]["steps"] == run["whole"] and run[layout]["weight_diff"] == 0
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_a_nan_gradient_changes_nothing_and_is_counted(results, layout):
+    got = results["skipping"][layout]
+    assert got["moved_by_good_step"] > 0
+    assert got["skipped"] == 1.0 and got["norm"] == "nan"
+    assert got["moved"] == 0, "weights as before"
+    assert got["moments"] > 0 and got["moments_moved"] == 0, "optimizer state as before"
+    assert got["lr"][0] > got["lr"][1] == got["lr"][2], "the schedule waits for the skipped step"
+    assert got["in_a_row"] == [1, 0, 1, 2], "a good step starts the count again"
+    assert "3 optimizer steps in a row had the gradient norm nan" in got["diverged"]
+
+
+@pytest.fixture
+def checkpoints(trained, tmp_path):
+    """A folder with copies of a real checkpoint as steps 2, 4 and 6, and a partial one."""
+    real = trained / "tp2" / "step_000002"
+    for step in (2, 4, 6):
+        shutil.copytree(real, tmp_path / f"step_{step:06d}")
+    shutil.copytree(real, tmp_path / "step_000008.partial")
+    (tmp_path / "notes").mkdir()
+    return tmp_path
+
+
+def test_the_manifest_states_the_layout_and_every_file(trained):
+    directory = trained / "tp2" / "step_000002"
+    manifest = check_complete(directory)
+    assert manifest["step"] == 2 and manifest["layout"]["tensor_model_parallel_size"] == 2
+    on_disk = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == on_disk - {MANIFEST}
+    assert not list(trained.rglob("*.partial")), "nothing is left half-written"
+
+
+def test_newest_complete_one_is_found(checkpoints, capsys):
+    assert find_latest(checkpoints) == checkpoints / "step_000006"
+    assert capsys.readouterr().out == ""
+    assert find_latest(checkpoints / "nowhere") is None
+
+
+def test_a_truncated_file_is_named_and_passed_over(checkpoints, capsys):
+    newest = checkpoints / "step_000006"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    size = victim.stat().st_size
+    with victim.open("r+b") as f:
+        f.truncate(size - 1)
+    with pytest.raises(CheckpointError, match=rf"{victim}: expected {size} bytes, found {size - 1}: .* is damaged"):
+        check_complete(newest)
+    assert find_latest(checkpoints) == checkpoints / "step_000004"
+    assert f"passing over {newest}" in capsys.readouterr().out
+    victim.unlink()
+    with pytest.raises(CheckpointError, match="found nothing"):
+        check_complete(newest)
+
+
+def test_a_flipped_bit_is_named_and_passed_over(checkpoints, capsys):
+    newest = checkpoints / "step_000006"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 3] ^= 1
+    victim.write_bytes(data)
+    manifest = check_complete(newest)
+    with pytest.raises(CheckpointError, match=rf"{victim}: SHA-256 is .*{MANIFEST} says .*use another checkpoint"):
+        check_digests(newest, manifest)
+    assert find_latest(checkpoints) == checkpoints / "step_000004"
+    assert f"passing over {newest}" in capsys.readouterr().out
+    del manifest["sha256"]
+    check_digests(newest, manifest)  # of an earlier version: sizes are all that is known
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"files": 3}'])
+def test_without_a_manifest_it_is_no_checkpoint(checkpoints, text):
+    newest = checkpoints / "step_000006"
+    (newest / MANIFEST).unlink()
+    if text is not None:
+        (newest / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=str(newest)) as e:
+        check_complete(newest)
+    assert isinstance(e.value, ConfigError), "the command line prints it as one message"
+    assert find_latest(checkpoints) == checkpoints / "step_000004"
+
+
+def test_prune_keeps_the_last(checkpoints):
+    prune(checkpoints, 2)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["notes", "step_000004", "step_000006"]
+    prune(checkpoints, 5)
+    assert len(list(checkpoints.iterdir())) == 3

@@ -1,0 +1,217 @@
+"""The real vLLM engine on a tiny random Llama: one start for the module, transformers as the oracle."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from treepo_mega.config import Config, parse_config
+from treepo_mega.engine.engine import Engine, EngineError, Finished
+
+EOS = 2
+
+
+def config(hf: Path) -> Config:
+    return parse_config(
+        {
+            "model": {"hf_checkpoint": str(hf)},
+            "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
+            "rollout": {"max_response_len": 64, "segment_length": 16, "engine": {"max_num_batched_tokens": 1024}},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: Path, keep_alive: list[object]) -> Engine:
+    os.environ["LOCAL_WORLD_SIZE"] = "7"
+    torch.manual_seed(11)
+    random.seed(11)
+    np.random.seed(11)
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.set_num_threads)
+    made = Engine(tiny_llama, config(tiny_llama), seed=5)
+    keep_alive.append(made)
+    after = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.set_num_threads)
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:], "the trainer's state is left alone"
+    assert os.environ.pop("LOCAL_WORLD_SIZE") == "7" and "LD_PRELOAD" not in os.environ
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    return made
+
+
+def run(
+    engine: Engine, prefixes: list[list[int]], *, temperature: float = 1.0, n: int = 24, stop: list[int] | None = None
+):
+    for k, prefix in enumerate(prefixes):
+        engine.submit(f"r{k}", prefix, n, 100 + k, temperature, stop or [])
+    done: dict[str, Finished] = {}
+    while engine.busy:
+        done |= {x.request_id: x for x in engine.step()}
+    return [done[f"r{k}"] for k in range(len(prefixes))]
+
+
+def prompts(n: int = 4, length: int = 33) -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(3, 54) for _ in range(length)] for _ in range(n)]
+
+
+def hf_logprobs(model, tokens: list[int], temperature: float) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0, :-1].double() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def weights(hf: Path) -> dict[str, torch.Tensor]:
+    return load_file(hf / "model.safetensors")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_transformers_after_temperature(engine, tiny_llama, temperature):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for prefix, x in zip(prompts(), run(engine, prompts(), temperature=temperature), strict=True):
+        assert len(x.tokens) == len(x.logprobs) == 24 and x.finish_reason == "length"
+        want = hf_logprobs(model, prefix + x.tokens, temperature)
+        assert np.abs(np.array(want[len(prefix) - 1 :]) - np.array(x.logprobs)).max() <= 1e-4
+        scored = engine.score(prefix + x.tokens, temperature)
+        assert np.abs(np.array(want) - np.array(scored)).max() <= 1e-4
+    assert engine.score([5, 6, 7]) == pytest.approx(hf_logprobs(model, [5, 6, 7], 1.0), abs=1e-4), "scale is restored"
+
+
+def test_seeds_decide_and_temperature_zero_is_greedy(engine, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    same = prompts(1) * 3
+    a, b = run(engine, same), run(engine, same)
+    assert [x.tokens for x in a] == [x.tokens for x in b], "a seed gives the same tokens again"
+    assert len({tuple(x.tokens) for x in a}) == 3, "another seed gives others"
+    (greedy,) = run(engine, prompts(1), temperature=0.0)
+    tokens = prompts(1)[0]
+    for t in greedy.tokens:
+        with torch.no_grad():
+            assert int(model(torch.tensor([tokens])).logits[0, -1].argmax()) == t
+        tokens.append(t)
+
+
+def test_a_stop_token_ends_the_segment_and_is_kept(engine):
+    (free,) = run(engine, prompts(1))
+    stop = free.tokens[5]
+    (x,) = run(engine, prompts(1), stop=[stop])
+    assert x.finish_reason == "stop" and x.tokens == free.tokens[: free.tokens.index(stop) + 1]
+
+
+def test_a_resubmitted_prefix_is_reused(engine):
+    prefix = [9] * 65
+    run(engine, [prefix], n=4)
+    (x,) = run(engine, [prefix], n=4)
+    assert x.num_cached_tokens == 64
+
+
+def test_update_weights_equals_a_freshly_loaded_engine(engine, tiny_llama, make_tiny_llama, keep_alive):
+    other = make_tiny_llama(seed=1)
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    old = run(engine, prompts())
+    engine.update_weights(weights(other).items())
+    new = run(engine, prompts())
+    fresh = Engine(other, config(other), seed=0)
+    keep_alive.append(fresh)
+    assert new == run(fresh, prompts()), "tokens, logprobs and cache hits: the tied LM head and the cache are new"
+    assert new != old
+    want = hf_logprobs(model, prompts()[0] + new[0].tokens, 1.0)[32:]
+    assert np.abs(np.array(want) - np.array(new[0].logprobs)).max() <= 1e-4
+    engine.update_weights(iter(weights(tiny_llama).items()))
+    back = run(engine, prompts())  # (the first run reused a cached prefix, this one did not)
+    assert [x.tokens for x in back] == [x.tokens for x in old]
+    assert np.allclose([x.logprobs for x in back], [x.logprobs for x in old], atol=1e-5)
+
+
+def test_an_untied_head_is_updated_too(make_tiny_llama, keep_alive):
+    first, second = (make_tiny_llama(tie_word_embeddings=False, seed=s) for s in (0, 1))
+    engine = Engine(first, config(first), seed=0)
+    keep_alive.append(engine)
+    with pytest.raises(EngineError, match=r"lm_head\.weight"):
+        engine.update_weights((k, v) for k, v in weights(second).items() if k != "lm_head.weight")
+    engine.update_weights(weights(second).items())
+    model = AutoModelForCausalLM.from_pretrained(second, dtype=torch.float32)
+    assert np.allclose(engine.score(prompts(1)[0]), hf_logprobs(model, prompts(1)[0], 1.0), atol=1e-4)
+
+
+def test_an_incomplete_update_is_refused_and_blocks_sampling(engine, tiny_llama):
+    good = weights(tiny_llama)
+    name = "model.layers.0.mlp.down_proj.weight"
+    for bad, message in (
+        ([(k, v) for k, v in good.items() if k != name], "1 tensors missing.*down_proj"),
+        ([*good.items(), ("model.layers.9.mlp.down_proj.weight", good[name])], "not a tensor of this model"),
+        ([*good.items(), (name, good[name])], "repeated"),
+        ([(k, v[:1] if k == name else v) for k, v in good.items()], r"has shape \(1, 96\), expected \(64, 96\)"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            engine.update_weights(bad)
+        with pytest.raises(EngineError, match="did not complete"):
+            engine.submit("x", [5], 4, 0, 1.0, [])
+        engine.update_weights(good.items())
+    assert len(run(engine, prompts(1))[0].tokens) == 24
+
+
+def test_impossible_requests_are_refused(engine):
+    with pytest.raises(EngineError, match="window of 129"):
+        engine.submit("x", [5] * 100, 30, 0, 1.0, [])
+    with pytest.raises(EngineError, match=r"\[0, 54\)"):
+        engine.submit("x", [54], 4, 0, 1.0, [])
+    with pytest.raises(EngineError, match="at least one token"):
+        engine.submit("x", [], 4, 0, 1.0, [])
+    engine.submit("x", [5], 4, 0, 1.0, [])
+    with pytest.raises(EngineError, match="already running"):
+        engine.submit("x", [5], 4, 0, 1.0, [])
+    with pytest.raises(EngineError, match="idle"):
+        engine.score([5, 6])
+    with pytest.raises(EngineError, match="while requests run"):
+        engine.update_weights([])
+    assert engine.unfinished == ["x"]
+    engine.abort()
+    assert not engine.busy and engine.step() == []
+
+
+def test_a_border_token_ends_the_segment_from_its_shortest_length_on(engine):
+    (free,) = run(engine, prompts(1))
+    border = free.tokens[7]
+    first = next(k for k, t in enumerate(free.tokens) if t == border and k >= 3)
+    engine.submit("b", prompts(1)[0], 24, 100, 1.0, [], borders=frozenset([border]), min_tokens=4)
+    engine.submit("other", prompts(1)[0], 24, 100, 1.0, [])
+    done = {}
+    while engine.busy:
+        done |= {x.request_id: x for x in engine.step()}
+    assert done["b"].tokens == free.tokens[: first + 1] and done["b"].finish_reason == "border"
+    assert done["b"].logprobs == pytest.approx(free.logprobs[: first + 1], abs=1e-5)
+    assert done["other"].tokens == free.tokens, "ending one request early does not disturb the others"
+
+
+def test_a_peek_is_the_distribution_behind_the_segment(engine, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    (free,) = run(engine, prompts(1), temperature=0.7)
+    border = free.tokens[6]
+    at = free.tokens.index(border) + 1
+    asked = {"plain": {}, "border": {"borders": frozenset([border])}}
+    for name, more in asked.items():
+        engine.submit(name, prompts(1)[0], 10, 100, 0.7, [free.tokens[10]], peek=5, **more)
+    done = {}
+    while engine.busy:
+        done |= {x.request_id: x for x in engine.step()}
+    ended = free.tokens[: free.tokens.index(free.tokens[10]) + 1]
+    for name, n in (("plain", min(10, len(ended))), ("border", min(at, 10, len(ended)))):
+        x = done[name]
+        assert x.tokens == free.tokens[:n], name
+        with torch.no_grad():
+            logits = model(torch.tensor([prompts(1)[0] + x.tokens])).logits[0, -1].double() / 0.7
+        want = logits.log_softmax(-1).sort(descending=True).values[:5].tolist()
+        if x.finish_reason != "stop":
+            assert x.peek == pytest.approx(want, abs=1e-4), name
+    assert done["border"].finish_reason in ("border", "stop") and done["plain"].finish_reason in ("length", "stop")
+    assert any(x.peek for x in done.values())
+
+
+def test_the_cache_has_room(engine):
+    assert engine.kv_blocks > 100

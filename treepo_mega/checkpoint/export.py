@@ -1,0 +1,178 @@
+"""Megatron's parameters to a Hugging Face checkpoint, every rank writing its share of the shards.
+
+    info = export_hf(models, spec, cfg, target, like=hf_dir, dtype=torch.bfloat16)     # collective over all ranks
+
+The plan of `plan.py` takes whole tensors to the ranks that write them (`files_side`), spread by bytes; a rank
+collects tensors until a shard is full and writes it, so that it holds about one shard and the tensors under way. At
+the end rank 0 gives the shards their names, writes the index, adds configuration and tokenizer, and makes the
+directory appear by a rename: all ranks must see the same file system.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from treepo_mega.config import Config
+from treepo_mega.reshard.execute import Resharder
+from treepo_mega.checkpoint.load import local_params
+from treepo_mega.checkpoint.hf import (
+    INDEX,
+    SINGLE,
+    HfCheckpointError,
+    HfReader,
+    copy_companions,
+    publish,
+    require_absent,
+    set_config_dtype,
+    shard_name,
+)
+from treepo_mega.modelspec.mcore_layout import ModelSpec, ParamLayout, hf_shapes
+from treepo_mega.reshard.plan import Cluster, plan_reshard
+from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
+from treepo_mega.runtime import dist
+from treepo_mega.runtime.device import device
+
+
+class ShardTarget:
+    """This rank's shards as the destination of a reshard: whole tensors are collected and written, shard by shard."""
+
+    def __init__(self, layout: Mapping[str, ParamLayout], directory: Path, rank: int, dtype: torch.dtype, limit: int):
+        self._layout, self._directory, self._rank, self._dtype, self._limit = layout, directory, rank, dtype, limit
+        self._open: dict[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
+        self.shards: list[tuple[str, list[str], int]] = []
+
+    def start_weight_update(self) -> None:
+        """Nothing to do."""
+
+    def buffer(self, chunk: int, name: str) -> Tensor:
+        """The tensor, made when its first part arrives."""
+        if name not in self._open:
+            self._open[name] = torch.empty(self._layout[name].shape, dtype=self._dtype)
+        return self._open[name]
+
+    def update_weight(self, chunk: int, name: str) -> None:
+        """Into the shard; a full shard is written first."""
+        tensor = self._open.pop(name)
+        if self._whole and sum(t.nbytes for t in self._whole.values()) + tensor.nbytes > self._limit:
+            self._write()
+        self._whole[name] = tensor
+
+    def finish_weight_update(self) -> None:
+        """The last shard."""
+        if self._whole:
+            self._write()
+
+    def abort_weight_update(self) -> None:
+        """What is written stays in the partial directory, which is never published."""
+        self._open.clear()
+        self._whole.clear()
+
+    def _write(self) -> None:
+        name = f"rank{self._rank:05d}-{len(self.shards):05d}.safetensors"
+        save_file(self._whole, self._directory / name, metadata={"format": "pt"})
+        self.shards.append((name, list(self._whole), sum(t.nbytes for t in self._whole.values())))
+        self._whole = {}
+
+
+def export_hf(
+    models: Sequence[nn.Module],
+    spec: ModelSpec,
+    cfg: Config,
+    target: str | Path,
+    *,
+    like: str | Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 5 << 30,
+    check: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Write `target`; returns its bytes, shards and the seconds of transport of the slowest rank.
+
+    `check(directory)` is called on every rank with what will become `target`, and may raise. Whatever goes wrong,
+    `target` does not appear. Raises HfCheckpointError when `target` exists. Collective over all ranks.
+    """
+    target = Path(target).absolute()
+    require_absent(target)
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        return _export(models, spec, cfg, target, partial, Path(like), dtype, max_shard_bytes, check)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _export(
+    models: Sequence[nn.Module],
+    spec: ModelSpec,
+    cfg: Config,
+    target: Path,
+    partial: Path,
+    like: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    check: Callable[[Path], None] | None,
+) -> dict[str, Any]:
+    world, rank = dist.world_size(), dist.rank()
+    if dist.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(f"preparing {target}", cfg.distributed.timeout_s)
+    # No more writers than shards: a small model is one file.
+    size = sum(math.prod(s) for s in hf_shapes(spec).values()) * dtype.itemsize
+    writers = max(1, min(world, -(-size // max_shard_bytes)))
+    source, files = mcore_side(spec, grid_of(cfg), world), files_side(spec, world, writers)
+    held = next(models[0].parameters()).dtype
+    way = min(held, dtype, key=lambda d: d.itemsize)
+    plan = plan_reshard(
+        source,
+        files,
+        Cluster(world, dist.ranks_per_node()),
+        itemsize=way.itemsize,
+        bucket_bytes=cfg.reshard.bucket_mb << 20,
+    )
+    resharder = Resharder(plan, source, files, rank, dtype=way, device=device(), timeout_s=cfg.distributed.timeout_s)
+    shards = ShardTarget(files.of(rank)[0], partial, rank, dtype, max_shard_bytes)
+    stats = resharder([local_params(m) for m in models], shards)
+    written = [s for told in dist.gather_objects(shards.shards) for s in told]
+    if dist.is_main():
+        _complete(partial, written, spec, like, dtype)
+        HfReader(partial, spec).close()  # key set and shapes, as the next reader will see them
+    dist.barrier(f"writing {target}", cfg.distributed.timeout_s)
+    if check is not None:
+        check(partial)
+    if dist.is_main():
+        if target.is_dir():
+            target.rmdir()  # empty, or require_absent would have refused it
+        publish(partial, target)
+    dist.barrier(f"publishing {target}", cfg.distributed.timeout_s)
+    return {
+        "bytes": sum(size for _, _, size in written),
+        "shards": len(written),
+        "transport_seconds": round(dist.max_over_ranks({"s": stats.seconds})["s"], 3),
+    }
+
+
+def _complete(partial: Path, written: list[Any], spec: ModelSpec, like: Path, dtype: torch.dtype) -> None:
+    """Final names, index, configuration and tokenizer."""
+    names = [name for _, tensors, _ in written for name in tensors]
+    if sorted(names) != sorted(hf_shapes(spec)):
+        raise HfCheckpointError(f"{partial}: {len(set(hf_shapes(spec)) - set(names))} tensors were not written")
+    total, weight_map = len(written), {}
+    for i, (file, tensors, _) in enumerate(written, 1):
+        final = SINGLE if total == 1 else shard_name(i, total)
+        (partial / file).rename(partial / final)
+        weight_map |= dict.fromkeys(tensors, final)
+    if total > 1:
+        index = {"metadata": {"total_size": sum(size for _, _, size in written)}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_companions(like, partial)
+    set_config_dtype(partial / "config.json", dtype)

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints to Megatron and back, proven."""

@@ -1,0 +1,295 @@
+"""vLLM in the trainer's own process: submit token ids, step, take segments; new weights in place.
+
+    engine = Engine("path/to/hf", cfg, seed=0)
+    engine.submit("r0", prefix, max_tokens=16, seed=7, temperature=1.0, stop_token_ids=[2])
+    while engine.busy:
+        for finished in engine.step(): ...       # submit more at any time
+    engine.update_weights(pairs)                 # (Hugging Face name, full tensor), all of them
+    engine.score(token_ids)                      # logprobs of given tokens
+
+Under torchrun every rank builds one (`external_launcher`): with `tensor_parallel_size` 1 the engines are
+independent; with more, the ranks of an engine must make the same calls in the same order. Building is collective
+over all ranks. Logprobs are those of the distribution sampled from, after temperature (`processed_logprobs`),
+in nats; at temperature 0 (greedy) those of temperature 1.
+
+Building it, and what vLLM does to the process meanwhile: `engine/vllm_setup.py`; requests and what comes back of them:
+`engine/stream.py`. Traps that are hidden here:
+
+- Deleting the engine destroys torch.distributed's default process group, the trainer's: hold the `Engine` until
+  the process ends.
+- The KV cache of old weights would be reused: the prefix cache is reset with every update.
+- vLLM reuses full KV blocks only; what a prefix shares of a partial block is copied (`engine/branch_cache.py`). A
+  segment's last token has no KV yet, so a resubmitted prefix computes one token.
+
+The engine's vocabulary is config.json's: the rows by which Megatron pads the embedding do not exist here and cannot
+be sampled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treepo_mega.config import Config, read_hf_config
+from treepo_mega.engine.vllm_target import VllmTarget
+from treepo_mega.data.end_tokens import checkpoint_shapes
+from treepo_mega.engine.stream import Finished, Request
+from treepo_mega.engine.vllm_setup import EngineError, build, check_model, process_left_alone
+
+
+class Engine:
+    """One vLLM engine (or this rank's part of one). See the module docstring."""
+
+    def __init__(self, hf_dir: str | Path, cfg: Config, *, seed: int = 0) -> None:
+        """Load the checkpoint at `hf_dir`. Raises EngineError for a checkpoint or layout vLLM cannot take."""
+        self.hf_dir = Path(hf_dir)
+        hf = read_hf_config(self.hf_dir)
+        check_model(self.hf_dir, hf, cfg)
+        self.vocab_size: int = hf["vocab_size"]
+        # One more than the longest trajectory, so that a full one can still be scored; never past the positions.
+        self.max_model_len = min(cfg.max_model_len + 1, hf.get("max_position_embeddings") or cfg.max_model_len + 1)
+        self._tied = bool(hf.get("tie_word_embeddings", False))
+        self._shapes = checkpoint_shapes(self.hf_dir, self._tied)
+        self._open: dict[str, Request] = {}  # by vLLM's id
+        self._next = 0
+        self._broken = ""
+        with process_left_alone():
+            self._llm = build(self.hf_dir, cfg, self.max_model_len, seed)
+        produced = self._llm.collective_rpc("engine_vocab_size")[0]
+        if produced != self.vocab_size:
+            raise EngineError(
+                f"{self.hf_dir}: the engine samples from {produced} ids, config.json has {self.vocab_size}"
+            )
+
+    @property
+    def busy(self) -> bool:
+        """True while submitted requests have not finished."""
+        return bool(self._open)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Ids of the submitted requests that have not finished, oldest first."""
+        return [r.name for r in self._open.values()]
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks of `block_size` tokens that the KV cache holds (one of them is vLLM's own)."""
+        return int(self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks) - 1
+
+    def submit(
+        self,
+        request_id: str,
+        prefix: Sequence[int],
+        max_tokens: int,
+        seed: int,
+        temperature: float,
+        stop_token_ids: Sequence[int],
+        *,
+        peek: int = 0,
+        borders: frozenset[int] = frozenset(),
+        min_tokens: int = 1,
+        run: int = 0,
+        streams: bool = False,
+    ) -> None:
+        """Queue a request: sample at most `max_tokens` after `prefix`, ending behind a stop token (which is kept).
+
+        `temperature` 0 is greedy. `borders`: token ids that end it too, from its `min_tokens`-th token on. (vLLM's own
+        min_tokens would forbid the tokens instead, which changes the distribution.) `peek` > 0: one token more is
+        sampled and dropped, for the logprobs of the `peek` likeliest ones in its place. `run` > 0: sample up to that
+        many tokens instead; when it `streams` (or has borders), each segment of it is reported by `step` as soon as it
+        is there, and `go_on` or `drop` says what follows, else all of it at once at the end.
+
+        Raises EngineError when the request cannot be computed as asked.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        total = run or max_tokens + (peek > 0)
+        self._check_prefix(prefix, total, request_id)
+        if any(r.name == request_id for r in self._open.values()):
+            raise EngineError(f"request {request_id!r} is already running")
+        streams = bool(borders) or (streams and run > 0)
+        params = SamplingParams(
+            temperature=temperature,
+            max_tokens=total,
+            seed=seed if temperature > 0 else None,
+            logprobs=peek,
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,  # our own list is the whole truth about EOS
+            detokenize=False,
+            # Whoever looks for borders looks at every token; for the others vLLM makes no output before the last.
+            output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
+        )
+        asked = Request(request_id, max_tokens, peek, borders, min_tokens, streams, run > 0)
+        self._open[self._add(prefix, params)] = asked
+
+    def step(self) -> list[Finished]:
+        """One forward pass over everything that runs; what finished in it. Empty when idle.
+
+        Raises EngineError while a run waits for `go_on` or `drop`.
+        """
+        if not self._open:
+            return []
+        if waiting := [r.name for r in self._open.values() if r.waits]:
+            raise EngineError(f"runs wait for go_on or drop: {waiting[:5]}")
+        out = []
+        for x in self._llm.llm_engine.step():
+            name = self._match(x.request_id)
+            asked = self._open[name]
+            asked.add(x.outputs[0])
+            end = asked.end(str(x.outputs[0].finish_reason) if x.finished else None)
+            if end is None:
+                continue
+            more = asked.runs and not x.finished
+            out.append(self._segment(asked, *end, x.num_cached_tokens or 0, more=more))
+            if more:
+                asked.start, asked.waits = end[0], True
+                continue
+            if not x.finished:
+                self._llm.llm_engine.abort_request([name])
+            del self._open[name]
+        return out
+
+    def go_on(self, request_id: str, name: str, max_tokens: int, min_tokens: int = 1) -> None:
+        """The run `request_id` goes on with a segment of at most `max_tokens`, and is called `name` from now on."""
+        asked = self._open[self._waiting(request_id)]
+        asked.name, asked.max_tokens, asked.min_tokens, asked.waits = name, max_tokens, min_tokens, False
+
+    def drop(self, request_id: str) -> None:
+        """The run `request_id` ends behind the segment that was reported last."""
+        theirs = self._waiting(request_id)
+        self._llm.llm_engine.abort_request([theirs])
+        del self._open[theirs]
+
+    def _waiting(self, request_id: str) -> str:
+        for theirs, asked in self._open.items():
+            if asked.name == request_id and asked.waits:
+                return theirs
+        raise EngineError(f"request {request_id!r} is not a run that waits")
+
+    def abort(self) -> None:
+        """Drop every unfinished request."""
+        self._llm.llm_engine.abort_request(list(self._open))
+        self._open.clear()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Raises EngineError while requests run."""
+        if self._open or not self._llm.reset_prefix_cache():
+            raise EngineError(f"the prefix cache cannot be reset; unfinished requests: {self.unfinished[:5]}")
+
+    def update_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights: full tensors by Hugging Face name, any float dtype; lm_head.weight is optional if tied.
+
+        The tensors are taken one at a time, and the prefix cache is reset. Raises EngineError for unfinished
+        requests, an unknown, repeated or missing name and a wrong shape; after a failure half way the engine
+        refuses to sample until a complete update.
+        """
+        with self._weights_changing():
+            self._llm.collective_rpc("sync_weights", args=(self._checked(pairs),))
+
+    @property
+    def sleeper(self) -> Any:
+        """vLLM's LLM, whose sleep(level) and wake_up(tags) give memory away and take it back (CUDA)."""
+        return self._llm
+
+    @property
+    def branch_cache(self) -> Any:
+        """What finds the blocks to copy (`engine/branch_cache.py`); None without `copy_partial_blocks`."""
+        return self._llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+    def weight_target(self) -> VllmTarget:
+        """This rank's part of the engine as the destination of a reshard (`engine/vllm_target.py`)."""
+        return self._llm.collective_rpc("weight_target")[0]
+
+    def update_weights_by(self, reshard: Callable[[], Any]) -> Any:
+        """Let `reshard` write all weights through `weight_target`; returns what it returns. Otherwise as above."""
+        with self._weights_changing():
+            return reshard()
+
+    @contextlib.contextmanager
+    def _weights_changing(self) -> Iterator[None]:
+        if self._open:
+            raise EngineError(f"weights cannot change while requests run: {self.unfinished[:5]}")
+        self._broken = "the last weight update did not complete"
+        yield
+        self.reset_prefix_cache()  # the KV of the old weights would be reused
+        self._broken = ""
+
+    def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+        """Logprobs (nats, at `temperature` > 0) of `token_ids[1:]`, each given all tokens before it.
+
+        Computed afresh, without the prefix cache. The engine must be idle.
+        """
+        from vllm import SamplingParams
+
+        if self._open:
+            raise EngineError(f"scoring needs an idle engine; running: {self.unfinished[:5]}")
+        self._check_prefix(token_ids, 1, "score")
+        old = self._llm.collective_rpc("scale_logits", args=(1.0 / temperature,))[0]
+        try:
+            params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False)
+            self._add(token_ids, params)
+            outputs: list[Any] = []
+            while self._llm.llm_engine.has_unfinished_requests():
+                outputs += self._llm.llm_engine.step()
+        finally:
+            now = self._llm.collective_rpc("scale_logits", args=(1.0,))[0]
+            self._llm.collective_rpc("scale_logits", args=(old / now,))
+        entries = outputs[-1].prompt_logprobs[1:]
+        return [e[t].logprob for e, t in zip(entries, token_ids[1:], strict=True)]
+
+    def _add(self, prefix: Sequence[int], params: Any) -> str:
+        self._next += 1
+        name = str(self._next)
+        self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(prefix)}, params)
+        return name
+
+    def _match(self, name: str) -> str:
+        """vLLM may add a suffix to the id it was given; ours are bare numbers."""
+        bare = name if name in self._open else name.partition("-")[0]
+        if bare not in self._open:
+            raise EngineError(f"vLLM finished a request {name!r} that was not submitted")
+        return bare
+
+    def _check_prefix(self, prefix: Sequence[int], max_tokens: int, request_id: str) -> None:
+        if self._broken:
+            raise EngineError(f"{self._broken}: call update_weights with all tensors first")
+        if not prefix or max_tokens < 1:
+            raise EngineError(f"request {request_id!r}: needs at least one token before and one to sample")
+        if len(prefix) + max_tokens > self.max_model_len:
+            raise EngineError(
+                f"request {request_id!r}: {len(prefix)} + {max_tokens} tokens exceed the engine's window of "
+                f"{self.max_model_len} (data.max_prompt_len + rollout.max_response_len)"
+            )
+        if not 0 <= min(prefix) <= max(prefix) < self.vocab_size:
+            raise EngineError(f"request {request_id!r}: token ids must be in [0, {self.vocab_size})")
+
+    def _segment(self, asked: Request, end: int, reason: str, cached: int, *, more: bool) -> Finished:
+        tokens, logprobs = asked.tokens[asked.start : end], asked.logprobs[asked.start : end]
+        if len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs)):
+            raise EngineError(f"request {asked.name!r}: logprobs are not finite; the engine's weights are broken")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            raise EngineError(f"request {asked.name!r}: sampled an id outside the vocabulary of {self.vocab_size}")
+        peek = asked.top if end < len(asked.tokens) else []
+        return Finished(asked.name, tokens, logprobs, reason, cached, peek, more)
+
+    def _checked(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass the tensors on, one at a time, verifying them against the checkpoint's names and shapes."""
+        missing = dict(self._shapes)
+        for name, tensor in pairs:
+            if self._tied and name == "lm_head.weight":
+                continue
+            if name not in missing:
+                known = "repeated" if name in self._shapes else "not a tensor of this model"
+                raise EngineError(f"update_weights: {name!r} is {known}")
+            shape = missing.pop(name)
+            if tuple(tensor.shape) != shape:
+                raise EngineError(f"update_weights: {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+            yield name, tensor
+        if missing:
+            raise EngineError(f"update_weights: {len(missing)} tensors missing, such as {sorted(missing)[:3]}")

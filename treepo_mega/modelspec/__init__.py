@@ -1,0 +1,1 @@
+"""What a model is, and where each tensor lies in Hugging Face files, Megatron and vLLM. Pure."""

@@ -1,0 +1,340 @@
+"""Where every parameter of Megatron's model lies in Hugging Face tensor space: the one map.
+
+    spec = ModelSpec.from_hf(directory)
+    params = mcore_layout(spec, tp=2, pp=2, vpp=1, tp_rank=0, pp_rank=1, vp_stage=0, divisible_by=128)
+    params["decoder.layers.0.mlp.linear_fc1.weight"].blocks   # [Block(hf_name, hf_slice, local_slice), ...]
+
+A `Block` says: this box of that HF tensor equals this box of my local parameter. Slices are
+`((start, stop), ...)`, one pair per dimension; both boxes of a block have the same shape. Loading copies
+HF boxes into local ones, exporting copies them back; both follow this map and nothing else knows how
+Megatron arranges tensors. The module is pure (no torch), so any rank, or a laptop, can state the layout of
+every other rank.
+
+What Megatron does to the tensors (megatron-core 0.16):
+- `linear_qkv` interleaves by query group: for each key/value head its query heads, then k, then v. A
+  tensor-parallel rank holds num_key_value_heads / tp whole groups.
+- `linear_fc1` is the rank's part of gate above the rank's part of up (not a part of [gate | up]).
+- The vocabulary is padded to a multiple of divisible_by * tp; rows beyond the true one have no block and
+  are zero. A rank may hold padding only.
+- Layer i of a chunk is local. Chunk v of pipeline rank r begins at layer v * L/vpp + r * L/(pp * vpp).
+- Tied embeddings: with one stage there is no `output_layer.weight`; with more, the last stage holds a copy of
+  the embedding under that name. So one HF element can have several replicas (norms over TP, the tied copy).
+- `naming` "te": the Transformer Engine spec fuses the norms into the linear layers behind them
+  (`linear_qkv.layer_norm_weight`, `linear_fc1.layer_norm_weight`) and groups experts (`experts.linear_fc1.weight3`);
+  "local": `input_layernorm`, `pre_mlp_layernorm`, `experts.local_experts.3.linear_fc1.weight`.
+- Experts: rank ep_rank of EP holds num_experts / ep whole experts, each split by TP as a dense MLP is (Megatron's
+  default, expert-tensor-parallel size = TP). The norm before a router is never fused.
+
+Trap: `tp` must divide the key/value heads; Megatron's duplication of groups below that is not stated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from treepo_mega.modelspec.spec import ARCHITECTURES, Architecture, ModelSpec, ModelSpecError, padded_vocab
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Block",
+    "Box",
+    "LayoutError",
+    "ModelSpec",
+    "ModelSpecError",
+    "Naming",
+    "ParamLayout",
+    "check_parallel",
+    "chunk_layouts",
+    "hf_shapes",
+    "mcore_layout",
+    "padded_vocab",
+    "stage_layers",
+]
+
+Box = tuple[tuple[int, int], ...]
+"""A box in a tensor: (start, stop) per dimension."""
+
+Naming = Literal["local", "te"]
+"""Which layer spec's parameter names: Megatron's own modules, or Transformer Engine's."""
+NAMING: dict[str, Naming] = {"local": "local", "transformer_engine": "te"}
+"""Of each `model.transformer_impl`."""
+
+EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class LayoutError(ValueError):
+    """The model cannot be laid out on these parallel sizes; the message names the size and the nearest that fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`hf_slice` of HF tensor `hf_name` equals `local_slice` of the local parameter.
+
+    Both have the same shape, except that a local parameter which stacks several HF tensors (vLLM's experts) has one
+    more dimension in front, in which the block is 1 wide.
+    """
+
+    hf_name: str
+    hf_slice: Box
+    local_slice: Box
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the box."""
+        return tuple(b - a for a, b in self.hf_slice)
+
+    @property
+    def numel(self) -> int:
+        """Elements in the box."""
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def hf_index(self) -> tuple[slice, ...]:
+        """`hf_slice` as an index for numpy, torch or safetensors."""
+        return tuple(slice(a, b) for a, b in self.hf_slice)
+
+    @property
+    def local_index(self) -> tuple[slice, ...]:
+        """`local_slice` as an index."""
+        return tuple(slice(a, b) for a, b in self.local_slice)
+
+
+@dataclass(frozen=True, slots=True)
+class ParamLayout:
+    """A rank's parameter: its local shape, and what of it comes from HF. Elements in no block are zero."""
+
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """Sizes seen by one tensor-parallel rank."""
+
+    spec: ModelSpec
+    tp: int
+    tp_rank: int
+
+    def part(self, size: int) -> tuple[int, int]:
+        """This rank's (start, stop) of a dimension that TP splits evenly."""
+        n = size // self.tp
+        return self.tp_rank * n, (self.tp_rank + 1) * n
+
+
+def _box(*sizes: int) -> Box:
+    return tuple((0, n) for n in sizes)
+
+
+def _whole(hf_name: str, *sizes: int) -> ParamLayout:
+    """A parameter every TP rank holds whole."""
+    return ParamLayout(sizes, (Block(hf_name, _box(*sizes), _box(*sizes)),))
+
+
+def _columns(rank: _Rank, hf_name: str, rows: int, columns: int) -> ParamLayout:
+    """A row-parallel linear layer: TP splits the input dimension, the weight's columns."""
+    a, b = rank.part(columns)
+    return ParamLayout((rows, b - a), (Block(hf_name, ((0, rows), (a, b)), _box(rows, b - a)),))
+
+
+def _vocab_rows(rank: _Rank, hf_name: str, divisible_by: int) -> ParamLayout:
+    """Rows of the padded vocabulary; a rank that holds only padding has no block."""
+    spec = rank.spec
+    a, b = rank.part(padded_vocab(spec, divisible_by, rank.tp))
+    shape, stop = (b - a, spec.hidden_size), min(b, spec.vocab_size)
+    if stop <= a:
+        return ParamLayout(shape, ())
+    rest = (0, spec.hidden_size)
+    return ParamLayout(shape, (Block(hf_name, ((a, stop), rest), ((0, stop - a), rest)),))
+
+
+def _gate_up(rank: _Rank, gate: str, up: str, size: int) -> ParamLayout:
+    """This rank's rows of the gate projection above its rows of the up projection, of `size` rows each."""
+    a, b = rank.part(size)
+    n, rest = b - a, (0, rank.spec.hidden_size)
+    blocks = tuple(
+        Block(f"{name}.weight", ((a, b), rest), ((i * n, (i + 1) * n), rest)) for i, name in enumerate((gate, up))
+    )
+    return ParamLayout((2 * n, rank.spec.hidden_size), blocks)
+
+
+def _qkv(rank: _Rank, prefix: str, kind: str) -> ParamLayout:
+    """Interleaved rows of q, k and v by query group; `kind` is "weight" (2-d) or "bias" (1-d)."""
+    spec = rank.spec
+    first, last = rank.part(spec.num_key_value_heads)
+    per_group = spec.num_attention_heads // spec.num_key_value_heads
+    rest: Box = ((0, spec.hidden_size),) if kind == "weight" else ()
+    blocks, row = [], 0
+    for group in range(first, last):
+        for role, heads in (("q", per_group), ("k", 1), ("v", 1)):
+            rows, start = heads * spec.head_dim, group * heads * spec.head_dim
+            hf_slice = ((start, start + rows), *rest)
+            blocks.append(Block(f"{prefix}{spec.names[role]}.{kind}", hf_slice, ((row, row + rows), *rest)))
+            row += rows
+    return ParamLayout((row, *(b for _, b in rest)), tuple(blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """The experts that one expert-parallel rank holds, and how they are called."""
+
+    first: int
+    stop: int
+    naming: Naming
+
+    def name(self, local: int, linear: str) -> str:
+        """Megatron's name inside the layer of local expert `local`'s linear layer."""
+        if self.naming == "te":
+            return f"mlp.experts.{linear}.weight{local}"
+        return f"mlp.experts.local_experts.{local}.{linear}.weight"
+
+
+def _layer(rank: _Rank, hf_layer: int, experts: _Experts) -> dict[str, ParamLayout]:
+    """Parameters of one transformer layer, by their names inside the layer."""
+    spec, hf, te = rank.spec, f"model.layers.{hf_layer}.", experts.naming == "te"
+    names, hidden = {role: f"{hf}{name}" for role, name in spec.names.items()}, spec.hidden_size
+    input_norm = "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"
+    fused = te and not spec.num_experts
+    pre_mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"
+    params = {
+        input_norm: _whole(f"{names['input_norm']}.weight", hidden),
+        "self_attention.linear_qkv.weight": _qkv(rank, hf, "weight"),
+        "self_attention.linear_proj.weight": _columns(
+            rank, f"{names['o']}.weight", hidden, spec.num_attention_heads * spec.head_dim
+        ),
+        pre_mlp_norm: _whole(f"{names['post_norm']}.weight", hidden),
+    }
+    params |= _moe(rank, names, experts) if spec.num_experts else _mlp(rank, names)
+    if spec.qkv_bias:
+        params["self_attention.linear_qkv.bias"] = _qkv(rank, hf, "bias")
+    if spec.qk_norm:
+        params["self_attention.q_layernorm.weight"] = _whole(f"{names['q_norm']}.weight", spec.head_dim)
+        params["self_attention.k_layernorm.weight"] = _whole(f"{names['k_norm']}.weight", spec.head_dim)
+    return params
+
+
+def _mlp(rank: _Rank, names: dict[str, str]) -> dict[str, ParamLayout]:
+    """A dense MLP."""
+    spec = rank.spec
+    return {
+        "mlp.linear_fc1.weight": _gate_up(rank, names["gate"], names["up"], spec.intermediate_size),
+        "mlp.linear_fc2.weight": _columns(rank, f"{names['down']}.weight", spec.hidden_size, spec.intermediate_size),
+    }
+
+
+def _moe(rank: _Rank, names: dict[str, str], experts: _Experts) -> dict[str, ParamLayout]:
+    """The router, whole on every rank, and this rank's experts."""
+    spec = rank.spec
+    params = {"mlp.router.weight": _whole(f"{names['router']}.weight", spec.num_experts, spec.hidden_size)}
+    for local, e in enumerate(range(experts.first, experts.stop)):
+        gate, up, down = (names[f"expert_{role}"].format(e=e) for role in ("gate", "up", "down"))
+        size = spec.expert_intermediate_size
+        params[experts.name(local, "linear_fc1")] = _gate_up(rank, gate, up, size)
+        params[experts.name(local, "linear_fc2")] = _columns(rank, f"{down}.weight", spec.hidden_size, size)
+    return params
+
+
+def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1, ep: int = 1) -> None:
+    """Raise LayoutError unless the model divides evenly over these sizes."""
+    width = "expert_intermediate_size" if spec.num_experts else "intermediate_size"
+    for name in ("num_attention_heads", "num_key_value_heads", width):
+        n = getattr(spec, name)
+        if tp < 1 or n % tp:
+            near = max(d for d in range(1, max(1, tp) + 1) if n % d == 0)
+            raise LayoutError(
+                f"tensor-parallel size {tp} does not divide the model's {name} {n} (nearest that does: {near})"
+            )
+    if pp < 1 or vpp < 1 or spec.num_layers % (pp * vpp):
+        raise LayoutError(
+            f"{spec.num_layers} layers cannot be split evenly over pipeline size {pp} x virtual size {vpp} stages"
+        )
+    if vpp > 1 and pp == 1:
+        raise LayoutError(f"virtual pipeline size {vpp} needs a pipeline size above 1")
+    if ep < 1 or (ep > 1 and (not spec.num_experts or spec.num_experts % ep)):
+        raise LayoutError(f"expert-parallel size {ep} does not divide the model's num_experts {spec.num_experts}")
+
+
+def stage_layers(spec: ModelSpec, *, pp: int, vpp: int, pp_rank: int, vp_stage: int) -> range:
+    """HF layer numbers of a chunk, in order: Megatron's interleaved schedule (its layer offset, even split)."""
+    n = spec.num_layers // (pp * vpp)
+    start = vp_stage * (spec.num_layers // vpp) + pp_rank * n
+    return range(start, start + n)
+
+
+def mcore_layout(
+    spec: ModelSpec,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = 1,
+    tp_rank: int = 0,
+    pp_rank: int = 0,
+    vp_stage: int = 0,
+    divisible_by: int = 128,
+    *,
+    ep: int = 1,
+    ep_rank: int = 0,
+    naming: Naming = "local",
+) -> dict[str, ParamLayout]:
+    """Layout of one chunk of one rank, by Megatron's parameter names (layer index local to the chunk).
+
+    `vpp` is the number of chunks per pipeline rank (1 or None: no virtual stages), `divisible_by` the configuration's
+    make_vocab_size_divisible_by. Raises LayoutError when the model does not divide over the sizes, or a rank is
+    out of range.
+    """
+    vpp = vpp or 1
+    check_parallel(spec, tp, pp, vpp, ep)
+    given = (("tp_rank", tp_rank, tp), ("pp_rank", pp_rank, pp), ("vp_stage", vp_stage, vpp), ("ep_rank", ep_rank, ep))
+    for name, index, size in given:
+        if not 0 <= index < size:
+            raise LayoutError(f"{name} is {index}; expected 0 to {size - 1}")
+    rank = _Rank(spec, tp, tp_rank)
+    first = pp_rank == 0 and vp_stage == 0
+    last = pp_rank == pp - 1 and vp_stage == vpp - 1
+    params: dict[str, ParamLayout] = {}
+    if first:
+        params["embedding.word_embeddings.weight"] = _vocab_rows(rank, EMBEDDING, divisible_by)
+    held = spec.num_experts // ep
+    experts = _Experts(ep_rank * held, (ep_rank + 1) * held, naming)
+    layers = stage_layers(spec, pp=pp, vpp=vpp, pp_rank=pp_rank, vp_stage=vp_stage)
+    for local, hf_layer in enumerate(layers):
+        for name, param in _layer(rank, hf_layer, experts).items():
+            params[f"decoder.layers.{local}.{name}"] = param
+    if last:
+        params["decoder.final_layernorm.weight"] = _whole(FINAL_NORM, spec.hidden_size)
+        if not (spec.tie_word_embeddings and first):
+            head = EMBEDDING if spec.tie_word_embeddings else LM_HEAD
+            params["output_layer.weight"] = _vocab_rows(rank, head, divisible_by)
+    return params
+
+
+def chunk_layouts(
+    spec: ModelSpec,
+    *,
+    tp: int,
+    pp: int,
+    vpp: int | None = 1,
+    tp_rank: int,
+    pp_rank: int,
+    divisible_by: int = 128,
+    ep: int = 1,
+    ep_rank: int = 0,
+    naming: Naming = "local",
+) -> list[dict[str, ParamLayout]]:
+    """`mcore_layout` of every chunk of one rank, in the order of its virtual stages."""
+    more: dict[str, Any] = {"ep": ep, "ep_rank": ep_rank, "naming": naming}
+    return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, v, divisible_by, **more) for v in range(vpp or 1)]
+
+
+def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the HF checkpoint and its shape, in the order of the model. Tied: no lm_head.weight."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for param in mcore_layout(spec, divisible_by=1).values():  # undivided: each tensor's extent is its blocks' reach
+        for block in param.blocks:
+            reach = tuple(stop for _, stop in block.hf_slice)
+            known = shapes.get(block.hf_name, reach)
+            shapes[block.hf_name] = tuple(max(a, b) for a, b in zip(known, reach, strict=True))
+    return shapes

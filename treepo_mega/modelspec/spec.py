@@ -1,0 +1,188 @@
+"""What the shape of a model depends on, read from a Hugging Face `config.json`.
+
+    spec = ModelSpec.from_hf("path/to/checkpoint")
+
+`ModelSpec` is the only description of a model that `reshard`, `actor` and the converters share. It is pure
+data: no torch, no transformers, so a plan for 512 ranks can be made on a laptop.
+
+Adding an architecture is one small file in `architectures/`, as long as it is a pre-norm decoder with RMSNorm, rotary
+positions, gated SiLU MLPs (dense, or experts in every layer) and grouped-query attention; its parameters are
+spelled out in `layout.py` (Megatron) and `vllm_layout.py` (vLLM).
+
+Traps: `config.json` leaves out keys that have the class default, and the default of one key differs between
+architectures (`head_dim` of Qwen3 is 128 whatever the hidden size). transformers 5 writes
+`rope_parameters`; older files have `rope_theta` and `rope_scaling`, whose kind is `type` or `rope_type`.
+Anything that would change the mathematics and is not built (sliding windows, biases in the output
+projection, another activation, partial rotary) is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from treepo_mega.modelspec.architectures import Architecture, discover
+
+
+class ModelSpecError(ValueError):
+    """The model cannot be described; the message names the file, the key, what was expected and what was found."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = discover()
+
+# Keys whose value must be this one (or be absent): another value is another network than the one built.
+_REQUIRED_VALUES: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "quantization_config": None,
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder: sizes, switches and rotary parameters. Sizes are counts; `head_dim` is per head.
+
+    `num_experts` 0: a dense MLP of `intermediate_size`; otherwise experts of `expert_intermediate_size` each.
+    `rope_type` is "default", "llama3", "linear", "yarn", ... and `rope_scaling` holds its other parameters
+    (factor, low_freq_factor, ...), empty for "default".
+    """
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
+    max_position_embeddings: int | None = None
+    num_experts: int = 0
+    expert_intermediate_size: int = 0
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """HF names inside a layer, by role (`architectures/__init__.py`)."""
+        return ARCHITECTURES[self.architecture].names
+
+    @classmethod
+    def from_hf(cls, directory: str | Path) -> ModelSpec:
+        """Read `directory`/config.json.
+
+        Raises ModelSpecError: missing file, bad JSON, unsupported architecture or value.
+        """
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise ModelSpecError(f"{path}: no such file; expected a Hugging Face checkpoint directory with config.json")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ModelSpecError(f"{path}: not valid JSON: {e}") from e
+        if not isinstance(config, dict):
+            raise ModelSpecError(f"{path}: expected a JSON object, found {type(config).__name__}")
+        return cls.from_config(config, where=str(path))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+        """The same from a loaded config; `where` names it in errors."""
+        name, arch = _architecture(config, where)
+        for key, expected in {**_REQUIRED_VALUES, **arch.required}.items():
+            if config.get(key, expected) not in (expected, None):
+                raise ModelSpecError(f"{where}: {key} is {config[key]!r}; only {expected!r} is supported for {name}")
+        heads = _count(config, "num_attention_heads", where)
+        hidden = _count(config, "hidden_size", where)
+        kv_heads = _count(config, "num_key_value_heads", where, default=heads)
+        if heads % kv_heads:
+            raise ModelSpecError(
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
+        if arch.head_dim is None and not config.get("head_dim") and hidden % heads:
+            raise ModelSpecError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        theta, rope_type, scaling = _rope(config, where)
+        experts = (
+            next((k for k in arch.experts if config.get(k) is not None), arch.experts[0]) if arch.experts else None
+        )
+        return cls(
+            architecture=name,
+            hidden_size=hidden,
+            num_layers=_count(config, "num_hidden_layers", where),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=_count(config, "head_dim", where, default=arch.head_dim or hidden // heads),
+            intermediate_size=_count(config, "intermediate_size", where),
+            vocab_size=_count(config, "vocab_size", where),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=arch.qkv_bias,
+            qk_norm=arch.qk_norm,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_type=rope_type,
+            rope_scaling=scaling,
+            max_position_embeddings=config.get("max_position_embeddings"),
+            num_experts=_count(config, experts, where) if experts else 0,
+            expert_intermediate_size=_count(config, arch.expert_size, where) if experts else 0,
+        )
+
+
+def padded_vocab(spec: ModelSpec, divisible_by: int, tp: int) -> int:
+    """Rows of Megatron's embedding: vocab_size rounded up to a multiple of divisible_by * tp."""
+    multiple = divisible_by * tp
+    return -(-spec.vocab_size // multiple) * multiple
+
+
+def _architecture(config: Mapping[str, Any], where: str) -> tuple[str, Architecture]:
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ModelSpecError(
+            f"{where}: architectures is {names!r}; expected a list with one of {', '.join(ARCHITECTURES)}"
+        )
+    name = names[0]
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
+        raise ModelSpecError(
+            f"{where}: architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)} (nearest: {near})"
+        )
+    return name, ARCHITECTURES[name]
+
+
+def _count(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelSpecError(f"{where}: {key} is {value!r}; expected a positive integer")
+    return value
+
+
+def _rope(config: Mapping[str, Any], where: str) -> tuple[float, str, dict[str, Any]]:
+    """(theta, type, other parameters) from transformers 5's rope_parameters or the older rope_theta + rope_scaling."""
+    given = config.get("rope_parameters")
+    if given is None:
+        given = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
+        raise ModelSpecError(f"{where}: rope_parameters is {given!r}; expected one flat object for all layers")
+    rope = dict(given)
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    old_type = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", old_type)
+    partial = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ModelSpecError(f"{where}: partial_rotary_factor is {partial!r}; only 1.0 is supported")
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise ModelSpecError(f"{where}: rope_theta is {theta!r}; expected a positive number")
+    return float(theta), str(rope_type), rope

@@ -1,0 +1,155 @@
+"""Where every parameter of a vLLM worker lies in Hugging Face tensor space: the map's other side.
+
+    params = vllm_layout(spec, tp=2, tp_rank=1)
+    params["model.layers.0.self_attn.qkv_proj.weight"].blocks
+
+Shapes and names are those that vLLM 0.32 gives its modules before it packs or quantises them:
+- `qkv_proj` is this rank's query heads, then its key heads, then its value heads. With more ranks than key/value
+  heads, each head is held by tp / heads ranks.
+- `gate_up_proj` is this rank's part of gate above its part of up; experts are stacked, `w13_weight` [E, 2 I/tp, H]
+  and `w2_weight` [E, H, I/tp], every rank holding its part of every expert.
+- Embedding and output rows are those of the vocabulary padded to a multiple of 64, split evenly; rows beyond the
+  true vocabulary have no block and are zero.
+- Tied embeddings: the output layer is the embedding's parameter; there is none of its own.
+
+Pure, like `layout.py`. Whether the engine really has these names and shapes is checked when it is bound
+(`vllm_target.py`).
+"""
+
+from __future__ import annotations
+
+from treepo_mega.modelspec.mcore_layout import EMBEDDING, FINAL_NORM, LM_HEAD, Block, Box, LayoutError, ModelSpec, ParamLayout
+
+VOCABULARY_MULTIPLE = 64
+"""vLLM pads the vocabulary to a multiple of this."""
+
+
+def check_engine_parallel(spec: ModelSpec, tp: int) -> None:
+    """Raise LayoutError unless a vLLM engine can split the model over `tp` ranks."""
+    width = "expert_intermediate_size" if spec.num_experts else "intermediate_size"
+    for name in ("num_attention_heads", width):
+        n = getattr(spec, name)
+        if tp < 1 or n % tp:
+            near = max(d for d in range(1, max(1, tp) + 1) if n % d == 0)
+            raise LayoutError(
+                f"engine tensor-parallel size {tp} does not divide the model's {name} {n} (nearest that does: {near})"
+            )
+    kv = spec.num_key_value_heads
+    if kv % tp and tp % kv:
+        raise LayoutError(
+            f"engine tensor-parallel size {tp} neither divides num_key_value_heads {kv} nor is a multiple"
+        )
+    padded = _padded(spec)
+    if padded % tp:
+        raise LayoutError(f"engine tensor-parallel size {tp} does not divide the padded vocabulary {padded}")
+
+
+def vllm_layout(spec: ModelSpec, tp: int = 1, tp_rank: int = 0) -> dict[str, ParamLayout]:
+    """Layout of worker `tp_rank` of an engine over `tp` ranks, by vLLM's parameter names, in the model's order.
+
+    Raises LayoutError when the model does not divide, or the rank is out of range.
+    """
+    check_engine_parallel(spec, tp)
+    if not 0 <= tp_rank < tp:
+        raise LayoutError(f"tp_rank is {tp_rank}; expected 0 to {tp - 1}")
+    params = {EMBEDDING: _vocab_rows(spec, EMBEDDING, tp, tp_rank)}
+    for i in range(spec.num_layers):
+        params |= {f"model.layers.{i}.{name}": p for name, p in _layer(spec, i, tp, tp_rank).items()}
+    params[FINAL_NORM] = _whole(FINAL_NORM, spec.hidden_size)
+    if not spec.tie_word_embeddings:
+        params[LM_HEAD] = _vocab_rows(spec, LM_HEAD, tp, tp_rank)
+    return params
+
+
+def _padded(spec: ModelSpec) -> int:
+    return -(-spec.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _part(size: int, tp: int, tp_rank: int) -> tuple[int, int]:
+    n = size // tp
+    return tp_rank * n, (tp_rank + 1) * n
+
+
+def _whole(hf_name: str, *sizes: int) -> ParamLayout:
+    box = tuple((0, n) for n in sizes)
+    return ParamLayout(sizes, (Block(hf_name, box, box),))
+
+
+def _vocab_rows(spec: ModelSpec, hf_name: str, tp: int, tp_rank: int) -> ParamLayout:
+    a, b = _part(_padded(spec), tp, tp_rank)
+    shape, stop = (b - a, spec.hidden_size), min(b, spec.vocab_size)
+    if stop <= a:
+        return ParamLayout(shape, ())
+    rest = (0, spec.hidden_size)
+    return ParamLayout(shape, (Block(hf_name, ((a, stop), rest), ((0, stop - a), rest)),))
+
+
+def _stacked(parts: list[tuple[str, int, int]], rest: Box) -> ParamLayout:
+    """Rows [start, stop) of each HF tensor, one below the other."""
+    blocks, row = [], 0
+    for hf_name, start, stop in parts:
+        blocks.append(Block(hf_name, ((start, stop), *rest), ((row, row + stop - start), *rest)))
+        row += stop - start
+    return ParamLayout((row, *(b for _, b in rest)), tuple(blocks))
+
+
+def _qkv(spec: ModelSpec, names: dict[str, str], kind: str, tp: int, tp_rank: int) -> ParamLayout:
+    rest: Box = ((0, spec.hidden_size),) if kind == "weight" else ()
+    shared = max(1, tp // spec.num_key_value_heads)  # ranks that hold the same key/value head
+    query = _part(spec.num_attention_heads, tp, tp_rank)
+    key = _part(spec.num_key_value_heads, tp // shared, tp_rank // shared)
+    parts = [
+        (f"{names[role]}.{kind}", a * spec.head_dim, b * spec.head_dim)
+        for role, (a, b) in (("q", query), ("k", key), ("v", key))
+    ]
+    return _stacked(parts, rest)
+
+
+def _columns(hf_name: str, rows: int, columns: tuple[int, int]) -> ParamLayout:
+    a, b = columns
+    return ParamLayout((rows, b - a), (Block(hf_name, ((0, rows), (a, b)), ((0, rows), (0, b - a))),))
+
+
+def _layer(spec: ModelSpec, layer: int, tp: int, tp_rank: int) -> dict[str, ParamLayout]:
+    """Parameters of one layer, by vLLM's names inside it."""
+    short, hidden = spec.names, spec.hidden_size
+    names = {role: f"model.layers.{layer}.{name}" for role, name in short.items()}
+    attention, mlp = short["attention"], short["mlp"]
+    heads = _part(spec.num_attention_heads * spec.head_dim, tp, tp_rank)
+    params = {
+        "input_layernorm.weight": _whole(f"{names['input_norm']}.weight", hidden),
+        f"{attention}.qkv_proj.weight": _qkv(spec, names, "weight", tp, tp_rank),
+        f"{attention}.o_proj.weight": _columns(f"{names['o']}.weight", hidden, heads),
+        "post_attention_layernorm.weight": _whole(f"{names['post_norm']}.weight", hidden),
+    }
+    if spec.qkv_bias:
+        params[f"{attention}.qkv_proj.bias"] = _qkv(spec, names, "bias", tp, tp_rank)
+    if spec.qk_norm:
+        params[f"{attention}.q_norm.weight"] = _whole(f"{names['q_norm']}.weight", spec.head_dim)
+        params[f"{attention}.k_norm.weight"] = _whole(f"{names['k_norm']}.weight", spec.head_dim)
+    if spec.num_experts:
+        params[f"{mlp}.gate.weight"] = _whole(f"{names['router']}.weight", spec.num_experts, hidden)
+        return params | _experts(spec, names, mlp, tp, tp_rank)
+    a, b = _part(spec.intermediate_size, tp, tp_rank)
+    gate_up = [(f"{names[role]}.weight", a, b) for role in ("gate", "up")]
+    params[f"{mlp}.gate_up_proj.weight"] = _stacked(gate_up, ((0, hidden),))
+    params[f"{mlp}.down_proj.weight"] = _columns(f"{names['down']}.weight", hidden, (a, b))
+    return params
+
+
+def _experts(spec: ModelSpec, names: dict[str, str], mlp: str, tp: int, tp_rank: int) -> dict[str, ParamLayout]:
+    """The two stacked parameters of all experts of a layer."""
+    a, b = _part(spec.expert_intermediate_size, tp, tp_rank)
+    n, hidden = b - a, (0, spec.hidden_size)
+    w13, w2 = [], []
+    for e in range(spec.num_experts):
+        for i, role in enumerate(("gate", "up")):
+            name = names[f"expert_{role}"].format(e=e)
+            w13.append(Block(f"{name}.weight", ((a, b), hidden), ((e, e + 1), (i * n, (i + 1) * n), hidden)))
+        down = names["expert_down"].format(e=e)
+        w2.append(Block(f"{down}.weight", (hidden, (a, b)), ((e, e + 1), hidden, (0, n))))
+    prefix = f"{mlp}.experts.routed_experts"
+    return {
+        f"{prefix}.w13_weight": ParamLayout((spec.num_experts, 2 * n, spec.hidden_size), tuple(w13)),
+        f"{prefix}.w2_weight": ParamLayout((spec.num_experts, spec.hidden_size, n), tuple(w2)),
+    }

@@ -1,5 +1,0 @@
-"""Llama 2 and 3, SmolLM2 and others that say LlamaForCausalLM."""
-
-from treepo_mega.reshard.architectures import Architecture
-
-ARCHITECTURE = Architecture("LlamaForCausalLM")

@@ -1,0 +1,1 @@
+"""How planned copies travel between ranks."""

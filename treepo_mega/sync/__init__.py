@@ -1,0 +1,1 @@
+"""Who holds device memory; weights to the engine, and the canary."""
