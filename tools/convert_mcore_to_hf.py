@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from treepo_mega.convert.convert import mcore_to_hf
 from treepo_mega.convert.cli import converter_parser, layout_config, run_converter, told
+from treepo_mega.convert.convert import mcore_to_hf
 
 
 def arguments() -> argparse.Namespace:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from treepo_mega.convert.convert import mcore_to_mcore
 from treepo_mega.convert.cli import add_padding, converter_parser, layout_config, run_converter, told
+from treepo_mega.convert.convert import mcore_to_mcore
 
 
 def arguments() -> argparse.Namespace:

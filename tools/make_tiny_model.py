@@ -48,11 +48,11 @@ from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from treepo_mega.actor.update import Actor, supervised
+from treepo_mega.checkpoint.hf import HfCheckpointError, whole_directory
+from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.rewards.verifiers import boxed
 from treepo_mega.data.tasks import chain as task
-from treepo_mega.checkpoint.load import HfGather, local_params
-from treepo_mega.checkpoint.hf import HfCheckpointError, whole_directory
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.seeding import derive_seed

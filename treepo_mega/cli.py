@@ -99,8 +99,8 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan of the configuration's refit."""
-    from treepo_mega.plan.refit import LinkSpeeds, plan_refit, smallest_world
     from treepo_mega.modelspec.mcore_layout import LayoutError, ModelSpec, ModelSpecError
+    from treepo_mega.plan.refit import LinkSpeeds, plan_refit, smallest_world
 
     cfg = load_config(args.config, overrides)
     world = args.world_size or int(os.environ.get("WORLD_SIZE", 0)) or smallest_world(cfg)

@@ -18,9 +18,7 @@ eval.json and eval.html to `--output` (default: <logging.run_dir>/eval).
 from __future__ import annotations
 
 import json
-import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -28,17 +26,17 @@ from pathlib import Path
 
 from treepo_mega.config import Config, ConfigError, read_hf_config
 from treepo_mega.config.sections import ParallelConfig, RolloutConfig
+from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.engine.engine import Engine
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.page import document, table
 from treepo_mega.monitor.report.svg import COLOURS, line_chart
-from treepo_mega.data.end_tokens import find_eos_token_ids
-from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import dist
-from treepo_mega.train import EXPECTED
+from treepo_mega.runtime.process import run_and_leave
 
 
 @dataclass(frozen=True)
@@ -198,17 +196,13 @@ def page(points: Sequence[Point], best: dict[str, Point], plan: Plan, checkpoint
 
 
 def main(cfg: Config, plan: Plan) -> None:
-    """Evaluate, write, and end the process. An error on one rank ends it at once: the launcher then ends the others."""
-    code = 1
-    try:
-        points = run(cfg, plan)
-        if dist.is_main():
-            for path in write(points, plan, cfg.model.hf_checkpoint):
-                print(f"wrote {path}")
-        code = 0
-    except EXPECTED as e:
-        print(f"error (rank {dist.rank()}): {e}", file=sys.stderr, flush=True)
-        code = 2
-    except BaseException:
-        traceback.print_exc()
-    dist.leave(code)
+    """Evaluate, write, and end the process."""
+    run_and_leave(lambda: _evaluate_and_write(cfg, plan))
+
+
+def _evaluate_and_write(cfg: Config, plan: Plan) -> int:
+    points = run(cfg, plan)
+    if dist.is_main():
+        for path in write(points, plan, cfg.model.hf_checkpoint):
+            print(f"wrote {path}")
+    return 0

@@ -9,30 +9,12 @@ this is the only loop.
 
 from __future__ import annotations
 
-import sys
-import traceback
 from typing import Any
 
-from treepo_mega.actor.update import TrainingDiverged
-from treepo_mega.config import Config, ConfigError
-from treepo_mega.data.gym import GymError
-from treepo_mega.data.prompts import PromptError
-from treepo_mega.data.rewards import VerifierError
-from treepo_mega.monitor.metrics import MetricsError
-from treepo_mega.checkpoint.hf import HfCheckpointError
-from treepo_mega.modelspec.mcore_layout import LayoutError, ModelSpecError
-from treepo_mega.sync.refit import RefitError
-from treepo_mega.engine.engine import EngineError
-from treepo_mega.runtime import dist
-from treepo_mega.sync.handover import HandoverError
+from treepo_mega.config import Config
+from treepo_mega.runtime.process import run_and_leave
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
-
-EXPECTED = (
-    *(ConfigError, ModelSpecError, LayoutError, HfCheckpointError, MetricsError),
-    *(PromptError, GymError, VerifierError, EngineError, RefitError, HandoverError, TrainingDiverged, dist.RankLost),
-)
-"""Errors whose message says all that people need; anything else shows where it happened."""
 
 
 def train(cfg: Config) -> int:
@@ -101,13 +83,5 @@ def throughput(times: dict[str, float], metrics: dict[str, Any]) -> dict[str, fl
 
 
 def main(cfg: Config) -> None:
-    """Train and end the process. An error on one rank ends it at once: the launcher then ends the others."""
-    code = 1
-    try:
-        code = train(cfg)
-    except EXPECTED as e:
-        print(f"error (rank {dist.rank()}): {e}", file=sys.stderr, flush=True)
-        code = 2
-    except BaseException:
-        traceback.print_exc()
-    dist.leave(code)
+    """Train and end the process."""
+    run_and_leave(lambda: train(cfg))

@@ -19,28 +19,28 @@ from typing import Any
 
 import numpy as np
 
-from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.actor.batch import plan_rollout
 from treepo_mega.actor.perplexity import describe_references, perplexity, reference_texts
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
+from treepo_mega.checkpoint import mcore as checkpoint
+from treepo_mega.checkpoint.export import export_hf
 from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
+from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.engine.engine import Engine
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
-from treepo_mega.sync.actor_memory import handover_backend
-from treepo_mega.checkpoint.export import export_hf
-from treepo_mega.sync.refit import Refit
-from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.rollout.collect import Collector, Forest
-from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import cpu_megatron, dist
-from treepo_mega.sync.handover import Handover, State
 from treepo_mega.runtime.signals import StopRequest
+from treepo_mega.sync.actor_memory import handover_backend
+from treepo_mega.sync.handover import Handover, State
+from treepo_mega.sync.refit import Refit
 from treepo_mega.tree.pack import Pack, StepPlan
 
 cpu_megatron.install()

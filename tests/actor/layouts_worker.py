@@ -19,8 +19,8 @@ from tests.ranks import leave_layout
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple, run_schedule
 from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.actor.update import Actor, Policy, policy_gradient
-from treepo_mega.config import Config
 from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.config import Config
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.tree.pack import StepPlan, plan_step
 

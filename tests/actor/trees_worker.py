@@ -29,8 +29,8 @@ from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.actor.update import Actor, policy_gradient
-from treepo_mega.config import Config
 from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.config import Config
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.node import Tree

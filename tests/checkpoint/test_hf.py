@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from treepo_mega.checkpoint.load import fill_local
 from treepo_mega.checkpoint.hf import HfCheckpointError, HfReader, HfWriter, whole_directory
+from treepo_mega.checkpoint.load import fill_local
 from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes
 
 EMBEDDING = "model.embed_tokens.weight"

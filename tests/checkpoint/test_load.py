@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treepo_mega.checkpoint.load import HfGather, ReshardError, fill_local, local_params
 from treepo_mega.checkpoint.gather_plan import gather_plan
+from treepo_mega.checkpoint.load import HfGather, ReshardError, fill_local, local_params
 from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes
 
 WORKER = Path(__file__).with_name("gather_worker.py")

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
-from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.actor.update import Actor, TrainingDiverged, supervised
-from treepo_mega.config import Config
+from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.config import Config
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.tree.pack import Pack, plan_step
 

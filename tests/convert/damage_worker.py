@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from treepo_mega import cli
-from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, load_model_weights
 from treepo_mega.actor.model import build_model
+from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, load_model_weights
 from treepo_mega.convert.convert import conversion_config
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

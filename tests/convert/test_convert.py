@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.reshard.bugs import BUGS
 from tests.reshard.models import write_qwen2
+from treepo_mega.checkpoint.hf import HfCheckpointError
 from treepo_mega.config import ConfigError
 from treepo_mega.convert.convert import companions_of, conversion_config, hf_to_mcore, mcore_to_hf
-from treepo_mega.checkpoint.hf import HfCheckpointError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TO_MCORE, TO_HF = TOOLS / "convert_hf_to_mcore.py", TOOLS / "convert_mcore_to_hf.py"

@@ -20,15 +20,16 @@ import torch
 from tests.ranks import report_found
 from tests.reshard.bugs import BUGS
 from treepo_mega.actor.model import build_model
-from treepo_mega.config import read_hf_config
-from treepo_mega.checkpoint import export, load as gather
-from treepo_mega.convert.convert import conversion_config, hf_to_mcore
-from treepo_mega.checkpoint.load import load_from_hf, local_params
+from treepo_mega.checkpoint import export
+from treepo_mega.checkpoint import load as gather
 from treepo_mega.checkpoint.hf import HfReader
-from treepo_mega.modelspec.mcore_layout import ModelSpec
+from treepo_mega.checkpoint.load import load_from_hf, local_params
+from treepo_mega.config import read_hf_config
+from treepo_mega.convert.convert import conversion_config, hf_to_mcore
 from treepo_mega.convert.probe import probe_tokens
-from treepo_mega.reshard.sides import Side
 from treepo_mega.convert.verify import ConversionError, compare
+from treepo_mega.modelspec.mcore_layout import ModelSpec
+from treepo_mega.reshard.sides import Side
 from treepo_mega.runtime import dist
 
 Bug = Callable[[Side], Side]

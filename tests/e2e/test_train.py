@@ -13,8 +13,8 @@ import torch
 
 from tests.actor.oracle import perplexity
 from tests.ranks import REPO, run_ranks
-from treepo_mega.checkpoint.mcore import check_complete
 from treepo_mega.actor.perplexity import reference_texts
+from treepo_mega.checkpoint.mcore import check_complete
 from treepo_mega.config import load_config
 from treepo_mega.data.prompts import load_prompts
 from treepo_mega.data.rewards.verifiers import boxed

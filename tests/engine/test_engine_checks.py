@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from treepo_mega.config import ConfigError, parse_config
-from treepo_mega.data.end_tokens import find_eos_token_ids
+from treepo_mega.data.end_tokens import EndTokenError, find_eos_token_ids
 from treepo_mega.engine.engine import Engine, EngineError
 from treepo_mega.runtime.device import has_cuda
 
@@ -86,5 +86,5 @@ def test_eos_ids_are_the_union_of_all_places_int_or_list(copy):
 def test_no_eos_anywhere_is_an_error(copy):
     edit(copy, "generation_config.json", eos_token_id=None)
     edit(copy, "config.json", eos_token_id=None)
-    with pytest.raises(EngineError, match="no EOS token"):
+    with pytest.raises(EndTokenError, match="no EOS token"):
         find_eos_token_ids(copy, SimpleNamespace(eos_token_id=None))

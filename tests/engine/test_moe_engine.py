@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from treepo_mega.config import parse_config
+from treepo_mega.engine.engine import Engine
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.modelspec.vllm_layout import vllm_layout
-from treepo_mega.engine.engine import Engine
 
 SIZES = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "intermediate_size": 128},

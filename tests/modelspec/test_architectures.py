@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.reshard.worlds import EXPERTS, carry_out, full_tensors, model, sliced
-from treepo_mega.modelspec import architectures, spec
-from treepo_mega.checkpoint.load import HfGather, fill_local
 from treepo_mega.checkpoint.hf import HfReader, HfWriter
+from treepo_mega.checkpoint.load import HfGather, fill_local
+from treepo_mega.modelspec import architectures, spec
 from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes, mcore_layout
+from treepo_mega.modelspec.vllm_layout import vllm_layout
 from treepo_mega.reshard.plan import Cluster, plan_reshard
 from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
-from treepo_mega.modelspec.vllm_layout import vllm_layout
 
 NEW_FILE = '''
 """A decoder whose tensors have names of their own."""

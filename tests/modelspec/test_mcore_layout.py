@@ -176,7 +176,8 @@ def test_hf_shapes_are_those_of_transformers(kind, tied, tmp_path):
 
 def test_the_map_needs_no_torch():
     code = (
-        "import sys, treepo_mega.modelspec.mcore_layout; print([m for m in ('torch', 'numpy', 'megatron') if m in sys.modules])"
+        "import sys, treepo_mega.modelspec.mcore_layout; "
+        "print([m for m in ('torch', 'numpy', 'megatron') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout.strip() == "[]"

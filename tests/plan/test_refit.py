@@ -9,8 +9,8 @@ import pytest
 
 from treepo_mega.cli import main
 from treepo_mega.config import load_config
-from treepo_mega.plan.refit import LinkSpeeds, plan_refit
 from treepo_mega.modelspec.mcore_layout import ModelSpec
+from treepo_mega.plan.refit import LinkSpeeds, plan_refit
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples" / "llama3_70b_16x8.yaml"

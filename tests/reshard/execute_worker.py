@@ -14,8 +14,8 @@ import torch
 import torch.distributed as torch_dist
 
 from tests.reshard.worlds import DENSE, model
-from treepo_mega.reshard.execute import Resharder, TensorTarget, differing_groups
 from treepo_mega.modelspec.mcore_layout import hf_shapes
+from treepo_mega.reshard.execute import Resharder, TensorTarget, differing_groups
 from treepo_mega.reshard.plan import Cluster, plan_reshard
 from treepo_mega.reshard.sides import Grid, files_side, mcore_side, vllm_side
 from treepo_mega.runtime import dist

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from treepo_mega.config import parse_config, read_hf_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.engine.engine import Engine
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import Collector
-from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.signals import StopRequest

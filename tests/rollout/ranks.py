@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
-from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.engine.engine import Engine
+from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator, Job
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.engine.engine import EngineError
+from treepo_mega.rollout.borders import border_tokens
 
 
 class Words:

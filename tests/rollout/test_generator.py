@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treepo_mega.config import Config, RolloutConfig, parse_config
-from treepo_mega.rollout.dealing import LocalQueue
 from treepo_mega.engine.engine import Engine
+from treepo_mega.rollout.dealing import LocalQueue
 from treepo_mega.rollout.generator import Generator, Grown, Job
 from treepo_mega.tree.node import Tree
 

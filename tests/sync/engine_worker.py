@@ -20,14 +20,14 @@ from tests.ranks import report_found
 from tests.reshard.bugs import BUGS
 from treepo_mega.actor.forward import padding_multiple
 from treepo_mega.actor.update import Policy
+from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import parse_config, read_hf_config
 from treepo_mega.engine import vllm_target
-from treepo_mega.reshard.execute import Resharder
-from treepo_mega.checkpoint.load import local_params
-from treepo_mega.reshard.plan import plan_reshard
-from treepo_mega.sync.refit import Refit, RefitError
 from treepo_mega.engine.engine import Engine, EngineError
+from treepo_mega.reshard.execute import Resharder
+from treepo_mega.reshard.plan import plan_reshard
 from treepo_mega.runtime import dist
+from treepo_mega.sync.refit import Refit, RefitError
 from treepo_mega.tree.pack import Trajectory, plan_step
 
 PROMPTS = [[7, 3, 9, 30, 4, 5, 6, 8, 12, 11, 40, 2, 33, 21] * 2, [5, 9, 9, 14, 3, 50, 27]]

@@ -143,9 +143,9 @@ class Case:
     def __init__(self, name: str, sizes: dict, tp: int, pp: int, tp_v: int, *, bucket_bytes: int) -> None:
         import torch
 
-        from treepo_mega.reshard.execute import Resharder, TensorTarget
         from treepo_mega.checkpoint.load import HfGather
         from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
+        from treepo_mega.reshard.execute import Resharder, TensorTarget
         from treepo_mega.reshard.plan import Cluster, plan_reshard
         from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
         from treepo_mega.runtime import dist

@@ -64,8 +64,8 @@ from rich.progress import Progress as RichProgress
 
 from treepo_mega.config import Config, RolloutConfig, parse_config
 from treepo_mega.data.prompts import Prompt
-from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.engine.engine import Engine, Finished
+from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.node import Tree

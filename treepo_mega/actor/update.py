@@ -29,12 +29,13 @@ from treepo_mega.actor.forward import (
     run_schedule,
 )
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
+from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.config import AlgoConfig, Config
+from treepo_mega.errors import TreepoError
 from treepo_mega.loss.backend import Backend, resolve_backend
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.operands import Numerics, WeightCache
 from treepo_mega.loss.policy import clip_active, kl_penalty, policy_loss, supervised_loss
-from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.device import device
@@ -48,7 +49,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(TreepoError):
     """Too many optimizer steps in a row had a non-finite gradient."""
 
 

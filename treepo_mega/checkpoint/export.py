@@ -21,9 +21,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from treepo_mega.config import Config
-from treepo_mega.reshard.execute import Resharder
-from treepo_mega.checkpoint.load import local_params
 from treepo_mega.checkpoint.hf import (
     INDEX,
     SINGLE,
@@ -35,7 +32,10 @@ from treepo_mega.checkpoint.hf import (
     set_config_dtype,
     shard_name,
 )
+from treepo_mega.checkpoint.load import local_params
+from treepo_mega.config import Config
 from treepo_mega.modelspec.mcore_layout import ModelSpec, ParamLayout, hf_shapes
+from treepo_mega.reshard.execute import Resharder
 from treepo_mega.reshard.plan import Cluster, plan_reshard
 from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
 from treepo_mega.runtime import dist

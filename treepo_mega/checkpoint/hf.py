@@ -34,6 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import EMBEDDING, LM_HEAD, Box, ModelSpec, hf_shapes
 
 INDEX = "model.safetensors.index.json"
@@ -55,7 +56,7 @@ _COMPANIONS = (
 )
 
 
-class HfCheckpointError(ValueError):
+class HfCheckpointError(TreepoError):
     """A checkpoint on disk cannot be used; the message names file, tensor, what was expected and what was found."""
 
 

@@ -34,16 +34,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from treepo_mega.config import Config
 from treepo_mega.checkpoint.gather_plan import GatherPlan, Piece, Round, gather_plan
 from treepo_mega.checkpoint.hf import HfReader
+from treepo_mega.config import Config
+from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import NAMING, Box, ModelSpec, Naming, ParamLayout, chunk_layouts, hf_shapes
 from treepo_mega.runtime import cpu_megatron
 
 Reader = Callable[[str, Box], Tensor]
 
 
-class ReshardError(ValueError):
+class ReshardError(TreepoError):
     """Parameters and map disagree; the message names the parameter, what was expected and what was found."""
 
 

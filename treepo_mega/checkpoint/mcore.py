@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from treepo_mega.config import ConfigError
+from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.device import has_cuda
 
@@ -46,7 +46,7 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
 
 
-class CheckpointError(ConfigError):
+class CheckpointError(TreepoError):
     """A checkpoint is missing, incomplete or does not fit; the message names the directory and what to do."""
 
 

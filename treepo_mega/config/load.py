@@ -43,9 +43,10 @@ from treepo_mega.config.sections import (
     Section,
     TrainConfig,
 )
+from treepo_mega.errors import TreepoError
 
 
-class ConfigError(ValueError):
+class ConfigError(TreepoError):
     """The configuration cannot be used; the message names the key, what was expected and the nearest name."""
 
 

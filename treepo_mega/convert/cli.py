@@ -17,6 +17,7 @@ from typing import Any
 from treepo_mega.config import Config
 from treepo_mega.convert.convert import companions_of, conversion_config, stored_dtype
 from treepo_mega.convert.probe import LOGITS_TOLERANCE
+from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import dist
 
 
@@ -65,7 +66,7 @@ def run_converter(convert: Callable[[], tuple[list[str], dict[str, Any]]]) -> No
     """Print what `convert` returns, lines and note; on bad input one line on stderr and exit code 1."""
     try:
         lines, note = convert()
-    except ValueError as e:  # every error of ours about input is one
+    except TreepoError as e:
         sys.exit(f"error: {e}")
     if dist.is_main():
         print(*lines, json.dumps(note), sep="\n", flush=True)

@@ -26,14 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from treepo_mega.checkpoint.mcore import CheckpointError, check_complete, load_model_weights, save_model_weights
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
-from treepo_mega.config import Config, ConfigError, parse_config, read_hf_config
 from treepo_mega.checkpoint.export import export_hf
-from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.checkpoint.hf import HfReader, copy_companions, publish, require_absent
-from treepo_mega.runtime.host_memory import HostPeak
-from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
+from treepo_mega.checkpoint.load import load_from_hf
+from treepo_mega.checkpoint.mcore import CheckpointError, check_complete, load_model_weights, save_model_weights
+from treepo_mega.config import Config, ConfigError, parse_config, read_hf_config
 from treepo_mega.convert.probe import LOGITS_TOLERANCE
 from treepo_mega.convert.verify import (
     ConversionError,
@@ -42,7 +40,9 @@ from treepo_mega.convert.verify import (
     parameter_count,
     read_back,
 )
+from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.host_memory import HostPeak
 
 COMPANIONS, NOTE = "hf", "conversion.json"
 MIB = 2**20

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from treepo_mega.actor.attention import PACKS, PackLayout
 from treepo_mega.actor.forward import count_multiple
 from treepo_mega.actor.model import PolicyModel, build_model
-from treepo_mega.config import Config
 from treepo_mega.checkpoint.hf import HfReader
+from treepo_mega.config import Config
 from treepo_mega.modelspec.mcore_layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.device import device

@@ -18,20 +18,21 @@ from typing import Any
 
 import torch
 
-from treepo_mega.checkpoint.mcore import check_complete, load_model_weights
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
-from treepo_mega.config import Config, read_hf_config
-from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.checkpoint.hf import HfReader
-from treepo_mega.modelspec.mcore_layout import LM_HEAD, ModelSpec, hf_shapes
+from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.checkpoint.mcore import check_complete, load_model_weights
+from treepo_mega.config import Config, read_hf_config
 from treepo_mega.convert.probe import LOGITS_TOLERANCE, compare_with_transformers
+from treepo_mega.errors import TreepoError
+from treepo_mega.modelspec.mcore_layout import LM_HEAD, ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
 
 GATHER_MIB = 32
 """Receiving buffer of the comparison by bits, on each rank, however many ranks there are."""
 
 
-class ConversionError(ValueError):
+class ConversionError(TreepoError):
     """The converted weights are not the source's; nothing was left behind."""
 
 

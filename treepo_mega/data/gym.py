@@ -20,12 +20,13 @@ import sys
 from typing import Any
 
 from treepo_mega.data.rewards.pool import worker_environment
+from treepo_mega.errors import TreepoError
 
 TIMEOUT_S, TIMEOUT_PER_ITEM_S = 300.0, 0.1
 """Deadline for making one source's items: a fixed part, and a part per item (slow tasks take 0.02 s an item)."""
 
 
-class GymError(ValueError):
+class GymError(TreepoError):
     """A reasoning-gym source that cannot be made: unknown task (with the nearest names), bad parameters."""
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treepo_mega.errors import TreepoError
+
 SUFFIXES = (".jsonl", ".parquet")
 
 MISSING: Any = object()
@@ -23,7 +25,7 @@ MISSING: Any = object()
 _SLICE = re.compile(r"(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 
 
-class PromptError(ValueError):
+class PromptError(TreepoError):
     """Prompts that cannot be used; the message names the file, the line, the key and what was expected."""
 
 

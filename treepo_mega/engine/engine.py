@@ -36,10 +36,10 @@ from typing import Any
 import torch
 
 from treepo_mega.config import Config, read_hf_config
-from treepo_mega.engine.vllm_target import VllmTarget
-from treepo_mega.data.end_tokens import checkpoint_shapes
+from treepo_mega.engine.checkpoint_files import checkpoint_shapes
 from treepo_mega.engine.stream import Finished, Request
 from treepo_mega.engine.vllm_setup import EngineError, build, check_model, process_left_alone
+from treepo_mega.engine.vllm_target import VllmTarget
 
 
 class Engine:

@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import ParamLayout
 from treepo_mega.runtime.device import has_cuda
 
 
-class VllmTargetError(RuntimeError):
+class VllmTargetError(TreepoError):
     """The engine's parameters are not those of the map, or the phases came in a wrong order; names the parameter."""
 
 

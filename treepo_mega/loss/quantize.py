@@ -29,6 +29,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from treepo_mega.errors import TreepoError
+
 Recipe = Literal["tensorwise", "rowwise", "blockwise"]
 RECIPES: tuple[Recipe, ...] = ("tensorwise", "rowwise", "blockwise")
 BLOCK = 128
@@ -38,7 +40,7 @@ ROWS_AT_A_TIME = 32 * BLOCK
 """Rows converted at a time, so that fp32 temporaries stay small beside a weight matrix."""
 
 
-class QuantizeError(ValueError):
+class QuantizeError(TreepoError):
     """The tensor cannot be quantised: it holds NaN or infinity."""
 
 

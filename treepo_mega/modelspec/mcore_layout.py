@@ -33,6 +33,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.spec import ARCHITECTURES, Architecture, ModelSpec, ModelSpecError, padded_vocab
 
 __all__ = [
@@ -64,7 +65,7 @@ NAMING: dict[str, Naming] = {"local": "local", "transformer_engine": "te"}
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
-class LayoutError(ValueError):
+class LayoutError(TreepoError):
     """The model cannot be laid out on these parallel sizes; the message names the size and the nearest that fits."""
 
 

@@ -26,10 +26,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.architectures import Architecture, discover
 
 
-class ModelSpecError(ValueError):
+class ModelSpecError(TreepoError):
     """The model cannot be described; the message names the file, the key, what was expected and what was found."""
 
 

@@ -18,7 +18,16 @@ Pure, like `layout.py`. Whether the engine really has these names and shapes is 
 
 from __future__ import annotations
 
-from treepo_mega.modelspec.mcore_layout import EMBEDDING, FINAL_NORM, LM_HEAD, Block, Box, LayoutError, ModelSpec, ParamLayout
+from treepo_mega.modelspec.mcore_layout import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    Block,
+    Box,
+    LayoutError,
+    ModelSpec,
+    ParamLayout,
+)
 
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of this."""

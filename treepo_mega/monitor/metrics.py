@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.registry import METRICS, Metric, check_known
 
 __all__ = ["METRICS", "METRICS_FILE", "Metric", "MetricsError", "MetricsLogger", "check_known", "read_metrics"]
@@ -38,7 +39,7 @@ METRICS_FILE = "metrics.jsonl"
 _RESERVED = ("step", "time")
 
 
-class MetricsError(ValueError):
+class MetricsError(TreepoError):
     """A metrics file cannot be used; the message names the file, the line and what was expected."""
 
 

@@ -27,10 +27,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from treepo_mega.reshard.transport.exchange import Exchange
 from treepo_mega.modelspec.mcore_layout import Block, Box, ParamLayout
 from treepo_mega.reshard.plan import Copy, ReshardPlan
 from treepo_mega.reshard.sides import Side
+from treepo_mega.reshard.transport.exchange import Exchange
 from treepo_mega.runtime import dist
 
 Chunks = Sequence[Mapping[str, Tensor]]

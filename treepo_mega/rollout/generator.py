@@ -37,11 +37,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from treepo_mega.config import Config, RolloutConfig
+from treepo_mega.data.end_tokens import find_eos_token_ids
+from treepo_mega.engine.engine import Engine, EngineError, Finished
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
-from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
-from treepo_mega.engine.engine import Engine, EngineError, Finished
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree import carry
 from treepo_mega.tree.node import Tree

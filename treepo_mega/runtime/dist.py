@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from treepo_mega.config import Config, check
+from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import cpu_megatron
 from treepo_mega.runtime.device import backend, bind, has_cuda
 from treepo_mega.runtime.seeding import derive_seed
@@ -33,7 +34,7 @@ from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 
-class RankLost(RuntimeError):
+class RankLost(TreepoError):
     """Other ranks did not come in time or died; the message names them and what was waited for."""
 
 

@@ -41,6 +41,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.device import free_memory_bytes, release_cached_memory
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ PARTS = ("grads", "optimizer", "params")
 """What the trainer can give away, in the order in which it does."""
 
 
-class HandoverError(RuntimeError):
+class HandoverError(TreepoError):
     """A transition came in a wrong order, or failed; the message names the states and what to do."""
 
 

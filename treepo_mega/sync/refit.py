@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from treepo_mega.config import Config
-from treepo_mega.reshard.execute import Resharder, ReshardStats, differing_groups
 from treepo_mega.checkpoint.load import local_params
+from treepo_mega.config import Config
+from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import ModelSpec
+from treepo_mega.reshard.execute import Resharder, ReshardStats, differing_groups
 from treepo_mega.reshard.plan import Cluster, plan_reshard
 from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
 from treepo_mega.runtime import dist
@@ -38,7 +39,7 @@ from treepo_mega.runtime.seeding import derive_seed
 CANARY_TOKENS = 24
 
 
-class RefitError(RuntimeError):
+class RefitError(TreepoError):
     """The engine does not hold the actor's weights; the message says how far off and, if known, which layers."""
 
 

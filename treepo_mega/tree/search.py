@@ -13,8 +13,8 @@ likes. The tree does not change, because
   this tree is complete (all segments wanted so far have arrived), and in path order. Once living and ended paths
   are as many as leaves were asked for, there is nothing left to decide: from then on no path waits for another, and
   the tree is still the one that levels give;
-- under `transfer: quota` a node's children depend only on the segments of its own family (`tree/transfer/quota.py`), and
-  fallback waits until nothing of the tree is running;
+- under `transfer: quota` a node's children depend only on the segments of its own family
+  (`tree/transfer/quota.py`), and fallback waits until nothing of the tree is running;
 - where paths overtake one another node ids follow arrival, so whenever the tree is at rest (before a fallback, at
   the end) its nodes are renumbered by level and path: ids given out before are void;
 - every node's sampling seed is a hash of the tree's seed and the node's path;
@@ -59,8 +59,8 @@ from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import level_budget, split_by_certainty, split_equally
 from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.node import ROOT, Node, Tree
-from treepo_mega.tree.transfer.quota import Quotas
 from treepo_mega.tree.stop import StopRules
+from treepo_mega.tree.transfer.quota import Quotas
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from treepo_mega.errors import TreepoError
+
 Verifier = Callable[..., Any]
 
 BUILT_IN = ("math", "boxed", "last_number", "exact", "reasoning_gym")
@@ -54,7 +56,7 @@ _FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac\{([-+]?[0-9]+)\}\{([-+]?[0-9]+)\}
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-class VerifierError(ValueError):
+class VerifierError(TreepoError):
     """A verifier that cannot be used: unknown name, missing file or function, failing import."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.metrics import METRICS_FILE, MetricsError, read_metrics
 from treepo_mega.monitor.timers import PREFIX
 
@@ -34,7 +35,7 @@ OUTSIDE_STEP = ("eval", "checkpoint")
 """Phases that the loop runs after `timing_s/step` has ended."""
 
 
-class ReportError(ValueError):
+class ReportError(TreepoError):
     """A run cannot be reported on; the message names the file, the line and what was expected."""
 
 

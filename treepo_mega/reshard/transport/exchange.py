@@ -31,6 +31,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.reshard.plan import Cluster, Parcel, RankRound
 from treepo_mega.runtime import dist
 
@@ -39,7 +40,7 @@ _PUBLISHED, _CONSUMED = 0, 64
 """Byte offsets of the two counters, a cache line apart."""
 
 
-class ExchangeError(RuntimeError):
+class ExchangeError(TreepoError):
     """A rank did not deliver or take its parcels in time; the message names it."""
 
 
