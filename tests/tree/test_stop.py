@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo_mega.config import RolloutConfig
-from treepo_mega.tree.stop import STOP_REASONS, StopRules, closed_box, repeats
+from treepo_mega.text.boxes import closed_box
+from treepo_mega.tree.stop import STOP_REASONS, StopRules, repeats
 
 SYMBOLS = ["<eos>", "\\boxed{", "}", "{", "a", "b", "4", "2", "<eot>", "\\"]
 EOS, BOX, CLOSE, OPEN, A, B, FOUR, TWO, EOT, SLASH = range(len(SYMBOLS))
@@ -69,7 +70,7 @@ def test_a_box_across_a_segment_border_is_seen(border):
         ("\\boxed{ } then \\boxed{7}", 24),
         ("} } { \\boxed{4} ", 15),
         ("boxed{4}", None),
-        ("\\fbox{4}", None),
+        ("\\fbox{4}", 8),
         ("\\boxed{" * 3, None),
         ("", None),
         ("\\", None),

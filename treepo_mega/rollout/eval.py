@@ -36,11 +36,11 @@ from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.rewards import RewardItem, RewardPool
-from treepo_mega.data.rewards.verifiers import last_box
 from treepo_mega.rollout.dealing import CostModel
 from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.rollout.round import open_round
 from treepo_mega.runtime import dist
+from treepo_mega.text.boxes import last_box
 from treepo_mega.tree.node import Tree
 
 if TYPE_CHECKING:

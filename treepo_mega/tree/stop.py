@@ -2,7 +2,7 @@
 
 Rules, tried in this order on every new segment (the released TreePO code's order):
 
-    answer      the response holds a closed answer box `\\boxed{...}`
+    answer      the response holds a closed answer box: `\\boxed{...}` or `\\fbox{...}`
     eos         the segment holds an end-of-sequence token
     length      the response has max_response_len tokens
     depth       the path has max_depth segments
@@ -20,7 +20,7 @@ Two of them also *cut* the segment, because nothing behind the end of a path may
 
 The box is looked for in the text of the whole response, so a box that straddles a segment border is seen.
 The prompt is not looked at: instructions often contain a box. An empty box (`put it in \\boxed{}`) is talk
-about an answer, not an answer. Braces may nest; `\\{` and `\\}` are characters, not braces.
+about an answer, not an answer. text/boxes.py says what a box is; grading asks the same parser.
 
 Repetition is a property of characters, not tokens: some window of `repetition_window` characters occurs
 `repetition_count` times (overlaps count) in the new segment's text plus the `window * count` characters
@@ -36,9 +36,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from treepo_mega.config import RolloutConfig
+from treepo_mega.text.boxes import closed_box
 
 STOP_REASONS = ("eos", "answer", "length", "depth", "repetition")
-BOX = "\\boxed{"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +47,6 @@ class Verdict:
 
     keep: int
     reason: str | None
-
-
-def closed_box(text: str) -> int | None:
-    """Index just behind the first `}` that closes a non-empty answer box; None when there is none. Linear time."""
-    opened: list[int] = []  # content start of each open box; -1 for an ordinary brace
-    i = 0
-    while i < len(text):
-        if text.startswith(BOX, i):
-            i += len(BOX)
-            opened.append(i)
-            continue
-        c = text[i]
-        if c == "\\":  # an escaped character, or the start of a command: neither opens nor closes
-            i += 2
-            continue
-        if c == "{":
-            opened.append(-1)
-        elif c == "}" and opened:
-            start = opened.pop()
-            if start >= 0 and text[start:i].strip():
-                return i + 1
-        i += 1
-    return None
 
 
 def repeats(text: str, window: int, count: int) -> bool:
@@ -104,15 +81,15 @@ class StopRules:
         """The rules of a `rollout` section. Raises ValueError without any EOS id: no path could end by itself."""
         if not eos_token_ids:
             raise ValueError("stop rules need at least one EOS token id, got none (rollout.stop.eos_token_ids)")
-        s = rollout.stop
+        stop = rollout.stop
         return cls(
             frozenset(eos_token_ids),
             decode,
             rollout.max_response_len,
             rollout.depth_limit,
-            s.answer_box,
-            s.repetition_window,
-            s.repetition_count,
+            stop.answer_box,
+            stop.repetition_window,
+            stop.repetition_count,
         )
 
     def judge(self, before: Sequence[int], segment: Sequence[int], depth: int) -> Verdict:

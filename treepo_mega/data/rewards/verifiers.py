@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.text.boxes import last_box
 
 Verifier = Callable[..., Any]
 
@@ -47,7 +48,6 @@ BUILT_IN = ("math", "boxed", "last_number", "exact", "reasoning_gym")
 MATH_TIMEOUT_S = 2
 """math-verify's limit for parsing, and again for comparing; whole seconds."""
 
-_BRACES = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])[-+])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
@@ -58,31 +58,6 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 class VerifierError(TreepoError):
     """A verifier that cannot be used: unknown name, missing file or function, failing import."""
-
-
-def last_box(text: str) -> str | None:
-    r"""Content of the last closed, non-empty `\boxed{...}` in `text`; None without one. Linear time.
-
-    A box that holds nothing but another box gives the inner one's content. Escaped braces are text.
-    """
-    opened: list[tuple[int, int]] = []  # (token start, content start) of each open brace; content start -1: no box
-    found = None
-    span = (-1, -1)  # of the outermost box around `found`
-    for m in _BRACES.finditer(text):
-        token = m.group()
-        if token == "{":
-            opened.append((m.start(), -1))
-        elif token.endswith("{") and "boxed" in token:
-            opened.append((m.start(), m.end()))
-        elif token == "}" and opened:
-            token_start, start = opened.pop()
-            content = text[start : m.start()].strip() if start >= 0 else ""
-            if not content:
-                continue
-            wraps = span[0] >= start and not text[start : span[0]].strip() and not text[span[1] : m.start()].strip()
-            found = found if wraps else content
-            span = (token_start, m.end())
-    return found
 
 
 def as_number(text: str) -> Fraction | None:
