@@ -45,7 +45,6 @@ from treepo_mega.tree.pack import Pack, StepPlan
 
 cpu_megatron.install()
 
-from megatron.core import parallel_state as ps  # noqa: E402
 
 SUMMARY = "summary.json"
 
@@ -206,12 +205,8 @@ class Trainer:
 
     def _mismatch(self, packs: list[Pack]) -> dict[str, float]:
         diffs = [np.abs(p.old_logprobs - p.rollout_logprobs) for p in packs if p.old_logprobs is not None]
-        counts = bool(diffs) and ps.get_tensor_model_parallel_rank() == 0
-        sums = dist.sum_over_ranks(
-            {
-                "diff": float(sum(d.sum() for d in diffs)) if counts else 0.0,
-                "rows": float(sum(d.size for d in diffs)) if counts else 0.0,
-            }
+        sums = dist.sum_over_replicas(
+            {"diff": float(sum(d.sum() for d in diffs)), "rows": float(sum(d.size for d in diffs))}
         )
         peak = dist.max_over_ranks({"max": max((float(d.max()) for d in diffs if d.size), default=0.0)})
         return {

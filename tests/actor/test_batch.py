@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 from treepo_mega.actor.batch import advantages, pair_cost
 from treepo_mega.config import Config, ConfigError, check, load_config
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.tree.advantage import segment_advantages
 from treepo_mega.tree.node import Tree
 
@@ -32,18 +31,17 @@ def forest() -> list[Tree]:
 
 def test_whitening_weighs_every_trajectory_and_token_once():
     got = advantages(forest(), config())
-    repeated = np.concatenate([np.repeat(v, [4, 8]) for v in got.values])
-    assert not got.per_node
+    repeated = np.concatenate([np.repeat(v, [4, 8]) for v in got])
+    assert [len(v) for v in got] == [2, 2], "per leaf"
     assert repeated.mean() == pytest.approx(0, abs=1e-12) and repeated.std(ddof=1) == pytest.approx(1)
 
 
 def test_segment_advantages_are_per_node_and_can_be_whitened():
     plain = advantages(forest(), config("algo.advantage_estimator=segment"))
-    assert plain.per_node
-    assert [v.tolist() for v in plain.values] == [segment_advantages(t) for t in forest()]
+    assert [v.tolist() for v in plain] == [segment_advantages(t) for t in forest()]
     white = advantages(forest(), config("algo.advantage_estimator=segment", "algo.whiten_advantages=true"))
     # Node 1 is shared by two trajectories of 3 tokens each; the prompt carries nothing.
-    repeated = np.concatenate([np.repeat(v[1:], [6, 1, 5]) for v in white.values])
+    repeated = np.concatenate([np.repeat(v[1:], [6, 1, 5]) for v in white])
     assert repeated.mean() == pytest.approx(0, abs=1e-12) and repeated.std(ddof=1) == pytest.approx(1)
 
 
@@ -59,10 +57,20 @@ def test_sequence_ratios_refuse_shared_tokens():
     check(config("algo.ratio_level=sequence", "train.prefix_sharing=none", "train.max_tokens_per_gpu=8192"), 1)
 
 
-def test_pair_cost_is_attention_over_matrices(tmp_path):
-    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    more = {"intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 32}
-    (tmp_path / "config.json").write_text(json.dumps(shape | more))
-    cfg = config(f"model.hf_checkpoint={tmp_path}")
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 32,
+}  # fmt: skip
+
+
+def test_pair_cost_is_attention_over_matrices():
     # Multiply-adds a layer: 2 x 128 per pair; q, o 64 x 128 each, k, v 64 x 64 each, three of 64 x 192 per token.
-    assert pair_cost(cfg) == 256 / (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 192)
+    assert pair_cost(ModelSpec.from_config(SHAPE)) == 256 / (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 192)
+
+
+def test_pair_cost_knows_the_default_head_size_of_qwen3():
+    """Qwen3 leaves `head_dim` out at 128, whatever its hidden size; another model's would be hidden / heads."""
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    qwen3 = ModelSpec.from_config(shape | {"architectures": ["Qwen3ForCausalLM"]})
+    assert pair_cost(qwen3) == 1024 / (2 * 64 * 512 + 2 * 64 * 256 + 3 * 64 * 192)
+    assert pair_cost(ModelSpec.from_config(shape)) == 128 / (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)

@@ -33,7 +33,14 @@ def test_kernels_equal_tiles_of_torch(precision, recipe):
 def test_transformer_engines_quantiser_is_ours():
     pytest.importorskip("transformer_engine.pytorch")
     x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
-    got, want = te.quantize_tensorwise(x), quantize.quantize(x, "tensorwise")
+    tex = pytest.importorskip("transformer_engine_torch")
+    engine = te.transformer_engine("this test")
+    quantizer = engine.Float8CurrentScalingQuantizer(
+        fp8_dtype=tex.DType.kFloat8E4M3, device=x.device, rowwise=True, columnwise=False
+    )
+    made = quantizer(x)
+    got = quantize.Quantized(made._data.view(torch.float8_e4m3fn), made._scale_inv.reshape(()), "tensorwise")
+    want = quantize.quantize(x, "tensorwise")
     torch.testing.assert_close(got.scale, want.scale)
     assert float((got.values() - want.values()).norm() / want.values().norm()) < 1e-3
 

@@ -173,11 +173,11 @@ def test_fp8_gradient_products_need_transformer_engine(monkeypatch):
         resolve_backend(HeadConfig(precision="fp8", fp8_grads=True))
 
 
-def test_the_quantiser_of_transformer_engine_is_refused_here():
+def test_the_products_of_transformer_engine_are_refused_here():
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU: test_gpu.py compares the quantisers")
+        pytest.skip("there is a GPU: test_gpu.py compares the products")
     with pytest.raises(ConfigError, match="torch sees none"):
-        te.quantize_tensorwise(torch.zeros(2, 16))
+        te.gradient_products(torch.zeros(2, 16), torch.zeros(16, 8), torch.zeros(2, 8))
 
 
 def test_nothing_imports_triton_or_transformer_engine_before_it_is_asked_for():

@@ -5,13 +5,34 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mega.tree.advantage import has_signal, leaf_advantages, masses, set_rewards, whiten
+from treepo_mega.tree.advantage import has_signal, leaf_advantages, set_rewards, whiten
+from treepo_mega.tree.credit import fold
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.segments import Segments
+
+
+class Mass(NamedTuple):
+    """What the leaves below a node add up to, and their number."""
+
+    A_pos: float
+    A_neg: float
+    n: float
+
+
+def masses(tree: Tree, advantages: list[float]) -> dict[int, Mass]:
+    """Node id -> what `credit.fold` gives the node's segment at weight 1; nodes without a leaf below are absent."""
+    segments = Segments.from_trees([tree], [0])
+    credit = fold(segments, np.array(advantages), np.ones(len(advantages)))
+    of_nodes = zip(credit.A_pos.tolist(), credit.A_neg.tolist(), credit.n.tolist(), strict=True)
+    assert credit.n.tolist() == credit.count.tolist()
+    return {node: Mass(*of) for node, of in zip(segments.node.tolist(), of_nodes, strict=True)}
 
 
 def two_by_two(rewards: list[float]) -> Tree:
@@ -31,6 +52,7 @@ def trees(draw: st.DrawFn, min_leaves: int = 1) -> Tree:
     for _ in range(draw(st.integers(min_leaves, 24))):
         node = tree.add_child(rng.randrange(len(tree.nodes)))
         node.tokens = [rng.randrange(100) for _ in range(rng.randrange(0, 5))]
+        node.logprobs = [-1.0] * len(node.tokens)
     ends = [n.id for n in tree.nodes[1:] if not n.children]
     rng.shuffle(ends)
     tree.leaves = ends[: max(1, len(ends) - draw(st.integers(0, 2)))]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.tree.forests import forests
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.policy import clipped_objective
-from treepo_mega.tree.advantage import leaf_advantages, masses, segment_advantages
+from treepo_mega.tree.advantage import leaf_advantages, segment_advantages
 from treepo_mega.tree.credit import credit_by_depth, fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.segments import Segments
@@ -20,18 +20,21 @@ from treepo_mega.tree.segments import Segments
 @settings(max_examples=100, deadline=None)
 @given(forests(), st.data())
 def test_fold_is_masses_per_node(trees, data):
-    """`advantage.masses` says what a mass is; the arrays say the same of all trees at once."""
+    """Per node: the sums of the positive and of the negative advantages of the leaves below it, and their number."""
     per_tree = [[data.draw(st.floats(-3, 3)) for _ in t.leaves] for t in trees]
     s = Segments.from_trees(trees, range(len(trees)))
     c = fold(s, np.concatenate(per_tree), np.ones(len(s.leaf_number)))
     base, want = 0, {}
     for t, a in zip(trees, per_tree, strict=True):
-        want |= {base + node: m for node, m in masses(t, a).items()}
+        for i, leaf in enumerate(t.leaves):
+            for node in t.ancestry(leaf):
+                pos, neg, count = want.get(base + node, (0.0, 0.0, 0))
+                want[base + node] = (pos + max(a[i], 0), neg + min(a[i], 0), count + 1)
         base += len(t.nodes)
     assert sorted(s.node.tolist()) == sorted(want), "nodes without a leaf are left out"
     for i, node in enumerate(s.node.tolist()):
         got = (c.A_pos[i], c.A_neg[i], c.count[i])
-        assert got == pytest.approx(tuple(want[node]), rel=1e-12, abs=1e-12)
+        assert got == pytest.approx(want[node], rel=1e-12, abs=1e-12)
         assert c.n[i] == c.count[i]
 
 

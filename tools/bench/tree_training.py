@@ -149,7 +149,7 @@ class Side:
 
     def __init__(self, actor: Actor, reference: Policy, cfg: Config, trees: list[Tree]) -> None:
         self.actor, self.reference, self.cfg = actor, reference, cfg
-        self.plan: StepPlan = plan_batch(batch_of(trees, cfg.train.prefix_sharing), cfg, pair_cost(cfg))
+        self.plan: StepPlan = plan_batch(batch_of(trees, cfg.train.prefix_sharing), cfg, pair_cost(actor.spec))
         self.loss = policy_gradient(cfg.algo)
 
     def old(self) -> None:

@@ -21,12 +21,8 @@ from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.update import Policy
 from treepo_mega.config import Config
 from treepo_mega.data.prompts import REFERENCE_KEYS, Prompt
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.tree.pack import Batch, Trajectory
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
 
 
 def reference_texts(prompts: Sequence[Prompt], tokenizer: Any, max_len: int) -> list[Trajectory]:
@@ -58,11 +54,10 @@ def perplexity(policy: Policy, texts: Sequence[Trajectory], cfg: Config) -> floa
     """
     packs = plan_batch(Batch.flat(texts), cfg).packs
     logprobs = policy.logprobs(packs, temperature=1.0) or []
-    counts = ps.get_tensor_model_parallel_rank() == 0
-    sums = dist.sum_over_ranks(
+    sums = dist.sum_over_replicas(
         {
-            "nll": -float(sum(x.sum(dtype="float64") for x in logprobs)) * counts,
-            "tokens": float(sum(x.size for x in logprobs)) * counts,
+            "nll": -float(sum(pack.sum(dtype="float64") for pack in logprobs)),
+            "tokens": float(sum(pack.size for pack in logprobs)),
         }
     )
     mean = sums["nll"] / sums["tokens"]

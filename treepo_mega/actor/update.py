@@ -212,9 +212,9 @@ class Actor(Policy):
         """Metrics of the guard after a rollout's updates. Collective over all ranks."""
         if not self.guard.watches:
             return {}
-        drift, counts = self.guard.take_drift(), ps.get_tensor_model_parallel_rank() == 0
+        drift = self.guard.take_drift()
         self.guard.samples.clear()
-        sums = dist.sum_over_ranks({"flips": drift.flips * counts, "gates": drift.gates * counts})
+        sums = dist.sum_over_replicas({"flips": drift.flips, "gates": drift.gates})
         return {"train/head_gate_flips": sums["flips"] / max(sums["gates"], 1.0)}
 
     def watch_head(self) -> tuple[bool, dict[str, float]]:
@@ -224,8 +224,8 @@ class Actor(Policy):
         """
         if not self.guard.watches:
             return False, {}
-        drift, counts = self.guard.take_drift(), ps.get_tensor_model_parallel_rank() == 0
-        sums = dist.sum_over_ranks({"diff": drift.total * counts, "rows": drift.rows * counts})
+        drift = self.guard.take_drift()
+        sums = dist.sum_over_replicas({"diff": drift.total, "rows": drift.rows})
         largest = dist.max_over_ranks({"max": drift.largest})["max"]
         mean = sums["diff"] / max(sums["rows"], 1.0)
         fell = self.guard.decide(mean)

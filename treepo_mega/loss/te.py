@@ -9,9 +9,8 @@ Layers: `model.fp8`, `model.fp8_recipe` and `model.first_last_layers_bf16` becom
 and shapes of the weights, so that resharding and checkpoints do not notice. Megatron enters the FP8 context around
 each layer. The output layer is outside of it, always: the head's precision is loss.head's.
 
-Head: `quantize_tensorwise` is Transformer Engine's current-scaling quantiser as our `Quantized`, and
-`gradient_products` its cuBLASLt products for dHidden and dWeight, with the split accumulator that a sum over a
-vocabulary needs on Hopper.
+Head: `gradient_products` are its cuBLASLt products for dHidden and dWeight, with the split accumulator that a sum
+over a vocabulary needs on Hopper.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from treepo_mega.config import ConfigError
 from treepo_mega.config.sections import ModelConfig
-from treepo_mega.loss.quantize import Quantized
 from treepo_mega.runtime.device import has_cuda
 
 PROBES = {
@@ -87,17 +85,6 @@ def use_te_linears(layer: Any) -> None:
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
-
-
-def quantize_tensorwise(x: Tensor, *, gradient: bool = False) -> Quantized:
-    """x [N, K] by Transformer Engine's current scaling: e4m3, or e5m2 for a gradient."""
-    te = transformer_engine("loss.te.quantize_tensorwise")
-    tex = importlib.import_module("transformer_engine_torch")
-    kind = tex.DType.kFloat8E5M2 if gradient else tex.DType.kFloat8E4M3
-    quantizer = te.Float8CurrentScalingQuantizer(fp8_dtype=kind, device=x.device, rowwise=True, columnwise=False)
-    made = quantizer(x)
-    dtype = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
-    return Quantized(made._data.view(dtype), made._scale_inv.reshape(()), "tensorwise")
 
 
 def gradient_products(dz: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

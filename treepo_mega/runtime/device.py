@@ -7,8 +7,6 @@ CPU over gloo. Nothing else in the project calls `torch.cuda`.
 from __future__ import annotations
 
 import os
-import resource
-import sys
 
 import torch
 
@@ -49,11 +47,3 @@ def release_cached_memory() -> None:
     """Give freed memory that torch keeps for itself back to the device, where the engine can take it. CPU: nothing."""
     if has_cuda():
         torch.cuda.empty_cache()
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: CUDA allocator peak on a GPU, peak resident set size on the CPU. Bytes."""
-    if has_cuda():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -198,6 +198,16 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(keys, t.tolist(), strict=True))
 
 
+def sum_over_replicas(values: dict[str, float], *, counts: bool = True) -> dict[str, float]:
+    """Sum over all ranks of what the ranks of a tensor-parallel group hold alike, each group counted once, in fp64.
+
+    `counts` False leaves this rank's values out: a pipeline stage that holds a copy, say. All ranks call with the same
+    keys. Collective over all ranks.
+    """
+    included = counts and ps.get_tensor_model_parallel_rank() == 0
+    return sum_over_ranks({name: float(value) if included else 0.0 for name, value in values.items()})
+
+
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Element-wise maximum of equally keyed dicts over all ranks. Collective over all ranks."""
     keys = sorted(values)

@@ -1,9 +1,8 @@
-"""Credit: one advantage per leaf, whitened over the batch, folded into masses per node.
+"""Credit: one advantage per leaf or node, whitened over the batch. `tree/credit.py` folds them into segments.
 
     set_rewards(tree, scores)                       # scores in the order of tree.leaves; None = lost
     A = leaf_advantages(tree, "treepo")             # in the order of tree.leaves
     A = whiten(all_A, all_lengths)                  # once, over the whole global batch
-    M = masses(tree, A)                             # node id -> (A_pos, A_neg, n)
 
 Estimators. `R` are leaf rewards, `G_d(i)` the leaves below leaf i's ancestor at depth d (`G_0`: the tree).
 
@@ -22,7 +21,7 @@ Traps. (1) Printed eq. 5 divides by a std whose indices are unclear; the publish
 the scale to whitening. (2) Whitening weighs a leaf by its tokens, *not* by one: its mean over tokens is 0,
 its mean over leaves is not. It needs only (A_i, length_i), so no rank has to hold repeated tokens. (3) A
 shared token must keep the positive and the negative sum of its leaves' advantages apart: once the ratio is
-clipped the net sum gives another loss (DESIGN section 8). (4) Sums go through `math.fsum`, which rounds
+clipped the net sum gives another loss (`loss/policy.py`). (4) Sums go through `math.fsum`, which rounds
 once, so that results do not depend on the order of leaves, trees or ranks.
 """
 
@@ -30,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from treepo_mega.tree.node import ROOT, Tree
 
@@ -40,14 +39,6 @@ Estimator = Literal["treepo", "treepo_size_weighted", "grpo", "rloo", "reinforce
 GRPO_EPS = 1e-6
 WHITEN_EPS = 1e-8
 """Added to the variance (not to the standard deviation), as in the published code."""
-
-
-class Mass(NamedTuple):
-    """What the leaves below a node add up to: A_pos >= 0, A_neg <= 0, and their number n."""
-
-    A_pos: float
-    A_neg: float
-    n: int
 
 
 def set_rewards(tree: Tree, scores: Sequence[float | None]) -> int:
@@ -101,7 +92,7 @@ def segment_advantages(tree: Tree, *, sqrt_n: bool = False) -> list[float]:
     ValueError for missing or non-finite rewards.
     """
     rewards = _checked_rewards(tree)
-    below = _leaves_below(tree)
+    below = tree.leaves_below()
     value = {node: math.fsum(rewards[i] for i in group) / len(group) for node, group in below.items()}
     out = [0.0] * len(tree.nodes)
     for node, group in below.items():
@@ -133,25 +124,6 @@ def whiten(advantages: Sequence[float], lengths: Sequence[int]) -> list[float]:
     return [(a - mean) * scale for a in advantages]
 
 
-def masses(tree: Tree, advantages: Sequence[float]) -> dict[int, Mass]:
-    """Per node on some trajectory (the root included): the masses of the leaves at or below it.
-
-    `advantages` are in the order of `tree.leaves`. Nodes without a leaf below them (their rewards were
-    lost) are absent: nothing of theirs is trained on. Raises ValueError for a wrong count.
-    """
-    if len(advantages) != len(tree.leaves):
-        raise ValueError(f"prompt {tree.prompt_id!r}: {len(advantages)} advantages for {len(tree.leaves)} leaves")
-    below = _leaves_below(tree)
-    return {
-        node: Mass(
-            math.fsum(advantages[i] for i in group if advantages[i] > 0),
-            math.fsum(advantages[i] for i in group if advantages[i] < 0),
-            len(group),
-        )
-        for node, group in below.items()
-    }
-
-
 def _checked_rewards(tree: Tree) -> list[float]:
     if len(tree.rewards) != len(tree.leaves):
         raise ValueError(f"prompt {tree.prompt_id!r}: {len(tree.rewards)} rewards for {len(tree.leaves)} leaves")
@@ -161,18 +133,9 @@ def _checked_rewards(tree: Tree) -> list[float]:
     return tree.rewards
 
 
-def _leaves_below(tree: Tree) -> dict[int, list[int]]:
-    """Node id -> indices into `tree.leaves` of the leaves at or below that node."""
-    below: dict[int, list[int]] = {}
-    for i, leaf in enumerate(tree.leaves):
-        for node in tree.ancestry(leaf):
-            below.setdefault(node, []).append(i)
-    return below
-
-
 def _treepo(tree: Tree, rewards: list[float], size_weighted: bool, reject_zero_std: bool) -> list[float]:
     baseline: dict[int, tuple[float, float]] = {}
-    for node, group in _leaves_below(tree).items():
+    for node, group in tree.leaves_below().items():
         values = [rewards[i] for i in group]
         if node != ROOT and (len(values) == 1 or (reject_zero_std and len(set(values)) == 1)):
             continue

@@ -1,6 +1,6 @@
 """The tree of one prompt: nodes are token segments, leaves are trajectories.
 
-Words (DESIGN section 2). The root is node 0 and holds the prompt. Every other node is one *segment*:
+The root is node 0 and holds the prompt. Every other node is one *segment*:
 the tokens sampled in one go after its parent's. A *leaf* is a node at which sampling ended; the
 root-to-leaf path is one *trajectory* with one reward. A fallback adds children to an earlier node of
 a finished path, so a trajectory is always exactly a root-to-leaf path and no token is stored twice.
@@ -107,6 +107,20 @@ class Tree:
     def prompt_tokens(self) -> list[int]:
         """The prompt's token ids."""
         return self.nodes[ROOT].tokens
+
+    def leaves_below(self) -> dict[int, list[int]]:
+        """Node id -> indices into `leaves` of the leaves at or below that node; nodes without one are absent.
+
+        >>> tree = Tree.start("p", [1])
+        >>> tree.leaves = [tree.add_child(0).id, tree.add_child(0).id]
+        >>> tree.leaves_below()
+        {0: [0, 1], 1: [0], 2: [1]}
+        """
+        below: dict[int, list[int]] = {}
+        for index, leaf in enumerate(self.leaves):
+            for node in self.ancestry(leaf):
+                below.setdefault(node, []).append(index)
+        return below
 
     def unique_tokens(self) -> int:
         """Response tokens of the nodes on some trajectory, each once (the prompt is not counted)."""
