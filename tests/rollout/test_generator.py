@@ -69,6 +69,11 @@ def prompts(n: int, length: int = 33) -> list[FakePrompt]:
     return [FakePrompt(f"p{k}", [rng.randrange(3, 54) for _ in range(length)]) for k in range(n)]
 
 
+def logprobs_of(tree: Tree, leaf: int) -> list[float]:
+    """Engine logprobs of the response that ends at `leaf`."""
+    return [logprob for node in tree.ancestry(leaf)[1:] for logprob in tree.nodes[node].logprobs]
+
+
 def change(generator: Generator, **fields: object) -> RolloutConfig:
     return generator.cfg.rollout.model_copy(update=fields)
 
@@ -91,7 +96,7 @@ def test_every_segment_has_the_logprobs_of_its_own_path(generator, tiny_llama):
             with torch.no_grad():
                 table = model(torch.tensor([path])).logits[0, :-1].double().log_softmax(-1)
             want = table.gather(1, torch.tensor(path[1:])[:, None])[len(prompt.tokens) - 1 :, 0]
-            assert np.abs(want.numpy() - np.array(tree.response_logprobs(leaf))).max() <= 1e-4
+            assert np.abs(want.numpy() - np.array(logprobs_of(tree, leaf))).max() <= 1e-4
 
 
 def test_counts_add_up(generator, copies):
@@ -202,7 +207,7 @@ def test_segments_end_at_steps_of_reasoning(generator, tiny_llama, transfer):
         with torch.no_grad():
             table = model(torch.tensor([path])).logits[0, :-1].double().log_softmax(-1)
         want = table.gather(1, torch.tensor(path[1:])[:, None])[32:, 0].numpy()
-        assert np.abs(want - np.array(tree.response_logprobs(tree.leaves[-1]))).max() <= 1e-4
+        assert np.abs(want - np.array(logprobs_of(tree, tree.leaves[-1]))).max() <= 1e-4
 
 
 def test_carried_over_trees_go_on_in_the_next_step(generator):

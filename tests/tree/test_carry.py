@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree import carry
 from treepo_mega.tree.node import Tree
-from treepo_mega.tree.search import Segment, TreeSearch
+from treepo_mega.tree.search import CarriedTreeError, Segment, TreeSearch
 from treepo_mega.tree.stop import StopRules
 
 EOS = 0
@@ -44,7 +43,7 @@ def run(search: TreeSearch, order: random.Random) -> None:
 
 
 def grow(cfg: RolloutConfig, seed: int, order: int, through_json: bool) -> tuple[Tree, int]:
-    search, stop = start(cfg, seed)
+    search, _ = start(cfg, seed)
     steps = 1
     run(search, random.Random(order))
     while not search.done:
@@ -54,7 +53,9 @@ def grow(cfg: RolloutConfig, seed: int, order: int, through_json: bool) -> tuple
             before = len(search.tree.response(node.parent))
             assert not node.tokens or before < reach, "nothing was sampled beyond this step's reach"
         if through_json:
-            search = carry.load(json.loads(json.dumps(carry.dump(search))), cfg, stop)
+            written = json.dumps(search.state_dict())
+            search, _ = start(cfg, seed + 1)
+            search.load_state_dict(json.loads(written))
             assert search.paused and not search.wants()
         search.resume(10 + steps, cfg)
         steps += 1
@@ -94,10 +95,11 @@ def test_a_carried_tree_is_the_tree_it_would_have_been(cfg, seed, order, other):
 
 def test_only_a_paused_tree_is_written_down_and_only_under_its_own_rule():
     cfg = config()
-    search, stop = start(cfg, 3)
+    search, _ = start(cfg, 3)
     with pytest.raises(ValueError, match="only a paused tree"):
-        carry.dump(search)
+        search.state_dict()
     run(search, random.Random(0))
-    state = carry.dump(search)
-    with pytest.raises(ValueError, match=r"another rollout.transfer than 'quota'"):
-        carry.load(state, cfg.model_copy(update={"transfer": "quota"}), stop)
+    state = search.state_dict()
+    other, _ = start(cfg.model_copy(update={"transfer": "quota"}), 3)
+    with pytest.raises(CarriedTreeError, match=r"another rollout.transfer \(level\) than 'quota'"):
+        other.load_state_dict(state)

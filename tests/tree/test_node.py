@@ -30,7 +30,6 @@ def test_paths_and_prefixes():
     assert tree.ancestry(4) == [0, 1, 4]
     assert tree.prefix(4) == [1, 2, 3, 4, 7, 8]
     assert tree.response(4) == [3, 4, 7, 8]
-    assert tree.response_logprobs(4) == [-0.1, -0.2, -0.5, -0.6]
     assert tree.prompt_tokens == [1, 2]
 
 
@@ -41,10 +40,6 @@ def test_shared_tokens_count_once_in_unique_and_once_a_leaf_in_flat():
     unused = tree.add_child(2)
     unused.tokens = [9]
     assert tree.unique_tokens() == 6, "a node on no trajectory is not counted"
-
-
-def test_walk_is_depth_first_pre_order():
-    assert [n.id for n in example().walk()] == [0, 1, 3, 4, 2]
 
 
 def test_json_round_trip():

@@ -188,8 +188,8 @@ def test_under_quota_one_candidate_takes_all_that_is_left():
     search.take(other.node_id, Segment([BOX, 5, CLOSE, EOS], [-1.0] * 4, "stop"))
     assert len(search.wants()) == 4, "two candidates, branch_factor children each, seven leaves to come"
     while not search.done:
-        node = next(iter(search._level))
-        search.take(node, Segment([6, 7, 8, 9][: search._level[node]], [-1.0] * search._level[node], "length"))
+        node = next(iter(search._running))
+        search.take(node, Segment([6, 7, 8, 9][: search._running[node]], [-1.0] * search._running[node], "length"))
     assert len(search.tree.leaves) == 9 and search.tree.shortfall is None
 
 
@@ -217,7 +217,7 @@ def test_under_quota_a_weighted_family_waits_for_itself_and_gives_stopped_member
     assert search.wants() == [], "the family is incomplete"
     search.take(b.node_id, long)
     assert len(search.wants()) == 6, "eight leaves over two living members, four each, at most three children each"
-    assert sorted(f.quota for f in {id(f): f for f in search._quotas._family.values()}.values()) == [4, 4]
+    assert sorted(f.quota for f in {id(f): f for f in search._transfer._family.values()}.values()) == [4, 4]
 
 
 def test_under_quota_a_weighted_family_with_nothing_to_allot_does_not_wait():

@@ -21,7 +21,7 @@ def held(tree, leaves):
 
 def depth_first(tree):
     """Leaves in pre-order."""
-    rank = {n.id: i for i, n in enumerate(tree.walk())}
+    rank = {n.id: i for i, n in enumerate(sorted(tree.nodes, key=lambda n: n.path))}
     return sorted(tree.leaves, key=rank.__getitem__)
 
 

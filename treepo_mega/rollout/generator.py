@@ -43,7 +43,6 @@ from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree import carry
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import Segment, TreeSearch, Want
 from treepo_mega.tree.stop import STOP_REASONS, StopRules
@@ -156,12 +155,14 @@ class Generator:
         def begin(job: Job) -> TreeSearch:
             """A new tree, or a carried-over one that goes on in this step."""
             p = job.prompt
-            if job.state is not None:
-                search = carry.load(job.state, r, stop)
-                search.resume(policy_version, r)
-                return search
             seed = derive_seed(self.cfg.train.seed, purpose, step, p.id)
-            return TreeSearch(p.id, p.tokens, r, seed=seed, stop=stop, policy_version=policy_version, align=r.alignment)
+            search = TreeSearch(
+                p.id, p.tokens, r, seed=seed, stop=stop, policy_version=policy_version, align=r.alignment
+            )
+            if job.state is not None:
+                search.load_state_dict(job.state)
+                search.resume(policy_version, r)
+            return search
 
         run = _Run(self, jobs, queue, r, r.temperature if temperature is None else temperature, begin)
         try:
@@ -239,7 +240,7 @@ class _Run:
             if search.done:
                 out.trees[index] = search.tree
             else:
-                out.paused[index] = carry.dump(search)
+                out.paused[index] = search.state_dict()
         return out
 
     def _fill(self) -> None:

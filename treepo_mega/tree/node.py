@@ -12,7 +12,6 @@ depend on which segment finished first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -99,10 +98,6 @@ class Tree:
         """Response tokens (without the prompt) up to and including `node_id`."""
         return [t for i in self.ancestry(node_id)[1:] for t in self.nodes[i].tokens]
 
-    def response_logprobs(self, node_id: int) -> list[float]:
-        """Engine logprobs of `response(node_id)`."""
-        return [x for i in self.ancestry(node_id)[1:] for x in self.nodes[i].logprobs]
-
     @property
     def prompt_tokens(self) -> list[int]:
         """The prompt's token ids."""
@@ -130,14 +125,6 @@ class Tree:
     def flat_tokens(self) -> int:
         """Response tokens of all trajectories one by one: shared tokens count once a trajectory."""
         return sum(len(self.response(leaf)) for leaf in self.leaves)
-
-    def walk(self) -> Iterator[Node]:
-        """Nodes in depth-first pre-order, children in the order they were added."""
-        stack = [ROOT]
-        while stack:
-            node = self.nodes[stack.pop()]
-            yield node
-            stack.extend(reversed(node.children))
 
     def renumber(self) -> None:
         """Give the nodes new ids by level, in a level by path; sort `leaves` so; parents still precede children.

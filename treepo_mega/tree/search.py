@@ -41,7 +41,7 @@ block's size, chosen by whoever drives; 0: not), or end where the text does: a d
 wants a *peek*: the logprobs of the likeliest tokens that would come next.
 
 `partial_rollout`: a path grows by that many tokens a step. What lies behind is wanted only after `resume`, in a later
-step; until then the tree may be `paused`, and `tree/carry.py` can write it down.
+step; until then the tree may be `paused`, and `state_dict` writes it down.
 
 `tree.counts` (per tree): `segments`, `generated_tokens` (all that were sampled), `dropped_tokens` (of those, cut
 off behind an answer), `levels` (under quota: rounds, 1 + how often it fell back), `fallbacks` (nodes made by
@@ -52,15 +52,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from treepo_mega.config import RolloutConfig
+from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree.budget import level_budget, split_by_certainty, split_equally
 from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.stop import StopRules
-from treepo_mega.tree.transfer.quota import Quotas
+from treepo_mega.tree.transfer import make_transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,10 @@ class Segment:
     peek: list[float] = field(default_factory=list)
 
 
+class CarriedTreeError(TreepoError):
+    """A carried-over tree cannot go on under the configuration of now; the message says which key differs."""
+
+
 class TreeSearch:
     """Grows one tree. `seed` names the tree (run seed, step, prompt id); see the module docstring."""
 
@@ -116,50 +121,52 @@ class TreeSearch:
         if not prompt_tokens:
             raise ValueError(f"prompt {prompt_id!r} has no tokens: there is nothing to condition on")
         self.tree = Tree.start(prompt_id, prompt_tokens)
-        self._cfg, self._seed, self._stop, self._version, self._align = rollout, seed, stop, policy_version, align
+        self._cfg = rollout
+        self._seed = seed
+        self._stop = stop
+        self._version = policy_version
+        self._align = align
         self._rng = random.Random(derive_seed(seed, "tree"))
         self._new: list[Want] = []
-        self._held: list[Want] = []  # beyond this step's reach (partial_rollout)
+        self._beyond_reach: list[Want] = []  # rollout.partial_rollout: wanted in a later step
         self._step = 1
-        self._level: dict[int, int] = {}  # node id -> max_tokens of this level's wants, under quota of what is running
-        self._arrived: dict[int, Segment] = {}
-        self._full = False  # transfer: level, and nothing is left to decide: every path just goes on to its end
-        weigh = None if rollout.budget == "equal" else self._weigh
-        self._quotas = Quotas(seed, weigh) if rollout.transfer == "quota" else None
+        self._running: dict[int, int] = {}  # node id -> max_tokens of every want whose segment has not arrived
+        self._transfer = make_transfer(rollout, seed, self._rng, self._affordable)
         names = ("segments", "generated_tokens", "dropped_tokens", "peeked_tokens", "levels", "fallbacks", "duplicates")
         self.tree.counts = dict.fromkeys(names, 0)
         width = self._initial_width()
-        if self._quotas is None:
-            self._full = width == rollout.n_samples_per_prompt
-        children = self._branch(ROOT, width)
-        if self._quotas is not None:
-            self._quotas.split(rollout.n_samples_per_prompt, children, ())
-        self._let_run(children)
+        self._transfer.begin(width)
+        self._grow(self.tree.nodes[ROOT], width)
 
     @property
     def done(self) -> bool:
         """True once no segment is wanted any more: the tree is complete or its shortfall is recorded."""
-        return not self._level
+        return not self._running
 
     @property
     def paused(self) -> bool:
         """True when nothing is running and all that is left lies beyond this step's reach (partial_rollout)."""
-        return bool(self._held) and len(self._held) == len(self._level) - len(self._arrived)
+        return bool(self._beyond_reach) and len(self._beyond_reach) == len(self._running)
 
     def resume(self, policy_version: int, rollout: RolloutConfig) -> None:
         """Begin another step of a carried-over tree: its paths may grow on, sampled by the weights of now.
 
         `rollout` is the configuration of the run as it is now (its budget temperature may have moved on).
         """
-        self._step, self._version, self._cfg = self._step + 1, policy_version, rollout
-        held, self._held = self._held, []
-        for want in held:
+        self._step += 1
+        self._version = policy_version
+        self._cfg = rollout
+        self._transfer.rollout = rollout
+        waiting = self._beyond_reach
+        self._beyond_reach = []
+        for want in waiting:
             self.tree.nodes[want.node_id].policy_version = policy_version
             self._ask(want)
 
     def wants(self) -> list[Want]:
         """Segments wanted since the last call; none while a decision waits for segments that have not arrived."""
-        new, self._new = self._new, []
+        new = self._new
+        self._new = []
         return new
 
     def take(self, node_id: int, segment: Segment) -> None:
@@ -169,21 +176,65 @@ class TreeSearch:
         logprobs that do not match the tokens: a driver's error, never the model's.
         """
         where = f"prompt {self.tree.prompt_id!r}, node {node_id}"
-        if node_id not in self._level:
-            raise ValueError(f"{where}: no segment is wanted; waiting for {sorted(self._level)}")
-        if node_id in self._arrived:
-            raise ValueError(f"{where}: its segment was already delivered")
-        if not 0 < len(segment.tokens) <= self._level[node_id]:
-            raise ValueError(f"{where}: wanted 1 to {self._level[node_id]} tokens, got {len(segment.tokens)}")
+        if node_id not in self._running:
+            if 0 < node_id < len(self.tree.nodes) and self.tree.nodes[node_id].tokens:
+                raise ValueError(f"{where}: its segment was already delivered")
+            raise ValueError(f"{where}: no segment is wanted; waiting for {sorted(self._running)}")
+        if not 0 < len(segment.tokens) <= self._running[node_id]:
+            raise ValueError(f"{where}: wanted 1 to {self._running[node_id]} tokens, got {len(segment.tokens)}")
         if len(segment.logprobs) != len(segment.tokens):
             raise ValueError(f"{where}: {len(segment.tokens)} tokens but {len(segment.logprobs)} logprobs")
-        if self._quotas is not None or self._full:
-            del self._level[node_id]
-            self._close_node(self.tree.nodes[node_id], segment)
-            return
-        self._arrived[node_id] = segment
-        if len(self._arrived) == len(self._level):
-            self._close_level()
+        del self._running[node_id]
+        node = self.tree.nodes[node_id]
+        # Asked before the segment counts: then the node's quota is gone.
+        after = node_id if self._transfer.is_single(node) else None
+        self._settle(node, segment)
+        for parent, width in self._transfer.arrived(node, self.tree):
+            self._grow(parent, width, after)
+        if not self._running:
+            self._come_to_rest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on, JSON-safe: the tree, its generator, what it waits for.
+
+        The stop rules and the configuration are the run's, not the tree's. Raises ValueError unless `paused`.
+        """
+        if not self.paused:
+            raise ValueError(f"prompt {self.tree.prompt_id!r}: only a paused tree can be carried over")
+        version, internal, gauss = self._rng.getstate()
+        return {
+            "tree": self.tree.to_dict(),
+            "seed": self._seed,
+            "align": self._align,
+            "step": self._step,
+            "rng": [version, list(internal), gauss],
+            "running": list(self._running.items()),
+            "beyond_reach": [asdict(want) for want in self._beyond_reach],
+            "transfer": {"kind": self._cfg.transfer, "state": self._transfer.state_dict()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the paused search that `state_dict` wrote down, over ranks, steps and restarts.
+
+        Raises CarriedTreeError when the state was written under another `rollout.transfer`.
+        """
+        saved = state["transfer"]["kind"]
+        if saved != self._cfg.transfer:
+            raise CarriedTreeError(
+                f"prompt {state['tree']['prompt_id']!r} was carried over under another rollout.transfer ({saved}) than "
+                f"{self._cfg.transfer!r}: finish the run with the old one, or start from a checkpoint without "
+                "carried-over trees"
+            )
+        version, internal, gauss = state["rng"]
+        self._rng.setstate((version, tuple(internal), gauss))
+        self.tree = Tree.from_dict(state["tree"])
+        self._seed = state["seed"]
+        self._align = state["align"]
+        self._step = state["step"]
+        self._new = []
+        self._running = {int(node_id): max_tokens for node_id, max_tokens in state["running"]}
+        self._beyond_reach = [Want(**want) for want in state["beyond_reach"]]
+        self._transfer.load_state_dict(state["transfer"]["state"], self.tree.nodes)
 
     def _initial_width(self) -> int:
         width = self._cfg.n_samples_per_prompt
@@ -207,14 +258,21 @@ class TreeSearch:
             size += (1 - prefix_len - size) % self._align
         return min(size, room)
 
+    def _grow(self, parent: Node, width: int, after: int | None = None) -> None:
+        """Give `parent` children by decision of the transfer rule. `after`: see `Want`."""
+        children = self._branch(parent.id, width)
+        self._transfer.started(parent, children)
+        self._let_run(children, after)
+
     def _branch(self, parent: int, children: int, *, fallback_level: int | None = None) -> list[Node]:
         """Give `parent` that many children and want a segment for each; returns them."""
         prefix = self.tree.prefix(parent)
         room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
         size = self._size(len(prefix), room)
         depth = self.tree.nodes[parent].depth + 1
-        ends = size == room or depth >= self._stop.max_depth  # nobody will ask what comes behind its last token
-        peek = 0 if ends or self._full else self._cfg.peek
+        # Nobody will ask what comes after the last token of a path.
+        ends = size == room or depth >= self._stop.max_depth
+        peek = 0 if ends or self._transfer.full else self._cfg.peek
         shortest = self._cfg.segment_tokens if self._cfg.segment_end == "length" else self._cfg.segment_min_length
         new = []
         for _ in range(children):
@@ -225,7 +283,7 @@ class TreeSearch:
                 level=fallback_level,
             )
             new.append(node)
-            self._level[node.id] = size
+            self._running[node.id] = size
             self._ask(Want(node.id, prefix, size, derive_seed(self._seed, *node.path), peek, min(shortest, size)))
         self.tree.counts["fallbacks"] += children * (fallback_level is not None)
         return new
@@ -234,7 +292,7 @@ class TreeSearch:
         """Mark the wants of new nodes from which nobody will branch: they may be sampled to the end of their path."""
         if not self._cfg.continues:
             return
-        single = {n.id for n in nodes if (self._full if self._quotas is None else self._quotas.is_single(n))}
+        single = {node.id for node in nodes if self._transfer.is_single(node)}
         for i, want in enumerate(self._new):
             if want.node_id in single:
                 room = self._stop.max_response_len - (len(want.prefix) - len(self.tree.prompt_tokens))
@@ -246,25 +304,8 @@ class TreeSearch:
         """Want a segment now, or in a later step when its path has grown enough in this one."""
         reach = self._cfg.partial_rollout
         grown = len(want.prefix) - len(self.tree.prompt_tokens)
-        (self._new if reach is None or grown < reach * self._step else self._held).append(want)
-
-    def _close_level(self) -> None:
-        tree, width = self.tree, self._cfg.n_samples_per_prompt
-        nodes = sorted((tree.nodes[i] for i in self._level), key=lambda n: n.path)
-        segments, self._level, self._arrived = self._arrived, {}, {}
-        for node in nodes:
-            self._settle(node, segments[node.id])
-        active = [n for n in nodes if n.stop is None]
-        ended = [n.id for n in nodes if n.stop is not None]
-        tree.leaves += ended
-        if active:
-            total = level_budget(len(active), len(tree.leaves), len(ended), width, self._cfg.branch_factor)
-            total = max(len(active), self._affordable(total))
-            self._full = total + len(tree.leaves) == width
-            for node, children in zip(active, self._split(total, active), strict=True):
-                self._let_run(self._branch(node.id, children))
-        else:
-            self._come_to_rest()
+        within_reach = reach is None or grown < reach * self._step
+        (self._new if within_reach else self._beyond_reach).append(want)
 
     def _come_to_rest(self) -> None:
         """Every path has ended: number the nodes as if none had overtaken another, and fill up by fallback, or be done.
@@ -277,45 +318,21 @@ class TreeSearch:
         missing = self._cfg.n_samples_per_prompt - len(tree.leaves)
         if missing:
             made = self._fall_back()
-            self._full = len(made) == missing
-            if self._quotas is not None:
-                self._quotas.share(missing, made, self._rng)
+            self._transfer.started_anew(made, missing)
             self._let_run(made)
         if self.done:
             leaves = tree.leaves
             tree.counts["duplicates"] = len(leaves) - len({tuple(tree.response(i)) for i in leaves})
 
-    def _split(self, total: int, active: Sequence[Node]) -> list[int]:
-        """`total` children over the living paths of a level, by rollout.budget."""
-        if self._cfg.budget == "equal":
-            return split_equally(total, len(active), self._rng)
-        return self._weigh(total, active)
-
-    def _weigh(self, total: int, living: Sequence[Node]) -> list[int]:
-        return split_by_certainty(total, living, self._cfg)
-
-    def _close_node(self, node: Node, segment: Segment) -> None:
-        """Settle one segment that waits for no other: who may go on by it does so at once."""
-        single = self._full if self._quotas is None else self._quotas.is_single(node)
-        after = node.id if single else None
-        self._settle(node, segment)
-        if node.stop is not None:
-            self.tree.leaves.append(node.id)
-        if self._quotas is not None:
-            for parent, quota in self._quotas.ended(node):
-                children = self._branch(parent, min(self._cfg.branch_factor, quota))
-                self._quotas.split(quota, children, self.tree.nodes[parent].path)
-                self._let_run(children, after)
-        elif node.stop is None:
-            self._let_run(self._branch(node.id, 1), after)
-        if not self._level:
-            self._come_to_rest()
-
     def _settle(self, node: Node, segment: Segment) -> None:
         """Apply the stop rules to a node's segment and store what is kept of it."""
         verdict = self._stop.judge(self.tree.response(node.parent), segment.tokens, node.depth)
-        node.tokens, node.logprobs = segment.tokens[: verdict.keep], segment.logprobs[: verdict.keep]
-        node.stop, node.peek = verdict.reason, list(segment.peek) if verdict.reason is None else []
+        node.tokens = segment.tokens[: verdict.keep]
+        node.logprobs = segment.logprobs[: verdict.keep]
+        node.stop = verdict.reason
+        node.peek = list(segment.peek) if verdict.reason is None else []
+        if node.stop is not None:
+            self.tree.leaves.append(node.id)
         self.tree.counts["segments"] += 1
         self.tree.counts["generated_tokens"] += len(segment.tokens)
         self.tree.counts["dropped_tokens"] += len(segment.tokens) - verdict.keep
@@ -326,7 +343,8 @@ class TreeSearch:
 
         Returns the new children: as many as leaves are missing, or fewer when candidates are few (they branch).
         """
-        tree, width = self.tree, self._cfg.n_samples_per_prompt
+        tree = self.tree
+        width = self._cfg.n_samples_per_prompt
         missing = width - len(tree.leaves)
         left = self._affordable(missing)
         if self._cfg.fallback == "none" or not left:

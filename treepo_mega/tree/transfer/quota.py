@@ -1,4 +1,4 @@
-"""`transfer: quota`: every node knows how many leaves may still grow from it, so nobody waits for a level.
+"""`transfer: quota`: every node knows how many leaves may still grow from it, so no path waits for a level.
 
 The root's quota is n_samples_per_prompt. A node that goes on has min(branch_factor, quota) children, which
 share its quota, each at least one leaf; a node with quota 1 goes on as a single path. A node that stops is one
@@ -10,25 +10,23 @@ fallback when paths stop early; the gain is that no segment ever waits for anoth
 `budget: low_prob | high_prob` compare siblings, so their shares are known only when the segments of the whole
 *family* (the children made at once at one node) have arrived; its members then share the family's quota by weight,
 and those that stopped need no more than their one leaf. A family with nothing to allot, one member or one leaf
-each, does not wait. Nobody waits for a cousin. Children made by fallback share equally: they are no family.
+each, does not wait. No segment waits for a cousin's. Children made by fallback share equally: they are no family.
 
-What a node gives its children is drawn from a generator named by the tree's seed and the node's path, hence the
-same for any order of arrival.
+A node's gifts are drawn from a generator named by the tree's seed and the node's path. They are therefore the same
+for any order of arrival.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree.budget import split_equally
-from treepo_mega.tree.node import Node
-
-Weigh = Callable[[int, Sequence[Node]], list[int]]
-"""Splits a number of leaves over living siblings, each at least one, by their segments."""
+from treepo_mega.tree.budget import split_by_certainty, split_equally
+from treepo_mega.tree.node import ROOT, Node, Tree
 
 
 @dataclass(slots=True)
@@ -40,27 +38,42 @@ class _Family:
     living: list[Node]
 
 
-class Quotas:
-    """The quotas of the nodes of one tree whose segments are on their way; empty while the tree is at rest.
+class QuotaTransfer:
+    """The quotas of the nodes of one tree whose segments are on their way; none while the tree is at rest.
 
-    `weigh` shares a family's leaves by its members' segments; None: equally, and without waiting for them.
+    `seed` is the tree's, `rng` its generator, which only a fallback draws from.
     """
 
-    def __init__(self, seed: int, weigh: Weigh | None = None) -> None:
-        self._seed, self._weigh = seed, weigh
+    def __init__(self, rollout: RolloutConfig, seed: int, rng: random.Random) -> None:
+        self.rollout = rollout
+        self.full = False
+        self._seed = seed
+        self._rng = rng
         self._quota: dict[int, int] = {}
         self._family: dict[int, _Family] = {}
+        self._branching: dict[int, int] = {}
+        """Quotas of the nodes that were told to branch and have no children yet."""
 
-    def split(self, quota: int, children: Sequence[Node], path: tuple[int, ...]) -> None:
-        """Share the `quota` of the node at `path` among its new children, in path order."""
-        if self._weigh is not None and 1 < len(children) < quota:
+    def begin(self, width: int) -> None:
+        """The root is about to get `width` children, which share n_samples_per_prompt leaves."""
+        self._branching[ROOT] = self.rollout.n_samples_per_prompt
+
+    def started(self, parent: Node, children: Sequence[Node]) -> None:
+        """Share the quota of `parent` among its new children, in path order."""
+        quota = self._branching.pop(parent.id)
+        if self.rollout.budget != "equal" and 1 < len(children) < quota:
             family = _Family(quota, {node.id for node in children}, [])
             self._family |= dict.fromkeys(family.waiting, family)
             return
-        self.share(quota, children, random.Random(derive_seed(self._seed, "quota", *path)))
+        self._share(quota, children, random.Random(derive_seed(self._seed, "quota", *parent.path)))
 
-    def share(self, quota: int, nodes: Sequence[Node], rng: random.Random) -> None:
-        """Share `quota` equally among any new nodes, in the order given; `rng` says who gets what is left over.
+    def started_anew(self, children: Sequence[Node], missing: int) -> None:
+        """Share the `missing` leaves equally among the children that a fallback made, in the order given."""
+        self.full = len(children) == missing
+        self._share(missing, children, self._rng)
+
+    def _share(self, quota: int, nodes: Sequence[Node], rng: random.Random) -> None:
+        """Share `quota` equally among new nodes, in the order given; `rng` says who gets what is left over.
 
         Raises ValueError when there are more nodes than leaves to give.
         """
@@ -68,37 +81,51 @@ class Quotas:
             self._quota[node.id] = part
 
     def is_single(self, node: Node) -> bool:
-        """Whether only one leaf may still grow from `node`, which therefore goes on as a single path."""
+        """True when only one leaf may still grow from `node`, which therefore goes on as a single path."""
         return self._quota.get(node.id) == 1
 
-    def ended(self, node: Node) -> list[tuple[int, int]]:
-        """The segment of `node` has arrived: the nodes that may branch now, as (node id, quota)."""
+    def arrived(self, node: Node, tree: Tree) -> list[tuple[Node, int]]:
+        """The nodes that branch now, each with its number of children."""
+        branching = self._quotas_known_by(node)
+        self._branching |= {parent.id: quota for parent, quota in branching}
+        return [(parent, min(self.rollout.branch_factor, quota)) for parent, quota in branching]
+
+    def _quotas_known_by(self, node: Node) -> list[tuple[Node, int]]:
+        """The living nodes whose quotas are settled by the arrival of `node`, with their quotas."""
         if node.id in self._quota:
             quota = self._quota.pop(node.id)
-            return [] if node.stop is not None else [(node.id, quota)]
+            return [] if node.stop is not None else [(node, quota)]
         family = self._family.pop(node.id)
         family.waiting.remove(node.id)
         if node.stop is not None:
             family.quota -= 1
         else:
             family.living.append(node)
-        if family.waiting or not family.living or self._weigh is None:
+        if family.waiting or not family.living:
             return []
-        living = sorted(family.living, key=lambda n: n.path)
-        return [(n.id, q) for n, q in zip(living, self._weigh(family.quota, living), strict=True)]
+        living = sorted(family.living, key=lambda member: member.path)
+        return list(zip(living, split_by_certainty(family.quota, living, self.rollout), strict=True))
 
-    def dump(self) -> dict[str, Any]:
-        """JSON-safe state; `load` is its inverse."""
-        families = {id(f): f for f in self._family.values()}
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-safe state; `load_state_dict` is its inverse."""
+        families = {id(family): family for family in self._family.values()}
         return {
+            "seed": self._seed,
+            "full": self.full,
             "quota": list(self._quota.items()),
-            "families": [(f.quota, sorted(f.waiting), [n.id for n in f.living]) for f in families.values()],
+            "families": [
+                (family.quota, sorted(family.waiting), [node.id for node in family.living])
+                for family in families.values()
+            ],
         }
 
-    def load(self, state: dict[str, Any], nodes: Sequence[Node]) -> None:
-        """Replace all quotas by those of `dump`; `nodes` are the tree's."""
-        self._quota = {int(i): q for i, q in state["quota"]}
+    def load_state_dict(self, state: dict[str, Any], nodes: Sequence[Node]) -> None:
+        """Replace all state by that of `state_dict`; `nodes` are the tree's."""
+        self._seed = state["seed"]
+        self.full = state["full"]
+        self._quota = {int(node_id): quota for node_id, quota in state["quota"]}
         self._family = {}
+        self._branching = {}
         for quota, waiting, living in state["families"]:
             family = _Family(quota, set(waiting), [nodes[i] for i in living])
             self._family |= dict.fromkeys(family.waiting, family)

@@ -1,0 +1,48 @@
+"""What `TreeSearch` asks of a transfer rule, and the rule that `rollout.transfer` names."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from treepo_mega.config import RolloutConfig
+from treepo_mega.tree.node import Node, Tree
+from treepo_mega.tree.transfer.level import LevelTransfer
+from treepo_mega.tree.transfer.quota import QuotaTransfer
+
+
+class Transfer(Protocol):
+    """One rule for one tree. `rollout` may be replaced between two steps: its budget temperature moves on."""
+
+    rollout: RolloutConfig
+    full: bool
+    """True when every running path grows into exactly one leaf, and no leaf is missing: nothing is left to decide."""
+
+    def begin(self, width: int) -> None:
+        """The root is about to get `width` children."""
+
+    def started(self, parent: Node, children: Sequence[Node]) -> None:
+        """`parent` has got these children, in path order, and their segments are wanted."""
+
+    def started_anew(self, children: Sequence[Node], missing: int) -> None:
+        """A fallback made `children` for the `missing` leaves of a tree at rest. Their segments are wanted."""
+
+    def is_single(self, node: Node) -> bool:
+        """True when exactly one leaf grows from the running `node`: nobody will branch from its path."""
+
+    def arrived(self, node: Node, tree: Tree) -> list[tuple[Node, int]]:
+        """The segment of `node` is in `tree`. Returns the nodes that branch now, each with its number of children."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-safe state; `load_state_dict` is its inverse."""
+
+    def load_state_dict(self, state: dict[str, Any], nodes: Sequence[Node]) -> None:
+        """Replace all state by that of `state_dict`; `nodes` are the tree's."""
+
+
+def make_transfer(rollout: RolloutConfig, seed: int, rng: random.Random, affordable: Callable[[int], int]) -> Transfer:
+    """The rule of `rollout.transfer`. `seed` and `rng` are the tree's; `affordable` caps new segments by the budget."""
+    if rollout.transfer == "quota":
+        return QuotaTransfer(rollout, seed, rng)
+    return LevelTransfer(rollout, rng, affordable)
