@@ -4,6 +4,7 @@
 #   make test               the test suite, without the slow lane; says what it skipped and why
 #   make test-slow          the slow lane
 #   make lint               ruff, mypy, import contracts
+#   make docs               the documentation site, into build/site
 #   make clean              remove caches and build leftovers (runs/ and .venv stay)
 
 VENV ?= .venv
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,6 +42,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site's tools come with the first `make docs`; nothing else needs them.
+docs: setup
+	@$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || $(BIN)/pip install --quiet -e ".[docs]"
+	$(BIN)/python tools/docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -58,6 +58,11 @@ EXTRAS = {
         "import-linter==2.16",  # likewise
         "types-PyYAML",
     ],
+    # Apart from [test]: only `make docs` builds the site. The generated pages are checked without it.
+    "docs": [
+        "mkdocs-material==9.8.2",  # exactly: a warning of another version would end the strict build
+        "mkdocstrings[python]==1.0.8",  # likewise; reads docstrings from the source, so nothing heavy is imported
+    ],
 }
 
 setup(

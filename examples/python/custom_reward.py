@@ -32,6 +32,7 @@ ANSWERS = [
 """What a model might write: right, last digit right, wrong, no box at all."""
 
 
+# --8<-- [start:reward]
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None
 ) -> dict[str, float]:
@@ -48,6 +49,9 @@ def compute_score(
     else:
         score = 0.0
     return {"score": score, "boxed": float(bool(boxes))}
+
+
+# --8<-- [end:reward]
 
 
 def main() -> None:
