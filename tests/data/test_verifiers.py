@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treepo_mega.data.rewards.answers import as_number
 from treepo_mega.data.rewards.verifiers import (
     VerifierError,
-    as_number,
     boxed,
     check_verifier,
     exact,
-    last_box,
     last_number,
     load_verifier,
 )
+from treepo_mega.text.boxes import last_box
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,19 @@
 A verifier has verl's signature, `compute_score(data_source, solution_str, ground_truth, extra_info=None)`,
 and returns a float or a dict with "score" (other scalar entries are kept as extras). Built in:
 
-    math           math-verify on the last closed \\boxed{...}, or on the whole text when there is none
-    boxed          the text in the last closed \\boxed{...} equals the truth: without spaces, or as a number
+    math           equal in mathematics: the last box, else the last <answer>, else the text, all behind </think>
+    boxed          the text in the last closed box equals the truth: without spaces, or as a number
     last_number    the last number in the text equals the truth
-    exact          the text equals the truth, but for white space around it
+    exact          the text behind </think> equals the truth, but for white space around it
     reasoning_gym  the task's own score_answer on the last box, else on <answer>...</answer>, else on the text
 
 and `path/to/file.py:function` for a user's own. Each is imported only when it is first asked for, in the
 worker (math-verify and reasoning-gym take seconds); this module itself imports the standard library only.
+docs/grading.md says which candidate counts; a truth that is a JSON list of texts accepts any of them.
 
-Traps. (1) math-verify reads two boxes as a set, so that `\\boxed{41} ... \\boxed{42}` is wrong for 42: only
-the last closed box is handed over. (2) It evaluates: `\\boxed{6*7}` counts as 42. Where restating the
-question would score (plain arithmetic), use `boxed` or `last_number`. (3) Its time limits are SIGALRM, in
-whole seconds and in the main thread only, and default to 5 s twice; both are set here. An answer that hits
-one scores 0 and carries `timed_out: 1`, because an answer that cannot be read in that time is a wrong
-answer; a *ground truth* that cannot be read raises. (4) reasoning-gym gives small partial credit for any
-text, hence the threshold at 1. Its entries hold tuples, which JSON turns into lists and some scorers then
-misjudge: the entry is made again from (name, params, seed, index), and its question compared.
+Trap. reasoning-gym gives small partial credit for any text, hence the threshold at 1. Its entries hold tuples, which
+JSON turns into lists and some scorers then misjudge: the entry is made again from (name, params, seed, index), and
+its question compared.
 """
 
 from __future__ import annotations
@@ -33,11 +29,12 @@ import re
 import sys
 import zlib
 from collections.abc import Callable
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from treepo_mega.data.rewards.answers import accepted, after_thinking, as_number, find_answer, plain
+from treepo_mega.data.rewards.truths import check_truth
 from treepo_mega.errors import TreepoError
 from treepo_mega.text.boxes import last_box
 
@@ -45,110 +42,65 @@ Verifier = Callable[..., Any]
 
 BUILT_IN = ("math", "boxed", "last_number", "exact", "reasoning_gym")
 
-MATH_TIMEOUT_S = 2
-"""math-verify's limit for parsing, and again for comparing; whole seconds."""
-
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])[-+])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
-_PLAIN = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?")
-_FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac\{([-+]?[0-9]+)\}\{([-+]?[0-9]+)\}|([0-9]+)/([0-9]+))")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class VerifierError(TreepoError):
     """A verifier that cannot be used: unknown name, missing file or function, failing import."""
 
 
-def as_number(text: str) -> Fraction | None:
-    """The exact number that `text` spells (integer, decimal, a/b, \\frac{a}{b}; thousands commas), or None.
-
-    Nothing is evaluated, and long digit strings and large exponents are refused: `text` is a model's.
-    """
-    t = (
-        text.strip()
-        .strip("$")
-        .replace("\u2212", "-")
-        .replace("\\,", "")
-        .replace("\\!", "")
-        .replace(" ", "")
-        .rstrip(".")
-    )
-    if len(t) > 200:
-        return None
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", t):
-        t = t.replace(",", "")
-    if _PLAIN.fullmatch(t):
-        return Fraction(t)
-    m = _FRACTION.fullmatch(t)
-    if m is None:
-        return None
-    sign, a, b, c, d = m.groups()
-    top, bottom = int(a or c), int(b or d)
-    return None if bottom == 0 else Fraction(top, bottom) * (-1 if sign == "-" else 1)
-
-
 def exact(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
-    """1.0 when the answer is the truth, but for white space around it."""
-    return float(solution_str.strip() == ground_truth.strip())
+    """1.0 when the answer is the truth, or one of the accepted ones, but for white space around it."""
+    answer = after_thinking(solution_str).strip()
+    return float(answer in {truth.strip() for truth in (ground_truth, *accepted(ground_truth))})
 
 
 def boxed(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
-    """1.0 when the last closed box holds the truth: the same text without white space, or the same number."""
+    """1.0 when the last closed box holds the truth: the same text without white space, or the same number.
+
+    Dollars, a trailing period and `\\text{}` do not count as text. Raises ValueError for a truth that says nothing.
+    """
+    if reason := check_truth("boxed", ground_truth):
+        raise ValueError(f"boxed: the ground truth cannot be graded: {reason}")
     content = last_box(solution_str)
     if content is None:
         return 0.0
-    if "".join(content.split()) == "".join(ground_truth.split()):
-        return 1.0
-    truth = as_number(ground_truth)
-    return float(truth is not None and as_number(content) == truth)
+    return float(any(_same_text_or_number(content, truth) for truth in accepted(ground_truth)))
+
+
+def _same_text_or_number(content: str, truth: str) -> bool:
+    if "".join(plain(content).split()) == "".join(plain(truth).split()):
+        return True
+    number = as_number(truth)
+    return number is not None and as_number(content) == number
 
 
 def last_number(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
     """1.0 when the last number in the text equals the truth. Raises ValueError when the truth is no plain number."""
-    truth = as_number(ground_truth)
-    if truth is None or not _NUMBER.fullmatch(ground_truth.strip()):
-        raise ValueError(f"last_number: the ground truth {ground_truth[:80]!r} is not an integer or a decimal")
+    if reason := check_truth("last_number", ground_truth):
+        raise ValueError(reason)
     numbers = _NUMBER.findall(solution_str.replace("\u2212", "-"))
-    return float(bool(numbers) and as_number(numbers[-1]) == truth)
+    found = as_number(numbers[-1]) if numbers else None
+    return float(found is not None and any(as_number(truth) == found for truth in accepted(ground_truth)))
 
 
 def _load_math() -> Verifier:
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-
-    @lru_cache(maxsize=4096)
-    def gold(ground_truth: str) -> list[Any]:
-        text = last_box(ground_truth) or ground_truth.strip().strip("$")
-        parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=MATH_TIMEOUT_S)
-        if not parsed:
-            raise ValueError(f"math: the ground truth {ground_truth[:80]!r} cannot be parsed")
-        return parsed
-
-    def compute_score(
-        data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None
-    ) -> dict[str, float]:
-        """math-verify on the last closed box, else the whole text; 0 with a flag when it times out or cannot parse."""
-        truth = gold(ground_truth)
-        content = last_box(solution_str)
-        text = solution_str if content is None else f"\\boxed{{{content}}}"
-        try:
-            answer = parse(text, parsing_timeout=MATH_TIMEOUT_S, raise_on_error=True)
-            right = verify(truth, answer, timeout_seconds=MATH_TIMEOUT_S, raise_on_error=True)
-        except TimeoutException:
-            return {"score": 0.0, "timed_out": 1.0}
-        except MemoryError:
-            raise
-        except Exception:
-            # Parsers raise all manner of things on text that is not mathematics; such an answer is wrong.
-            return {"score": 0.0, "unparsable": 1.0}
-        return {"score": float(right)}
+    from treepo_mega.data.rewards.mathematics import compute_score
 
     # The grammar is built on first use (0.3 s and more). Outside a main thread SIGALRM cannot be set and every
-    # answer would look wrong.
-    if compute_score("", "\\boxed{\\frac{1}{2}}", "0.5")["score"] != 1.0:
-        raise VerifierError("math: math-verify does not find 1/2 equal to 0.5; it runs in a main thread only")
+    # answer would look wrong. sqrt makes sure that math-verify is asked, not our own rules.
+    if compute_score("", "\\boxed{\\sqrt{12}}", "2\\sqrt{3}")["score"] != 1.0:
+        raise VerifierError("math: math-verify does not find sqrt(12) equal to 2 sqrt(3); it needs a main thread")
     return compute_score
+
+
+def check_math_truths(truths: list[str]) -> list[str | None]:
+    """For each truth why math-verify cannot read it, or None. Imports math-verify: workers only."""
+    from treepo_mega.data.rewards.mathematics import check_math_truth
+
+    return [check_math_truth(truth) for truth in truths]
 
 
 def _load_reasoning_gym() -> Verifier:
@@ -174,8 +126,7 @@ def _load_reasoning_gym() -> Verifier:
         entry = task[index]
         if entry["question"] != question:
             raise ValueError(f"reasoning_gym: item {index} of {ref['name']} is not the prompt's question any more")
-        tagged = _ANSWER_TAG.findall(solution_str)
-        answer = last_box(solution_str) or (tagged[-1].strip() if tagged else solution_str.strip())
+        answer = find_answer(solution_str).text.strip()
         raw = float(task.score_answer(answer, entry))
         return {"score": float(raw >= 1.0), "raw_score": raw}
 
