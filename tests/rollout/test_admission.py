@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_mega.config import RolloutConfig
-from treepo_mega.rollout.admission import Admission, Key
+from treepo_mega.rollout.admission import Admission, CacheTooSmall, Key
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.search import Segment, TreeSearch, Want
 from treepo_mega.tree.stop import StopRules
@@ -114,5 +114,5 @@ def test_begun_trees_go_before_new_ones_and_waiting_ends():
 
 def test_a_path_that_can_never_fit_is_an_error_that_names_the_key():
     room = Admission(4, 8, 16)
-    with pytest.raises(ValueError, match=r"path of 40 tokens needs 5 KV blocks of 8.*has 4.*kv_cache_memory_mb"):
+    with pytest.raises(CacheTooSmall, match=r"path of 40 tokens needs 5 KV blocks of 8.*has 4.*kv_cache_memory_mb"):
         room.want(0, (0,), [8], 32)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_mega.data.prompts import Prompt
-from treepo_mega.rollout.dealing import CostModel, LocalQueue, SharedQueue, deal_by_cost
+from treepo_mega.rollout.dealing import CostModel, DealingTimeout, LocalQueue, SharedQueue, deal_by_cost
 from treepo_mega.tree.node import Tree
 
 costs = st.lists(st.floats(0, 1000), max_size=40)
@@ -83,7 +83,7 @@ def test_ranks_of_one_engine_make_the_same_moves():
 
 def test_a_leader_that_never_takes_is_noticed_within_the_deadline():
     follower = SharedQueue(dist.HashStore(), "r", [[0], []], [1.0], 0, rank=1, ranks=2, timeout_s=0.2)
-    with pytest.raises(TimeoutError, match="engine 0 waited 0 s for its first rank to take a prompt"):
+    with pytest.raises(DealingTimeout, match="engine 0 waited 0 s for its first rank to take a prompt"):
         follower.take()
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from treepo_mega.config import Config, RolloutConfig, parse_config
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.dealing import LocalQueue
-from treepo_mega.rollout.generator import Generator, Grown, Job
+from treepo_mega.rollout.generator import GenerationTimeout, Generator, Grown, Job, PromptError
 from treepo_mega.tree.node import Tree
 
 BLOCK = 32
@@ -304,16 +304,18 @@ def test_no_prompts_return_at_once(generator):
 
 
 def test_a_deadline_names_what_is_missing_and_leaves_the_engine_usable(generator):
-    with pytest.raises(TimeoutError, match=r"1e-09 s.*with 4 segments unfinished: 'p0' path \(0,\), 'p0' path \(1,\)"):
+    with pytest.raises(
+        GenerationTimeout, match=r"1e-09 s.*with 4 segments unfinished: 'p0' path \(0,\), 'p0' path \(1,\)"
+    ):
         generator.rollout(prompts(2), step=0, rollout=change(generator, timeout_s=1e-9))
     assert not generator.engine.busy
     assert len(generator.rollout(prompts(1), step=0)[0].leaves) == 8
 
 
 def test_prompts_that_cannot_be_sampled_are_refused(generator):
-    with pytest.raises(ValueError, match=r"'p0'.*66 tokens .*window of 129"):
+    with pytest.raises(PromptError, match=r"'p0'.*66 tokens .*window of 129"):
         generator.rollout(prompts(1, length=66), step=0)
-    with pytest.raises(ValueError, match="'p0' occurs twice"):
+    with pytest.raises(PromptError, match="'p0' occurs twice"):
         generator.rollout(prompts(1) * 2, step=0)
     assert not generator.engine.busy
 

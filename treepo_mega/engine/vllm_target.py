@@ -22,7 +22,6 @@ the modules have their old storage back, some with new contents: the owner must 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.mcore_layout import ParamLayout
 from treepo_mega.runtime.device import has_cuda
 
@@ -70,8 +69,7 @@ class VllmTarget:
                     self._modules[name] = (module, short)
         for name, param in layout.items():
             if shapes.get(name) != param.shape:
-                near = difflib.get_close_matches(name, shapes, n=1)
-                found = list(shapes[name]) if name in shapes else f"none (nearest: {near[0] if near else '-'})"
+                found = list(shapes[name]) if name in shapes else f"no such parameter{nearest(name, shapes)}"
                 raise VllmTargetError(f"the map says {name} {list(param.shape)}; the engine has {found}")
         if extra := sorted(set(shapes) - set(layout)):
             raise VllmTargetError(f"the engine has {extra[0]} {list(shapes[extra[0]])}, which the map does not know")

@@ -32,6 +32,7 @@ from treepo_mega.modelspec.mcore_layout import (
     hf_shapes,
 )
 from treepo_mega.modelspec.vllm_layout import vllm_layout
+from treepo_mega.runtime.balance import balance
 
 ChunkLayouts = Sequence[Mapping[str, ParamLayout]]
 """Layouts of one rank's model chunks."""
@@ -122,13 +123,11 @@ def files_side(spec: ModelSpec, world_size: int, writers: int | None = None) -> 
     Coordinate = rank. The tensors of a rank keep the model's order.
     """
     shapes = hf_shapes(spec)
-    load, owner = [0] * world_size, {}
-    for name in sorted(shapes, key=lambda n: -prod(shapes[n])):
-        rank = min(range(writers or world_size), key=lambda r: (load[r], r))
-        owner[name] = rank
-        load[rank] += prod(shapes[name])
+    names = list(shapes)
     layouts: list[dict[str, ParamLayout]] = [{} for _ in range(world_size)]
-    for name, shape in shapes.items():
-        box = tuple((0, n) for n in shape)
-        layouts[owner[name]][name] = ParamLayout(shape, (Block(name, box, box),))
+    for rank, indices in enumerate(balance([prod(shape) for shape in shapes.values()], writers or world_size)):
+        for name in (names[i] for i in indices):
+            shape = shapes[name]
+            box = tuple((0, size) for size in shape)
+            layouts[rank][name] = ParamLayout(shape, (Block(name, box, box),))
     return Side(tuple([layout] for layout in layouts), np.arange(world_size))

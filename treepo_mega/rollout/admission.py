@@ -29,9 +29,15 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from treepo_mega.errors import TreepoError
+
 Path = tuple[int, ...]
 Key = tuple[int, Path]
 """(rank of the tree, path of the node)."""
+
+
+class CacheTooSmall(TreepoError):
+    """The KV cache does not hold a single path of the asked length; the message names the key to raise."""
 
 
 @dataclass(slots=True)
@@ -64,13 +70,13 @@ class Admission:
     def want(self, rank: int, path: Path, lengths: Sequence[int], tokens: int) -> None:
         """A segment of at most `tokens` tokens waits, at `path` of tree `rank`; `lengths`: the nodes above, root first.
 
-        Raises ValueError when it alone is more than the cache holds.
+        Raises CacheTooSmall when it alone is more than the cache holds.
         """
         ends = [sum(lengths[: d + 1]) for d in range(len(lengths))]
         key, asked = (rank, path), _Waiting(ends, tokens)
         alone = -(-(ends[-1] + tokens) // self.block_size)
         if alone > self.blocks:
-            raise ValueError(
+            raise CacheTooSmall(
                 f"a path of {ends[-1] + tokens} tokens needs {alone} KV blocks of {self.block_size}, the engine has "
                 f"{self.blocks}: raise rollout.engine.kv_cache_memory_mb (gpu_memory_utilization on a GPU)"
             )

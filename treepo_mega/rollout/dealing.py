@@ -20,11 +20,12 @@ and writes down what it got, the others read that, within a deadline.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
+from treepo_mega.errors import TreepoError
+from treepo_mega.runtime.balance import balance
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.node import Tree
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 MEMORY = 0.8
 """Share of the old value in a source's running mean."""
+
+
+class DealingTimeout(TreepoError):
+    """A rank waited for its engine's first rank to take a prompt; the message says which, and how long."""
 
 
 class CostModel:
@@ -74,13 +79,7 @@ def _name(prompt: Prompt) -> str:
 
 def deal_by_cost(costs: Sequence[float], engines: int) -> list[list[int]]:
     """Indices for each engine, most expensive first: each goes to the engine with the least so far (LPT)."""
-    heap = [(0.0, e) for e in range(engines)]
-    deal: list[list[int]] = [[] for _ in range(engines)]
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, e = heapq.heappop(heap)
-        deal[e].append(i)
-        heapq.heappush(heap, (load + costs[i], e))
-    return deal
+    return [sorted(indices, key=lambda i: (-costs[i], i)) for indices in balance(costs, engines)]
 
 
 class Queue(Protocol):
@@ -142,7 +141,7 @@ class SharedQueue:
     def take(self, dry: bool = False) -> int | None:
         """The next prompt: of this engine's list; once that is empty and it is `dry`, of the list with the most left.
 
-        Raises TimeoutError when the engine's first rank does not say in time what it took.
+        Raises DealingTimeout when the engine's first rank does not say in time what it took.
         """
         if self._own_done and not dry:
             return None
@@ -165,8 +164,9 @@ class SharedQueue:
         try:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
         except RuntimeError as e:
-            raise TimeoutError(
+            raise DealingTimeout(
                 f"engine {self._engine} waited {self._timeout_s:.0f} s for its first rank to take a prompt ({key}): {e}"
+                "; look at that rank's log, or raise rollout.timeout_s"
             ) from e
         text = self._store.get(key).decode()
         return None if text == "none" else int(text)

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.engine.engine import Engine, EngineError, Finished
+from treepo_mega.errors import TreepoError
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
@@ -49,6 +50,15 @@ from treepo_mega.tree.stop import STOP_REASONS, StopRules
 
 if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
+
+
+class PromptError(TreepoError):
+    """A prompt cannot be sampled on this engine as it is; the message names the prompt and the key to change."""
+
+
+class GenerationTimeout(TreepoError):
+    """Sampling passed rollout.timeout_s; the message names the segments that are unfinished."""
+
 
 Progress = Callable[[int, int], None]
 """Called with (leaves finished, leaves wanted) whenever the first number grows."""
@@ -140,7 +150,7 @@ class Generator:
         Seeds come from (train.seed, purpose, step, prompt id), so ids must be unique within a step (those of
         `PromptCursor` are unique within a run): equal ids would give equal trees.
 
-        Raises ValueError for a repeated id or a prompt that does not fit the engine, TimeoutError after
+        Raises PromptError for a repeated id or a prompt that does not fit the engine, GenerationTimeout after
         rollout.timeout_s naming the unfinished segments, EngineError from the engine. After an error the engine is
         idle and usable.
         """
@@ -179,12 +189,12 @@ class Generator:
         seen: set[str] = set()
         for prompt in (job.prompt for job in jobs):
             if prompt.id in seen:
-                raise ValueError(f"prompt {prompt.id!r} occurs twice in a rollout: its trees would be equal")
+                raise PromptError(f"prompt {prompt.id!r} occurs twice in a rollout: its trees would be equal")
             seen.add(prompt.id)
             if not prompt.tokens:
-                raise ValueError(f"prompt {prompt.id!r} has no tokens: there is nothing to condition on")
+                raise PromptError(f"prompt {prompt.id!r} has no tokens: there is nothing to condition on")
             if len(prompt.tokens) + r.max_response_len > self.engine.max_model_len:
-                raise ValueError(
+                raise PromptError(
                     f"prompt {prompt.id!r}: {len(prompt.tokens)} tokens + rollout.max_response_len "
                     f"{r.max_response_len} exceed the engine's window of {self.engine.max_model_len}"
                 )
@@ -217,14 +227,14 @@ class _Run:
         self.steps, self.occupied, self.leaves = 0, 0, 0
 
     def to_its_end(self) -> None:
-        """Drive all trees until they are done or paused. Raises TimeoutError naming what is missing."""
+        """Drive all trees until they are done or paused. Raises GenerationTimeout naming what is missing."""
         deadline = time.monotonic() + self.r.timeout_s
         while True:
             self._fill()
             if not self.room.running:
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(self._unfinished())
+                raise GenerationTimeout(self._unfinished())
             finished = self.engine.step()
             self.steps += 1
             self.occupied += len(self.room.running)

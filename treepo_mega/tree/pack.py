@@ -17,7 +17,7 @@ advantage: see `loss/policy.py`.
 From a forest to packs: trees above `max_tokens` are cut (`tree/split.py`); a cut-off piece repeats its ancestors as
 context, and only one piece holds the rows of a repeated token. Pieces are dealt to data-parallel ranks by cost
 (tokens, and attention pairs at `pair_cost` tokens each), a rank's pieces to its micro-batches by tokens
-(`tree/balance.py`). Every data-parallel rank has the same number of micro-batches, for Megatron's collectives pair
+(`runtime/balance.py`). Every data-parallel rank has the same number of micro-batches, for Megatron's collectives pair
 up; lengths are each pack's own unless `equal_lengths` (Megatron's pipeline with fixed buffers).
 
 Context parallelism: the pack is cut into chunks, every rank of the group owns as many of them, chosen to even out
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treepo_mega.tree.balance import balance, deal, fill
+from treepo_mega.runtime.balance import balance, deal, fill
 from treepo_mega.tree.credit import Credit, fold, leaf_weights
 from treepo_mega.tree.segments import Floats, Ints, Segments, Trajectory
 from treepo_mega.tree.split import pieces

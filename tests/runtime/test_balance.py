@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mega.tree.balance import balance, deal, fill
+from treepo_mega.runtime.balance import balance, deal, fill
 
 
 @given(st.lists(st.integers(0, 100), max_size=20), st.integers(1, 5))

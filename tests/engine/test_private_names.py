@@ -1,0 +1,85 @@
+"""The private names of vLLM that `treepo_mega/engine` touches are there and take what they are given. No engine starts.
+
+When this fails after a version bump, `treepo_mega/engine/README.md` says what the name is used for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import treepo_mega.engine
+
+RELOAD = "vllm.model_executor.model_loader.reload"
+FUNCTIONS = {
+    f"{RELOAD}.layerwise._layerwise_process": ["layer", "info"],
+    f"{RELOAD}.layerwise._place_kernel_tensors": ["layer", "info"],
+    f"{RELOAD}.layerwise.get_layerwise_info": ["layer"],
+    f"{RELOAD}.layerwise.initialize_online_processing": ["layer"],
+    f"{RELOAD}.meta.restore_layer_on_meta": ["layer", "info"],
+    f"{RELOAD}.meta.materialize_layer": ["layer", "info"],
+    f"{RELOAD}.utils.get_layer_params_buffers": ["layer"],
+    "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm": ["layer", "remove_weight"],
+    "vllm.v1.core.block_pool.BlockPool._insert_block_hash": ["self", "block_hash_with_group_id", "block", "num_tokens"],
+    "vllm.v1.core.kv_cache_utils.make_block_hash_with_group_id": ["block_hash", "group_id"],
+    "vllm.v1.worker.utils.copy_kv_cache_blocks_inplace": ["kv_caches", "num_blocks"],
+    "vllm.v1.sample.sampler.batched_count_greater_than": ["x", "values"],
+}
+OTHERS = [
+    f"{RELOAD}.meta.SKIP_TENSORS",
+    "vllm.model_executor.layers.quantization.online.fp8.OnlineLinearBase",
+    "vllm.model_executor.layers.quantization.online.fp8.Fp8PerTensorOnlineLinearMethod",
+    "vllm.model_executor.layers.vocab_parallel_embedding.UnquantizedEmbeddingMethod",
+    "vllm.v1.kv_cache_interface.FullAttentionSpec",
+]
+ATTRIBUTES = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.bind_kv_cache_manager": "_kv_cache_manager",
+    "vllm.v1.core.sched.scheduler.Scheduler.__init__": "bind_kv_cache_manager",
+    f"{RELOAD}.layerwise._place_kernel_tensors": "kernel_tensors",
+    "vllm.v1.engine.core_client.InprocClient.__init__": "self.engine_core",
+    "vllm.v1.engine.core.EngineCore.__init__": "self.scheduler",
+}
+
+
+def look_up(dotted: str) -> object:
+    """The object of a dotted name: the longest importable module, then attributes."""
+    parts = dotted.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            assert hasattr(found, part), f"vLLM has no {dotted} any more: {part} is missing"
+            found = getattr(found, part)
+        return found
+    raise AssertionError(f"vLLM has no module of {dotted} any more")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_takes_what_it_is_given(name):
+    function = look_up(name)
+    function = getattr(function, "_torchdynamo_orig_callable", function)
+    expected = FUNCTIONS[name]
+    assert list(inspect.signature(function).parameters)[: len(expected)] == expected, name
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_name_is_there(name):
+    assert look_up(name) is not None
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_is_set_where_it_is_expected(name):
+    function = look_up(name)
+    assert ATTRIBUTES[name] in inspect.getsource(function), name
+
+
+def test_the_readme_lists_every_name():
+    table = (Path(treepo_mega.engine.__file__).parent / "README.md").read_text(encoding="utf-8")
+    names = [name.rpartition(".")[2] for name in FUNCTIONS]
+    missing = [name for name in names if name.startswith(("_", "copy_", "dispatch_")) and name not in table]
+    assert missing == []
