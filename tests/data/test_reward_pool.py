@@ -356,3 +356,52 @@ def test_a_worker_killed_between_two_calls_is_replaced(verifier: str) -> None:
         os.kill(pid, signal.SIGKILL)
         assert pool.score([RewardItem(verifier, "x", "length", "y" * 300_000)])[0].score == 1.0
         assert pool.restarts == 1
+
+
+def test_in_a_batch_only_the_item_that_hangs_or_dies_is_lost(verifier: str, tmp_path: Path) -> None:
+    """One worker, so that all items stand in common batches with the hostile ones."""
+    texts = ["good"] * 40
+    hostile = {3: "exit", 4: "exit", 9: "hang", 15: "raise", 20: "leak", 39: "exit"}
+    for place, text in hostile.items():
+        texts[place] = text
+    with RewardPool(RewardConfig(timeout_s=2, startup_timeout_s=60, memory_mb=512, num_workers=1)) as pool:
+        results = pool.score([RewardItem(verifier, "x", text, "") for text in texts])
+        assert pool.restarts == 2 * 5, "two tries for each that kills its worker; raising kills none"
+    assert [i for i, r in enumerate(results) if r.score is None] == sorted(hostile)
+    assert {r.score for i, r in enumerate(results) if i not in hostile} == {0.5}
+
+
+def test_the_deadline_is_the_items_not_the_batchs(tmp_path: Path) -> None:
+    file = tmp_path / "steady.py"
+    file.write_text("import time\ndef score(**kw):\n    time.sleep(0.2)\n    return 1.0\n")
+    with RewardPool(RewardConfig(timeout_s=1.5, num_workers=1)) as pool:
+        results = pool.score([RewardItem(f"{file}:score", "x", "a", "b")] * 16)  # 3.2 s, half of it in one batch
+        assert [r.score for r in results] == [1.0] * 16
+        assert pool.restarts == 0
+
+
+def test_many_items_share_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from treepo_mega.data.rewards import pool as pool_module
+
+    sizes = []
+    give = pool_module._Worker.give
+
+    def counted(self, batch, message):
+        sizes.append(len(batch))
+        give(self, batch, message)
+
+    monkeypatch.setattr(pool_module._Worker, "give", counted)
+    with RewardPool(RewardConfig(num_workers=1)) as pool:
+        results = pool.score([RewardItem("exact", "x", str(i), "7") for i in range(512)])
+    assert [i for i, r in enumerate(results) if r.score == 1.0] == [7]
+    assert sum(sizes) == 512
+    assert max(sizes) == 64
+    assert len(sizes) <= 20, "messages for 512 items"
+
+
+def test_math_truths_are_read_by_math_verify_in_a_worker() -> None:
+    with RewardPool(RewardConfig()) as pool:
+        reasons = pool.check_math_truths(["x^2+1", "}{", "\\frac{1}{2}"])
+    assert reasons[0] is None
+    assert reasons[2] is None
+    assert "cannot be parsed" in str(reasons[1])

@@ -41,15 +41,6 @@ def _truths(ground_truth: str) -> tuple[tuple[str, list[Any]], ...]:
     return tuple(out)
 
 
-def check_math_truth(ground_truth: str) -> str | None:
-    """Why the truth cannot be graded, or None; asks math-verify."""
-    try:
-        _truths(ground_truth)
-    except ValueError as e:
-        return str(e).removeprefix("math: ")
-    return None
-
-
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> dict[str, float]:
     """1 when the response's answer equals an accepted one; 0 with a flag when it times out or cannot be read."""
     truths = _truths(ground_truth)

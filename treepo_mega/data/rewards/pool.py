@@ -11,7 +11,11 @@ set-up, not a lost sample: `score` raises VerifierError.
 Why subprocesses with a pipe of JSON lines, not `multiprocessing`: a rank has torch, vLLM and gloo threads in
 it, which no fork survives, and pickle would import their modules in the worker. A worker imports only the
 standard library (0.1 s) and what its verifier needs. The pool is driven by the thread that calls `score`,
-one item per worker at a time, non-blocking on both pipes, so that a stuck worker can stall nothing.
+non-blocking on both pipes, so that a stuck worker can stall nothing.
+
+Items go to a worker in batches, one message for many, which makes a grading five times cheaper for the trainer. The
+worker answers each item before it begins the next, so the first item without an answer is the one that hung or crashed:
+it alone is charged, the rest of its batch goes back into the queue.
 
 Traps. (1) Deadlines are wall time: on a crowded machine choose them generously, for a lost sample depends on
 load. (2) Answers are cut to their last `max_chars` characters before they are sent. (3) Worker processes
@@ -44,6 +48,13 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 2
 """Times an item is tried when its worker hangs or dies."""
+
+MAX_BATCH_ITEMS = 64
+MAX_BATCH_BYTES = 4 << 20
+"""A batch ends with the item that reaches one of these."""
+
+GATHER_S = 0.002
+"""Pause between two looks at workers amid a batch: several replies are then read at once."""
 
 MAX_REPLY_BYTES = 1 << 20
 MAX_LOG_BYTES = 1 << 20
@@ -83,7 +94,7 @@ def worker_environment() -> dict[str, str]:
 
 
 class _Worker:
-    """One process, its pipes, and the item it works on."""
+    """One process, its pipes, and the batch it works on."""
 
     def __init__(self, cfg: RewardConfig) -> None:
         self.cfg = cfg
@@ -105,52 +116,80 @@ class _Worker:
         self.requests, self.replies = self.process.stdin, self.process.stdout
         for pipe in (self.requests, self.replies):
             os.set_blocking(pipe.fileno(), False)
-        self.unsent, self.unread = b"", b""
-        self.item: int | None = None
-        self.request_id = -1
+        self.unsent = b""
+        self.unread = b""
+        self.batch: deque[tuple[int, int, str]] = deque()
+        """(item, request id, verifier) of what it has not answered yet; the first is the one it works on."""
+        self.imported: set[str] = set()
         self.deadline = 0.0
         self.phase = ""
 
-    def give(self, item: int, request_id: int, payload: bytes) -> None:
-        """Start work on an item. The clock of its start-up runs until the worker says `loaded`."""
-        self.item, self.request_id, self.unsent = item, request_id, payload
-        self._start_clock("starting up (importing its verifier)", self.cfg.startup_timeout_s)
+    def give(self, batch: Sequence[tuple[int, int, str]], message: bytes) -> None:
+        """Start work on a batch."""
+        self.batch.extend(batch)
+        self.unsent = message
+        self._start_item()
+
+    def _start_item(self) -> None:
+        """Start the clock of the first item: of the import until the worker says `loaded`, then of the grading."""
+        if self.batch and self.batch[0][2] not in self.imported:
+            self._start_clock("starting up (importing its verifier)", self.cfg.startup_timeout_s)
+        else:
+            self._start_clock("grading", self.cfg.timeout_s)
 
     def _start_clock(self, phase: str, seconds: float) -> None:
-        self.phase, self.deadline = f"{phase} took more than {seconds:g} s", time.monotonic() + seconds
+        self.phase = f"{phase} took more than {seconds:g} s"
+        self.deadline = time.monotonic() + seconds
 
     def write(self) -> None:
         """Send what the pipe takes."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):  # a broken pipe shows as end of file on read
             self.unsent = self.unsent[os.write(self.requests.fileno(), self.unsent) :]
 
-    def read(self) -> dict[str, Any] | None:
-        """The final reply to the current item, once there is one. Raises _WorkerFailed on death or nonsense."""
+    def read(self) -> list[tuple[int, dict[str, Any]]]:
+        """(item, final reply) of all that has come. Raises _WorkerFailed on nonsense, or on death when none came."""
         try:
             data = os.read(self.replies.fileno(), 1 << 16)
         except BlockingIOError:
-            return None
+            return []
         if not data:
             raise _WorkerFailed(self._cause_of_death())
-        self.unread += data
-        if len(self.unread) > MAX_REPLY_BYTES:
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        finished = []
+        for line in lines:
+            reply = self._parse(line)
+            if reply is None:
+                if finished:  # these are good; the next read meets the nonsense again
+                    self.unread = line + b"\n" + self.unread
+                    break
+                raise _WorkerFailed(f"the grader sent something that is no reply: {line[:80]!r}")
+            if reply.get("ready") is not None:
+                continue
+            if reply.get("loaded"):
+                self.imported.add(self.batch[0][2])
+                self._start_item()
+                continue
+            item, _, _ = self.batch.popleft()
+            finished.append((item, reply))
+            self._start_item()
+            if reply.get("retire") or "load_error" in reply:
+                break
+        if not finished and len(self.unread) > MAX_REPLY_BYTES:
             raise _WorkerFailed("the grader sent a reply that does not end")
-        while b"\n" in self.unread:
-            line, _, self.unread = self.unread.partition(b"\n")
-            try:
-                reply = json.loads(line)
-                fresh = reply.get("ready") is None and reply["id"] == self.request_id
-            except (ValueError, AttributeError, KeyError, RecursionError):
-                raise _WorkerFailed(f"the grader sent something that is no reply: {line[:80]!r}") from None
-            if fresh and reply.get("loaded"):
-                self._start_clock("grading", self.cfg.timeout_s)
-            elif fresh:
+        return finished
+
+    def _parse(self, line: bytes) -> dict[str, Any] | None:
+        """The reply in a line; None for anything that is not about the item at work."""
+        try:
+            reply: dict[str, Any] = json.loads(line)
+            if reply.get("ready") is not None or (self.batch and reply["id"] == self.batch[0][1]):
                 return reply
+        except (ValueError, AttributeError, KeyError, RecursionError):
+            pass
         return None
 
-    def finish(self) -> None:
-        """Ready for another item."""
-        self.item = None
+    def tidy_log(self) -> None:
+        """Keep what verifiers print from filling the disk."""
         if os.fstat(self.log.fileno()).st_size > MAX_LOG_BYTES:
             os.ftruncate(self.log.fileno(), 0)
             self.log.seek(0)  # the worker shares this file offset
@@ -213,10 +252,15 @@ class RewardPool:
             check_verifier(name)
         payloads = [self._encode(i, item) for i, item in enumerate(items)]
         try:
-            return _Batch(self, payloads, [item.verifier for item in items]).run()
+            return _Call(self, payloads, [item.verifier for item in items]).run()
         except BaseException:
             self._kill_all()  # busy workers would answer the next call
             raise
+
+    def check_math_truths(self, truths: Sequence[str]) -> list[str | None]:
+        """For each truth why math-verify cannot read it, or None; in a worker, with the deadlines of a grading."""
+        results = self.score([RewardItem("math", "", "", truth) for truth in truths])
+        return [None if r.score is not None else f"math-verify cannot read it ({r.error})" for r in results]
 
     def _encode(self, index: int, item: RewardItem) -> tuple[int, bytes]:
         request_id = next(self._ids)
@@ -233,7 +277,7 @@ class RewardPool:
             )
         except (TypeError, ValueError) as e:
             raise ValueError(f"reward item {index} ({item.data_source}): not JSON: {e}") from None
-        return request_id, text.encode() + b"\n"
+        return request_id, text.encode()
 
     def _kill_all(self) -> None:
         workers, self._workers = self._workers, []
@@ -242,7 +286,7 @@ class RewardPool:
 
     def _idle_worker(self) -> _Worker | None:
         for worker in self._workers:
-            if worker.item is None:
+            if not worker.batch:
                 return worker
         if len(self._workers) < self.cfg.num_workers:
             self._workers.append(_Worker(self.cfg))
@@ -255,26 +299,40 @@ class RewardPool:
         worker.kill()
 
 
-class _Batch:
+class _Call:
     """One call of `score`."""
 
     def __init__(self, pool: RewardPool, payloads: list[tuple[int, bytes]], verifiers: list[str]) -> None:
-        self.pool, self.payloads, self.verifiers = pool, payloads, verifiers
+        self.pool = pool
+        self.payloads = payloads
+        self.verifiers = verifiers
         self.results: list[RewardResult | None] = [None] * len(payloads)
         self.waiting = deque(range(len(payloads)))
-        self.tries = [0] * len(payloads)
+        self.failures = [0] * len(payloads)
         self.busy: set[_Worker] = set()
 
     def run(self) -> list[RewardResult]:
-        """Hand items to idle workers and take results until all are in; results in the items' order."""
+        """Hand batches to idle workers and take results until all are in; results in the items' order."""
         while self.waiting or self.busy:
             while self.waiting and (worker := self.pool._idle_worker()) is not None:
-                item = self.waiting.popleft()
-                self.tries[item] += 1
-                worker.give(item, *self.payloads[item])
+                worker.give(*self._next_batch())
                 self.busy.add(worker)
             self._wait()
         return [r for r in self.results if r is not None]
+
+    def _next_batch(self) -> tuple[list[tuple[int, int, str]], bytes]:
+        """The next items and their message. Batches shrink towards the end, so that workers finish together."""
+        share = -(-len(self.waiting) // (2 * self.pool.cfg.num_workers))
+        batch: list[tuple[int, int, str]] = []
+        texts: list[bytes] = []
+        size = 0
+        while self.waiting and len(batch) < min(share, MAX_BATCH_ITEMS) and size < MAX_BATCH_BYTES:
+            item = self.waiting.popleft()
+            request_id, text = self.payloads[item]
+            batch.append((item, request_id, self.verifiers[item]))
+            texts.append(text)
+            size += len(text)
+        return batch, b"[" + b",".join(texts) + b"]\n"
 
     def _wait(self) -> None:
         """Move bytes until something happened or the first deadline has passed."""
@@ -295,36 +353,42 @@ class _Batch:
         now = time.monotonic()
         for worker in [w for w in self.busy if w.deadline <= now]:
             self._failed(worker, worker.phase)
+        if self.busy and all(len(worker.batch) > 1 and not worker.unsent for worker in self.busy):
+            time.sleep(GATHER_S)
 
     def _read(self, worker: _Worker) -> None:
         try:
-            reply = worker.read()
+            replies = worker.read()
         except _WorkerFailed as e:
             self._failed(worker, str(e))
             return
-        if reply is None:
-            return
-        item = worker.item
-        assert item is not None
-        if "load_error" in reply:
-            raise VerifierError(f"verifier {self.verifiers[item]!r} cannot be loaded: {reply['load_error']}")
-        if reply.get("retire"):
-            self._failed(worker, str(reply["error"]))
-            return
-        if "error" in reply:
-            self.results[item] = RewardResult(None, str(reply["error"]))
-        else:
-            self.results[item] = RewardResult(float(reply["score"]), None, dict(reply["extra"]))
-        self.busy.discard(worker)
-        worker.finish()
+        for item, reply in replies:
+            if "load_error" in reply:
+                raise VerifierError(f"verifier {self.verifiers[item]!r} cannot be loaded: {reply['load_error']}")
+            if reply.get("retire"):
+                worker.batch.appendleft((item, *self._request(item)))
+                self._failed(worker, str(reply["error"]))
+                return
+            if "error" in reply:
+                self.results[item] = RewardResult(None, str(reply["error"]))
+            else:
+                self.results[item] = RewardResult(float(reply["score"]), None, dict(reply["extra"]))
+        if not worker.batch:
+            self.busy.discard(worker)
+            worker.tidy_log()
+
+    def _request(self, item: int) -> tuple[int, str]:
+        return self.payloads[item][0], self.verifiers[item]
 
     def _failed(self, worker: _Worker, reason: str) -> None:
-        """Replace a worker that hung or died; its item goes back in the queue, or is lost."""
-        item, starting = worker.item, worker.phase.startswith("starting")
-        assert item is not None
+        """Replace a worker that hung or died. The item it worked on is tried again or lost, the others go on."""
+        starting = worker.phase.startswith("starting")
+        item, *others = [entry[0] for entry in worker.batch]
         self.busy.discard(worker)
         self.pool._discard(worker)
-        if self.tries[item] < ATTEMPTS:
+        self.waiting.extendleft(reversed(others))
+        self.failures[item] += 1
+        if self.failures[item] < ATTEMPTS:
             self.waiting.appendleft(item)
         elif starting:
             raise VerifierError(f"verifier {self.verifiers[item]!r} cannot be loaded ({ATTEMPTS} tries): {reason}")

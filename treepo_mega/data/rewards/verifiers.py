@@ -96,13 +96,6 @@ def _load_math() -> Verifier:
     return compute_score
 
 
-def check_math_truths(truths: list[str]) -> list[str | None]:
-    """For each truth why math-verify cannot read it, or None. Imports math-verify: workers only."""
-    from treepo_mega.data.rewards.mathematics import check_math_truth
-
-    return [check_math_truth(truth) for truth in truths]
-
-
 def _load_reasoning_gym() -> Verifier:
     import reasoning_gym
 

@@ -1,10 +1,11 @@
 """A grader process: `python -m treepo_mega.data.rewards.worker`, started and killed by `pool.RewardPool`.
 
-Protocol, one JSON object a line. In: `{"id", "verifier", "data_source", "solution_str", "ground_truth",
-"extra_info"}`. Out: `{"ready": true}` at the start; then for each item `{"id", "loaded": true}` once its
-verifier is imported (so that imports have a deadline of their own) or `{"id", "load_error"}`, and at last
-`{"id", "score", "extra"}` or `{"id", "error"}`, the latter with `"retire": true` when the process ran out of
-memory and should be replaced.
+Protocol, one JSON message a line. In: a list of requests `{"id", "verifier", "data_source", "solution_str",
+"ground_truth", "extra_info"}`, or a single one. Out: `{"ready": true}` at the start; then in the order of the requests
+`{"id", "loaded": true}` when its verifier was imported for it (so that imports have a deadline of their own) or
+`{"id", "load_error"}`, and `{"id", "score", "extra"}` or `{"id", "error"}`, the latter with `"retire": true` when the
+process ran out of memory and should be replaced. Each reply is written before the next request is begun, so the first
+request without a reply is the one that hung or crashed.
 
 It grades untrusted text with code that may misbehave, so: the protocol's pipes are moved to private file
 descriptors and 0 and 1 pointed elsewhere (what a verifier prints, even from C, goes to stderr, and it
@@ -142,21 +143,23 @@ def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeo
     loaded: dict[str, Verifier] = {}
     reply({"ready": True})
     for line in requests:
-        request = json.loads(line)
-        name, key = request["verifier"], {"id": request["id"]}
-        if name not in loaded:
-            cpu_alarm(2 * startup_timeout_s + 5)
-            try:
-                loaded[name] = load_verifier(name)
-            except BaseException as e:
-                cpu_alarm(0)
-                reply({**key, "load_error": _reason(e)})
-                continue
-        reply({**key, "loaded": True})
-        cpu_alarm(2 * timeout_s + 5)
-        result = grade(loaded[name], request)
-        cpu_alarm(0)
-        reply({**key, **result})
+        message = json.loads(line)
+        for request in message if isinstance(message, list) else [message]:
+            name = request["verifier"]
+            key = {"id": request["id"]}
+            if name not in loaded:
+                cpu_alarm(2 * startup_timeout_s + 5)
+                try:
+                    loaded[name] = load_verifier(name)
+                except BaseException as e:
+                    cpu_alarm(0)
+                    reply({**key, "load_error": _reason(e)})
+                    continue
+                reply({**key, "loaded": True})
+            cpu_alarm(2 * timeout_s + 5)
+            result = grade(loaded[name], request)
+            cpu_alarm(0)
+            reply({**key, **result})
 
 
 def main() -> None:
