@@ -23,8 +23,8 @@ WRITTEN = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")
 MINIMAL = {"model": {"hf_checkpoint": "DIR"}, "data": {"train": [{"path": "my.jsonl"}]}}
 SECTIONS = list(Config.model_fields)
 KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?![\w/(])")
-NOT_KEYS = re.compile(r"\.(py|json|jsonl|html|yaml)$|^train\.lrr$")
-"""Files that are named like keys, and the mistake that the page of errors explains."""
+NOT_KEYS = re.compile(r"\.(py|json|jsonl|html|yaml)$|^train\.lrr$|^rollout\.segment_length$")
+"""Files that are named like keys, and the mistakes that the page of errors explains."""
 
 every_page = pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -44,13 +44,18 @@ def section_of(annotation: object) -> type[Section] | None:
     return next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), None)
 
 
+def fields_of(section: type[Section]) -> dict[str, object]:
+    """The name that people write -> the type of each field."""
+    return {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+
+
 def is_key(dotted: str) -> bool:
     """Whether `dotted` names a key or a section of the configuration."""
     section: type[Section] | None = Config
     for part in dotted.split("."):
-        if section is None or part not in section.model_fields:
+        if section is None or part not in fields_of(section):
             return False
-        section = section_of(section.model_fields[part].annotation)
+        section = section_of(fields_of(section)[part])
     return True
 
 
@@ -94,13 +99,20 @@ def test_every_configuration_key_stands_on_the_page():
 
     def leaves(section: type[Section], prefix: str) -> list[str]:
         out = []
-        for name, field in section.model_fields.items():
-            inner = section_of(field.annotation)
+        for name, annotation in fields_of(section).items():
+            inner = section_of(annotation)
             out += [f"{prefix}{name}"] if inner is None else leaves(inner, f"{prefix}{name}.")
         return out
 
     names = [key.rpartition(".")[2] for key in leaves(Config, "")]
     assert [name for name in names if name not in text] == []
+
+
+def test_every_page_is_in_the_navigation():
+    """The strict build refuses a page that nobody can reach; this says so without building."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f": {page}\n" not in navigation] == [], "add it to nav in mkdocs.yml"
 
 
 def test_the_readme_stays_short():
