@@ -47,7 +47,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from treepo_mega.actor.update import Actor, supervised
+from treepo_mega.actor.losses import SupervisedLoss
+from treepo_mega.actor.update import Actor
 from treepo_mega.checkpoint.hf import HfCheckpointError, whole_directory
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config, parse_config
@@ -295,7 +296,7 @@ def warm_start(cfg: Config, directory: Path, args: argparse.Namespace) -> tuple[
         for step in range(1, args.steps + 1):
             batch = supervised_batch(step, args.seed)
             plan = plan_step(batch, dp_size=1, dp_rank=0, max_tokens=cfg.train.max_tokens_per_gpu, multiple=1)
-            stats = actor.update(plan.packs, supervised)
+            stats = actor.update(plan.packs, SupervisedLoss())
             bar.update(job, advance=1, note=f"loss {stats['loss']:.3f}")
             if step % args.eval_interval and step != args.steps:
                 continue

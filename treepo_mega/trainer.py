@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from treepo_mega.actor.batch import plan_rollout
+from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.perplexity import describe_references, perplexity, reference_texts
-from treepo_mega.actor.update import Actor, Policy, policy_gradient
+from treepo_mega.actor.update import Actor, Policy
 from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.export import export_hf
 from treepo_mega.config import Config, ConfigError, dump_config, read_hf_config
@@ -224,7 +225,7 @@ class Trainer:
 
     def update(self, plans: list[StepPlan]) -> dict[str, float]:
         """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""
-        loss = policy_gradient(self.cfg.algo, self.actor.backend)
+        loss = PolicyLoss(self.cfg.algo, self.actor.head.backend)
         self.handover.weights_changed()
         stats = [self.actor.update(plan.packs, loss) for plan in plans]
         out = {"train/skipped_steps": sum(s["skipped_steps"] for s in stats)}

@@ -19,8 +19,10 @@ from tests.actor.oracle import VOCAB
 from tests.actor.tree_oracle import fill_in, flat_step, forest, prefixes_of_rows
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
-from treepo_mega.actor.update import Policy, policy_gradient
+from treepo_mega.actor.losses import PolicyLoss
+from treepo_mega.actor.update import Policy
 from treepo_mega.config import Config
+from treepo_mega.loss.stats import Stats
 from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch
@@ -123,19 +125,24 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
     packs = plan_batch(batch, cfg).packs
     logprobs: dict[tuple[int, ...], float] = {}
 
-    def keep(logp: torch.Tensor, entropy: torch.Tensor, pack: Any) -> Any:
-        logprobs.update(zip(prefixes_of_rows(pack), logp.tolist(), strict=True))
-        return logp.sum() * 0, {}
+    class Keep:
+        """A loss of nothing that writes the logprobs down."""
 
-    run_schedule(policy.chunks, packs, policy.head(), loss=keep)
+        needs_whole_packs = False
+
+        def __call__(self, logp: torch.Tensor, entropy: torch.Tensor, pack: Any) -> Any:
+            logprobs.update(zip(prefixes_of_rows(pack), logp.tolist(), strict=True))
+            return logp.sum() * 0, Stats()
+
+    run_schedule(policy.chunks, packs, policy.head, loss=Keep())
     fill_in(packs, logprobs)
     for model in policy.models:
         model.zero_grad()
-    data = run_schedule(policy.chunks, packs, policy.head(), loss=policy_gradient(cfg.algo))
+    data = run_schedule(policy.chunks, packs, policy.head, loss=PolicyLoss(cfg.algo))
     grads = torch.cat([p.grad.flatten() for m in policy.models for p in m.parameters()])
-    loss = sum(float(d["loss"]) for d in data)
+    loss = sum(float(d.sums["loss"]) for d in data)
     tokens = sum(b - a for p in packs for a, b in p.blocks)
-    entropy = sum(float(d["entropy"]) for d in data)
+    entropy = sum(float(d.sums["entropy"]) for d in data)
     return {"loss": loss, "grads": grads, "logprobs": logprobs, "entropy": entropy, "tokens": tokens}
 
 

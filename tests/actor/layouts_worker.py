@@ -17,8 +17,9 @@ import torch
 from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple, run_schedule
+from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.perplexity import perplexity
-from treepo_mega.actor.update import Actor, Policy, policy_gradient
+from treepo_mega.actor.update import Actor, Policy
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config
 from treepo_mega.runtime import cpu_megatron, dist
@@ -74,7 +75,7 @@ def gradient_diff(actor: Actor, step: StepPlan, cfg: Config, oracle: Oracle) -> 
         return 0.0
     for chunk in actor.chunks:
         chunk.zero_grad_buffer()
-    run_schedule(actor.chunks, step.packs, actor.head(), loss=policy_gradient(cfg.algo))
+    run_schedule(actor.chunks, step.packs, actor.head, loss=PolicyLoss(cfg.algo))
     gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
     pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
     return max(float((got - oracle.grads[n]).norm() / oracle.grads[n].norm()) for n, got in pairs)
@@ -108,7 +109,7 @@ def run(case: str, directory: Path) -> dict[str, float]:
         "perplexity_rel": abs(perplexity(actor, trajectories(), cfg) / oracle.perplexity - 1),
         "one_text_rel": abs(perplexity(actor, trajectories()[:1], cfg) / oracle.first_perplexity - 1),
     }
-    stats = actor.update(step.packs, policy_gradient(cfg.algo))
+    stats = actor.update(step.packs, PolicyLoss(cfg.algo))
     far["weight_diff"] = weight_diff(actor, cfg, oracle)
     out = dist.max_over_ranks(far) | stats | {"packs": len(step.packs)}
     out["grad_norm_rel"] = abs(stats["grad-norm"] - oracle.grad_norm) / oracle.grad_norm

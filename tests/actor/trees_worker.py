@@ -27,8 +27,9 @@ from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, pref
 from tests.ranks import leave_layout
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
+from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.model import PolicyModel
-from treepo_mega.actor.update import Actor, policy_gradient
+from treepo_mega.actor.update import Actor
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config
 from treepo_mega.runtime import cpu_megatron, dist
@@ -98,7 +99,7 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
     for chunk in actor.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    data = run_schedule(actor.chunks, step.packs, actor.head(), loss=policy_gradient(cfg.algo))
+    data = run_schedule(actor.chunks, step.packs, actor.head, loss=PolicyLoss(cfg.algo))
     stats = actor._mean_over_pairs(data, step.packs)
     gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
     pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])

@@ -18,10 +18,12 @@ from torch import Tensor
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
-from treepo_mega.actor.update import Actor, TrainingDiverged, supervised
+from treepo_mega.actor.losses import SupervisedLoss
+from treepo_mega.actor.update import Actor, TrainingDiverged
 from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config
+from treepo_mega.loss.stats import Stats
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.tree.pack import Pack, plan_step
 
@@ -77,7 +79,7 @@ def weights(cfg: Config, actor: Actor) -> dict[str, Tensor]:
 
 def steps(cfg: Config, actor: Actor, which: range) -> list[list[float]]:
     """[loss, gradient norm, learning rate] of each step."""
-    stats = [actor.update(packs(cfg, s), supervised) for s in which]
+    stats = [actor.update(packs(cfg, s), SupervisedLoss()) for s in which]
     return [[s["loss"], s["grad-norm"], s["learning-rate"]] for s in stats]
 
 
@@ -105,20 +107,22 @@ def resume(directory: Path, saved: str, layouts: list[str], after: int = 2) -> d
     return out
 
 
-def not_finite(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
+class NotFinite(SupervisedLoss):
     """A loss that is NaN on the last rank only: the others must skip too."""
-    loss, sums = supervised(logp, entropy, pack)
-    return loss * (float("nan") if dist.rank() == dist.world_size() - 1 else 1.0), sums
+
+    def __call__(self, logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, Stats]:
+        loss, stats = super().__call__(logp, entropy, pack)
+        return loss * (float("nan") if dist.rank() == dist.world_size() - 1 else 1.0), stats
 
 
 def skipping(directory: Path, layout: str) -> dict[str, Any]:
     """A good step, NaN, a good step, then NaN until it stops."""
     cfg, actor = begin(directory, layout)
     start = weights(cfg, actor)
-    lr = [actor.update(packs(cfg, 0), supervised)["learning-rate"]]
+    lr = [actor.update(packs(cfg, 0), SupervisedLoss())["learning-rate"]]
     before = weights(cfg, actor)
     moments = [t.clone() for t in _moments(actor)]
-    first = actor.update(packs(cfg, 1), not_finite)
+    first = actor.update(packs(cfg, 1), NotFinite())
     out: dict[str, Any] = {
         "moved_by_good_step": difference(before, start),
         "skipped": first["skipped_steps"],
@@ -128,12 +132,12 @@ def skipping(directory: Path, layout: str) -> dict[str, Any]:
         "moments_moved": sum(not torch.equal(a, b) for a, b in zip(moments, _moments(actor), strict=True)),
         "in_a_row": [actor.skipped_in_a_row],
     }
-    good = actor.update(packs(cfg, 0), supervised)
+    good = actor.update(packs(cfg, 0), SupervisedLoss())
     out["lr"] = [*lr, first["learning-rate"], good["learning-rate"]]
     try:
         for _ in range(5):
             out["in_a_row"].append(actor.skipped_in_a_row)
-            actor.update(packs(cfg, 1), not_finite)
+            actor.update(packs(cfg, 1), NotFinite())
     except TrainingDiverged as e:
         out["diverged"] = str(e)
     return out

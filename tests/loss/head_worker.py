@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from tests.loss.test_head import dense, inputs
 from treepo_mega.loss.fused import row_loss
-from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.logprobs import logprob_entropy
+from treepo_mega.loss.shard import Shard
+from treepo_mega.loss.stats import Stats
 
 CASES = {
     1: [(11, [13])],
@@ -35,7 +37,7 @@ def compare(vocab: int, sizes: list[int], chunk: int, group: dist.ProcessGroup) 
     e_hidden, e_weight = torch.autograd.grad((mix * want[0] + mix.flip(0) * want[1]).sum(), (hidden, weight))
 
     def loss(logp, entropy, part):
-        return (mix[part] * logp + mix.flip(0)[part] * entropy).sum(), {}
+        return (mix[part] * logp + mix.flip(0)[part] * entropy).sum(), Stats()
 
     spec = Shard.of(shard, first, vocab, temperature=0.8, chunk=chunk, group=group)
     one = logprob_entropy(hidden, shard, target, spec)
@@ -54,7 +56,7 @@ def nothing(group: dist.ProcessGroup) -> None:
     hidden, weight, target = inputs(rows=11, vocab=8, padded=8)
     shard = Shard.of(weight, 8 * dist.get_rank(group), 8 * dist.get_world_size(group), group=group)
     logp, entropy = logprob_entropy(hidden[:0], weight, target[:0], shard)
-    total, *_ = row_loss(hidden[:0], weight, target[:0], shard, lambda logp, entropy, part: (logp.sum(), {}))
+    total, *_ = row_loss(hidden[:0], weight, target[:0], shard, lambda logp, entropy, part: (logp.sum(), Stats()))
     (logp.sum() + entropy.sum() + total).backward()
     assert logp.shape == entropy.shape == (0,) and (weight.grad == 0).all()
 

@@ -22,9 +22,10 @@ from tests.loss import interpreter_patch
 from tests.loss.test_fused import EVERY_TERM, policy_rows
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss import quantize
-from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.logprobs import logprob_entropy
 from treepo_mega.loss.operands import Numerics, WeightCache
 from treepo_mega.loss.policy import policy_loss
+from treepo_mega.loss.shard import Shard
 from treepo_mega.loss.triton import launch
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -125,7 +126,7 @@ def quantisers_refuse_what_is_not_finite() -> None:
 
 def head(hidden, weight, target, numerics: Numerics, backend: str, parts: list[int], valid: int, temperature: float):
     """(logp, entropy, d_hidden, d_weight) with the vocabulary cut into `parts`, joined as all-reduces would."""
-    from treepo_mega.loss import head as module
+    from treepo_mega.loss import logprobs as module
 
     mix = torch.linspace(-1, 1, len(target))
     if len(parts) == 1:
@@ -284,8 +285,8 @@ def policy_kernel_equals_torchs() -> None:
         ways = []
         for kernel in (True, False):
             leaf = logp.clone().requires_grad_()
-            total, sums = policy_loss(leaf, entropy, **rows, algo=algo, kernel=kernel)
-            ways.append((total, torch.autograd.grad(total, leaf)[0], sums))
+            total, stats = policy_loss(leaf, entropy, **rows, algo=algo, kernel=kernel)
+            ways.append((total, torch.autograd.grad(total, leaf)[0], stats.by_name()))
         torch.testing.assert_close(ways[0][:2], ways[1][:2], rtol=1e-5, atol=1e-5)
         assert ways[0][2].keys() == ways[1][2].keys()
         for k, v in ways[1][2].items():

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from treepo_mega.loss.fused import row_loss
-from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.logprobs import logprob_entropy
 from treepo_mega.loss.operands import Numerics, WeightCache
-from treepo_mega.loss.quantize import BLOCK, RECIPES, Split, quantize
+from treepo_mega.loss.quantize import BLOCK, RECIPES, QuantizeError, Split, quantize
+from treepo_mega.loss.shard import Shard
+from treepo_mega.loss.stats import Stats
 
 VOCAB, PADDED, WIDTH, ROWS = 1000, 1024, 200, 150
 
@@ -60,7 +62,7 @@ def test_both_ways_to_the_gradient_agree_and_are_near_fp32(recipe, grads):
     numerics = Numerics("fp8", recipe, grads=grads)
     slope = torch.randn(ROWS, generator=torch.Generator().manual_seed(4))
     shard = Shard.of(weight, 0, VOCAB, numerics=numerics, chunk=64)
-    fused = row_loss(hidden, weight, target, shard, lambda logp, _, part: ((slope[part] * logp).sum(), {}))[0]
+    fused = row_loss(hidden, weight, target, shard, lambda logp, _, part: ((slope[part] * logp).sum(), Stats()))[0]
     ways = [fused, *((slope * call(hidden, weight, target, n)[0]).sum() for n in (numerics, Numerics()))]
     grad = [torch.autograd.grad(x, (hidden, weight)) for x in ways]
     for one, two, exact in zip(*grad, strict=True):
@@ -115,7 +117,7 @@ def test_hidden_states_that_are_not_finite_are_refused():
     hidden, weight, target = operands()
     broken = hidden.detach().clone()
     broken[5, 6] = float("inf")
-    with pytest.raises(ValueError, match="row 5, column 6"):
+    with pytest.raises(QuantizeError, match="row 5, column 6"):
         call(broken, weight, target, Numerics("fp8"))
 
 

@@ -8,8 +8,9 @@ import torch
 from tests.loss.test_head import dense, inputs
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.fused import row_loss
-from treepo_mega.loss.head import Shard
 from treepo_mega.loss.policy import policy_loss
+from treepo_mega.loss.shard import Shard
+from treepo_mega.loss.stats import Stats
 
 EVERY_TERM = AlgoConfig(
     eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=3.0, kl_loss_coef=0.1, entropy_coef=0.02, use_tis=True, tis_clip=1.5
@@ -63,9 +64,11 @@ def test_equals_the_dense_head_with_all_statistics(chunk, algo):
     hidden, weight, target = inputs(rows=24, vocab=11, padded=16)
     want_logp, want_entropy = dense(hidden, weight, target, 11, 0.8)
     rows = policy_rows(want_logp)
-    want, want_sums = policy_loss(want_logp, want_entropy, **rows, algo=algo)
+    want, want_stats = policy_loss(want_logp, want_entropy, **rows, algo=algo)
+    want_sums = want_stats.by_name()
     shard = Shard.of(weight, 0, 11, temperature=0.8, chunk=chunk)
-    got, sums, logp, entropy = row_loss(hidden, weight, target, shard, policy(rows, algo))
+    got, stats, logp, entropy = row_loss(hidden, weight, target, shard, policy(rows, algo))
+    sums = stats.by_name()
     assert sums.keys() == want_sums.keys()
     assert sums["pg_clipfrac"] > 0
     for a, b in [(got, want), (logp, want_logp), (entropy, want_entropy), *((sums[k], want_sums[k]) for k in sums)]:
@@ -93,7 +96,8 @@ def test_main_grad_is_added_to_in_the_loss_scale_that_was_told():
 def test_another_scale_than_the_one_told_is_an_error():
     hidden, weight, target = inputs(rows=24)
     weight.main_grad = torch.zeros_like(weight)
-    loss = row_loss(hidden, weight, target, Shard.of(weight, 0, 11), lambda logp, entropy, part: (logp.sum(), {}))[0]
+    shard = Shard.of(weight, 0, 11)
+    loss = row_loss(hidden, weight, target, shard, lambda logp, entropy, part: (logp.sum(), Stats()))[0]
     with pytest.raises(RuntimeError, match="not the loss_scale it was told"):
         (2 * loss).backward()
 
@@ -102,7 +106,8 @@ def test_no_rows():
     hidden, weight, target = inputs()
     rows = policy_rows(torch.zeros(0, dtype=torch.float64))
     shard = Shard.of(weight, 0, 11)
-    loss, sums, logp, _ = row_loss(hidden[:0], weight, target[:0], shard, policy(rows, EVERY_TERM))
+    loss, stats, logp, _ = row_loss(hidden[:0], weight, target[:0], shard, policy(rows, EVERY_TERM))
+    sums = stats.by_name()
     loss.backward()
     assert loss == 0 and logp.shape == (0,) and (weight.grad == 0).all()
     assert all(v == 0 for v in sums.values()) and "pg_clipfrac" in sums

@@ -7,8 +7,9 @@ import torch
 
 from treepo_mega.loss import quantize, te
 from treepo_mega.loss.backend import missing_for_kernels
-from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.logprobs import logprob_entropy
 from treepo_mega.loss.operands import Numerics
+from treepo_mega.loss.shard import Shard
 
 MISSING = missing_for_kernels()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"the kernels cannot run: {MISSING}")]

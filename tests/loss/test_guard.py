@@ -8,8 +8,8 @@ import torch
 from tests.loss.test_fp8_head import VOCAB, operands
 from treepo_mega.config.sections import HeadConfig
 from treepo_mega.loss.guard import HeadGuard
-from treepo_mega.loss.head import Shard
 from treepo_mega.loss.operands import Numerics
+from treepo_mega.loss.shard import Shard
 
 
 def guard(**head: object) -> HeadGuard:
@@ -45,7 +45,7 @@ def test_the_sample_is_spread_over_the_rows_and_bounded(rows, sampled):
     hidden, weight, target = operands()
     g = guard(guard={"sample_rows": 64})
     shard = Shard.of(weight, 0, VOCAB)
-    g.watch(None, hidden[:rows], weight, target[:rows], shard)
+    g.watch(hidden[:rows], weight, target[:rows], shard)
     drift = g.take_drift()
     assert drift.rows == sampled
     if sampled:
@@ -61,7 +61,7 @@ def test_loud_channels_and_exact_targets_show_in_what_it_measures():
     means = []
     for head in ({}, {"fp8_loud_channels": 0}, {"fp8_loud_channels": 0, "exact_target": False}):
         g = guard(**head)
-        g.watch(None, loud, weight, target, shard)
+        g.watch(loud, weight, target, shard)
         drift = g.take_drift()
         means.append(drift.total / drift.rows)
     assert means[0] < means[1] < means[2], means
@@ -73,14 +73,14 @@ def test_loud_channels_and_exact_targets_show_in_what_it_measures():
 def test_nothing_is_computed_when_there_is_nothing_to_watch(head):
     g = guard(**head)
     assert not g.watches
-    g.watch(None, torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2).long(), Shard(0, 4, 4))
+    g.watch(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2).long(), Shard(0, 4, 4))
     assert g.take_drift().rows == 0
 
 
 def test_flipped_gates_are_counted_on_the_rows_that_were_watched():
     """One row's gate is closed by hand in either precision; the others agree."""
     hidden, weight, target = operands()
-    g, batch = guard(guard={"sample_rows": 10}), object()
+    g = guard(guard={"sample_rows": 10})
     shard = Shard.of(weight, 0, VOCAB, numerics=Numerics("fp8"))
     seen = []
 
@@ -90,13 +90,13 @@ def test_flipped_gates_are_counted_on_the_rows_that_were_watched():
         gates[0 if old is None else 1] = True
         return gates
 
-    g.count_flips(batch, hidden, weight, target, shard, closed)
+    g.count_flips(None, hidden, weight, target, shard, closed)
     assert not seen, "never watched, nothing to compare with"
-    g.watch(batch, hidden, weight, target, shard)
-    g.count_flips(batch, hidden, weight, target, shard, closed)
+    sample = g.watch(hidden, weight, target, shard)
+    g.count_flips(sample, hidden, weight, target, shard, closed)
     drift = g.take_drift()
     assert (drift.flips, drift.gates) == (2, 10)
     assert [s[0] for s in seen] == [True, False] and seen[0][1] == seen[1][1]
     assert seen[1][2] == 0, "bf16 logprobs of the same weights are the old ones"
-    g.count_flips(batch, hidden, weight, target, Shard.of(weight, 0, VOCAB, numerics=Numerics("bf16")), closed)
+    g.count_flips(sample, hidden, weight, target, Shard.of(weight, 0, VOCAB, numerics=Numerics("bf16")), closed)
     assert g.take_drift().gates == 0, "a step that fell back has no FP8 gates"

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from treepo_mega.loss import head
-from treepo_mega.loss.head import MIN_TILE_ROWS, Shard, Tiles
+from treepo_mega.loss import logprobs
+from treepo_mega.loss.logprobs import Tiles
 from treepo_mega.loss.operands import Numerics
+from treepo_mega.loss.shard import MIN_TILE_ROWS, Shard
 
 WORKER = Path(__file__).with_name("head_worker.py")
 
@@ -32,7 +33,7 @@ def dense(hidden, weight, target, vocab, temperature):
 
 def logprob_entropy(hidden, weight, target, vocab_start=0, vocab_size=11, **how):
     """The head on the shard that begins at `vocab_start`."""
-    return head.logprob_entropy(hidden, weight, target, Shard.of(weight, vocab_start, vocab_size, **how))
+    return logprobs.logprob_entropy(hidden, weight, target, Shard.of(weight, vocab_start, vocab_size, **how))
 
 
 def test_gradcheck_in_fp64():

@@ -42,7 +42,7 @@ def loss_of(logp, *, old, algo=None, rollout=None, ref=None, A=(1.0,), entropy=N
         algo=algo or AlgoConfig(use_tis=False),
     )
     total.backward()
-    return total.item(), {k: v.item() for k, v in sums.items()}, logp.grad.tolist()
+    return total.item(), {k: v.item() for k, v in sums.by_name().items()}, logp.grad.tolist()
 
 
 @settings(max_examples=300, deadline=None)
@@ -163,7 +163,7 @@ def test_supervised_loss_is_cross_entropy_by_multiplicity():
     logp = tensor(-1.0, -2.0).requires_grad_()
     loss, sums = supervised_loss(logp, tensor(3.0, 1.0))
     loss.backward()
-    assert loss.item() == 5.0 == sums["loss"].item()
+    assert loss.item() == 5.0 == sums.sums["loss"].item()
     assert logp.grad.tolist() == [-3.0, -1.0]
 
 

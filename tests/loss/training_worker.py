@@ -12,7 +12,8 @@ import torch
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
 from treepo_mega.actor.forward import count_multiple, padding_multiple
-from treepo_mega.actor.update import Actor, policy_gradient
+from treepo_mega.actor.losses import PolicyLoss
+from treepo_mega.actor.update import Actor
 from treepo_mega.loss.quantize import BLOCK, Split, quantize, split
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.tree.pack import Pack, plan_step
@@ -47,7 +48,7 @@ def train(actor: Actor, packs: list[Pack], steps: int = 2) -> tuple[dict[str, fl
             fell, metrics = actor.watch_head()
             if not fell:
                 break
-    loss = policy_gradient(actor.cfg.algo, actor.backend)
+    loss = PolicyLoss(actor.cfg.algo, actor.head.backend)
     stats = [actor.update(packs, loss) for _ in range(steps)]
     return metrics | actor.head_flips(), stats
 
@@ -56,7 +57,7 @@ def kept_is_fresh(actor: Actor, packs: list[Pack]) -> bool:
     """Is the quantised output weight that the head uses that of the weights as they are?"""
     actor.logprobs(packs)
     weight = actor.models[-1].head_weight().detach()
-    (kept,) = (k for k in actor.weights._kept.values() if isinstance(k, Split))
+    (kept,) = (k for k in actor.head.cache._kept.values() if isinstance(k, Split))
     valid = min(max(actor.spec.vocab_size - ps.get_tensor_model_parallel_rank() * len(weight), 0), len(weight))
     fresh = split(weight, kept.channels, kept.rest.recipe, quantize, block_rows=BLOCK, valid_rows=valid)
     return torch.equal(kept.values(), fresh.values())
@@ -73,7 +74,7 @@ def main() -> None:
         norms[precision] = [s["grad-norm"] for s in stats]
         out[precision] = metrics
     out["norms"] = norms
-    out["made"] = actor.weights.made
+    out["made"] = actor.head.cache.made
     out["fresh"] = kept_is_fresh(actor, packs)
     actor, packs = begin(directory, "loss.head.precision=fp8", "loss.head.guard.max_abs_diff=1e-6")
     out["fallen"], stats = train(actor, packs)

@@ -46,10 +46,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.fused import row_loss
-from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.logprobs import logprob_entropy
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.policy import clip_active, policy_loss
 from treepo_mega.loss.quantize import RECIPES
+from treepo_mega.loss.shard import Shard
+from treepo_mega.loss.stats import Stats
 
 BEYOND = math.log(1.2)
 ALGO = AlgoConfig(use_tis=False)
@@ -175,7 +177,7 @@ def gradient(at: Snapshot, s: Samples, old: Tensor, n: Numerics) -> tuple[Tensor
     masses = {"A_pos": a.clamp(min=0), "A_neg": a.clamp(max=0)}
     given = {"old_logprobs": old, "rollout_logprobs": old, "n": torch.ones_like(a), **masses}
 
-    def loss(logp: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(logp: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, Stats]:
         return policy_loss(logp, entropy, ref_logprobs=None, algo=ALGO, **{k: v[part] for k, v in given.items()})
 
     total, _, logp, _ = row_loss(hidden, at.weight, targets(s), shard, loss)

@@ -92,8 +92,9 @@ def run_on_gpu() -> int:
         return 2
     import triton
 
-    from treepo_mega.loss.head import Shard, logprob_entropy
+    from treepo_mega.loss.logprobs import logprob_entropy
     from treepo_mega.loss.operands import Numerics
+    from treepo_mega.loss.shard import Shard
 
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, WIDTH, device=device(), dtype=torch.bfloat16).requires_grad_()

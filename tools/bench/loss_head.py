@@ -8,7 +8,7 @@ Every variant runs in a process of its own (one thread) on the same seeded numbe
     naive      logits [T, V], Megatron's vocab_parallel_cross_entropy, dense weight gradient added to main_grad
     torch      torch.nn.functional.linear_cross_entropy, dense weight gradient added to main_grad
     ours       loss/fused.py, what the policy update runs: logp and entropy, gradient while the tile is there
-    recompute  loss/head.py's logprob_entropy, for arbitrary losses of logp and entropy: logits twice
+    recompute  loss/logprobs.py's logprob_entropy, for arbitrary losses of logp and entropy: logits twice
 
 naive and torch compute the loss only; ours and recompute also the entropy. What explains the numbers: naive holds
 4 T V bytes of logits, ours 4 * tile * V; products of T x K x V: naive 3, ours 3, recompute 4. The loss is sum(g * logp)
@@ -116,8 +116,8 @@ def backward_of_loss(loss, slope, weight):
 
 def shard_of(weight, precision):
     """The whole vocabulary as one shard."""
-    from treepo_mega.loss.head import Shard
     from treepo_mega.loss.operands import Numerics
+    from treepo_mega.loss.shard import Shard
 
     return Shard.of(weight, 0, weight.shape[0], numerics=Numerics(precision=precision))
 
@@ -159,12 +159,13 @@ def torch_fused(hidden, weight, target, slope, precision):
 def ours(hidden, weight, target, slope, precision):
     """Gradient in the forward pass."""
     from treepo_mega.loss.fused import row_loss
+    from treepo_mega.loss.stats import Stats
 
     shard = shard_of(weight, precision)
 
     def step(n):
         def loss(logp, entropy, part):
-            return (slope[:n][part] * logp).sum(), {"entropy": entropy.sum()}
+            return (slope[:n][part] * logp).sum(), Stats({"entropy": entropy.sum()})
 
         total, _, logp, _ = row_loss(hidden[:n], weight, target[:n], shard, loss)
         total.backward()
@@ -175,7 +176,7 @@ def ours(hidden, weight, target, slope, precision):
 
 def recompute(hidden, weight, target, slope, precision):
     """logp and entropy as differentiable tensors."""
-    from treepo_mega.loss.head import logprob_entropy
+    from treepo_mega.loss.logprobs import logprob_entropy
 
     shard = shard_of(weight, precision)
 

@@ -52,7 +52,8 @@ quieten_libraries()  # before the imports below: most libraries warn while being
 from treepo_mega.actor.attention_cpu import CpuLayout  # noqa: E402
 from treepo_mega.actor.batch import pair_cost, plan_batch  # noqa: E402
 from treepo_mega.actor.forward import run_schedule  # noqa: E402
-from treepo_mega.actor.update import Actor, Policy, policy_gradient  # noqa: E402
+from treepo_mega.actor.losses import PolicyLoss  # noqa: E402
+from treepo_mega.actor.update import Actor, Policy  # noqa: E402
 from treepo_mega.config import Config, load_config  # noqa: E402
 from treepo_mega.runtime import dist  # noqa: E402
 from treepo_mega.tree.credit import fold, leaf_weights  # noqa: E402
@@ -150,7 +151,7 @@ class Side:
     def __init__(self, actor: Actor, reference: Policy, cfg: Config, trees: list[Tree]) -> None:
         self.actor, self.reference, self.cfg = actor, reference, cfg
         self.plan: StepPlan = plan_batch(batch_of(trees, cfg.train.prefix_sharing), cfg, pair_cost(actor.spec))
-        self.loss = policy_gradient(cfg.algo)
+        self.loss = PolicyLoss(cfg.algo)
 
     def old(self) -> None:
         """Actor logprobs before the update."""
@@ -171,7 +172,7 @@ class Side:
         for chunk in self.actor.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        run_schedule(self.actor.chunks, self.plan.packs, self.actor.head(), loss=self.loss)
+        run_schedule(self.actor.chunks, self.plan.packs, self.actor.head, loss=self.loss)
         return torch.cat([p.main_grad.flatten().clone() for m in self.actor.models for p in m.parameters()])
 
     def counts(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,12 @@ from torch import Tensor
 
 from treepo_mega.actor.attention import PACKS, PackLayout
 from treepo_mega.actor.attention_flex import SHAPE_BUCKET
+from treepo_mega.actor.losses import PackLoss, on_device
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.config import Config
-from treepo_mega.loss.backend import Backend
-from treepo_mega.loss.fused import row_loss
-from treepo_mega.loss.guard import HeadGuard
-from treepo_mega.loss.head import Shard, logprob_entropy
-from treepo_mega.loss.operands import Numerics, WeightCache
+from treepo_mega.loss.head import LossHead
+from treepo_mega.loss.operands import Numerics
+from treepo_mega.loss.stats import Stats
 from treepo_mega.loss.te import row_multiple
 from treepo_mega.runtime import cpu_megatron
 from treepo_mega.runtime.device import device, has_cuda
@@ -38,35 +37,15 @@ from treepo_mega.tree.pack import Pack
 
 cpu_megatron.install()
 
-from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
 
-LossFunction = Callable[[Tensor, Tensor, Pack], tuple[Tensor, dict[str, Tensor]]]
-"""(logp [N], entropy [N], pack) -> (loss summed over rows, sums for logging). A sum over rows: it sees a tile of the
-pack's rows at a time, unless it joins rows and says so by an attribute `whole_packs`."""
+Gates = Callable[[Pack, Tensor, Tensor | None, Tensor], Tensor]
+"""(pack, logp [n], old logprobs [n] or None for the pack's, rows [n]) -> closed clip gates [n]."""
 
 TOKEN_FIELDS = ("tokens", "position", "subtree_end", "local", "order")
 """Arrays of a pack with an entry per token; all its other arrays have one per row."""
-
-
-@dataclass(slots=True)
-class Head:
-    """What the head needs besides the model."""
-
-    vocab_size: int
-    temperature: float
-    chunk: int
-    numerics: Numerics
-    cache: WeightCache
-    guard: HeadGuard | None = None
-    """Set in the passes that watch FP8."""
-    gates: Callable[[Pack, Tensor, Tensor | None, Tensor], Tensor] | None = None
-    """(pack, logp [n], old logprobs [n] or None for the pack's, rows [n]) -> closed clip gates [n], in an update."""
-    backend: Backend = "torch"
-    overlap_grad_reduce: bool = False
-    """Megatron then wants to see the weight's gradient in param.grad."""
 
 
 def padding_multiple(cfg: Config) -> int:
@@ -89,11 +68,6 @@ def equal_lengths(cfg: Config) -> bool:
     return cfg.parallel.virtual_pipeline_model_parallel_size is not None
 
 
-def on_device(values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-    """A pack's array on this rank's device, in `dtype` if given (packs hold fp64, the loss computes in logp's)."""
-    return torch.from_numpy(values).to(device(), dtype)
-
-
 def rows_of(pack: Pack, part: slice) -> Pack:
     """The pack with only the rows `part`."""
     if part.indices(len(pack.target)) == (0, len(pack.target), 1):
@@ -111,96 +85,109 @@ def predicting_rows(model: PolicyModel, hidden: Tensor, pack: Pack) -> Tensor:
     return hidden[:, 0].index_select(0, on_device(pack.predictor))
 
 
-def vocabulary_shard(weight: Tensor, head: Head) -> Shard:
-    """This tensor-parallel rank's shard of the output matrix."""
-    return Shard.of(
-        weight,
-        ps.get_tensor_model_parallel_rank() * weight.shape[0],
-        head.vocab_size,
-        temperature=head.temperature,
-        chunk=head.chunk,
-        group=ps.get_tensor_model_parallel_group(),
-        numerics=head.numerics,
-        cache=head.cache,
-        backend=head.backend,
-        use_main_grad=not head.overlap_grad_reduce,
-    )
+LastStage = Callable[[Tensor, Tensor, Pack], Any]
+"""(hidden states [N, K] that predict the rows, targets [N], pack) -> what Megatron's loss callback returns."""
 
 
-def _loss_func(
-    model: PolicyModel, pack: Pack, head: Head, loss: LossFunction | None, hidden: Tensor, non_loss_data: bool = False
-) -> Any:
-    """Megatron's loss callback. Without `loss`: the pack's logprobs, as data."""
-    weight, target = model.head_weight(), on_device(pack.target)
-    shard, rows = vocabulary_shard(weight, head), predicting_rows(model, hidden, pack)
-    if loss is None:
-        if head.guard is not None:
-            head.guard.watch(pack, rows, weight, target, shard)
-        logp, entropy = logprob_entropy(rows, weight, target, shard)
-        return {"logprobs": logp.detach().float().cpu().numpy(), "entropy": entropy.detach().float().sum().cpu()}
+def _logprobs_of(
+    head: LossHead, temperature: float | None, numerics: Numerics | None, watch: bool,
+    rows: Tensor, target: Tensor, pack: Pack,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """A `LastStage` without gradients: the pack's logprobs [N] in fp32, as data."""
+    if watch:
+        pack.watched = head.watch(rows, target, numerics=numerics, temperature=temperature)
+    logp, _ = head.logprobs(rows, target, numerics=numerics, temperature=temperature)
+    return {"logprobs": logp.detach().float().cpu().numpy()}
 
-    def of_rows(logp: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+
+def _loss_of(
+    head: LossHead, loss: PackLoss, gates: Gates | None, rows: Tensor, target: Tensor, pack: Pack
+) -> tuple[Tensor, Tensor, Stats]:
+    """A `LastStage` with gradients: (loss [], pairs [], statistics)."""
+
+    def of_rows(logp: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, Stats]:
         return loss(logp, entropy, rows_of(pack, part))
 
-    if getattr(loss, "whole_packs", False):
-        total, sums = loss(*logprob_entropy(rows, weight, target, shard), pack)
-    else:
-        total, sums, _, _ = row_loss(rows, weight, target, shard, of_rows)
-    if head.guard is not None and head.gates is not None:
-        head.guard.count_flips(pack, rows, weight, target, shard, partial(head.gates, pack))
-    # Megatron scales `total` in place; the sums for logging are separate tensors.
-    return total.clone(), torch.tensor(pack.pairs, dtype=torch.int, device=total.device), sums
+    total, stats = head.loss(rows, target, of_rows, whole=loss.needs_whole_packs)
+    if gates is not None:
+        head.count_flips(pack.watched, rows, target, partial(gates, pack))
+    # Megatron scales `total` in place; the statistics are separate tensors.
+    return total.clone(), torch.tensor(pack.pairs, dtype=torch.int, device=total.device), stats
+
+
+def _loss_func(model: PolicyModel, pack: Pack, last: LastStage, hidden: Tensor, non_loss_data: bool = False) -> Any:
+    """Megatron's loss callback on the last stage's output."""
+    return last(predicting_rows(model, hidden, pack), on_device(pack.target), pack)
 
 
 def _forward_step(
     layouts: dict[int, PackLayout],
-    head: Head,
-    loss: LossFunction | None,
-    packs: Iterator[Pack],
+    last: LastStage,
+    packs: Iterator[tuple[int, Pack]],
     model: Any,
     *_: Any,
 ) -> tuple[Tensor, Any]:
-    pack = next(packs)
-    if id(pack) not in layouts:  # every model chunk of this rank sees the same packs
-        layouts[id(pack)] = PackLayout.build(pack, device())
+    number, pack = next(packs)
+    # Every model chunk of this rank sees the same packs: a layout is built once for all of them.
+    if number not in layouts:
+        layouts[number] = PackLayout.build(pack, device())
     mine = slice(None) if pack.local is None else pack.local
-    hidden = model(
-        on_device(pack.tokens[mine])[None], on_device(pack.position[mine])[None], PACKS.add(layouts[id(pack)])
-    )
-    return hidden, partial(_loss_func, unwrap_model(model), pack, head, loss)
+    hidden = model(on_device(pack.tokens[mine])[None], on_device(pack.position[mine])[None], PACKS.add(layouts[number]))
+    return hidden, partial(_loss_func, unwrap_model(model), pack, last)
 
 
-def run_schedule(
-    chunks: list[Any], packs: list[Pack], head: Head, *, loss: LossFunction | None
-) -> list[dict[str, Any]]:
-    """One pass over `packs` through the pipeline; with `loss`, gradients too (left in Megatron's buffers).
+def _run(chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bool) -> list[Any]:
+    """One pass over `packs` through the pipeline. Collective over the model-parallel group.
 
-    Collective over the model-parallel group. Returns one dict per pack on the last stage, [] elsewhere.
+    Returns what `last` reported of each pack on the last stage, [] elsewhere.
     """
     layouts: dict[int, PackLayout] = {}
-    iterators = [iter(packs) for _ in chunks]
+    iterators = [enumerate(packs) for _ in chunks]
     try:
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, layouts, head, loss),
+            forward_step_func=partial(_forward_step, layouts, last),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(packs),
-            seq_length=max(len(p.tokens) for p in packs),
+            seq_length=max(len(pack.tokens) for pack in packs),
             micro_batch_size=1,
-            forward_only=loss is None,
-            collect_non_loss_data=loss is None,
+            forward_only=not gradients,
+            collect_non_loss_data=not gradients,
         )
     finally:
         PACKS.clear()
 
 
-def compute_logprobs(chunks: list[Any], packs: list[Pack], head: Head) -> list[np.ndarray] | None:
-    """Logprobs of every pack's rows [N], fp32, without gradients: on last-stage ranks, None elsewhere."""
-    modes = [c.training for c in chunks]
-    for c in chunks:
-        c.eval()
+def run_schedule(
+    chunks: list[Any], packs: list[Pack], head: LossHead, *, loss: PackLoss, gates: Gates | None = None
+) -> list[Stats]:
+    """Loss and gradients of `packs`; the gradients are left in Megatron's buffers.
+
+    With `gates` the guard counts the clip gates that FP8 flips. Collective over the model-parallel group. Returns the
+    statistics of each pack on the last stage, [] elsewhere.
+    """
+    return _run(chunks, packs, partial(_loss_of, head, loss, gates), gradients=True)
+
+
+def compute_logprobs(
+    chunks: list[Any],
+    packs: list[Pack],
+    head: LossHead,
+    *,
+    temperature: float | None = None,
+    numerics: Numerics | None = None,
+    watch: bool = False,
+) -> list[np.ndarray] | None:
+    """Logprobs of every pack's rows [N], fp32, without gradients: on last-stage ranks, None elsewhere.
+
+    `temperature` and `numerics` None: the head's own. With `watch` the guard's sample is kept in `pack.watched`.
+    Collective over the model-parallel group.
+    """
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
     with torch.no_grad():
-        data = run_schedule(chunks, packs, head, loss=None)
-    for c, mode in zip(chunks, modes, strict=True):
-        c.train(mode)
-    return [d["logprobs"] for d in data] if data else None
+        data = _run(chunks, packs, partial(_logprobs_of, head, temperature, numerics, watch), gradients=False)
+    for chunk, mode in zip(chunks, modes, strict=True):
+        chunk.train(mode)
+    return [of_pack["logprobs"] for of_pack in data] if data else None

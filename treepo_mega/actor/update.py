@@ -17,25 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from treepo_mega.actor.forward import (
-    Head,
-    LossFunction,
-    compute_logprobs,
-    count_multiple,
-    on_device,
-    padding_multiple,
-    run_schedule,
-)
+from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
+from treepo_mega.actor.losses import PackLoss, clip_gates
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.checkpoint.load import load_from_hf
-from treepo_mega.config import AlgoConfig, Config
+from treepo_mega.config import Config
 from treepo_mega.errors import TreepoError
-from treepo_mega.loss.backend import Backend, resolve_backend
 from treepo_mega.loss.guard import HeadGuard
-from treepo_mega.loss.operands import Numerics, WeightCache
-from treepo_mega.loss.policy import clip_active, kl_penalty, policy_loss, supervised_loss
+from treepo_mega.loss.head import LossHead
+from treepo_mega.loss.operands import Numerics
+from treepo_mega.loss.stats import Stats
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.runtime import cpu_megatron, dist
 from treepo_mega.runtime.device import device
@@ -63,26 +55,20 @@ class Policy:
         self.models: list[PolicyModel] = build_model(cfg, hf_dir)
         load_from_hf(self.models, self.spec, cfg, hf_dir)
         self.chunks: list[torch.nn.Module] = list(self.models)
-        self.guard, self.weights = guard or HeadGuard(cfg.loss.head), WeightCache()
-        self.backend = resolve_backend(cfg.loss.head)
-
-    def head(self, temperature: float | None = None, numerics: Numerics | None = None) -> Head:
-        """The loss head at `temperature` (default: the sampling temperature: ratios are of what was sampled).
-
-        In `numerics`, default: the policy update's.
-        """
-        n = numerics or self.guard.numerics(for_update=True)
-        t = self.cfg.rollout.temperature if temperature is None else temperature
-        overlap = self.cfg.parallel.overlap_grad_reduce
-        return Head(
-            self.spec.vocab_size,
-            t,
-            self.cfg.train.logprob_chunk_size,
-            n,
-            self.weights,
-            backend=self.backend,
-            overlap_grad_reduce=overlap,
+        self.head = LossHead(
+            # Only the last stage's last chunk has the output matrix; only it is asked.
+            self.models[-1].head_weight,
+            cfg.loss.head,
+            vocab_size=self.spec.vocab_size,
+            temperature=cfg.rollout.temperature,
+            tile_rows=cfg.train.logprob_chunk_size,
+            rank=ps.get_tensor_model_parallel_rank(),
+            group=ps.get_tensor_model_parallel_group(),
+            guard=guard,
+            # Megatron then wants to see the weight's gradient in param.grad.
+            use_main_grad=not cfg.parallel.overlap_grad_reduce,
         )
+        self.guard = self.head.guard
 
     def logprobs(
         self, packs: list[Pack], temperature: float | None = None, *, numerics: Numerics | None = None,
@@ -90,15 +76,14 @@ class Policy:
     ) -> list[np.ndarray] | None:  # fmt: skip
         """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel.
 
-        In `numerics`, or what the configuration and the guard say; `watch` lets the guard take its sample.
+        `temperature` None: the sampling temperature, because ratios are of what was sampled. `numerics` None: what the
+        configuration and the guard say. `watch` lets the guard take its sample.
         """
-        head = self.head(temperature, numerics or self.guard.numerics(for_update=False))
-        head.guard = self.guard if watch else None
-        return compute_logprobs(self.chunks, packs, head)
+        return compute_logprobs(self.chunks, packs, self.head, temperature=temperature, numerics=numerics, watch=watch)
 
     def weights_changed(self) -> None:
         """Whoever writes new weights says so: prepared (bf16, fp8) copies of the output matrix are then made anew."""
-        self.weights.clear()
+        self.head.weights_changed()
 
     def sequence_logprobs(self, tokens: list[int], numerics: Numerics | None = None) -> np.ndarray | None:
         """Logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere.
@@ -123,64 +108,6 @@ class Policy:
         if cp_size > 1:
             torch.distributed.all_reduce(out, group=ps.get_context_parallel_group())
         return out.cpu().numpy()
-
-
-def policy_gradient(algo: AlgoConfig, backend: Backend = "torch") -> LossFunction:
-    """The segment-advantage loss as a callback on packs (old logprobs must be filled in)."""
-
-    def loss(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
-        """A `LossFunction`. Raises ValueError for a pack without old logprobs."""
-        if pack.old_logprobs is None:
-            raise ValueError("the pack has no old logprobs: run actor.logprobs first")
-        terms = {name: on_device(getattr(pack, name), logp.dtype) for name in ROW_TERMS}
-        terms["ref_logprobs"] = None if pack.ref_logprobs is None else on_device(pack.ref_logprobs, logp.dtype)
-        if algo.ratio_level == "token":
-            # The kernel's statistics count rows by their loss weight.
-            kernel = backend == "triton" and algo.loss_agg_mode == "token-mean"
-            return policy_loss(logp, entropy, **terms, algo=algo, kernel=kernel)
-        return _sequence_level(logp, entropy, pack, terms, algo)
-
-    loss.whole_packs = algo.ratio_level == "sequence"  # type: ignore[attr-defined]
-    return loss
-
-
-ROW_TERMS = ("old_logprobs", "rollout_logprobs", "A_pos", "A_neg", "n", "count")
-
-
-def _sequence_level(
-    logp: Tensor, entropy: Tensor, pack: Pack, terms: dict[str, Tensor | None], algo: AlgoConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """GSPO on a flat pack, which holds trajectories whole: every token has the geometric mean ratio of its trajectory.
-
-    The KL term stays per token. Source: Zheng et al., "Group Sequence Policy Optimization" (2025), eq. 5-7.
-    """
-    _, of, size = np.unique(pack.trajectory, return_inverse=True, return_counts=True)
-    which, length = on_device(of), on_device(size, logp.dtype)
-    change = logp.new_zeros(len(size)).index_add(0, which, logp - terms["old_logprobs"]) / length
-    mean = terms["old_logprobs"] + change[which]
-    total, sums = policy_loss(mean, entropy, **terms, algo=algo.model_copy(update={"kl_loss_coef": 0.0}))
-    if algo.kl_loss_coef > 0:
-        if terms["ref_logprobs"] is None:
-            raise ValueError("algo.kl_loss_coef > 0 needs reference logprobs: the reference pass did not run")
-        kl = (terms["n"] * kl_penalty(logp, terms["ref_logprobs"], algo.kl_loss_type)).sum()
-        total = total + algo.kl_loss_coef * kl
-        sums |= {"kl_loss": kl.detach(), "loss": total.detach()}
-    return total, sums
-
-
-def clip_gates(algo: AlgoConfig, pack: Pack, logp: Tensor, old: Tensor | None, rows: Tensor) -> Tensor:
-    """Closed clip gates [n] of some rows of a pack, against `old` logprobs [n] or the pack's own."""
-    A_pos, A_neg = (on_device(x, logp.dtype)[rows] for x in (pack.A_pos, pack.A_neg))
-    if old is None:
-        if pack.old_logprobs is None:
-            return torch.zeros_like(A_pos, dtype=torch.bool)
-        old = on_device(pack.old_logprobs, logp.dtype)[rows]
-    return clip_active((logp - old).exp(), A_pos, A_neg, algo)
-
-
-def supervised(logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy as a callback on packs: warm starts."""
-    return supervised_loss(logp, on_device(pack.n, logp.dtype))
 
 
 class Actor(Policy):
@@ -213,7 +140,6 @@ class Actor(Policy):
         if not self.guard.watches:
             return {}
         drift = self.guard.take_drift()
-        self.guard.samples.clear()
         sums = dist.sum_over_replicas({"flips": drift.flips, "gates": drift.gates})
         return {"train/head_gate_flips": sums["flips"] / max(sums["gates"], 1.0)}
 
@@ -235,7 +161,7 @@ class Actor(Policy):
             "train/head_fallback": float(self.guard.fallen),
         }
 
-    def update(self, packs: list[Pack], loss: LossFunction) -> dict[str, float]:
+    def update(self, packs: list[Pack], loss: PackLoss) -> dict[str, float]:
         """One optimizer step over this rank's packs; returns global statistics, the same on every rank.
 
         Collective over all ranks. Keys: the loss's sums divided by the pairs of the step, `grad-norm`,
@@ -245,9 +171,7 @@ class Actor(Policy):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        head = self.head()
-        head.guard, head.gates = self.guard, partial(clip_gates, self.cfg.algo)
-        data = run_schedule(self.chunks, packs, head, loss=loss)
+        data = run_schedule(self.chunks, packs, self.head, loss=loss, gates=partial(clip_gates, self.cfg.algo))
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
         skipped = not math.isfinite(grad_norm)
@@ -286,20 +210,23 @@ class Actor(Policy):
                 "and look at rollout/logprob_abs_diff_max and train/pg_clipfrac before the first skipped step"
             )
 
-    def _mean_over_pairs(self, data: list[dict[str, Tensor]], packs: list[Pack]) -> dict[str, float]:
+    def _mean_over_pairs(self, data: list[Stats], packs: list[Pack]) -> dict[str, float]:
         """Sums over last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank."""
-        counts = ps.is_pipeline_last_stage(ignore_virtual=True) and ps.get_tensor_model_parallel_rank() == 0
-        keys = dist.gather_objects(sorted(data[0]) if counts and data else [])
-        names = sorted({k for ks in keys for k in ks})
-        sums = {k: 0.0 for k in names if not k.startswith("max_")} | {"pairs": 0.0}
-        peaks = {k: 0.0 for k in names if k.startswith("max_")}
-        if counts:
-            sums |= {k: sum(float(d[k]) for d in data) for k in sums if k != "pairs"}
-            sums["pairs"] = float(sum(p.pairs for p in packs))
-            peaks = {k: max(float(d[k]) for d in data) for k in peaks}
-        total = dist.sum_over_ranks(sums)
+        # Ranks of other stages have no statistics and must still know their names to take part in the sums.
+        last = ps.is_pipeline_last_stage(ignore_virtual=True)
+        mine = [sorted(data[0].sums), sorted(data[0].maxima)] if last and data else [[], []]
+        known = dist.gather_objects(mine)
+        sums = {name: 0.0 for of_rank in known for name in of_rank[0]} | {"pairs": 0.0}
+        peaks = {name: 0.0 for of_rank in known for name in of_rank[1]}
+        if last:
+            sums = {name: sum(float(stats.sums[name]) for stats in data) for name in sums if name != "pairs"}
+            sums["pairs"] = float(sum(pack.pairs for pack in packs))
+            # Ranks of a tensor-parallel group hold the same maxima: no need to leave any out.
+            peaks = {name: max(float(stats.maxima[name]) for stats in data) for name in peaks}
+        total = dist.sum_over_replicas(sums, counts=last)
         pairs = max(total.pop("pairs"), 1.0)
-        return {k: v / pairs for k, v in total.items()} | (dist.max_over_ranks(peaks) if peaks else {})
+        means = {name: value / pairs for name, value in total.items()}
+        return means | (dist.max_over_ranks(peaks) if peaks else {})
 
 
 def _optimizer_config(cfg: Config) -> OptimizerConfig:

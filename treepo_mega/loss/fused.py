@@ -1,9 +1,9 @@
 """Loss and gradient in one pass over the logits, for a loss that is a sum over rows.
 
-`logprob_entropy` must recompute the logits in its backward pass, because only then it learns what the loss wants.
-A loss that is a sum over rows tells at once: per tile of rows, logits -> logp and entropy -> the loss of these rows and
-its slope in closed form (`policy.py`) -> d loss / d logits, over the tile itself -> dHidden and dWeight. Three
-matrix products in place of four, and dHidden [N, K] is all that is kept for the backward pass.
+`logprob_entropy` recomputes the logits in backward, because the gradient of the loss arrives only then. If the loss is
+a sum over rows, that gradient has a closed form and is known in forward. So each tile of rows goes all the way: logits
+-> logp and entropy -> loss and slope (`policy.py`) -> d loss / d logits, over the tile itself -> dHidden and dWeight.
+That is three matrix products in place of four. Only dHidden [N, K] is kept for the backward pass.
 
 dWeight is therefore added to its buffer in the *forward* pass. That is right under two conditions, which hold for
 Megatron's schedules: the gradient that arrives at this loss is known beforehand (`loss_scale`, 1 without a loss
@@ -13,19 +13,19 @@ Without a `main_grad` the weight gradient is kept ([V/tp, K]) and scaled in the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from treepo_mega.loss.head import Shard, Tiles, logprob_entropy, main_grad, over_shards
+from treepo_mega.loss.logprobs import Tiles, logprob_entropy
+from treepo_mega.loss.shard import Shard, main_grad, over_shards
+from treepo_mega.loss.stats import Stats
 
-RowLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
-"""(logp [n], entropy [n], rows) -> (loss summed over these rows, sums for logging).
-
-Sums are added over tiles; one whose name begins with `max_` is a maximum. Both inputs want gradients.
-"""
+RowLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Stats]]
+"""(logp [n], entropy [n], rows) -> (loss summed over these rows, statistics of them). Both inputs want gradients."""
 
 
 class _RowLoss(torch.autograd.Function):
@@ -41,7 +41,7 @@ class _RowLoss(torch.autograd.Function):
         loss: RowLoss,
         buffer: Tensor | None,
         loss_scale: float,
-        sums: dict[str, Tensor],
+        reports: list[Stats],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [], logp [N], entropy [N]); two all-reduces over the group for each tile of rows."""
         tiles = Tiles(hidden, weight, target, shard)
@@ -54,7 +54,7 @@ class _RowLoss(torch.autograd.Function):
             z = tiles.logits(part)
             peak, partial = tiles.sums_(part, z)
             logp[part], entropy[part], lse = over_shards(shard, peak, partial)
-            value, g_logp, g_entropy = _slopes(loss, logp[part], entropy[part], part, sums)
+            value, g_logp, g_entropy = _slopes(loss, logp[part], entropy[part], part, reports)
             total += value
             if buffer is not None and loss_scale != 1:
                 g_logp = g_logp * loss_scale
@@ -65,7 +65,7 @@ class _RowLoss(torch.autograd.Function):
             dz = tiles.to_gradient_(part, z, g_logp, g_entropy, entropy[part])
             tiles.ops.add_gradients(part, dz, d_hidden, kept if buffer is None else buffer)
         if not hidden.shape[0]:
-            value, _, _ = _slopes(loss, logp, entropy, slice(0, 0), sums)
+            value, _, _ = _slopes(loss, logp, entropy, slice(0, 0), reports)
             total += value
         ctx.save_for_backward(d_hidden, *([] if kept is None else [kept]))
         ctx.loss_scale, ctx.dtype = loss_scale, weight.dtype
@@ -89,36 +89,33 @@ class _RowLoss(torch.autograd.Function):
 
 
 def _slopes(
-    loss: RowLoss, logp: Tensor, entropy: Tensor, part: slice, sums: dict[str, Tensor]
+    loss: RowLoss, logp: Tensor, entropy: Tensor, part: slice, reports: list[Stats]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, d loss / d logp, d loss / d entropy or None) of a tile of rows; adds its statistics to `sums`."""
+    """(loss, d loss / d logp, d loss / d entropy or None) of a tile of rows; appends its statistics to `reports`."""
     with torch.enable_grad():
         leaves = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
-        value, new = loss(*leaves, part)
+        value, stats = loss(*leaves, part)
         g_logp, g_entropy = torch.autograd.grad(value, leaves, allow_unused=True)
-    for name, v in new.items():
-        if name in sums:
-            v = torch.maximum(sums[name], v) if name.startswith("max_") else sums[name] + v
-        sums[name] = v.detach()
+    reports.append(stats.detach())
     return value.detach(), torch.zeros_like(logp) if g_logp is None else g_logp, g_entropy
 
 
 def row_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, loss: RowLoss, *, loss_scale: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """(loss [], sums for logging, logp [N], entropy [N]) of hidden [N, K] under weight [V/tp, K].
+) -> tuple[Tensor, Stats, Tensor, Tensor]:
+    """(loss [], statistics, logp [N], entropy [N]) of hidden [N, K] under weight [V/tp, K].
 
     Only the loss carries gradients: to `hidden` (this shard's part) and to `weight`, whose gradient goes straight to
     `weight.main_grad` when there is one, already in this call. Collectives: two all-reduces over the group for each
     tile of rows. With the fused kernels there are no logits to take the gradient from: they recompute them, and the
     two all-reduces are of whole vectors.
     """
-    sums: dict[str, Tensor] = {}
     if shard.backend == "triton":
         logp, entropy = logprob_entropy(hidden, weight, target, shard)
-        total, sums = loss(logp, entropy, slice(0, hidden.shape[0]))
-        return total, sums, logp.detach(), entropy.detach()
+        total, stats = loss(logp, entropy, slice(0, hidden.shape[0]))
+        return total, stats, logp.detach(), entropy.detach()
+    reports: list[Stats] = []
     total, logp, entropy = _RowLoss.apply(
-        hidden, weight, target, shard, loss, main_grad(weight, shard), loss_scale, sums
+        hidden, weight, target, shard, loss, main_grad(weight, shard), loss_scale, reports
     )
-    return total, sums, logp, entropy
+    return total, functools.reduce(Stats.__add__, reports, Stats()), logp, entropy

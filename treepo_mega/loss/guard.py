@@ -6,8 +6,8 @@ micro-batch's rows is computed in fp8 and in bf16. When the mean difference over
 `loss.head.guard.max_abs_diff` the step runs in bf16 (its old logprobs are computed again, so that ratios compare like
 with like) and is counted; the following steps go on in bf16 and still ask, until the sample is within the limit again.
 
-The update counts, on the same rows, how many clip gates FP8 opens or closes where bf16 does not (old logprobs and new
-ones of either precision): what the difference does to the gradient, for it is mostly flipped gates.
+On the same rows, the update counts the clip decisions on which FP8 and bf16 disagree. Such flips are most of what FP8
+does to the gradient.
 
 The sample is cheap: 256 rows are computed twice beside the thousands of a micro-batch, with the same quantised weight.
 """
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from treepo_mega.config.sections import HeadConfig
-from treepo_mega.loss.head import Shard, logprob_entropy
+from treepo_mega.loss.logprobs import logprob_entropy
 from treepo_mega.loss.operands import Numerics, Precision
+from treepo_mega.loss.shard import Shard
 
 
 def numerics_of(head: HeadConfig, precision: Precision | None) -> Numerics:
@@ -56,7 +57,9 @@ class Sample:
     """The rows [n] of a micro-batch that are watched, and their bf16 logprobs in the old-logprob pass."""
 
     take: Tensor
+    """[n] indices of the rows."""
     old: Tensor
+    """[n] nats."""
 
 
 class HeadGuard:
@@ -69,8 +72,6 @@ class HeadGuard:
         self.fallen = False
         """Does this step run in bf16?"""
         self.drift = Drift()
-        self.samples: dict[int, Sample] = {}
-        """By micro-batch, from the old-logprob pass to the end of the updates."""
 
     @property
     def watches(self) -> bool:
@@ -83,18 +84,21 @@ class HeadGuard:
         return replace(n, precision="bf16") if self.fallen and n.precision == "fp8" else n
 
     @torch.no_grad()
-    def watch(self, batch: object, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> None:
-        """Compare a sample of the rows hidden [N, K], target [N] of `batch`. Collective over the shard's group."""
+    def watch(self, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> Sample | None:
+        """Compare a sample of the rows hidden [N, K], target [N] and return it; None when there is nothing to watch.
+
+        Keep the sample with its micro-batch: `count_flips` asks for it. Collective over the shard's group.
+        """
         rows = hidden.shape[0]
         if not self.watches or not rows:
-            return
+            return None
         take = torch.linspace(0, rows - 1, min(rows, self.head.guard.sample_rows), device=hidden.device).long()
         low, exact = (self._logp(p, hidden[take], weight, target[take], shard) for p in ("fp8", "bf16"))
         diff = (low - exact).abs()
         self.drift.total += float(diff.sum())
         self.drift.rows += len(take)
         self.drift.largest = max(self.drift.largest, float(diff.max()))
-        self.samples[id(batch)] = Sample(take, exact)
+        return Sample(take, exact)
 
     def _logp(self, precision: Precision, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> Tensor:
         fp8 = self.update if self.update.precision == "fp8" else self.logprobs
@@ -103,18 +107,19 @@ class HeadGuard:
 
     @torch.no_grad()
     def count_flips(
-        self, batch: object, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, closed: GatesOf
+        self, sample: Sample | None, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, closed: GatesOf
     ) -> None:
         """In the update: gates `closed(logp [n], old [n] or None, rows [n])` of the update's head against bf16's.
 
-        `old` None stands for the batch's own old logprobs. Collective over the shard's group.
+        `sample` is what `watch` returned for these rows. `old` None stands for the batch's own old logprobs. Collective
+        over the shard's group.
         """
-        s = self.samples.get(id(batch))
-        if s is None or shard.numerics.precision != "fp8":
+        if sample is None or shard.numerics.precision != "fp8":
             return
-        low, exact = (self._logp(p, hidden[s.take], weight, target[s.take], shard) for p in ("fp8", "bf16"))
-        self.drift.flips += float((closed(low, None, s.take) != closed(exact, s.old, s.take)).sum())
-        self.drift.gates += len(s.take)
+        take = sample.take
+        low, exact = (self._logp(p, hidden[take], weight, target[take], shard) for p in ("fp8", "bf16"))
+        self.drift.flips += float((closed(low, None, take) != closed(exact, sample.old, take)).sum())
+        self.drift.gates += len(take)
 
     def take_drift(self) -> Drift:
         """What was seen since the last call, on this rank."""

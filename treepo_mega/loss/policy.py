@@ -3,7 +3,7 @@
 All trajectories through a token share its prefix and its sampled value, so they share the ratio
 r = exp(logp - old_logp), and the sum of their PPO-clip terms (min of r*A and clipped r*A, dual clip for
 A < 0) depends on their advantages only through the two masses A_pos = sum of positive A, A_neg = sum of
-negative A (reference: treepo_algorithm 5.3, checked there against the summed loss):
+negative A (min distributes over terms with one ratio; `tests/tree/test_credit.py` compares with the sum):
 
     L = -[ A_pos * min(r, 1 + eps_clip_high) + A_neg * min(max(r, 1 - eps_clip), eps_clip_c) ]
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from treepo_mega.config import AlgoConfig
+from treepo_mega.loss.stats import Stats
 
 
 def times(mass: Tensor, x: Tensor) -> Tensor:
@@ -85,13 +86,14 @@ class _KernelPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, sums: dict[str, Tensor]
+        ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, stats: Stats
     ) -> Tensor:
         """As `_PolicyLoss.forward`."""
         from treepo_mega.loss.triton import launch
 
         slope, found = launch.policy(logp.detach(), entropy.detach(), rows, algo)
-        sums |= found
+        stats.maxima["max_ratio_diff"] = found.pop("max_ratio_diff")
+        stats.sums |= found
         ctx.save_for_backward(slope, rows["n"])
         ctx.entropy_coef = algo.entropy_coef
         return found["loss"].clone()
@@ -114,9 +116,9 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, sums: dict[str, Tensor]
+        ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, stats: Stats
     ) -> Tensor:
-        """`rows`: old, weight, A_pos, A_neg, n, count and, for the KL term, ref, all [N]. Fills `sums`."""
+        """`rows`: old, weight, A_pos, A_neg, n, count and, for the KL term, ref, all [N]. Fills `stats`."""
         n, count, ratio = rows["n"], rows["count"], (logp - rows["old"]).exp()
         masses = rows["A_pos"], rows["A_neg"], algo
         pg = -(rows["weight"] * clipped_objective(ratio, *masses)).sum()
@@ -126,7 +128,7 @@ class _PolicyLoss(torch.autograd.Function):
             kl = times(n, kl_penalty(logp, rows["ref"], algo.kl_loss_type)).sum()
             slope += algo.kl_loss_coef * times(n, kl_slope(logp, rows["ref"], algo.kl_loss_type))
         loss = pg - algo.entropy_coef * (n * entropy).sum() + algo.kl_loss_coef * kl
-        sums |= {
+        stats.sums |= {
             "loss": loss,
             "pg_loss": pg,
             "kl_loss": kl,
@@ -134,8 +136,8 @@ class _PolicyLoss(torch.autograd.Function):
             "pg_clipfrac": (count * clip_active(ratio, *masses)).sum(),
             "ppo_kl": (-count * (logp - rows["old"])).sum(),
             "tis_weight": (count * rows["weight"]).sum(),
-            "max_ratio_diff": (ratio - 1).abs().max() if len(ratio) else torch.zeros_like(pg),
         }
+        stats.maxima["max_ratio_diff"] = (ratio - 1).abs().max() if len(ratio) else torch.zeros_like(pg)
         ctx.save_for_backward(slope, n)
         ctx.entropy_coef = algo.entropy_coef
         return loss.clone()
@@ -159,31 +161,30 @@ def policy_loss(
     algo: AlgoConfig,
     count: Tensor | None = None,
     kernel: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over rows of policy loss + KL + entropy bonus, and sums for logging (to be divided by the pairs).
+    with_kl: bool = True,
+) -> tuple[Tensor, Stats]:
+    """Sum over rows of policy loss + KL + entropy bonus, and statistics.
 
-    A statistic whose name begins with `max_` is a maximum instead.
-
-    All arguments are [N]; `logp` and `entropy` carry gradients. `n` weighs a row in the loss, `count` in the
-    statistics (the trajectories through it; None: `n`): they differ unless loss_agg_mode is token-mean. `kernel`: in
-    one Triton kernel, whose statistics count by `n`. Raises ValueError when a KL term is asked for without reference
-    logprobs.
+    All arguments are [N]; `logp` and `entropy` carry gradients. `n` weighs a row in the loss. `count` weighs it in the
+    statistics: the trajectories through it; None: `n`. They differ unless loss_agg_mode is token-mean. `kernel`: in one
+    Triton kernel, whose statistics count by `n`. `with_kl` False leaves the KL term to the caller. Raises ValueError
+    when a KL term is asked for without reference logprobs.
     """
     weight = torch.ones_like(n)
     if algo.use_tis:
         weight = (old_logprobs - rollout_logprobs).exp().clamp(max=algo.tis_clip)
     rows = {"old": old_logprobs, "weight": weight, "A_pos": A_pos, "A_neg": A_neg, "n": n}
     rows["count"] = n if count is None else count
-    if algo.kl_loss_coef > 0:
+    if with_kl and algo.kl_loss_coef > 0:
         if ref_logprobs is None:
             raise ValueError("algo.kl_loss_coef > 0 needs reference logprobs: the reference pass did not run")
         rows["ref"] = ref_logprobs
-    sums: dict[str, Tensor] = {}
+    stats = Stats()
     function = _KernelPolicyLoss if kernel else _PolicyLoss
-    return function.apply(logp, entropy, rows, algo, sums), sums
+    return function.apply(logp, entropy, rows, algo, stats), stats
 
 
-def supervised_loss(logp: Tensor, n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def supervised_loss(logp: Tensor, n: Tensor) -> tuple[Tensor, Stats]:
     """Cross entropy of the targets, summed over rows: -n * logp. For warm starts."""
     loss = -(n * logp).sum()
-    return loss, {"loss": loss.detach()}
+    return loss, Stats({"loss": loss.detach()})

@@ -72,6 +72,8 @@ class Pack:
     old_logprobs: np.ndarray | None = None
     """Actor logprobs before the update, on last-pipeline-stage ranks."""
     ref_logprobs: np.ndarray | None = None
+    watched: object | None = None
+    """The rows that the FP8 guard sampled in the old-logprob pass (`loss/guard.py: Sample`), for the update."""
 
     @property
     def pairs(self) -> int:

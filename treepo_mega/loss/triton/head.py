@@ -1,4 +1,4 @@
-"""`loss/head.py`'s logprob_entropy on the fused kernels: the same numbers, and no logits in memory at all.
+"""`loss/logprobs.py`'s logprob_entropy on the fused kernels: the same numbers, and no logits in memory at all.
 
 Forward: quantise hidden states (the weight's quantised copy is kept per optimizer step), one kernel over splits of the
 vocabulary, one that joins the splits, then the same two all-reduces. Backward: a slice of the vocabulary at a time,
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from treepo_mega.loss import te
-from treepo_mega.loss.head import Shard, arrived, joined
 from treepo_mega.loss.quantize import split
+from treepo_mega.loss.shard import Shard, arrived, joined
 from treepo_mega.loss.triton import launch
 from treepo_mega.loss.triton.launch import Slopes
 
@@ -58,7 +58,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class TritonLogProbEntropy(torch.autograd.Function):
-    """See the module docstring; arguments as in `loss/head.py`. Never called for a shard of nothing but padding."""
+    """See the module docstring; arguments as in `loss/logprobs.py`. Never called for a shard of nothing but padding."""
 
     @staticmethod
     def forward(

@@ -39,7 +39,7 @@ def cast_kernel(
 def combine_kernel(partial, column, given, peak, sums, T, splits, BM: tl.constexpr):
     """Join the splits and the target's logit: partial [3, splits, T], given [T] -> peak [T], sums [3, T].
 
-    They are `loss/head.py`'s Tiles.sums_: the target's logit counts where this shard owns it (column >= 0).
+    They are `loss/logprobs.py`'s Tiles.sums_: the target's logit counts where this shard owns it (column >= 0).
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     live = rows < T
