@@ -60,7 +60,7 @@ def roofline() -> list[dict[str, Any]]:
 
 def compiled(quick: bool) -> list[dict[str, Any]]:
     """The reports of all variants, or of the quick ones."""
-    from treepo_mega.loss.triton import aot
+    from tools.bench import kernel_aot as aot
 
     wanted = [v for v in aot.VARIANTS if not quick or v.name in QUICK]
     return [aot.report(v, arch).as_dict() for v in wanted for arch in aot.ARCHS]
