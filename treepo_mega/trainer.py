@@ -37,15 +37,12 @@ from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.runtime.signals import StopRequest
 from treepo_mega.sync.actor_memory import handover_backend
 from treepo_mega.sync.handover import Handover, State
 from treepo_mega.sync.refit import Refit
 from treepo_mega.tree.pack import Pack, StepPlan
-
-cpu_megatron.install()
-
 
 SUMMARY = "summary.json"
 

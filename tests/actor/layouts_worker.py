@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state as ps
 
 from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
@@ -22,12 +23,8 @@ from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.actor.update import Actor, Policy
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.tree.pack import StepPlan, plan_step
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
 
 
 def settings(case: str) -> tuple[str, bool, list[str]]:

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state as ps
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from tests.actor.exact import measure_exact
 from tests.actor.gpu_twins import pretend_gpu
@@ -32,16 +34,11 @@ from treepo_mega.actor.model import PolicyModel
 from treepo_mega.actor.update import Actor
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch, StepPlan
 from treepo_mega.tree.segments import Segments
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
-from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 NAMES = {
     "tp": "tensor_model_parallel_size",

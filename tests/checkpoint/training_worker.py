@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
@@ -24,12 +25,8 @@ from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config
 from treepo_mega.loss.stats import Stats
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.tree.pack import Pack, plan_step
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
 
 LAYOUTS = {
     "tp2": ["parallel.tensor_model_parallel_size=2"],

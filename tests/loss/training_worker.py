@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as ps
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
@@ -15,12 +16,8 @@ from treepo_mega.actor.forward import count_multiple, padding_multiple
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.update import Actor
 from treepo_mega.loss.quantize import BLOCK, Split, quantize, split
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.tree.pack import Pack, plan_step
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
 
 
 def begin(directory: Path, *overrides: str) -> tuple[Actor, list[Pack]]:

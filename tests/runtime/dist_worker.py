@@ -40,7 +40,7 @@ def missing() -> None:
         return
     try:
         dist.barrier("generation", 1.5)
-    except RuntimeError as e:
+    except dist.RankLost as e:
         print("MESSAGE", str(e).replace("\n", " "), flush=True)
 
 

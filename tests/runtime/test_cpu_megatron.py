@@ -84,12 +84,11 @@ def test_only_megatron_is_rewritten_and_only_for_us(tmp_path):
     module = tmp_path / "megatron" / "m.py"
     code = """
         import torch
-        from treepo_mega.runtime import cpu_megatron
-        assert cpu_megatron.install() and cpu_megatron.install()
+        import treepo_mega
         import megatron.m, other.m, sys
         assert megatron.m.DEVICE == "cpu" and type(megatron.m.CUDA).__name__ == "CpuCuda"
         assert other.m.DEVICE == "cuda" and other.m.CUDA is torch.cuda
-        assert sum(type(f).__name__ == "_Finder" for f in sys.meta_path) == 1
+        assert sum(type(f).__name__ == "MegatronFinder" for f in sys.meta_path) == 1
         print(megatron.m.__file__)
     """
     assert python(code, tmp_path).strip() == str(module)
@@ -101,15 +100,14 @@ def test_only_megatron_is_rewritten_and_only_for_us(tmp_path):
     assert python(code, tmp_path).strip() == str(module) and kept.read_bytes() == written, "made again if damaged"
     module.write_text(module.read_text() + "MORE = 1\n")
     assert "1 cpu" in python(code + "    print(megatron.m.MORE, megatron.m.DEVICE)", tmp_path), "and for another source"
-    assert "cuda" in python("import megatron.m\nprint(megatron.m.DEVICE)", tmp_path), "without install nothing changes"
+    assert "cuda" in python("import megatron.m\nprint(megatron.m.DEVICE)", tmp_path), "only treepo_mega rewrites"
 
 
 def test_the_real_megatron_imports_and_torch_stays_untouched():
     code = """
         import torch
         before = dict(vars(torch.cuda)), torch.Tensor.cuda, torch.zeros
-        from treepo_mega.runtime import cpu_megatron
-        cpu_megatron.install()
+        import treepo_mega
         import megatron.core.parallel_state, megatron.core.optimizer, megatron.core.models.gpt
         after = vars(torch.cuda)
         changed = [k for k, v in before[0].items() if k != "_initialized" and after.get(k) is not v]
@@ -120,13 +118,44 @@ def test_the_real_megatron_imports_and_torch_stays_untouched():
     assert python(code).strip().endswith("untouched")
 
 
-def test_a_late_install_raises():
-    code = """
-        import megatron.core.parallel_state
+@pytest.mark.parametrize("first, second", [("torch", "treepo_mega"), ("treepo_mega", "torch")])
+def test_importing_the_package_suffices_before_or_after_torch(first, second):
+    code = f"""
+        import {first}
+        import {second}
+        from megatron.core import parallel_state
         from treepo_mega.runtime import cpu_megatron
-        try:
-            cpu_megatron.install()
-        except RuntimeError as e:
-            print(e)
+        cpu_megatron.require_retargeted()
+        stand_in = vars(parallel_state)[cpu_megatron.STAND_IN]
+        print(type(parallel_state.__spec__.loader).__module__, stand_in.device_count())
     """
-    assert "was imported before treepo_mega.runtime.cpu_megatron.install(): import it later" in python(code)
+    assert python(code).strip() == "treepo_mega.runtime.cpu_megatron 1"
+
+
+def test_importing_the_package_imports_neither_torch_nor_the_rules():
+    code = """
+        import sys, treepo_mega
+        heavy = {"torch", "megatron", "vllm", "numpy", "pydantic", "treepo_mega.runtime"}
+        print(sorted(heavy & set(sys.modules)), type(sys.meta_path[0]).__name__)
+    """
+    assert python(code).strip() == "[] MegatronFinder"
+
+
+def test_megatron_before_the_package_is_an_error_when_a_run_needs_it():
+    code = f"""
+        import megatron.core.parallel_state
+        import treepo_mega
+        import megatron.core.tensor_parallel.random as later
+        assert "CpuCuda" not in repr(vars(later)), "what began as shipped stays as shipped: never half and half"
+        from treepo_mega.config import load_config
+        from treepo_mega.errors import TreepoError
+        from treepo_mega.runtime import dist
+        try:
+            dist.initialize(load_config({str(REPO / "examples" / "tiny_cpu.yaml")!r}))
+        except TreepoError as e:
+            print(type(e).__name__, e)
+    """
+    printed = python(code)
+    assert printed.startswith("EarlyMegatron megatron.")
+    assert "was imported before treepo_mega and calls CUDA" in printed
+    assert "Import treepo_mega first" in printed

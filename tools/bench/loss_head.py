@@ -126,10 +126,6 @@ def naive(hidden, weight, target, slope, precision):
     """Megatron: ColumnParallelLinear's product, then its cross entropy on the full logits."""
     import torch
     import torch.distributed as dist
-
-    from treepo_mega.runtime import cpu_megatron
-
-    cpu_megatron.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 

@@ -25,15 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from treepo_mega.actor import attention_cpu, attention_flex
-from treepo_mega.runtime import cpu_megatron
 from treepo_mega.tree.pack import Pack
-
-cpu_megatron.install()
-
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
 
 @dataclass(slots=True)

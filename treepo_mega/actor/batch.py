@@ -9,20 +9,17 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from megatron.core import parallel_state as ps
 
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.config import Config
 from treepo_mega.modelspec.spec import ModelSpec
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import leaf_advantages, segment_advantages, whiten
 from treepo_mega.tree.credit import Credit, credit_by_depth, fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.pack import Batch, StepPlan, plan_step, split_steps
 from treepo_mega.tree.segments import Floats, Segments
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
 
 
 def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:

@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import mappings
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from treepo_mega.actor.attention import PACKS, PackLayout
@@ -31,15 +34,8 @@ from treepo_mega.loss.head import LossHead
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.stats import Stats
 from treepo_mega.loss.te import row_multiple
-from treepo_mega.runtime import cpu_megatron
 from treepo_mega.runtime.device import device, has_cuda
 from treepo_mega.tree.pack import Pack
-
-cpu_megatron.install()
-
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel import mappings  # noqa: E402
-from megatron.core.utils import unwrap_model  # noqa: E402
 
 Gates = Callable[[Pack, Tensor, Tensor | None, Tensor], Tensor]
 """(pack, logp [n], old logprobs [n] or None for the pack's, rows [n]) -> closed clip gates [n]."""

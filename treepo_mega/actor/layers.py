@@ -26,25 +26,20 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from treepo_mega.config import ConfigError
-from treepo_mega.config.sections import ModelConfig
-from treepo_mega.loss import te
-from treepo_mega.runtime import cpu_megatron
-from treepo_mega.runtime.device import has_cuda
-
-cpu_megatron.install()
-
-from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-from treepo_mega.actor.attention import PackAttention  # noqa: E402
+from treepo_mega.actor.attention import PackAttention
+from treepo_mega.config import ConfigError
+from treepo_mega.config.sections import ModelConfig
+from treepo_mega.loss import te
+from treepo_mega.runtime.device import has_cuda
 
 APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
 

@@ -13,29 +13,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from treepo_mega.config import Config
-from treepo_mega.loss import te
-from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
-from treepo_mega.modelspec.spec import ModelSpecError
-from treepo_mega.runtime import cpu_megatron
-from treepo_mega.runtime.device import device, has_cuda
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
-from megatron.core.distributed import finalize_model_grads  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.tensor_parallel.layers import (  # noqa: E402
+from megatron.core import parallel_state as ps
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, layer_spec  # noqa: E402
+from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, layer_spec
+from treepo_mega.config import Config
+from treepo_mega.loss import te
+from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
+from treepo_mega.modelspec.spec import ModelSpecError
+from treepo_mega.runtime.device import device, has_cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

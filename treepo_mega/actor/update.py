@@ -17,6 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.core import parallel_state as ps
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PackLoss, clip_gates
@@ -29,16 +33,9 @@ from treepo_mega.loss.head import LossHead
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.stats import Stats
 from treepo_mega.modelspec.mcore_layout import ModelSpec
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import device
 from treepo_mega.tree.pack import Pack, Trajectory, plan_step
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
 
 class TrainingDiverged(TreepoError):

@@ -39,7 +39,6 @@ from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.config import Config
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import NAMING, Box, ModelSpec, Naming, ParamLayout, chunk_layouts, hf_shapes
-from treepo_mega.runtime import cpu_megatron
 
 Reader = Callable[[str, Box], Tensor]
 
@@ -130,7 +129,6 @@ def load_from_hf(
 
 def _parallel_state() -> Any:
     """Megatron's parallel_state, imported when asked for: a gather over a plain group needs no Megatron."""
-    cpu_megatron.install()
     from megatron.core import parallel_state
 
     return parallel_state

@@ -30,17 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as ps
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from treepo_mega.errors import TreepoError
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
-
-cpu_megatron.install()
-
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core import parallel_state as ps  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
+from megatron.core import parallel_state as ps
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from treepo_mega.actor.attention import PACKS, PackLayout
@@ -26,15 +29,9 @@ from treepo_mega.actor.model import PolicyModel, build_model
 from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.config import Config
 from treepo_mega.modelspec.mcore_layout import EMBEDDING, FINAL_NORM, LM_HEAD, ModelSpec
-from treepo_mega.runtime import cpu_megatron, dist
+from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import device
 from treepo_mega.tree.pack import Trajectory, plan_step
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.utils import unwrap_model  # noqa: E402
 
 PROBE_TOKENS = 33
 LOGITS_TOLERANCE = 1e-4

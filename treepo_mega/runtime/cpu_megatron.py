@@ -1,28 +1,28 @@
 """Megatron-Core without a GPU: retarget its CUDA calls while its modules are imported.
 
-Megatron-Core 0.16.1 names `torch.cuda` and the device string "cuda" in a few dozen places that CPU runs
-reach (RNG tracker, gradient buffers, pipeline communication, clipping, rotary tables). Patching
-`torch.cuda` itself would disturb vLLM and transformers, which share this process; so `install()` puts an
-import finder in front that rewrites `megatron.*` source files, in the syntax tree only:
+Megatron-Core 0.16.1 names `torch.cuda` and the device string "cuda" in a few dozen places that CPU runs reach (RNG
+tracker, gradient buffers, pipeline communication, clipping, rotary tables). Patching `torch.cuda` itself would disturb
+vLLM and transformers, which share this process. So `megatron.*` source files are rewritten in the syntax tree only:
 
     torch.cuda.X            ->  <stand-in>.X          from torch.cuda import X -> X = <stand-in>.X
     "cuda"                  ->  "cpu"                 "torch.cuda.FloatTensor" -> "torch.FloatTensor"
     t.cuda(...)             ->  t.cpu()               pin_memory=True          -> pin_memory=False
 
-Megatron's jit_fuser, torch.compile on all its fused functions, is switched off in the way that Megatron itself offers:
-fusions are not used on a CPU, and decorating them would import the whole compiler into every rank.
+Megatron offers a switch for its jit_fuser (torch.compile on every fused function). It is set to off: a CPU uses no
+fusions, and decorating them would import the whole compiler into every rank.
 
-Line numbers survive, so tracebacks point into Megatron's own files. torch stays untouched. With CUDA
-present `install()` does nothing at all: GPU runs use Megatron as shipped.
+Line numbers survive, so tracebacks point into Megatron's own files. torch stays untouched. With CUDA nothing is
+rewritten: GPU runs use Megatron as shipped.
 
-Call `install()` before the first import of megatron; importing `treepo_mega.runtime` users do so through
-`treepo_mega.runtime.dist`, and a late call raises.
+`import treepo_mega` installs the finder that asks `retargeted_spec`. It must come before the first import of Megatron;
+`require_retargeted` names the module that came too early.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -30,13 +30,13 @@ import marshal
 import os
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.device import has_cuda
 
 STAND_IN = "__treepo_cuda__"
@@ -44,6 +44,10 @@ ROOT = "megatron"
 MARKS = (b"cuda", b"pin_memory")
 """In every line that `_Retarget` rewrites."""
 _RULES = Path(__file__).read_bytes()
+
+
+class EarlyMegatron(TreepoError):
+    """Megatron was imported before treepo_mega on a machine without a GPU; the message names the module."""
 
 
 class _Inert:
@@ -152,7 +156,9 @@ class _Retarget(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.Call:
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
-            node.func.attr, node.args, node.keywords = "cpu", [], []
+            node.func.attr = "cpu"
+            node.args = []
+            node.keywords = []
         return node
 
     def visit_keyword(self, node: ast.keyword) -> ast.keyword:
@@ -218,34 +224,43 @@ class _Loader(importlib.machinery.SourceFileLoader):
             module.disable_jit_fuser()
 
 
-class _Finder(MetaPathFinder):
-    """Hands source modules under `megatron` to `_Loader`; every other import is none of its business."""
+def retargeted_spec(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
+    """The spec of module `fullname` under `megatron`, with the loader that rewrites it; None leaves it as shipped.
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """The ordinary spec with our loader, for source modules under `megatron`; None for all else."""
-        if fullname.split(".")[0] != ROOT:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
-        return spec
-
-
-def install() -> bool:
-    """Retarget Megatron-Core when there is no CUDA; returns whether it is (or was already) retargeted.
-
-    Raises RuntimeError when megatron was imported before: those modules would still call CUDA.
+    `path` is the `__path__` of the parent package. Anything but a source file keeps the loader that it has.
     """
+    if not _retargets():
+        return None
+    spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+    if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+        spec.loader = _Loader(spec.loader.name, spec.loader.path)
+    return spec
+
+
+def require_retargeted() -> None:
+    """Raise EarlyMegatron if this process needs the retargeted Megatron and has modules of it as shipped."""
     if has_cuda():
-        return False
-    if any(isinstance(f, _Finder) for f in sys.meta_path):
-        return True
-    early = sorted(m for m in sys.modules if m.split(".")[0] == ROOT and hasattr(sys.modules[m], "__file__"))
-    if any(sys.modules[m].__file__ for m in early):
-        raise RuntimeError(
-            f"{early[0]} was imported before treepo_mega.runtime.cpu_megatron.install(): import it later"
+        return
+    early = _loaded_as_shipped()
+    if early:
+        raise EarlyMegatron(
+            f"{early} was imported before treepo_mega and calls CUDA, but torch sees no GPU here. Import treepo_mega "
+            "first: it retargets Megatron to the CPU"
         )
-    sys.meta_path.insert(0, _Finder())
-    return True
+
+
+@functools.cache
+def _retargets() -> bool:
+    """Whether this process rewrites Megatron: decided at its first import, one way for all of its modules."""
+    return not has_cuda() and not _loaded_as_shipped()
+
+
+def _loaded_as_shipped() -> str:
+    """The first loaded module under `megatron` that Python's own source loader loaded; empty if there is none."""
+    for name, module in sorted(sys.modules.items(), key=lambda item: item[0]):
+        if name.split(".")[0] != ROOT:
+            continue
+        spec = getattr(module, "__spec__", None)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            return name
+    return ""

@@ -21,17 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core import tensor_parallel
 
 from treepo_mega.config import Config, check
 from treepo_mega.errors import TreepoError
-from treepo_mega.runtime import cpu_megatron
+from treepo_mega.runtime.cpu_megatron import require_retargeted
 from treepo_mega.runtime.device import backend, bind, has_cuda
 from treepo_mega.runtime.seeding import derive_seed
-
-cpu_megatron.install()
-
-from megatron.core import parallel_state as ps  # noqa: E402
-from megatron.core import tensor_parallel  # noqa: E402
 
 
 class RankLost(TreepoError):
@@ -64,8 +61,10 @@ def initialize(cfg: Config, hf: dict[str, Any] | None = None) -> list[str]:
     """Start torch.distributed and Megatron's parallel state; returns the notes of `config.check`.
 
     Collective over all ranks. Raises ConfigError when the world size does not fit the layout, and
-    torch.distributed's time-out error after `distributed.timeout_s` when ranks are missing.
+    torch.distributed's time-out error after `distributed.timeout_s` when ranks are missing. Raises EarlyMegatron when
+    Megatron was imported before treepo_mega on a machine without a GPU.
     """
+    require_retargeted()
     notes = check(cfg, world_size_from_env(), hf)
     _default_environment()
     bind()
