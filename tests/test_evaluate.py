@@ -75,7 +75,7 @@ def test_names_are_escaped():
     [
         (["--temperature", "0"], "greedy"),
         (["--compute-budget", "0"], "--compute-budget must be positive"),
-        (["rollout.branch_facto=2"], "did you mean 'branch_factor'"),
+        (["rollout.branching.facto=2"], "did you mean 'factor'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_starts(options, says, capsys):

@@ -188,7 +188,7 @@ def run_config(skeleton: Path, steps: int, seed: int) -> Config:
         {
             "model": {"hf_checkpoint": str(skeleton), "make_vocab_size_divisible_by": 16},
             "data": {"train": [{"path": str(skeleton / "train.jsonl")}], "max_prompt_len": tokens[0]},
-            "rollout": {"max_response_len": tokens[1], "segment_length": tokens[1]},
+            "rollout": {"max_response_len": tokens[1], "segment": {"length": tokens[1]}},
             "train": {
                 "lr": 3e-3,
                 "min_lr": 3e-4,

@@ -25,10 +25,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
 from treepo_mega import __version__
-from treepo_mega.config import Config, ConfigError, Section, check, load_config, read_hf_config
+from treepo_mega.config import Config, ConfigError, Section, check, dump_text, load_config, read_hf_config
 from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime.environment import check_environment
 
@@ -154,7 +152,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from treepo_mega.evaluate import main as run  # heavy: torch and vLLM
 
     samplers = ("sequential", "tree") if args.sampler == "both" else (args.sampler,)
-    branches = args.branch_factor or (cfg.rollout.branch_factor,)
+    branches = args.branch_factor or (cfg.rollout.branching.factor,)
     output = args.output or Path(cfg.logging.run_dir) / "eval"
     run(cfg, Plan(samplers, args.samples, branches, temperature, args.compute_budget, output))
     return 0
@@ -183,7 +181,7 @@ def _dry_run(cfg: Config, world_size: int) -> int:
     hf_dir = Path(cfg.model.hf_checkpoint)
     hf = read_hf_config(hf_dir)
     notes = check(cfg, world_size, hf)
-    print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), end="")
+    print(dump_text(cfg), end="")
     print("---")
     for note in [*notes, _describe_model(hf, hf_dir)]:
         print(f"# {note}")

@@ -24,8 +24,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
-from treepo_mega.config import Config, ConfigError, read_hf_config
-from treepo_mega.config.sections import ParallelConfig, RolloutConfig
+from treepo_mega.config import Config, ConfigError, ParallelConfig, RolloutConfig, read_hf_config
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards import RewardPool
@@ -74,8 +73,8 @@ def series(cfg: Config, plan: Plan) -> list[tuple[str, RolloutConfig]]:
         out.append(("sequential", cfg.rollout.model_copy(update={"mode": "sequential"})))
     if "tree" in plan.samplers:
         for b in plan.branch_factors:
-            tree = {"mode": "tree", "branch_factor": b, "initial_branches": None}
-            out.append((f"tree b={b}", cfg.rollout.model_copy(update=tree)))
+            tree = {"mode": "tree", "branching.factor": b, "branching.initial": None}
+            out.append((f"tree b={b}", cfg.rollout.replace(tree)))
     return out
 
 

@@ -121,7 +121,7 @@ class Trainer:
     def _resume(self) -> int:
         """Restore the checkpoint that the configuration points to; returns the step to begin with."""
         c = self.cfg.checkpoint
-        directory = checkpoint.find_latest(c.save) if c.load == "auto" and c.save else None
+        directory = checkpoint.find_latest(c.save) if c.load == "auto" and c.enabled and c.save else None
         if c.load and c.load != "auto":
             directory = Path(c.load)
         if directory is None:
@@ -140,7 +140,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """Write a checkpoint after `step` steps and delete older ones beyond keep_last."""
         c = self.cfg.checkpoint
-        if not c.save:
+        if not c.enabled or not c.save:
             return
         self._take_memory()
         trainer = {
@@ -190,7 +190,7 @@ class Trainer:
         if fell_back:  # once: the steps that follow begin in bf16
             self.progress.say(
                 f"the FP8 head is {metrics['train/head_logp_abs_diff']:.3f} nats from bf16, more than "
-                f"loss.head.guard.max_abs_diff {self.cfg.loss.head.guard.max_abs_diff}: bf16 until it is near again"
+                f"loss.guard.max_abs_diff {self.cfg.loss.guard.max_abs_diff}: bf16 until it is near again"
             )
             self._fill_old(plans)
             self.actor.guard.take_drift()

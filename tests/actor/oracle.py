@@ -38,7 +38,7 @@ def configuration(hf_dir: Path, *overrides: str) -> Config:
             "data.train=[{path: unused.jsonl}]",
             "data.max_prompt_len=64",
             "rollout.max_response_len=64",
-            "rollout.segment_length=16",
+            "rollout.segment.length=16",
             "rollout.temperature=0.8",
             "model.make_vocab_size_divisible_by=8",
             "algo.entropy_coef=0.01",
@@ -47,7 +47,7 @@ def configuration(hf_dir: Path, *overrides: str) -> Config:
             "train.weight_decay=0.1",
             "train.adam_eps=1e-3",  # a smooth first step: g / (|g| + eps) would turn rounding into signs
             "train.clip_grad=0.5",
-            "train.logprob_chunk_size=50",
+            "loss.tile_rows=50",
             *overrides,
         ],
     )

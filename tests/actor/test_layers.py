@@ -13,8 +13,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from treepo_mega.actor import layers
-from treepo_mega.config import ConfigError, parse_config
-from treepo_mega.config.sections import ModelConfig
+from treepo_mega.config import ConfigError, ModelConfig, parse_config
 from treepo_mega.loss import te
 from treepo_mega.reshard.sides import grid_of
 from treepo_mega.runtime.device import has_cuda

@@ -11,13 +11,18 @@ from treepo_mega.tree.stop import StopRules
 
 
 def config(**rollout: object) -> Config:
-    return parse_config(
-        {
-            "model": {"hf_checkpoint": "m"},
-            "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
-            "rollout": {"n_samples_per_prompt": 8, "segment_length": 16, "max_response_len": 64, **rollout},
-        }
-    )
+    """Dotted keys of the section rollout; `debug.` leads to the section debug."""
+    raw: dict[str, object] = {
+        "model": {"hf_checkpoint": "m"},
+        "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
+    }
+    for key, value in {"n_samples_per_prompt": 8, "segment.length": 16, "max_response_len": 64, **rollout}.items():
+        *sections, name = (key if key.startswith("debug.") else f"rollout.{key}").split(".")
+        target: dict = raw
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[name] = value
+    return parse_config(raw)
 
 
 def complaint(**rollout: object) -> str:
@@ -28,18 +33,19 @@ def complaint(**rollout: object) -> str:
 
 def test_the_defaults_are_the_papers():
     r = config().rollout
-    assert (r.budget, r.transfer, r.fallback_cut, r.budget_temperature) == ("equal", "level", "random", 2.0)
+    budget = r.branching.budget
+    assert (budget.kind, r.branching.transfer, r.fallback.cut, budget.temperature) == ("equal", "level", "random", 2.0)
     assert check(config(), 1)
 
 
 @pytest.mark.parametrize(
     "key, value, says",
     [
-        ("segment_length", 0, "greater than or equal to 1 (got 0)"),
-        ("budget_temperature", 0, "greater than 0 (got 0)"),
-        ("budget", "entropie", "'equal', 'low_prob', 'high_prob' or 'entropy' (got 'entropie')"),
-        ("transfer", "levels", "'level' or 'quota' (got 'levels')"),
-        ("fallback_cut", "lowest", "'random' or 'low_prob' (got 'lowest')"),
+        ("segment.length", 0, "greater than or equal to 1 (got 0)"),
+        ("branching.budget.temperature", 0, "greater than 0 (got 0)"),
+        ("branching.budget.kind", "entropie", "'equal', 'low_prob', 'high_prob' or 'entropy' (got 'entropie')"),
+        ("branching.transfer", "levels", "'level' or 'quota' (got 'levels')"),
+        ("fallback.cut", "lowest", "'random' or 'low_prob' (got 'lowest')"),
     ],
 )
 def test_an_impossible_value_names_its_key_and_what_was_expected(key, value, says):
@@ -49,12 +55,15 @@ def test_an_impossible_value_names_its_key_and_what_was_expected(key, value, say
 
 
 def test_initial_branches_must_be_a_range_within_the_width():
-    assert "rollout.initial_branches [3, 2]: expected [lo, hi]" in complaint(initial_branches=[3, 2])
-    assert "rollout.initial_branches [0, 2]: expected [lo, hi]" in complaint(initial_branches=[0, 2])
-    said = complaint(initial_branches=[2, 9])
-    assert "rollout.initial_branches [2, 9] exceeds rollout.n_samples_per_prompt 8" in said
-    assert check(config(initial_branches=[2, 8]), 1)
-    assert check(config(initial_branches=[2, 9], mode="sequential"), 1), "sequential sampling has no branches"
+    for impossible in ([3, 2], [0, 2]):
+        said = complaint(**{"branching.initial": impossible})
+        assert f"rollout.branching.initial {impossible}: expected [lo, hi]" in said
+    said = complaint(**{"branching.initial": [2, 9]})
+    assert "rollout.branching.initial [2, 9] exceeds rollout.n_samples_per_prompt 8" in said
+    assert check(config(**{"branching.initial": [2, 8]}), 1)
+    assert check(config(**{"branching.initial": [2, 9], "mode": "sequential"}), 1), (
+        "sequential sampling has no branches"
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,23 +71,26 @@ def test_initial_branches_must_be_a_range_within_the_width():
     [
         ({"n_samples_per_prompt": 17}, 16),
         ({"n_samples_per_prompt": 16}, None),
-        ({"n_samples_per_prompt": 2, "branch_factor": 1}, 1),
+        ({"n_samples_per_prompt": 2, "branching.factor": 1}, 1),
         ({"max_response_len": 17}, 4),
         ({"max_response_len": 33}, None),
         ({"max_response_len": 33, "max_depth": 9, "n_samples_per_prompt": 9}, 8),  # the length ends paths first
-        ({"initial_branches": [2, 3], "max_response_len": 20}, 6),
-        ({"initial_branches": [2, 4], "max_response_len": 20}, None),
+        ({"branching.initial": [2, 3], "max_response_len": 20}, 6),
+        ({"branching.initial": [2, 4], "max_response_len": 20}, None),
     ],
 )
 @pytest.mark.parametrize("transfer", ["level", "quota"])
 def test_a_width_out_of_reach_is_refused_and_the_number_is_the_samplers(shape, reachable, transfer):
-    cfg = config(fallback="none", transfer=transfer, **shape)
+    shape = {**shape, "branching.transfer": transfer}
+    cfg = config(**{"fallback.from": "none", **shape})
     if reachable is None:
         assert check(cfg, 1)
     else:
-        said = complaint(fallback="none", transfer=transfer, **shape)
-        assert f"{reachable} leaves" in said and "rollout.n_samples_per_prompt" in said and "rollout.fallback" in said
-        assert check(config(transfer=transfer, **shape), 1), "fallback makes up for it"
+        said = complaint(**{"fallback.from": "none", **shape})
+        assert (
+            f"{reachable} leaves" in said and "rollout.n_samples_per_prompt" in said and "rollout.fallback.from" in said
+        )
+        assert check(config(**shape), 1), "fallback makes up for it"
     most = max(leaves_without_a_stop(cfg, seed) for seed in range(12))
     assert most == (reachable or cfg.rollout.n_samples_per_prompt)
 
@@ -97,19 +109,22 @@ def leaves_without_a_stop(cfg: Config, seed: int) -> int:
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"token_budget": 100, "transfer": "quota"}, "rollout.token_budget needs rollout.transfer level"),
-        ({"token_budget": 3}, "rollout.token_budget 3 is less than one segment (rollout.segment_length 16)"),
+        (
+            {"token_budget": 100, "branching.transfer": "quota"},
+            "rollout.token_budget needs rollout.branching.transfer level",
+        ),
+        ({"token_budget": 3}, "rollout.token_budget 3 is less than one segment (rollout.segment.length 16)"),
         ({"token_budget": 100, "mode": "sequential"}, "rollout.token_budget needs rollout.mode tree"),
         ({"partial_rollout": 8, "mode": "sequential"}, "rollout.partial_rollout needs rollout.mode tree"),
-        ({"partial_rollout": 8, "schedule": "level"}, "rollout.partial_rollout needs rollout.schedule async"),
-        ({"budget_temperature_end": 1.0}, "has no effect with rollout.budget equal"),
+        ({"partial_rollout": 8, "debug.schedule": "level"}, "rollout.partial_rollout needs debug.schedule async"),
+        ({"branching.budget.temperature_end": 1.0}, "has no effect with rollout.branching.budget.kind equal"),
         (
-            {"segment_end": "newline", "segment_min_length": 17},
-            "segment_min_length 17 exceeds rollout.segment_length 16",
+            {"segment.end": "newline", "segment.min_length": 17},
+            "segment.min_length 17 exceeds rollout.segment.length 16",
         ),
-        ({"segment_end": "newline", "segment_alignment": "kv_block"}, "needs rollout.segment_end length"),
-        ({"segment_end": []}, "a list names at least one string"),
-        ({"segment_end": ["a", ""]}, "none of them is empty"),
+        ({"segment.end": "newline", "debug.segment_alignment": "kv_block"}, "needs rollout.segment.end length"),
+        ({"segment.end": []}, "a list names at least one string"),
+        ({"segment.end": ["a", ""]}, "none of them is empty"),
         ({"max_depth": 2}, "no path could reach it"),
         (
             {"engine": {"quantization": "fp8_per_channel"}},

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from treepo_mega.config import DataConfig, RewardConfig
-from treepo_mega.config.sections import PromptSource
+from treepo_mega.config import DataConfig, PromptSource, RewardConfig
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards import RewardItem, RewardPool

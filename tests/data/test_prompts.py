@@ -14,8 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from treepo_mega.config import DataConfig
-from treepo_mega.config.sections import PromptSource
+from treepo_mega.config import DataConfig, PromptSource
 from treepo_mega.data.prompts import PromptSet, load_prompts
 from treepo_mega.data.rows import PromptError
 

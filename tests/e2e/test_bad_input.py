@@ -41,7 +41,7 @@ def run_with(model: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_key_that_does_not_exist():
-    check_refused(train("rollout.segmnt_length=8"), "rollout.segmnt_length", "did you mean 'segment_length'")
+    check_refused(train("rollout.segmnt_length=8"), "rollout.segmnt_length", "did you mean 'segment'")
 
 
 def test_a_missing_checkpoint(tmp_path):

@@ -24,7 +24,7 @@ def config(hf: Path, **engine: object):
             "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 100},
             "rollout": {
                 "max_response_len": 60,
-                "segment_length": 16,
+                "segment": {"length": 16},
                 # 1 MiB: so few blocks that what ended requests left is given out again and requests are preempted.
                 "engine": {"max_num_batched_tokens": 1024, "kv_cache_memory_mb": 1, **engine},
             },

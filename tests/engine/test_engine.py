@@ -23,7 +23,7 @@ def config(hf: Path) -> Config:
         {
             "model": {"hf_checkpoint": str(hf)},
             "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
-            "rollout": {"max_response_len": 64, "segment_length": 16, "engine": {"max_num_batched_tokens": 1024}},
+            "rollout": {"max_response_len": 64, "segment": {"length": 16}, "engine": {"max_num_batched_tokens": 1024}},
         }
     )
 

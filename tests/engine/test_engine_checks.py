@@ -19,7 +19,7 @@ def start(hf: Path, **rollout: object) -> Engine:
     raw = {
         "model": {"hf_checkpoint": str(hf)},
         "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
-        "rollout": {"max_response_len": 64, "segment_length": 16, **rollout},
+        "rollout": {"max_response_len": 64, "segment": {"length": 16}, **rollout},
     }
     return Engine(hf, parse_config(raw))
 

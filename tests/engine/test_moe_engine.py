@@ -31,7 +31,7 @@ def write_model(directory, kind, seed):
 
 def start(directory, keep_alive):
     engine = {"max_num_batched_tokens": 1024}
-    rollout = {"max_response_len": 32, "segment_length": 16, "stop": {"eos_token_ids": [2]}, "engine": engine}
+    rollout = {"max_response_len": 32, "segment": {"length": 16}, "stop": {"eos_token_ids": [2]}, "engine": engine}
     data = {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 32}
     cfg = parse_config({"model": {"hf_checkpoint": str(directory)}, "data": data, "rollout": rollout})
     keep_alive.append(Engine(directory, cfg, seed=0))

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from tests.loss.test_fp8_head import VOCAB, operands
-from treepo_mega.config.sections import HeadConfig
+from treepo_mega.config import DebugConfig, LossConfig
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.shard import Shard
 
 
-def guard(**head: object) -> HeadGuard:
-    return HeadGuard(HeadConfig(**{"precision": "fp8", "logprob_precision": "fp8", **head}))
+def guard(exact_target: bool = True, **loss: object) -> HeadGuard:
+    return HeadGuard(
+        LossConfig(**{"precision": "fp8", "logprob_precision": "fp8", **loss}), DebugConfig(exact_target=exact_target)
+    )
 
 
 def test_precisions_of_update_and_logprobs_are_apart():

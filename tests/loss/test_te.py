@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from treepo_mega.config import Config, ConfigError, check, parse_config
-from treepo_mega.config.sections import HeadConfig, ModelConfig
+from treepo_mega.config import Config, ConfigError, LossConfig, ModelConfig, check, parse_config
 from treepo_mega.loss import backend, te
 from treepo_mega.loss.backend import resolve_backend
 
@@ -102,8 +101,11 @@ def test_packs_of_fp8_layers_are_padded_to_what_they_take():
             {"model": {"fp8": "e4m3", "params_dtype": "bf16", "first_last_layers_bf16": True, "fp8_recipe": "delayed"}},
             "cannot be had with model.fp8_recipe delayed",
         ),
-        ({"loss": {"head": {"fp8_grads": True}}}, "loss.head.fp8_grads needs loss.head.precision fp8, which is fp32"),
-        ({"loss": {"head": {"power_of_2_scales": True, "precision": "bf16"}}}, "needs loss.head.precision fp8"),
+        ({"loss": {"fp8_grads": True}}, "loss.fp8_grads needs loss.precision fp8, which is fp32"),
+        (
+            {"debug": {"power_of_2_scales": True}, "loss": {"precision": "bf16"}},
+            "debug.power_of_2_scales needs loss.precision fp8",
+        ),
     ],
 )
 def test_settings_that_contradict_one_another_are_named(sections, message):
@@ -112,17 +114,17 @@ def test_settings_that_contradict_one_another_are_named(sections, message):
 
 
 def test_unknown_keys_of_the_head_name_the_nearest():
-    with pytest.raises(ConfigError, match=r"loss.head.precison: unknown key; did you mean 'precision'"):
-        config(loss={"head": {"precison": "fp8"}})
+    with pytest.raises(ConfigError, match=r"loss.precison: unknown key \(did you mean 'precision'"):
+        config(loss={"precison": "fp8"})
 
 
 def test_the_head_follows_the_parameters_unless_told():
-    head = config(model={"params_dtype": "bf16"}).loss.head
+    head = config(model={"params_dtype": "bf16"}).loss
     assert (head.precision, head.logprob_precision) == ("bf16", "bf16")
-    cfg = config(loss={"head": {"precision": "fp8"}})
-    assert cfg.loss.head.logprob_precision == "fp8"
+    cfg = config(loss={"precision": "fp8"})
+    assert cfg.loss.logprob_precision == "fp8"
     assert cfg.algo.use_tis, "the engine's logprobs are no FP8 ones: the difference is weighed"
-    apart = config(loss={"head": {"precision": "fp8", "logprob_precision": "bf16"}}).loss.head
+    apart = config(loss={"precision": "fp8", "logprob_precision": "bf16"}).loss
     assert (apart.precision, apart.logprob_precision) == ("fp8", "bf16")
 
 
@@ -140,22 +142,22 @@ def test_the_head_follows_the_parameters_unless_told():
 )
 def test_backends(monkeypatch, capability, head, want):
     on_gpu(monkeypatch, capability)
-    assert resolve_backend(HeadConfig(**head)) == want
+    assert resolve_backend(LossConfig(**head)) == want
 
 
 @pytest.mark.parametrize(
     "capability, head, message",
     [
-        (None, {"backend": "triton"}, "loss.head.backend=triton cannot run: torch sees no GPU"),
+        (None, {"backend": "triton"}, "loss.backend=triton cannot run: torch sees no GPU"),
         ((8, 0), {"backend": "triton"}, "compute capability 8.0, they need 9.0"),
-        ((8, 0), {"precision": "fp8"}, "loss.head.precision=fp8 cannot run on this GPU"),
-        ((8, 9), {"logprob_precision": "fp8"}, "loss.head.precision=fp8 cannot run on this GPU"),
+        ((8, 0), {"precision": "fp8"}, "loss.precision=fp8 cannot run on this GPU"),
+        ((8, 9), {"logprob_precision": "fp8"}, "loss.precision=fp8 cannot run on this GPU"),
     ],
 )
 def test_backends_that_cannot_run_are_refused(monkeypatch, capability, head, message):
     on_gpu(monkeypatch, capability)
     with pytest.raises(ConfigError, match=message):
-        resolve_backend(HeadConfig(**head))
+        resolve_backend(LossConfig(**head))
 
 
 def test_kernels_without_triton_are_refused(monkeypatch):
@@ -163,14 +165,14 @@ def test_kernels_without_triton_are_refused(monkeypatch):
     none = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(backend, "importlib", none)
     with pytest.raises(ConfigError, match="the package triton is not installed"):
-        resolve_backend(HeadConfig(backend="triton"))
+        resolve_backend(LossConfig(backend="triton"))
 
 
 def test_fp8_gradient_products_need_transformer_engine(monkeypatch):
     on_gpu(monkeypatch, (9, 0))
     without_te(monkeypatch, ModuleNotFoundError("transformer_engine"))
-    with pytest.raises(ConfigError, match=r"loss.head.fp8_grads needs Transformer Engine"):
-        resolve_backend(HeadConfig(precision="fp8", fp8_grads=True))
+    with pytest.raises(ConfigError, match=r"loss.fp8_grads needs Transformer Engine"):
+        resolve_backend(LossConfig(precision="fp8", fp8_grads=True))
 
 
 def test_the_products_of_transformer_engine_are_refused_here():

@@ -66,17 +66,17 @@ def main() -> None:
     out: dict[str, Any] = {}
     norms = {}
     for precision in ("fp32", "bf16", "fp8"):
-        actor, packs = begin(directory, f"loss.head.precision={precision}", "loss.head.guard.max_abs_diff=1")
+        actor, packs = begin(directory, f"loss.precision={precision}", "loss.guard.max_abs_diff=1")
         metrics, stats = train(actor, packs)
         norms[precision] = [s["grad-norm"] for s in stats]
         out[precision] = metrics
     out["norms"] = norms
     out["made"] = actor.head.cache.made
     out["fresh"] = kept_is_fresh(actor, packs)
-    actor, packs = begin(directory, "loss.head.precision=fp8", "loss.head.guard.max_abs_diff=1e-6")
+    actor, packs = begin(directory, "loss.precision=fp8", "loss.guard.max_abs_diff=1e-6")
     out["fallen"], stats = train(actor, packs)
     norms["fallen"] = [s["grad-norm"] for s in stats]
-    actor, packs = begin(directory, "loss.head.precision=fp8", "loss.head.logprob_precision=bf16")
+    actor, packs = begin(directory, "loss.precision=fp8", "loss.logprob_precision=bf16")
     out["apart"], _ = train(actor, packs)
     if dist.is_main():
         (directory / "results.json").write_text(json.dumps(out))

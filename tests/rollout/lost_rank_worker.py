@@ -33,7 +33,7 @@ def main(hf: Path, how: str) -> None:
             "rollout": {
                 "n_samples_per_prompt": 4,
                 "max_response_len": 48,
-                "segment_length": 16,
+                "segment": {"length": 16},
                 "timeout_s": 12,
                 "engine": {"max_num_batched_tokens": 1024},
             },

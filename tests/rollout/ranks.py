@@ -55,7 +55,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
             "rollout": {
                 "n_samples_per_prompt": 6,
                 "max_response_len": 48,
-                "segment_length": 16,
+                "segment": {"length": 16},
                 "engine": {"max_num_batched_tokens": 1024, "tensor_parallel_size": tp},
             },
         }

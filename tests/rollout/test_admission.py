@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treepo_mega.config import RolloutConfig
+from tests.rollouts import rollout_config
 from treepo_mega.rollout.admission import Admission, CacheTooSmall, Key
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.search import Segment, TreeSearch, Want
@@ -38,7 +38,7 @@ def blocks_in_use(room: Admission, texts: dict[Key, tuple[list[int], int]]) -> i
     st.integers(0, 999),
 )
 def test_no_more_than_the_cache_holds_and_everything_in_the_end(trees, blocks, block_size, most, transfer, seed):
-    cfg = RolloutConfig(n_samples_per_prompt=6, segment_length=4, max_response_len=16, transfer=transfer)
+    cfg = rollout_config(n_samples_per_prompt=6, segment__length=4, max_response_len=16, branching__transfer=transfer)
     stop = StopRules.from_config(cfg, [EOS], str)
     searches = [TreeSearch(f"p{k}", [7] * (3 + k), cfg, seed=seed + k, stop=stop) for k in range(trees)]
     room, rng = Admission(blocks, block_size, most), random.Random(seed)

@@ -50,7 +50,7 @@ def test_through_the_engine_and_the_graders(tiny_llama: Path, keep_alive: list[o
     raw = {
         "model": {"hf_checkpoint": str(tiny_llama)},
         "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
-        "rollout": {"max_response_len": 24, "segment_length": 8, "engine": {"max_num_batched_tokens": 1024}},
+        "rollout": {"max_response_len": 24, "segment": {"length": 8}, "engine": {"max_num_batched_tokens": 1024}},
     }
     cfg = parse_config(raw)
     engine = Engine(tiny_llama, cfg)

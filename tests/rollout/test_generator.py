@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.rollouts import rollout_config
 from treepo_mega.config import Config, RolloutConfig, parse_config
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.dealing import LocalQueue
@@ -37,7 +38,7 @@ def config(hf: Path) -> Config:
         "rollout": {
             "n_samples_per_prompt": 8,
             "max_response_len": 64,
-            "segment_length": 16,
+            "segment": {"length": 16},
             "engine": {"max_num_batched_tokens": 1024, "block_size": BLOCK},
         },
     }
@@ -75,7 +76,7 @@ def logprobs_of(tree: Tree, leaf: int) -> list[float]:
 
 
 def change(generator: Generator, **fields: object) -> RolloutConfig:
-    return generator.cfg.rollout.model_copy(update=fields)
+    return rollout_config(generator.cfg.rollout, **fields)
 
 
 def tokens(trees: list[Tree]) -> list[list[tuple[tuple[int, ...], list[int], str | None]]]:
@@ -100,7 +101,7 @@ def test_every_segment_has_the_logprobs_of_its_own_path(generator, tiny_llama):
 
 
 def test_counts_add_up(generator, copies):
-    trees = generator.rollout(prompts(3), step=0, rollout=change(generator, continue_paths="never"))
+    trees = generator.rollout(prompts(3), step=0, rollout=change(generator, debug__continue_paths="never"))
     c = generator.counts
     nodes = [n for t in trees for n in t.nodes[1:]]
     assert (c["prompts"], c["leaves"], c["trees_short"]) == (3, 24, 0)
@@ -121,7 +122,7 @@ def test_counts_add_up(generator, copies):
 
 def test_what_runs_on_is_not_computed_twice(generator, copies):
     """Prompts of 33 tokens and segments of 16 on blocks of 32: every other border is in the middle of a block."""
-    again = change(generator, continue_paths="never")
+    again = change(generator, debug__continue_paths="never")
     generator.rollout(prompts(3), step=0, rollout=again)
     resubmitted = dict(generator.counts)
     trees = generator.rollout(prompts(3), step=0)
@@ -169,10 +170,10 @@ def test_an_answer_ends_a_run_where_it_stands(generator):
 @pytest.mark.parametrize("budget", ["equal", "entropy"])
 def test_the_level_synchronous_schedule_gives_the_same_trees(generator, paths, budget):
     generator.eos_token_ids = list(range(2, 9))
-    r = change(generator, continue_paths=paths, budget=budget)
+    r = change(generator, debug__continue_paths=paths, branching__budget__kind=budget)
     trees = generator.rollout(prompts(4), step=1, rollout=r)
     steps = generator.counts["engine_steps"]
-    level = generator.rollout(prompts(4), step=1, rollout=r.model_copy(update={"schedule": "level"}))
+    level = generator.rollout(prompts(4), step=1, rollout=rollout_config(r, debug__schedule="level"))
     assert trees == level or [t.to_dict() | {"counts": 0} for t in trees] == [
         t.to_dict() | {"counts": 0} for t in level
     ]
@@ -181,7 +182,9 @@ def test_the_level_synchronous_schedule_gives_the_same_trees(generator, paths, b
 
 def test_peeks_are_the_distribution_behind_their_node(generator, tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    trees = generator.rollout(prompts(2), step=0, rollout=change(generator, budget="entropy", budget_top_k=4))
+    trees = generator.rollout(
+        prompts(2), step=0, rollout=change(generator, branching__budget__kind="entropy", branching__budget__top_k=4)
+    )
     peeked = [(t, n) for t in trees for n in t.nodes if n.peek]
     assert len(peeked) == generator.counts["peeked_tokens"] >= 4
     for tree, node in peeked:
@@ -193,7 +196,7 @@ def test_peeks_are_the_distribution_behind_their_node(generator, tiny_llama):
 
 @pytest.mark.parametrize("transfer", ["level", "quota"])
 def test_segments_end_at_steps_of_reasoning(generator, tiny_llama, transfer):
-    r = change(generator, segment_end=["a", "q", "="], segment_min_length=3, transfer=transfer)
+    r = change(generator, segment__end=["a", "q", "="], segment__min_length=3, branching__transfer=transfer)
     trees = generator.rollout(prompts(4), step=0, rollout=r)
     borders = generator.borders(r)
     assert len(borders) == 3
@@ -212,7 +215,7 @@ def test_segments_end_at_steps_of_reasoning(generator, tiny_llama, transfer):
 
 def test_carried_over_trees_go_on_in_the_next_step(generator):
     """With the same weights, a tree that was carried over twice is the tree that was not."""
-    whole = generator.rollout(prompts(3), step=5, rollout=change(generator, continue_paths="never"))
+    whole = generator.rollout(prompts(3), step=5, rollout=change(generator, debug__continue_paths="never"))
     r = change(generator, partial_rollout=24)
     jobs, grown = [Job(p) for p in prompts(3)], Grown()
     finished = {}

@@ -47,7 +47,7 @@ def configuration(hf_dir: str, tp: int, pp: int, tp_v: int, dtype: str = "fp32",
             "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 32},
             "rollout": {
                 "max_response_len": 32,
-                "segment_length": 16,
+                "segment": {"length": 16},
                 "engine": {"max_num_batched_tokens": 1024, "tensor_parallel_size": tp_v} | engine,
             },
             "reshard": {"bucket_mb": 1},
@@ -221,10 +221,10 @@ def main() -> None:
         found["once"] = failure_of(refit)
     with damaged_in_the_engine(refit, "model.layers.1.mlp.down_proj.weight"):
         found["in the engine"] = failure_of(refit)
-    cfg.reshard.canary_failure = "warn"
+    cfg.reshard.canary.on_failure = "warn"
     with damaged_on_the_way(refit, "model.layers.0.self_attn.q_proj.weight", times=9):
         found["warned"] = refit()["reshard/canary_failures"]
-    cfg.reshard.canary_failure = "stop"
+    cfg.reshard.canary.on_failure = "stop"
 
     if not policy.spec.tie_word_embeddings:
         refit()

@@ -28,7 +28,7 @@ def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llam
     found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND "))
     assert found["metrics"]["reshard/buffer_bytes"] <= 2 << 20
     assert "model.layers.1" in groups_named_in(found["every time"])
-    assert "more than rollout.engine.canary_max_abs_diff = 0.001" in found["every time"]
+    assert "more than reshard.canary.max_abs_diff = 0.001" in found["every time"]
     assert "a second transfer repaired it" in found["once"]
     assert "every layer group's checksum agrees" in found["in the engine"]
     assert found["warned"] == 1.0
@@ -40,7 +40,7 @@ def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llam
     low, high = {"llama": (1e-3, 0.11), "qwen2": (0.15, 0.3)}[kind]  # bf16; FP8
     assert low < right["reshard/canary_mean_abs_diff"] <= high and right["reshard/canary_failures"] == 0
     for name, error in found["trained"].items():
-        assert "more than rollout.engine.canary_" in error, f"in low precision the canary did not see: {name}"
+        assert "more than reshard.canary." in error, f"in low precision the canary did not see: {name}"
     if kind == "llama":
         engine_actor, engine, actor, transformers = found["rounding"]
         assert max(engine_actor, engine, actor) <= 5e-6, "each side rounds; the weights are those of a fresh engine"
@@ -49,5 +49,5 @@ def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llam
         assert found["quantised"], "with scales over TP_v, an FP8 engine is that of a fresh load"
         assert len(found["bugs"]) >= 10
         for name, error in found["bugs"].items():
-            assert "more than rollout.engine.canary_" in error, f"the canary did not see: {name}"
+            assert "more than reshard.canary." in error, f"the canary did not see: {name}"
             assert "every layer group's checksum agrees" in error, name

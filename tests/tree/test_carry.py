@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.node import Tree
@@ -19,8 +20,8 @@ EOS = 0
 
 
 def config(**changes: object) -> RolloutConfig:
-    values = {"n_samples_per_prompt": 8, "segment_length": 4, "max_response_len": 32, "partial_rollout": 8}
-    return RolloutConfig(**{**values, **changes})  # type: ignore[arg-type]
+    values = {"n_samples_per_prompt": 8, "segment__length": 4, "max_response_len": 32, "partial_rollout": 8}
+    return rollout_config(**{**values, **changes})
 
 
 def start(cfg: RolloutConfig, seed: int) -> tuple[TreeSearch, StopRules]:
@@ -65,9 +66,9 @@ def grow(cfg: RolloutConfig, seed: int, order: int, through_json: bool) -> tuple
 
 configs = st.builds(
     config,
-    transfer=st.sampled_from(["level", "quota"]),
-    budget=st.sampled_from(["equal", "low_prob", "entropy"]),
-    fallback=st.sampled_from(["finished", "any"]),
+    branching__transfer=st.sampled_from(["level", "quota"]),
+    branching__budget__kind=st.sampled_from(["equal", "low_prob", "entropy"]),
+    fallback__from=st.sampled_from(["finished", "any"]),
 )
 
 
@@ -100,6 +101,6 @@ def test_only_a_paused_tree_is_written_down_and_only_under_its_own_rule():
         search.state_dict()
     run(search, random.Random(0))
     state = search.state_dict()
-    other, _ = start(cfg.model_copy(update={"transfer": "quota"}), 3)
-    with pytest.raises(CarriedTreeError, match=r"another rollout.transfer \(level\) than 'quota'"):
+    other, _ = start(cfg.replace({"branching.transfer": "quota"}), 3)
+    with pytest.raises(CarriedTreeError, match=r"another rollout.branching.transfer \(level\) than 'quota'"):
         other.load_state_dict(state)

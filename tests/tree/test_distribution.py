@@ -23,7 +23,7 @@ from collections import Counter
 
 import pytest
 
-from treepo_mega.config import RolloutConfig
+from tests.rollouts import rollout_config
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.search import Segment, TreeSearch
 from treepo_mega.tree.stop import StopRules
@@ -52,8 +52,8 @@ def exact(eos: float) -> dict[Response, float]:
 
 
 def grow(seed: int, eos: float, **changes: object) -> Tree:
-    values = {"n_samples_per_prompt": 6, "segment_length": 1, "max_response_len": LENGTH, "fallback": "none"}
-    cfg = RolloutConfig(**{**values, "branch_factor": 2, "budget_temperature": 0.2, **changes})  # type: ignore[arg-type]
+    values = {"n_samples_per_prompt": 6, "segment__length": 1, "max_response_len": LENGTH, "fallback__from": "none"}
+    cfg = rollout_config(**{**values, "branching__factor": 2, "branching__budget__temperature": 0.2, **changes})
     stop = StopRules.from_config(cfg, [EOS], lambda tokens: "".join(map(str, tokens)))
     search = TreeSearch("p", [9], cfg, seed=seed, stop=stop)
     while not search.done:
@@ -72,7 +72,7 @@ def grow(seed: int, eos: float, **changes: object) -> Tree:
 @functools.lru_cache
 def forest(transfer: str, budget: str, eos: float) -> list[Tree]:
     """Trees of one rule, grown once for all tests."""
-    return [grow(seed, eos, transfer=transfer, budget=budget) for seed in range(TREES)]
+    return [grow(seed, eos, branching__transfer=transfer, branching__budget__kind=budget) for seed in range(TREES)]
 
 
 def descend(tree: Tree, rng: random.Random) -> Response:

@@ -12,7 +12,7 @@ import random
 
 import pytest
 
-from treepo_mega.config import RolloutConfig
+from tests.rollouts import rollout_config
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import Segment, TreeSearch
@@ -23,8 +23,8 @@ EOS, COUNTS = 0, ("segments", "generated_tokens", "dropped_tokens", "levels", "f
 
 def grow(seed: int, **changes: object) -> Tree:
     """One tree over letters; every third token is EOS."""
-    values = {"segment_length": 2, "max_response_len": 12, "n_samples_per_prompt": 12, **changes}
-    cfg = RolloutConfig(**values)  # type: ignore[arg-type]
+    values = {"segment__length": 2, "max_response_len": 12, "n_samples_per_prompt": 12, **changes}
+    cfg = rollout_config(**values)
     stop = StopRules.from_config(cfg, [EOS], lambda tokens: "".join(chr(97 + t) for t in tokens))
     search = TreeSearch("p", [7, 8], cfg, seed=seed, stop=stop)
     while not search.done:
@@ -53,13 +53,13 @@ def digest(trees: list[Tree]) -> str:
 CASES = {
     "short of depth": ({"n_samples_per_prompt": 30, "max_response_len": 6}, "429aae7ba3d3ebda624d6e5b"),
     "defaults": ({}, "cec3d1deff82a5dcb1bc2b08"),
-    "fallback any, three branches": ({"fallback": "any", "branch_factor": 3}, "6f55c584b6eed1f3b5a86a35"),
+    "fallback any, three branches": ({"fallback__from": "any", "branching__factor": 3}, "6f55c584b6eed1f3b5a86a35"),
     "fallback longest": (
-        {"fallback": "longest", "n_samples_per_prompt": 30, "max_response_len": 6},
+        {"fallback__from": "longest", "n_samples_per_prompt": 30, "max_response_len": 6},
         "4be316c958be4127f4962fc2",
     ),
-    "fallback none": ({"fallback": "none"}, "36efd26a3b6d03807b494eff"),
-    "drawn first branches": ({"initial_branches": (2, 8), "n_samples_per_prompt": 16}, "f4f9d8a7e206a594b1554f79"),
+    "fallback none": ({"fallback__from": "none"}, "36efd26a3b6d03807b494eff"),
+    "drawn first branches": ({"branching__initial": (2, 8), "n_samples_per_prompt": 16}, "f4f9d8a7e206a594b1554f79"),
     "sequential": ({"mode": "sequential"}, "7409dcdc67b71a7a571aec9d"),
 }
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.fallback import CANDIDATES
@@ -44,8 +45,8 @@ def sample(prefix: list[int], seed: int, max_tokens: int, eos: float, box: float
 
 
 def config(**changes: object) -> RolloutConfig:
-    values = {"n_samples_per_prompt": 8, "segment_length": 4, "max_response_len": 20, "branch_factor": 2}
-    return RolloutConfig(**{**values, **changes})  # type: ignore[arg-type]
+    values = {"n_samples_per_prompt": 8, "segment__length": 4, "max_response_len": 20, "branching__factor": 2}
+    return rollout_config(**{**values, **changes})
 
 
 def grow(
@@ -70,17 +71,17 @@ def grow(
 configs = st.builds(
     config,
     n_samples_per_prompt=st.integers(1, 20),
-    segment_length=st.integers(1, 8),
+    segment__length=st.integers(1, 8),
     max_response_len=st.integers(1, 24),
-    branch_factor=st.integers(1, 4),
-    initial_branches=st.none() | st.tuples(st.integers(1, 3), st.integers(3, 9)),
-    fallback=st.sampled_from(["finished", "any", "longest", "none"]),
+    branching__factor=st.integers(1, 4),
+    branching__initial=st.none() | st.tuples(st.integers(1, 3), st.integers(3, 9)),
+    fallback__from=st.sampled_from(["finished", "any", "longest", "none"]),
     mode=st.sampled_from(["tree", "sequential"]),
-    transfer=st.sampled_from(["level", "quota"]),
-    fallback_cut=st.sampled_from(["random", "low_prob"]),
-    budget=st.sampled_from(["equal", "low_prob", "high_prob", "entropy"]),
-    budget_signal=st.sampled_from(["segment", "branch_point"]),
-    budget_temperature=st.sampled_from([0.01, 2.0]),
+    branching__transfer=st.sampled_from(["level", "quota"]),
+    fallback__cut=st.sampled_from(["random", "low_prob"]),
+    branching__budget__kind=st.sampled_from(["equal", "low_prob", "high_prob", "entropy"]),
+    branching__budget__signal=st.sampled_from(["segment", "branch_point"]),
+    branching__budget__temperature=st.sampled_from([0.01, 2.0]),
 )
 rates = st.sampled_from([(0.0, 0.0), (0.05, 0.0), (0.3, 0.0), (0.9, 0.0), (0.05, 0.1), (0.0, 0.4), (1.0, 0.0)])
 
@@ -92,7 +93,7 @@ def test_exactly_w_leaves_or_a_recorded_reason(cfg, rate, seed):
     if tree.shortfall is None:
         assert len(tree.leaves) == cfg.n_samples_per_prompt
     else:
-        assert cfg.fallback == "none" and len(tree.leaves) < cfg.n_samples_per_prompt
+        assert cfg.fallback.from_ == "none" and len(tree.leaves) < cfg.n_samples_per_prompt
         assert f"{cfg.n_samples_per_prompt - len(tree.leaves)} of {cfg.n_samples_per_prompt}" in tree.shortfall
     assert len(set(tree.leaves)) == len(tree.leaves)
     seeds = {derive_seed(seed, *node.path) for node in tree.nodes}
@@ -152,7 +153,7 @@ def test_the_branches_of_a_stopped_path_go_to_its_siblings():
 
 
 def test_under_quota_children_start_when_their_parent_ends_and_share_its_quota():
-    cfg = config(n_samples_per_prompt=8, transfer="quota")
+    cfg = config(n_samples_per_prompt=8, branching__transfer="quota")
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     first, second = search.wants()
     search.take(second.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length"))
@@ -163,25 +164,25 @@ def test_under_quota_children_start_when_their_parent_ends_and_share_its_quota()
 
 def test_under_quota_a_full_tree_is_the_one_that_levels_give():
     cfg = config(n_samples_per_prompt=16)
-    assert grow(config(n_samples_per_prompt=16, transfer="quota"), eos=0.0).to_dict() | {"counts": 0} == grow(
-        cfg, eos=0.0
-    ).to_dict() | {"counts": 0}
+    assert grow(config(n_samples_per_prompt=16, branching__transfer="quota"), eos=0.0).to_dict() | {
+        "counts": 0
+    } == grow(cfg, eos=0.0).to_dict() | {"counts": 0}
 
 
 def test_under_quota_fallback_spends_exactly_what_stopped_paths_left_over():
-    cfg = config(n_samples_per_prompt=9, transfer="quota", branch_factor=3, max_response_len=40)
+    cfg = config(n_samples_per_prompt=9, branching__transfer="quota", branching__factor=3, max_response_len=40)
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     for want in search.wants():
         search.take(want.node_id, Segment([5, EOS], [-1.0] * 2, "stop"))
     again = search.wants()
     assert len(search.tree.leaves) == 3 and len(again) == 6
     assert all(w.prefix == [7] for w in again) and len({w.seed for w in again}) == 6
-    none = grow(config(n_samples_per_prompt=9, transfer="quota", fallback="none"), eos=0.4)
+    none = grow(config(n_samples_per_prompt=9, branching__transfer="quota", fallback__from="none"), eos=0.4)
     assert none.shortfall is not None and f"{9 - len(none.leaves)} of 9" in none.shortfall
 
 
 def test_under_quota_one_candidate_takes_all_that_is_left():
-    cfg = config(n_samples_per_prompt=9, transfer="quota", fallback="finished")
+    cfg = config(n_samples_per_prompt=9, branching__transfer="quota", fallback__from="finished")
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     one, other = search.wants()
     search.take(one.node_id, Segment([5, EOS], [-1.0] * 2, "stop"))
@@ -196,7 +197,12 @@ def test_under_quota_one_candidate_takes_all_that_is_left():
 @pytest.mark.parametrize("transfer", ["level", "quota"])
 @pytest.mark.parametrize("budget, favoured", [("low_prob", 0), ("high_prob", 1)])
 def test_a_weighted_budget_gives_more_leaves_to_unsure_or_to_sure_paths(transfer, budget, favoured):
-    cfg = config(n_samples_per_prompt=16, transfer=transfer, budget=budget, budget_temperature=0.1)
+    cfg = config(
+        n_samples_per_prompt=16,
+        branching__transfer=transfer,
+        branching__budget__kind=budget,
+        branching__budget__temperature=0.1,
+    )
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     while not search.done:
         for want in search.wants():
@@ -208,7 +214,13 @@ def test_a_weighted_budget_gives_more_leaves_to_unsure_or_to_sure_paths(transfer
 
 
 def test_under_quota_a_weighted_family_waits_for_itself_and_gives_stopped_members_no_more_than_their_leaf():
-    cfg = config(n_samples_per_prompt=9, branch_factor=3, transfer="quota", budget="low_prob", max_response_len=40)
+    cfg = config(
+        n_samples_per_prompt=9,
+        branching__factor=3,
+        branching__transfer="quota",
+        branching__budget__kind="low_prob",
+        max_response_len=40,
+    )
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     a, b, c = search.wants()
     long = Segment([4, 5, 6, 7], [-1.0] * 4, "length")
@@ -221,7 +233,7 @@ def test_under_quota_a_weighted_family_waits_for_itself_and_gives_stopped_member
 
 
 def test_under_quota_a_weighted_family_with_nothing_to_allot_does_not_wait():
-    cfg = config(n_samples_per_prompt=2, transfer="quota", budget="low_prob")
+    cfg = config(n_samples_per_prompt=2, branching__transfer="quota", branching__budget__kind="low_prob")
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     first, _ = search.wants()
     search.take(first.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length"))
@@ -229,9 +241,9 @@ def test_under_quota_a_weighted_family_with_nothing_to_allot_does_not_wait():
 
 
 def test_initial_branches_are_drawn_per_tree_within_the_range_and_the_width():
-    widths = {len(grow(config(initial_branches=(2, 6)), seed=s).nodes[ROOT].children) for s in range(60)}
+    widths = {len(grow(config(branching__initial=(2, 6)), seed=s).nodes[ROOT].children) for s in range(60)}
     assert widths == {2, 3, 4, 5, 6}
-    assert len(grow(config(n_samples_per_prompt=3, initial_branches=(5, 6)), eos=0.0).nodes[ROOT].children) == 3
+    assert len(grow(config(n_samples_per_prompt=3, branching__initial=(5, 6)), eos=0.0).nodes[ROOT].children) == 3
 
 
 def test_fallback_fills_the_tree_from_borders_of_ended_paths():
@@ -245,7 +257,7 @@ def test_fallback_fills_the_tree_from_borders_of_ended_paths():
 
 
 def test_fallback_without_a_finished_path_starts_over_from_the_prompt():
-    cfg = config(n_samples_per_prompt=5, segment_length=4, max_response_len=4)
+    cfg = config(n_samples_per_prompt=5, segment__length=4, max_response_len=4)
     tree = grow(cfg, eos=0.0)
     assert {tree.nodes[i].stop for i in tree.leaves} == {"length"}
     assert len(tree.nodes[ROOT].children) == 5 and tree.counts["fallbacks"] == 3
@@ -265,7 +277,7 @@ def test_which_ended_paths_are_resampled_first():
 
 @pytest.mark.parametrize("weak, prefix", [(0, [7]), (1, [7, 4, 5, 6, 8]), (2, [7, 4, 5, 6, 8, 4, 5, 6, 8])])
 def test_a_low_prob_cut_is_the_border_behind_which_the_path_was_least_sure(weak, prefix):
-    cfg = config(n_samples_per_prompt=2, branch_factor=1, fallback_cut="low_prob")
+    cfg = config(n_samples_per_prompt=2, branching__factor=1, fallback__cut="low_prob")
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     for depth in range(3):
         (want,) = search.wants()
@@ -277,7 +289,7 @@ def test_a_low_prob_cut_is_the_border_behind_which_the_path_was_least_sure(weak,
 
 
 def test_a_low_prob_cut_among_equals_is_the_earliest():
-    cfg = config(n_samples_per_prompt=2, branch_factor=1, fallback_cut="low_prob", max_response_len=8)
+    cfg = config(n_samples_per_prompt=2, branching__factor=1, fallback__cut="low_prob", max_response_len=8)
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
     for tokens in ([4, 5, 6, 8], [4, 5, 6, EOS]):
         (want,) = search.wants()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import top_k_entropy
@@ -21,8 +22,8 @@ EOS, BORDER = 0, 1
 
 
 def config(**changes: object) -> RolloutConfig:
-    values = {"n_samples_per_prompt": 8, "segment_length": 8, "max_response_len": 48, "branch_factor": 2}
-    return RolloutConfig(**{**values, **changes})  # type: ignore[arg-type]
+    values = {"n_samples_per_prompt": 8, "segment__length": 8, "max_response_len": 48, "branching__factor": 2}
+    return rollout_config(**{**values, **changes})
 
 
 def sample(want: Want, eos: float, borders: bool) -> list[int]:
@@ -40,7 +41,7 @@ def grow(cfg: RolloutConfig, seed: int, *, prompt: int = 5, align: int = 0, eos:
     search = TreeSearch("p", [7] * prompt, cfg, seed=seed, stop=stop, align=align)
     while not search.done:
         for want in search.wants():
-            tokens = sample(want, eos, cfg.segment_end != "length")
+            tokens = sample(want, eos, cfg.segment.end != "length")
             peek = [-0.5 - k for k in range(want.peek)]
             search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length", peek))
     return search.tree
@@ -49,7 +50,7 @@ def grow(cfg: RolloutConfig, seed: int, *, prompt: int = 5, align: int = 0, eos:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 24), st.sampled_from([1, 4, 16]), st.integers(0, 999))
 def test_aligned_segments_end_one_token_behind_a_block_border(prompt, length, block, seed):
-    tree = grow(config(segment_length=length, n_samples_per_prompt=4), seed, prompt=prompt, align=block)
+    tree = grow(config(segment__length=length, n_samples_per_prompt=4), seed, prompt=prompt, align=block)
     assert len(tree.leaves) == 4
     for node in tree.nodes[1:]:
         end = len(tree.prefix(node.id))
@@ -59,7 +60,7 @@ def test_aligned_segments_end_one_token_behind_a_block_border(prompt, length, bl
 
 
 def test_only_the_first_segment_is_stretched_when_the_block_divides_the_length():
-    tree = grow(config(segment_length=8), 3, prompt=6, align=4, eos=0.0)
+    tree = grow(config(segment__length=8), 3, prompt=6, align=4, eos=0.0)
     sizes = {(n.depth, len(n.tokens)) for n in tree.nodes[1:] if n.stop is None}
     assert sizes == {(1, 11), (2, 8), (3, 8), (4, 8), (5, 8)}
 
@@ -67,12 +68,12 @@ def test_only_the_first_segment_is_stretched_when_the_block_divides_the_length()
 @pytest.mark.parametrize(
     "changes, block",
     [
-        ({"segment_length": 64}, 32),
-        ({"segment_length": 48}, 0),
-        ({"segment_length": 48, "segment_alignment": "kv_block"}, 32),
-        ({"segment_length": 64, "segment_alignment": "none"}, 0),
-        ({"segment_length": 64, "segment_end": "newline"}, 0),
-        ({"segment_length": 64, "mode": "sequential"}, 0),
+        ({"segment__length": 64}, 32),
+        ({"segment__length": 48}, 0),
+        ({"segment__length": 48, "debug__segment_alignment": "kv_block"}, 32),
+        ({"segment__length": 64, "debug__segment_alignment": "none"}, 0),
+        ({"segment__length": 64, "segment__end": "newline"}, 0),
+        ({"segment__length": 64, "mode": "sequential"}, 0),
     ],
 )
 def test_alignment_is_automatic_where_it_costs_one_stretched_segment(changes, block):
@@ -82,7 +83,7 @@ def test_alignment_is_automatic_where_it_costs_one_stretched_segment(changes, bl
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.sampled_from(["level", "quota"]), st.integers(0, 999))
 def test_segments_end_at_borders_of_the_text_within_their_window(shortest, transfer, seed):
-    cfg = config(segment_end=["b"], segment_min_length=shortest, transfer=transfer)
+    cfg = config(segment__end=["b"], segment__min_length=shortest, branching__transfer=transfer)
     tree = grow(cfg, seed)
     assert len(tree.leaves) == 8 and cfg.depth_limit == math.ceil(48 / shortest)
     for node in tree.nodes[1:]:
@@ -104,13 +105,13 @@ def test_entropy_of_the_likeliest_tokens():
 @pytest.mark.parametrize(
     "changes, favoured",
     [
-        ({"budget": "entropy"}, 0),
-        ({"budget": "low_prob", "budget_signal": "branch_point"}, 0),
-        ({"budget": "high_prob", "budget_signal": "branch_point"}, 1),
+        ({"branching__budget__kind": "entropy"}, 0),
+        ({"branching__budget__kind": "low_prob", "branching__budget__signal": "branch_point"}, 0),
+        ({"branching__budget__kind": "high_prob", "branching__budget__signal": "branch_point"}, 1),
     ],
 )
 def test_a_budget_at_the_branch_point_looks_at_the_next_token_not_at_the_segment(transfer, changes, favoured):
-    cfg = config(n_samples_per_prompt=16, transfer=transfer, budget_temperature=0.1, **changes)
+    cfg = config(n_samples_per_prompt=16, branching__transfer=transfer, branching__budget__temperature=0.1, **changes)
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], str))
     while not search.done:
         for want in search.wants():
@@ -123,7 +124,9 @@ def test_a_budget_at_the_branch_point_looks_at_the_next_token_not_at_the_segment
 
 
 def test_nobody_peeks_behind_the_end_of_a_path():
-    cfg = config(budget="entropy", budget_top_k=5, max_response_len=16, n_samples_per_prompt=8)
+    cfg = config(
+        branching__budget__kind="entropy", branching__budget__top_k=5, max_response_len=16, n_samples_per_prompt=8
+    )
     search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], str))
     first = search.wants()
     assert [w.peek for w in first] == [5, 5]
@@ -157,11 +160,13 @@ def test_a_full_tree_costs_what_its_budget_says():
 
 
 def test_the_budget_temperature_moves_over_the_run():
-    r = config(budget="low_prob", budget_temperature=5.0, budget_temperature_end=1.0)
+    r = config(
+        branching__budget__kind="low_prob", branching__budget__temperature=5.0, branching__budget__temperature_end=1.0
+    )
     assert [r.budget_temperature_at(x) for x in (0.0, 0.5, 1.0, 2.0)] == [5.0, 3.0, 1.0, 1.0]
-    r = r.model_copy(update={"budget_temperature_schedule": "cosine"})
+    r = r.replace({"branching.budget.temperature_schedule": "cosine"})
     assert [round(r.budget_temperature_at(x), 3) for x in (0.0, 0.25, 0.5, 1.0)] == [5.0, 4.414, 3.0, 1.0]
-    assert config(budget_temperature=3.0).budget_temperature_at(0.7) == 3.0
+    assert config(branching__budget__temperature=3.0).budget_temperature_at(0.7) == 3.0
 
 
 def go_on(cfg: RolloutConfig, seed: int, order: random.Random, eos: float = 0.05) -> Tree:
@@ -189,7 +194,7 @@ def go_on(cfg: RolloutConfig, seed: int, order: random.Random, eos: float = 0.05
 )
 def test_a_path_that_cannot_branch_is_sampled_in_one_go(transfer, budget, width, seed):
     """A run is one sample of the law that its segments are samples of, cut at the same borders, in any order."""
-    cfg = config(transfer=transfer, budget=budget, n_samples_per_prompt=width)
+    cfg = config(branching__transfer=transfer, branching__budget__kind=budget, n_samples_per_prompt=width)
     tree, other = (go_on(cfg, seed, random.Random(k)) for k in (0, 1))
     assert tree == other and len(tree.leaves) == width
     for node in tree.nodes[1:]:
@@ -197,15 +202,15 @@ def test_a_path_that_cannot_branch_is_sampled_in_one_go(transfer, budget, width,
 
 
 def test_no_run_is_offered_where_segments_are_aligned_or_may_be_carried_over():
-    assert config().continues and not config(segment_length=32).continues
-    assert config(segment_length=32, continue_paths="always").continues
-    assert not config(continue_paths="never").continues and not config(mode="sequential").continues
+    assert config().continues and not config(segment__length=32).continues
+    assert config(segment__length=32, debug__continue_paths="always").continues
+    assert not config(debug__continue_paths="never").continues and not config(mode="sequential").continues
     assert not config(partial_rollout=16).continues
 
 
 @pytest.mark.parametrize("transfer", ["level", "quota"])
 def test_a_run_is_offered_from_where_the_tree_is_full_and_ends_with_the_path(transfer):
-    cfg = config(transfer=transfer, n_samples_per_prompt=4, max_response_len=32)
+    cfg = config(branching__transfer=transfer, n_samples_per_prompt=4, max_response_len=32)
     search = TreeSearch("p", [7] * 5, cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], str))
     first = search.wants()
     assert [w.run for w in first] == [0, 0], "these will branch"

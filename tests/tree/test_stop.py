@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mega.config import RolloutConfig
+from tests.rollouts import rollout_config
 from treepo_mega.text.boxes import closed_box
 from treepo_mega.tree.stop import STOP_REASONS, StopRules, repeats
 
@@ -144,7 +144,7 @@ def test_no_token_behind_the_end_is_kept(tokens, border):
 
 
 def test_from_config_needs_an_eos_and_reads_the_section():
-    cfg = RolloutConfig(max_response_len=64, segment_length=16)
+    cfg = rollout_config(max_response_len=64, segment__length=16)
     with pytest.raises(ValueError, match="EOS"):
         StopRules.from_config(cfg, [], decode)
     made = StopRules.from_config(cfg, [EOS], decode)

@@ -28,10 +28,10 @@ COMMON = [
     "train.num_steps_per_rollout=2",
     "algo.kl_loss_coef=0.01",
     "algo.use_tis=false",  # on by rule for an FP8 head: then the two runs would differ in the algorithm too
-    "checkpoint.save=''",
+    "checkpoint.enabled=false",
 ]
-FP8 = ["loss.head.precision=fp8", "loss.head.guard.max_abs_diff=1e9"]
-RUNS = {"fp32": [], "fp8": FP8, "plain": [*FP8, "loss.head.exact_target=false", "loss.head.fp8_loud_channels=0"]}
+FP8 = ["loss.precision=fp8", "loss.guard.max_abs_diff=1e9"]
+RUNS = {"fp32": [], "fp8": FP8, "plain": [*FP8, "debug.exact_target=false", "loss.fp8_loud_channels=0"]}
 BARS = "▁▂▃▄▅▆▇█"
 
 

@@ -46,7 +46,7 @@ def train(base: Path, name: str, ranks: int, layout: dict[str, object], steps: i
         f"train.num_rollouts={steps}",
         "train.num_steps_per_rollout=2",
         "algo.kl_loss_coef=0.01",
-        "checkpoint.save=''",
+        "checkpoint.enabled=false",
         "logging.trees_interval=1",
         *(f"parallel.{k}={str(v).lower()}" for k, v in layout.items()),
     ]

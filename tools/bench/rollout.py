@@ -6,8 +6,9 @@ One vLLM engine, one process, one model of 22 M random weights; the three ways a
 before each, and the minimum over the repeats (--repeats, 1 by default) counts. All three give the same leaves and
 lengths, with a seed a request:
 
-    tree          this project's generator, `schedule: async`
-    level         `schedule: level`, `continue_paths: never`: one blocking call a level for all prompts, as published
+    tree          this project's generator, `debug.schedule: async`
+    level         `debug.schedule: level`, `debug.continue_paths: never`: one blocking call a level for all prompts, as
+                  published
     independent   vLLM's n = w with the prefix cache on: w requests a prompt, each as long as one of the tree's leaves
 
 Random weights do not stop like a trained model, so where paths end is scripted: the length of a response is drawn from
@@ -15,9 +16,9 @@ a log-normal law cut at the window, one segment at a time from the node's seed, 
 `full`: every path runs to the window. `trained`: median 0.45 of the window, sigma 0.35 (and 0.25 between prompts).
 `long-tailed`: median 0.12, sigma 0.9 (0.8 between prompts). The tokens are sampled by the model all the same.
 
-`steps`: segments end with a step of reasoning (`rollout.segment_end`) instead of after a fixed number of tokens; the
+`steps`: segments end with a step of reasoning (`rollout.segment.end`) instead of after a fixed number of tokens; the
 lengths of steps are log-normal too, and nothing is aligned to KV blocks: what a branch shares of a partial block is
-copied (`rollout.engine.copy_partial_blocks`).
+copied (`debug.copy_partial_blocks`).
 
 Shapes are depth x segment length as in the paper (28, 14 and 7 segments) with segments of one of the CPU's KV blocks of
 32 tokens, w = 16 leaves, binary branching, 8 prompts in flight, and one shape with 16. --quick: 4 x 32 and 3 x 32 with
@@ -365,7 +366,7 @@ def config(hf: Path, dtype: str) -> Config:
         "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": PROMPT},
         "rollout": {
             "max_response_len": WINDOW,
-            "segment_length": 32,
+            "segment": {"length": 32},
             "n_samples_per_prompt": 16,
             "stop": {"answer_box": False, "repetition_window": 0},
             "engine": {"kv_cache_memory_mb": 1024, "max_num_seqs": 1024, "max_num_batched_tokens": 8192},
@@ -390,9 +391,9 @@ def measure(bench: Bench, case: Case, repeats: int, times: StepTimes, told: Told
     """One row: the three ways in turn, the minimum of each."""
     bench.take(case.prompts)
     script = Script(case.pattern, case.window, bench.prompts, case.steps)
-    shape = {"segment_length": case.length, "max_response_len": case.window, "n_samples_per_prompt": case.leaves}
-    r = bench.cfg.rollout.model_copy(update={**shape, "segment_end": "newline" if case.steps else "length"})
-    level = r.model_copy(update={"schedule": "level", "continue_paths": "never"})
+    shape = {"segment.length": case.length, "max_response_len": case.window, "n_samples_per_prompt": case.leaves}
+    r = bench.cfg.rollout.replace({**shape, "segment.end": "newline" if case.steps else "length"})
+    level = r.replace({"debug.schedule": "level", "debug.continue_paths": "never"})
     best: dict[str, dict[str, Any]] = {}
     for k in range(repeats):
         told.say(f"{case.name}, {k + 1} of {repeats}: tree")
@@ -436,19 +437,19 @@ def choices(bench: Bench, pattern: str) -> list[dict[str, Any]]:
     """What borders, budget transfer and the peek of an uncertainty budget cost, on the 14-segment shape."""
     bench.take(8)
     script = Script(pattern, 448, bench.prompts)
-    base = bench.cfg.rollout.model_copy(update={"segment_length": 32, "max_response_len": 448})
+    base = bench.cfg.rollout.replace({"segment.length": 32, "max_response_len": 448})
     rows = []
     for name, change in (
         ("aligned to KV blocks", {}),
-        ("not aligned", {"segment_alignment": "none"}),
-        ("segments of 24, not aligned", {"segment_length": 24}),
-        ("segments of 24, vLLM alone", {"segment_length": 24}),
-        ("segments of 24, stretched to blocks", {"segment_length": 24, "segment_alignment": "kv_block"}),
-        ("transfer: quota", {"transfer": "quota"}),
-        ("budget: entropy (peeks)", {"budget": "entropy"}),
+        ("not aligned", {"debug.segment_alignment": "none"}),
+        ("segments of 24, not aligned", {"segment.length": 24}),
+        ("segments of 24, vLLM alone", {"segment.length": 24}),
+        ("segments of 24, stretched to blocks", {"segment.length": 24, "debug.segment_alignment": "kv_block"}),
+        ("transfer: quota", {"branching.transfer": "quota"}),
+        ("budget: entropy (peeks)", {"branching.budget.kind": "entropy"}),
     ):
         with bench.vllm_alone(name.endswith("vLLM alone")):
-            trees, c = bench.grow(script, base.model_copy(update=change))
+            trees, c = bench.grow(script, base.replace(change))
         first = [sum(n.depth == 1 for n in t.nodes) for t in trees]
         rows.append(
             {

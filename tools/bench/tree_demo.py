@@ -39,7 +39,7 @@ def main() -> int:
     trees = {}
     with tempfile.TemporaryDirectory() as tmp:
         for sharing in ("tree", "none"):
-            overrides = [*([] if args.quick else FULL), f"train.num_rollouts={steps}", "checkpoint.save=''"]
+            overrides = [*([] if args.quick else FULL), f"train.num_rollouts={steps}", "checkpoint.enabled=false"]
             overrides += ["logging.trees_interval=1", f"train.prefix_sharing={sharing}"]
             print(f"training {steps} steps with train.prefix_sharing={sharing}", file=sys.stderr, flush=True)
             rows[sharing] = run(1, Path(tmp) / sharing, overrides, sharing)

@@ -139,7 +139,7 @@ def configuration(hf_dir: Path, sharing: str) -> Config:
         None,
         [
             f"model.hf_checkpoint={hf_dir}", "data.train=[{path: unused.jsonl}]", "rollout.max_response_len=1024",
-            "rollout.segment_length=128", f"train.prefix_sharing={sharing}", "train.lr=1e-12", "algo.kl_loss_coef=0.01",
+            "rollout.segment.length=128", f"train.prefix_sharing={sharing}", "train.lr=1e-12", "algo.kl_loss_coef=0.01",
             f"train.max_tokens_per_gpu={CAP}",
         ],
     )  # fmt: skip

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from treepo_mega.actor.attention import PackAttention
 from treepo_mega.config import ConfigError
-from treepo_mega.config.sections import ModelConfig
+from treepo_mega.config import ModelConfig
 from treepo_mega.loss import te
 from treepo_mega.runtime.device import has_cuda
 

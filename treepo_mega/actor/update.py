@@ -55,13 +55,13 @@ class Policy:
         self.head = LossHead(
             # Only the last stage's last chunk has the output matrix; only it is asked.
             self.models[-1].head_weight,
-            cfg.loss.head,
+            cfg.loss,
             vocab_size=self.spec.vocab_size,
             temperature=cfg.rollout.temperature,
-            tile_rows=cfg.train.logprob_chunk_size,
+            tile_rows=cfg.loss.tile_rows,
             rank=ps.get_tensor_model_parallel_rank(),
             group=ps.get_tensor_model_parallel_group(),
-            guard=guard,
+            guard=guard or HeadGuard(cfg.loss, cfg.debug),
             # Megatron then wants to see the weight's gradient in param.grad.
             use_main_grad=not cfg.parallel.overlap_grad_reduce,
         )

@@ -1,42 +1,56 @@
-"""Configuration: keys (`sections`), YAML and overrides (`load`), rules that join keys (`rules`)."""
+"""Configuration: sections of keys, reading and writing (`load`), derived values (`derive`), joint rules (`rules`)."""
 
+from treepo_mega.config.debug import DebugConfig
 from treepo_mega.config.load import (
-    Config,
     ConfigError,
     batch_invariant,
     check,
     data_parallel_size,
     dump_config,
+    dump_text,
     load_config,
     parse_config,
     read_hf_config,
+    section_in,
 )
-from treepo_mega.config.sections import (
-    AlgoConfig,
+from treepo_mega.config.model import CanaryConfig, ModelConfig, ParallelConfig, ReshardConfig
+from treepo_mega.config.rollout import (
+    BranchingConfig,
+    BudgetConfig,
+    EngineConfig,
+    FallbackConfig,
+    RolloutConfig,
+    SegmentConfig,
+    StopConfig,
+)
+from treepo_mega.config.root import Config
+from treepo_mega.config.run import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
     EvalConfig,
     LoggingConfig,
-    LossConfig,
-    ModelConfig,
-    ParallelConfig,
     PromptSource,
-    ReshardConfig,
     RewardConfig,
-    RolloutConfig,
-    Section,
-    TrainConfig,
 )
+from treepo_mega.config.section import Section
+from treepo_mega.config.training import AlgoConfig, GuardConfig, LossConfig, TrainConfig
 
 __all__ = [
     "AlgoConfig",
+    "BranchingConfig",
+    "BudgetConfig",
+    "CanaryConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "DebugConfig",
     "DistributedConfig",
+    "EngineConfig",
     "EvalConfig",
+    "FallbackConfig",
+    "GuardConfig",
     "LoggingConfig",
     "LossConfig",
     "ModelConfig",
@@ -46,12 +60,16 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "Section",
+    "SegmentConfig",
+    "StopConfig",
     "TrainConfig",
     "batch_invariant",
     "check",
     "data_parallel_size",
     "dump_config",
+    "dump_text",
     "load_config",
     "parse_config",
     "read_hf_config",
+    "section_in",
 ]

@@ -2,8 +2,9 @@
 
     cfg = load_config("examples/tiny_cpu.yaml", ["train.lr=3e-4", "parallel.tensor_model_parallel_size=2"])
 
-The keys are defined and documented in `config/sections.py` (`treepo-mega train --help-config` prints them). An
-unknown key is an error that names the nearest known one. `check(cfg, world_size, hf)` applies the
+The keys are defined and documented section by section beside this file (`treepo-mega train --help-config` prints
+them). An unknown key is an error that names the nearest known one, a key that has moved (`moved`) one that names its
+new place. `check(cfg, world_size, hf)` applies the
 rules that join several keys (`config/rules.py`): world size, divisibility, batch sizes. This module
 imports neither torch nor megatron nor vLLM, so that planning and `--dry-run` work anywhere.
 
@@ -18,88 +19,22 @@ means the same for trees and for plain sampling. Mini-batches never split a prom
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
+from treepo_mega.config.moved import KNOWN_ELSEWHERE, moved_keys
+from treepo_mega.config.root import Config
 from treepo_mega.config.rules import check_batch, check_loss, check_model, check_parallel, check_sampling
-from treepo_mega.config.sections import (
-    AlgoConfig,
-    CheckpointConfig,
-    DataConfig,
-    DistributedConfig,
-    EvalConfig,
-    LoggingConfig,
-    LossConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReshardConfig,
-    RewardConfig,
-    RolloutConfig,
-    Section,
-    TrainConfig,
-)
-from treepo_mega.errors import TreepoError
+from treepo_mega.config.section import Section
+from treepo_mega.errors import TreepoError, nearest
 
 
 class ConfigError(TreepoError):
     """The configuration cannot be used; the message names the key, what was expected and the nearest name."""
-
-
-class Config(Section):
-    """A run."""
-
-    model: ModelConfig
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    data: DataConfig
-    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    reshard: ReshardConfig = Field(default_factory=ReshardConfig)
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-    algo: AlgoConfig = Field(default_factory=AlgoConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
-
-    def model_post_init(self, _: Any) -> None:
-        """Derive what follows from other keys, so that the saved configuration is complete."""
-        r, t = self.rollout, self.train
-        if t.global_batch_size is None:
-            t.global_batch_size = max(1, r.rollout_batch_size * r.n_samples_per_prompt // t.num_steps_per_rollout)
-        if r.engine.dtype is None:
-            r.engine.dtype = self.model.params_dtype
-        largest, mean = (1e-3, 5e-5) if r.engine.dtype == self.model.params_dtype == "fp32" else (2.0, 0.15)
-        if r.engine.quantization:
-            largest, mean = 4.0, 0.4
-        if r.engine.canary_max_abs_diff is None:
-            r.engine.canary_max_abs_diff = largest
-        if r.engine.canary_mean_abs_diff is None:
-            r.engine.canary_mean_abs_diff = mean
-        head = self.loss.head
-        if head.precision is None:
-            head.precision = self.model.params_dtype
-        if head.logprob_precision is None:
-            head.logprob_precision = head.precision
-        if self.algo.use_tis is None:
-            low = {r.engine.dtype, self.model.params_dtype, head.logprob_precision} != {"fp32"}
-            self.algo.use_tis = low or r.partial_rollout is not None
-        if self.algo.whiten_advantages is None:
-            self.algo.whiten_advantages = self.algo.advantage_estimator.startswith(("treepo", "reinforce"))
-        if self.checkpoint.save is None:
-            self.checkpoint.save = str(Path(self.logging.run_dir) / "checkpoints")
-        if t.lr_decay_iters is None:
-            t.lr_decay_iters = t.num_rollouts * t.num_steps_per_rollout
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of the longest prompt plus the longest response: the engine's window."""
-        return self.data.max_prompt_len + self.rollout.max_response_len
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
@@ -125,31 +60,48 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, text: str) -> None:
     tree[path[-1]] = value
 
 
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that `annotation` is, or is a list of; None for a plain value."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
+
+
 def _known_names(loc: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the section in which the unknown key `loc[-1]` was written."""
-    section: Any = Config
+    """Names of the keys of the section in which the unknown key `loc[-1]` was written."""
+    section: type[Section] = Config
     for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        section = next((a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation)
-    return list(section.model_fields)
+        if not isinstance(part, int):
+            inner = section_in(section.model_fields[section.attribute_of(part)].annotation)
+            assert inner is not None, f"{part} holds no keys"
+            section = inner
+    return list(section.key_names())
+
+
+def _unknown(loc: tuple[Any, ...]) -> str:
+    """What to say about the unknown key at `loc`."""
+    name = str(loc[-1])
+    if name in KNOWN_ELSEWHERE:
+        return f"not a key of this trainer: {KNOWN_ELSEWHERE[name]}"
+    names = _known_names(loc)
+    return f"unknown key{nearest(name, names) or '; known here: ' + ', '.join(names)}"
 
 
 def _explain(error: ValidationError, source: str) -> str:
     lines = []
-    for e in error.errors():
-        key = ".".join(str(p) for p in e["loc"])
-        if e["type"] == "extra_forbidden":
-            names = _known_names(e["loc"])
-            near = difflib.get_close_matches(str(e["loc"][-1]), names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
-            lines.append(f"{key}: unknown key; {hint}")
-        elif e["type"] == "missing":
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: {_unknown(problem['loc'])}")
+        elif problem["type"] == "missing":
             lines.append(f"{key}: required, but not set")
         else:
-            lines.append(f"{key}: {e['msg']} (got {e.get('input')!r})")
+            lines.append(f"{key}: {problem['msg']} (got {problem.get('input')!r})")
     return f"{source}: " + "; ".join(lines)
+
+
+def _refuse_moved(raw: dict[str, Any], source: str) -> None:
+    if moved := moved_keys(raw):
+        raise ConfigError(f"{source}: " + "; ".join(moved))
 
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -169,6 +121,7 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
             raise ConfigError(f"{path}: not valid YAML: {e}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
+    _refuse_moved(raw, str(path))
     for text in overrides:
         keys, value = _parse_override(text)
         _set(raw, keys, value, text)
@@ -177,6 +130,7 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     """Validate a plain dict; see `load_config` for the errors."""
+    _refuse_moved(raw, source)
     try:
         return Config.model_validate(_numbers(raw))
     except ValidationError as e:
@@ -197,9 +151,28 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def dump_text(cfg: Config) -> str:
+    """The whole configuration as YAML: a derived value is null, and its comment says what was derived.
+
+    >>> cfg = parse_config({"model": {"hf_checkpoint": "m"}, "data": {"train": [{"path": "t.jsonl"}]}})
+    >>> [line.strip() for line in dump_text(cfg).splitlines() if "global_batch_size" in line]
+    ['global_batch_size: null  # derived: 256']
+    """
+    lines = yaml.safe_dump(cfg.as_set(), sort_keys=False, width=10**6).splitlines()
+    sections: list[str] = []
+    for number, line in enumerate(lines):
+        name = line.strip().partition(":")[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        sections = [*sections[:depth], name]
+        key = ".".join(sections)
+        if key in cfg.derived and line.endswith(": null"):
+            lines[number] = f"{line}  # derived: {json.dumps(cfg.derived[key])}"
+    return "\n".join(lines) + "\n"
+
+
 def dump_config(cfg: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML; `load_config` reads it back to an equal Config."""
-    Path(path).write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """Write `dump_text` to `path`; `load_config` reads it back to an equal Config."""
+    Path(path).write_text(dump_text(cfg), encoding="utf-8")
 
 
 def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:

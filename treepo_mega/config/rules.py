@@ -46,8 +46,6 @@ def check_batch(cfg: Config) -> list[str]:
 def check_sampling(cfg: Config, world_size: int) -> list[str]:
     """Sampling is one whose logprobs can be trained on, within the limits of engine and tree."""
     r, bad = cfg.rollout, []
-    if r.top_p != 1.0 or r.top_k not in (-1, 0):
-        bad.append("rollout.top_p must be 1 and rollout.top_k -1: truncated sampling changes the logprobs trained on")
     if world_size % r.engine.tensor_parallel_size:
         bad.append(
             f"world size {world_size} is not a multiple of rollout.engine.tensor_parallel_size "
@@ -75,37 +73,42 @@ def _check_tree(r: RolloutConfig) -> list[str]:
     if r.mode != "tree":
         odd = [name for name in ("token_budget", "partial_rollout") if getattr(r, name) is not None]
         return [f"rollout.{name} needs rollout.mode tree: sequential samples have one segment" for name in odd]
-    bad, first, width = _check_segments(r), r.branch_factor, r.n_samples_per_prompt
-    if r.token_budget is not None and r.transfer == "quota":
-        bad.append("rollout.token_budget needs rollout.transfer level: under quota no path knows what others spent")
-    if r.token_budget is not None and r.token_budget < r.segment_length:
+    bad, first, width = _check_segments(r), r.branching.factor, r.n_samples_per_prompt
+    if r.token_budget is not None and r.branching.transfer == "quota":
         bad.append(
-            f"rollout.token_budget {r.token_budget} is less than one segment (rollout.segment_length "
-            f"{r.segment_length}): it could not begin a tree"
+            "rollout.token_budget needs rollout.branching.transfer level: under quota no path knows what others spent"
         )
-    if r.budget_temperature_end is not None and r.budget == "equal":
-        bad.append("rollout.budget_temperature_end has no effect with rollout.budget equal: nothing is weighed")
-    if r.partial_rollout is not None and r.schedule == "level":
-        bad.append("rollout.partial_rollout needs rollout.schedule async")
-    if r.initial_branches is not None:
-        low, first = r.initial_branches
+    if r.token_budget is not None and r.token_budget < r.segment.length:
+        bad.append(
+            f"rollout.token_budget {r.token_budget} is less than one segment (rollout.segment.length "
+            f"{r.segment.length}): it could not begin a tree"
+        )
+    if r.branching.budget.temperature_end is not None and r.branching.budget.kind == "equal":
+        bad.append(
+            "rollout.branching.budget.temperature_end has no effect with rollout.branching.budget.kind equal: "
+            "nothing is weighed"
+        )
+    if r.partial_rollout is not None and r.debug.schedule == "level":
+        bad.append("rollout.partial_rollout needs debug.schedule async")
+    if r.branching.initial is not None:
+        low, first = r.branching.initial
         if not 1 <= low <= first:
-            return [*bad, f"rollout.initial_branches {[low, first]}: expected [lo, hi] with 1 <= lo <= hi"]
+            return [*bad, f"rollout.branching.initial {[low, first]}: expected [lo, hi] with 1 <= lo <= hi"]
         if first > width:
             bad.append(
-                f"rollout.initial_branches {[low, first]} exceeds rollout.n_samples_per_prompt {width}: a tree with "
+                f"rollout.branching.initial {[low, first]} exceeds rollout.n_samples_per_prompt {width}: a tree with "
                 f"{width} leaves cannot begin with more branches than that"
             )
     # A path ends by its length, whatever max_depth allows.
-    depth = min(r.depth_limit, -(-r.max_response_len // r.segment_length))
-    reachable = first * r.branch_factor ** min(depth - 1, 64)
-    if r.fallback == "none" and reachable < width:
-        begin = "rollout.branch_factor" if r.initial_branches is None else "the most of rollout.initial_branches"
+    depth = min(r.depth_limit, -(-r.max_response_len // r.segment.length))
+    reachable = first * r.branching.factor ** min(depth - 1, 64)
+    if r.fallback.from_ == "none" and reachable < width:
+        begin = "rollout.branching.factor" if r.branching.initial is None else "the most of rollout.branching.initial"
         bad.append(
-            f"rollout.n_samples_per_prompt {width} is out of reach: with rollout.fallback none, {begin} {first} at the "
-            f"prompt and rollout.branch_factor {r.branch_factor} behind each of the other {depth - 1} segments, paths "
-            f"that run to their end give {reachable} leaves; use another rollout.fallback, more branches, or a smaller "
-            f"rollout.segment_length than {r.segment_length}"
+            f"rollout.n_samples_per_prompt {width} is out of reach: with rollout.fallback.from none, {begin} {first} "
+            f"at the prompt and rollout.branching.factor {r.branching.factor} after each of the other {depth - 1} "
+            f"segments, paths that run to their end give {reachable} leaves; use another rollout.fallback.from, more "
+            f"branches, or a smaller rollout.segment.length than {r.segment.length}"
         )
     return bad
 
@@ -113,20 +116,20 @@ def _check_tree(r: RolloutConfig) -> list[str]:
 def _check_segments(r: RolloutConfig) -> list[str]:
     """Segments can be as long as they are told to be, and enough of them fit on a path."""
     bad = []
-    shortest = r.segment_length
-    if r.segment_end != "length":
-        shortest = r.segment_min_length
-        if r.segment_alignment == "kv_block":
-            bad.append("rollout.segment_alignment kv_block needs rollout.segment_end length: steps end where they end")
-        if r.segment_end == [] or (isinstance(r.segment_end, list) and not all(r.segment_end)):
-            bad.append("rollout.segment_end: a list names at least one string, and none of them is empty")
-        if shortest > r.segment_length:
+    shortest = r.segment.length
+    if r.segment.end != "length":
+        shortest = r.segment.min_length
+        if r.debug.segment_alignment == "kv_block":
+            bad.append("debug.segment_alignment kv_block needs rollout.segment.end length: steps end where they end")
+        if r.segment.end == [] or (isinstance(r.segment.end, list) and not all(r.segment.end)):
+            bad.append("rollout.segment.end: a list names at least one string, and none of them is empty")
+        if shortest > r.segment.length:
             bad.append(
-                f"rollout.segment_min_length {shortest} exceeds rollout.segment_length {r.segment_length}, the longest"
+                f"rollout.segment.min_length {shortest} exceeds rollout.segment.length {r.segment.length}, the longest"
             )
-    if r.depth_limit * r.segment_length < r.max_response_len:
+    if r.depth_limit * r.segment.length < r.max_response_len:
         bad.append(
-            f"rollout.max_depth {r.depth_limit} x rollout.segment_length {r.segment_length} is less than "
+            f"rollout.max_depth {r.depth_limit} x rollout.segment.length {r.segment.length} is less than "
             f"rollout.max_response_len {r.max_response_len}: no path could reach it"
         )
     return bad
@@ -146,12 +149,12 @@ def check_parallel(cfg: Config) -> list[str]:
 
 def check_loss(cfg: Config) -> list[str]:
     """The precisions of head and layers do not contradict one another. Whether the machine has them: loss/te.py."""
-    m, h, bad = cfg.model, cfg.loss.head, []
+    m, h, bad = cfg.model, cfg.loss, []
     fp8 = "fp8" in (h.precision, h.logprob_precision)
     if h.fp8_grads and h.precision != "fp8":
-        bad.append(f"loss.head.fp8_grads needs loss.head.precision fp8, which is {h.precision}")
-    if h.power_of_2_scales and not fp8:
-        bad.append(f"loss.head.power_of_2_scales needs loss.head.precision fp8, which is {h.precision}")
+        bad.append(f"loss.fp8_grads needs loss.precision fp8, which is {h.precision}")
+    if cfg.debug.power_of_2_scales and not fp8:
+        bad.append(f"debug.power_of_2_scales needs loss.precision fp8, which is {h.precision}")
     if m.fp8 and m.params_dtype != "bf16":
         bad.append(f"model.fp8 {m.fp8} needs model.params_dtype bf16, which is {m.params_dtype}")
     if m.first_last_layers_bf16 and not m.fp8:

@@ -36,8 +36,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from treepo_mega.config import DataConfig
-from treepo_mega.config.sections import PromptSource
+from treepo_mega.config import DataConfig, PromptSource
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 from treepo_mega.data.rows import MISSING, PromptError, Row, describe_missing, lookup, read_rows

@@ -76,7 +76,7 @@ class BranchCache(KVConnectorBase_V1):
         if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
             raise ValueError(
                 "branching inside KV blocks needs a model of full attention only, this one has "
-                f"{[type(g.kv_cache_spec).__name__ for g in groups]}: set rollout.engine.copy_partial_blocks to false"
+                f"{[type(g.kv_cache_spec).__name__ for g in groups]}: set debug.copy_partial_blocks to false"
             )
         self.block_size: int = groups[0].kv_cache_spec.block_size
         self._num_blocks: int = kv_cache_config.num_blocks

@@ -163,7 +163,7 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
         if has_cuda()
         else {"kv_cache_memory_bytes": e.kv_cache_memory_mb << 20}
     )
-    if e.copy_partial_blocks:
+    if cfg.debug.copy_partial_blocks:
         from vllm.config import KVTransferConfig
 
         from treepo_mega.engine import branch_cache

@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
-from treepo_mega.config import ConfigError
-from treepo_mega.config.sections import HeadConfig
+from treepo_mega.config import ConfigError, LossConfig
 from treepo_mega.loss.te import transformer_engine
 from treepo_mega.runtime.device import compute_capability
 
@@ -32,20 +31,19 @@ def missing_for_kernels() -> str | None:
     return None
 
 
-def resolve_backend(head: HeadConfig) -> Backend:
+def resolve_backend(head: LossConfig) -> Backend:
     """The backend of this process for `loss.head`. Raises ConfigError when what was asked for cannot run here."""
     if head.backend == "torch":
         return "torch"
     missing = missing_for_kernels()
     if missing is None:
         if head.fp8_grads:
-            transformer_engine("loss.head.fp8_grads")
+            transformer_engine("loss.fp8_grads")
         return "triton"
     if head.backend == "triton":
-        raise ConfigError(f"loss.head.backend=triton cannot run: {missing}. Use loss.head.backend=torch")
+        raise ConfigError(f"loss.backend=triton cannot run: {missing}. Use loss.backend=torch")
     if compute_capability() is not None and "fp8" in (head.precision, head.logprob_precision):
         raise ConfigError(
-            f"loss.head.precision=fp8 cannot run on this GPU: {missing}. Use bf16, or emulate it with "
-            "loss.head.backend=torch"
+            f"loss.precision=fp8 cannot run on this GPU: {missing}. Use bf16, or emulate it with loss.backend=torch"
         )
     return "torch"

@@ -3,7 +3,7 @@
 FP8 moves logprobs by a few hundredths of a nat, and against a clip range of 0.2 that matters; how far depends on the
 model's activations, which nobody knows beforehand. So every step asks: in the old-logprob pass a sample of each
 micro-batch's rows is computed in fp8 and in bf16. When the mean difference over all ranks is beyond
-`loss.head.guard.max_abs_diff` the step runs in bf16 (its old logprobs are computed again, so that ratios compare like
+`loss.guard.max_abs_diff` the step runs in bf16 (its old logprobs are computed again, so that ratios compare like
 with like) and is counted; the following steps go on in bf16 and still ask, until the sample is within the limit again.
 
 On the same rows, the update counts the clip decisions on which FP8 and bf16 disagree. Such flips are most of what FP8
@@ -20,21 +20,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from treepo_mega.config.sections import HeadConfig
+from treepo_mega.config import DebugConfig, LossConfig
 from treepo_mega.loss.logprobs import logprob_entropy
 from treepo_mega.loss.operands import Numerics, Precision
 from treepo_mega.loss.shard import Shard
 
 
-def numerics_of(head: HeadConfig, precision: Precision | None) -> Numerics:
-    """The head's numerics in `precision` (loss.head.precision or loss.head.logprob_precision)."""
+def numerics_of(loss: LossConfig, debug: DebugConfig, precision: Precision | None) -> Numerics:
+    """The head's numerics in `precision` (loss.precision or loss.logprob_precision)."""
     return Numerics(
         precision=precision or "fp32",
-        recipe=head.fp8_recipe,
-        exact_target=head.exact_target,
-        power_of_2_scales=head.power_of_2_scales,
-        grads="fp8" if head.fp8_grads else "bf16",
-        loud_channels=head.fp8_loud_channels,
+        recipe=loss.fp8_recipe,
+        exact_target=debug.exact_target,
+        power_of_2_scales=debug.power_of_2_scales,
+        grads="fp8" if loss.fp8_grads else "bf16",
+        loud_channels=loss.fp8_loud_channels,
     )
 
 
@@ -65,10 +65,11 @@ class Sample:
 class HeadGuard:
     """See the module docstring. One per model that is trained; the reference follows the actor's."""
 
-    def __init__(self, head: HeadConfig) -> None:
-        self.head = head
-        self.update = numerics_of(head, head.precision)
-        self.logprobs = numerics_of(head, head.logprob_precision)
+    def __init__(self, loss: LossConfig, debug: DebugConfig | None = None) -> None:
+        self.config = loss
+        debug = debug or DebugConfig()
+        self.update = numerics_of(loss, debug, loss.precision)
+        self.logprobs = numerics_of(loss, debug, loss.logprob_precision)
         self.fallen = False
         """Does this step run in bf16?"""
         self.drift = Drift()
@@ -76,7 +77,7 @@ class HeadGuard:
     @property
     def watches(self) -> bool:
         """Is there an FP8 pass to watch?"""
-        return self.head.guard.sample_rows > 0 and "fp8" in (self.update.precision, self.logprobs.precision)
+        return self.config.guard.sample_rows > 0 and "fp8" in (self.update.precision, self.logprobs.precision)
 
     def numerics(self, *, for_update: bool) -> Numerics:
         """What a pass runs in now."""
@@ -92,7 +93,7 @@ class HeadGuard:
         rows = hidden.shape[0]
         if not self.watches or not rows:
             return None
-        take = torch.linspace(0, rows - 1, min(rows, self.head.guard.sample_rows), device=hidden.device).long()
+        take = torch.linspace(0, rows - 1, min(rows, self.config.guard.sample_rows), device=hidden.device).long()
         low, exact = (self._logp(p, hidden[take], weight, target[take], shard) for p in ("fp8", "bf16"))
         diff = (low - exact).abs()
         self.drift.total += float(diff.sum())
@@ -128,5 +129,5 @@ class HeadGuard:
 
     def decide(self, mean: float) -> bool:
         """Set this step's precision from the mean over all ranks; True when it changed from fp8 to bf16 just now."""
-        was, self.fallen = self.fallen, not mean <= self.head.guard.max_abs_diff
+        was, self.fallen = self.fallen, not mean <= self.config.guard.max_abs_diff
         return self.fallen and not was

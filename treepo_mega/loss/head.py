@@ -1,6 +1,6 @@
 """The loss head of one policy: from hidden states to log-probabilities and to the loss with its gradients.
 
-    head = LossHead(model.head_weight, cfg.loss.head, vocab_size=32000, temperature=1.0, tile_rows=1024)
+    head = LossHead(model.head_weight, cfg.loss, vocab_size=32000, temperature=1.0, tile_rows=1024)
     logp, entropy = head.logprobs(rows, target)          # [N] each; differentiable, logits recomputed in backward
     total, stats = head.loss(rows, target, loss_fn)      # gradients taken while the logits are there
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from treepo_mega.config.sections import HeadConfig
+from treepo_mega.config import LossConfig
 from treepo_mega.loss.backend import resolve_backend
 from treepo_mega.loss.fused import RowLoss, row_loss
 from treepo_mega.loss.guard import GatesOf, HeadGuard, Sample
@@ -31,7 +31,7 @@ class LossHead:
     def __init__(
         self,
         weight: Callable[[], Tensor],
-        config: HeadConfig,
+        config: LossConfig,
         *,
         vocab_size: int,
         temperature: float,

@@ -7,7 +7,7 @@ would accept `fp8='hybrid'` without Transformer Engine and train in bf16 without
 Layers: `model.fp8`, `model.fp8_recipe` and `model.first_last_layers_bf16` become Megatron's own fields
 (`body_fields`); the layers' four linear modules become Transformer Engine's (`use_te_linears`), which keep the names
 and shapes of the weights, so that resharding and checkpoints do not notice. Megatron enters the FP8 context around
-each layer. The output layer is outside of it, always: the head's precision is loss.head's.
+each layer. The output layer is outside of it, always: the head's precision is loss.precision.
 
 Head: `gradient_products` are its cuBLASLt products for dHidden and dWeight, with the split accumulator that a sum
 over a vocabulary needs on Hopper.
@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treepo_mega.config import ConfigError
-from treepo_mega.config.sections import ModelConfig
+from treepo_mega.config import ConfigError, ModelConfig
 from treepo_mega.runtime.device import has_cuda
 
 PROBES = {
@@ -34,7 +33,7 @@ PROBES = {
 """Megatron's recipe -> transformer_engine.pytorch's question whether this GPU can."""
 
 
-ON_A_CPU = "leave model.fp8 unset; loss.head.precision=fp8 runs there by emulation (loss.head.backend=torch)"
+ON_A_CPU = "leave model.fp8 unset; loss.precision=fp8 runs there by emulation (loss.backend=torch)"
 
 
 def transformer_engine(asked_by: str, on_a_cpu: str = ON_A_CPU) -> Any:
@@ -93,7 +92,7 @@ def gradient_products(dz: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tenso
     dz [N, V] (e5m2), weight [V, K] and hidden [N, K] (e4m3), all bf16 here and quantised per tensor. The products take
     multiples of 16 in every direction: zeros are appended and cut off again.
     """
-    te = transformer_engine("loss.head.fp8_grads")
+    te = transformer_engine("loss.fp8_grads")
     tex = importlib.import_module("transformer_engine_torch")
     gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_gemm
     (n, v), k = dz.shape, hidden.shape[1]

@@ -119,7 +119,7 @@ _RESHARD = (
     Metric("reshard/handover_{freed,taken}_bytes", "bytes", "constant", "memory given by trainer / taken by engine"),
     Metric("reshard/canary_abs_diff", "nats", "below 1e-3 in fp32", "engine vs actor logp of fixed prompts, after it"),
     Metric("reshard/canary_mean_abs_diff", "nats", "below 5e-5 in fp32", "the same, mean over their tokens"),
-    Metric("reshard/canary_failures", "count", "0", "1 when the canary was above its limit (canary_failure warn)"),
+    Metric("reshard/canary_failures", "count", "0", "1 when the canary was above its limit (on_failure warn)"),
 )
 
 _PERF = (

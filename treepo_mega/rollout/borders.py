@@ -1,4 +1,4 @@
-"""Which tokens end a step of reasoning: `rollout.segment_end` as a set of token ids.
+"""Which tokens end a step of reasoning: `rollout.segment.end` as a set of token ids.
 
     border_tokens(tokenizer, vocab_size, "newline")      # tokens whose text holds a newline
     border_tokens(tokenizer, vocab_size, "sentence")     # ... or ends with . ! ? or their full-width forms
@@ -31,13 +31,13 @@ def border_tokens(tokenizer: Any, vocab_size: int, segment_end: str | list[str])
         for string in segment_end:
             if not any(string in text for text in texts):
                 raise EngineError(
-                    f"rollout.segment_end: no token of this tokenizer holds {string!r}: it can end nothing"
+                    f"rollout.segment.end: no token of this tokenizer holds {string!r}: it can end nothing"
                 )
         found = {i for i, text in zip(ids, texts, strict=True) if any(s in text for s in segment_end)}
     else:
         found = {i for i, text in zip(ids, texts, strict=True) if _ends(text, segment_end)}
     if not found:
-        raise EngineError(f"rollout.segment_end {segment_end!r}: no token of this tokenizer ends such a step")
+        raise EngineError(f"rollout.segment.end {segment_end!r}: no token of this tokenizer ends such a step")
     return frozenset(found)
 
 

@@ -14,7 +14,7 @@ of a boundary may differ. (fp32 on the CPU: none seen. In bf16 the logits of one
 between batch sizes, so that a tree of some hundred tokens may turn elsewhere; the same batch gives the same tree.)
 
 Who runs when is `rollout/admission.py`'s business: no more than the KV cache holds, begun trees before new ones,
-long ones first (`rollout/dealing.py`). `schedule: level` is the published way, kept to compare with: what the trees
+long ones first (`rollout/dealing.py`). `debug.schedule: level` is the published way, for comparison: what the trees
 want is submitted only when nothing runs any more, one blocking call a level.
 
 A tree lives on one engine, whose prefix cache makes resubmitting its prefixes cheap. Each call begins with an empty
@@ -98,12 +98,12 @@ class Generator:
         return text
 
     def borders(self, rollout: RolloutConfig) -> frozenset[int]:
-        """Token ids that end a segment under `rollout.segment_end`. Raises EngineError when there are none."""
-        if rollout.segment_end == "length" or rollout.mode == "sequential":
+        """Token ids that end a segment under `rollout.segment.end`. Raises EngineError when there are none."""
+        if rollout.segment.end == "length" or rollout.mode == "sequential":
             return frozenset()
-        name = repr(rollout.segment_end)
+        name = repr(rollout.segment.end)
         if name not in self._borders:
-            self._borders[name] = border_tokens(self._tokenizer, self.engine.vocab_size, rollout.segment_end)
+            self._borders[name] = border_tokens(self._tokenizer, self.engine.vocab_size, rollout.segment.end)
         return self._borders[name]
 
     def rollout(
@@ -157,7 +157,7 @@ class Generator:
         started = time.monotonic()
         r = rollout or self.cfg.rollout
         tau = r.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
-        r = r.model_copy(update={"budget_temperature": tau})
+        r = r.replace({"branching.budget.temperature": tau})
         self._check(jobs, r)
         self.engine.reset_prefix_cache()
         stop = StopRules.from_config(r, self.eos_token_ids, self.decode)
@@ -223,7 +223,7 @@ class _Run:
         self.streams = r.stop.answer_box or r.stop.repetition_window > 0
         self.wants: dict[Key, Want] = {}
         self.runs: dict[Key, tuple[Key, int]] = {}  # a run's segment -> the run's first one, tokens before it
-        self.later: list[tuple[int, Want]] = []  # schedule: level
+        self.later: list[tuple[int, Want]] = []  # debug.schedule: level
         self.steps, self.occupied, self.leaves = 0, 0, 0
 
     def to_its_end(self) -> None:
@@ -255,7 +255,7 @@ class _Run:
 
     def _fill(self) -> None:
         """Submit what may run, beginning new trees while there is room for them."""
-        if self.r.schedule == "level":
+        if self.r.debug.schedule == "level":
             self._fill_level()
             return
         self._submit()
@@ -287,7 +287,7 @@ class _Run:
         """Queue what tree `rank` newly wants; once that is known, its older prefixes need not be kept."""
         search = self.searches[rank]
         new = search.wants() if new is None else new
-        if self.r.schedule == "level":
+        if self.r.debug.schedule == "level":
             self.later += [(rank, want) for want in new]
         else:
             for want in new:

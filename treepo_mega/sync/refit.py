@@ -5,9 +5,9 @@
 
 The plan (`plan.py`) is made once. Each refit carries it out into the engine's own sharded parameters and ends with a
 canary: the engine scores fixed token sequences and its logprobs are compared with the actor's own. A largest difference
-above `rollout.engine.canary_max_abs_diff`, or a mean one above `canary_mean_abs_diff`, stops the run (or, with
-reshard.canary_failure warn, is printed and counted): training on samples of other weights than those updated goes wrong
-silently.
+above `reshard.canary.max_abs_diff`, or a mean one above `reshard.canary.mean_abs_diff`, stops the run (or, with
+reshard.canary.on_failure warn, is printed and counted): training on samples of other weights than those updated goes
+wrong silently.
 
 Before it complains, a failed canary moves the weights once more with checksums, so that its message can say what is
 wrong: the layer group whose bytes differ in the engine; or that all bytes agree now, and either the first transfer was
@@ -89,7 +89,7 @@ class Refit:
         rng = random.Random(derive_seed("canary", cfg.train.seed))
         length = min(CANARY_TOKENS, cfg.max_model_len)
         self.prompts = [
-            [rng.randrange(engine.vocab_size) for _ in range(length)] for _ in range(cfg.reshard.canary_prompts)
+            [rng.randrange(engine.vocab_size) for _ in range(length)] for _ in range(cfg.reshard.canary.prompts)
         ]
 
     def __call__(self) -> dict[str, float]:
@@ -148,7 +148,7 @@ class Refit:
         if not exceeded:
             return found, False
         message = f"after the refit the engine's logprobs differ from the actor's {exceeded}: {self._diagnosis()}"
-        if self.cfg.reshard.canary_failure == "stop":
+        if self.cfg.reshard.canary.on_failure == "stop":
             raise RefitError(message)
         if dist.is_main():
             print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -156,14 +156,14 @@ class Refit:
 
     def _exceeded(self, found: Difference) -> str:
         """Which limit is exceeded, in words; "" for none."""
-        e = self.cfg.rollout.engine
+        limits = self.cfg.reshard.canary
         for how, value, name in (
-            ("by up to", found.largest, "canary_max_abs_diff"),
-            ("on average by", found.mean, "canary_mean_abs_diff"),
+            ("by up to", found.largest, "max_abs_diff"),
+            ("on average by", found.mean, "mean_abs_diff"),
         ):
-            limit = getattr(e, name)
+            limit = getattr(limits, name)
             if limit is not None and not value <= limit:
-                return f"{how} {value:.3g} nats, more than rollout.engine.{name} = {limit:.3g}"
+                return f"{how} {value:.3g} nats, more than reshard.canary.{name} = {limit:.3g}"
         return ""
 
     def _diagnosis(self) -> str:

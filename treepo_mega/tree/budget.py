@@ -13,14 +13,14 @@ generator, not to the last ones in the list: a fixed choice would favour paths f
 
 The other budgets weigh a path by its *local* certainty x (nats), which is
 
-    the mean logprob of its newest segment's tokens          low_prob and high_prob, budget_signal: segment
-    the logprob of the likeliest next token at its end       low_prob and high_prob, budget_signal: branch_point
+    the mean logprob of its newest segment's tokens          low_prob and high_prob, signal: segment
+    the logprob of the likeliest next token at its end       low_prob and high_prob, signal: branch_point
     minus the entropy of the k likeliest next tokens there   entropy
 
 (the first is what the paper calls the last tokens when fallback is aligned to segments, section 4.4; the others look
 at the very distribution that the children's first tokens will be drawn from). The weights are
 
-    softmax(-+ (x - min x) / budget_temperature)             - for low_prob and entropy, + for high_prob
+    softmax(-+ (x - min x) / temperature)             - for low_prob and entropy, + for high_prob
 
 so low_prob and entropy give children to paths the model is unsure of, high_prob to those it is sure of. Every path
 gets one child; the rest follows the weights by largest remainder, ties in path order. There is nothing random in it.
@@ -111,10 +111,10 @@ def top_k_entropy(logprobs: Sequence[float]) -> float:
 
 
 def certainty(node: Node, rollout: RolloutConfig) -> float:
-    """The x of the module docstring for a living node, by `rollout.budget` and `rollout.budget_signal`."""
-    if rollout.budget == "entropy":
+    """The x of the module docstring for a living node, by the kind and the signal of `rollout.branching.budget`."""
+    if rollout.branching.budget.kind == "entropy":
         return -top_k_entropy(node.peek)
-    if rollout.budget_signal == "branch_point":
+    if rollout.branching.budget.signal == "branch_point":
         return max(node.peek)
     return mean_logprob(node.logprobs)
 
@@ -122,5 +122,5 @@ def certainty(node: Node, rollout: RolloutConfig) -> float:
 def split_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:
     """`total` children (or leaves) over living nodes, in their order, for every budget but `equal`."""
     x = [certainty(node, rollout) for node in living]
-    favour_low = rollout.budget != "high_prob"
-    return split_by_weight(total, softmax_weights(x, rollout.budget_temperature, favour_low=favour_low))
+    favour_low = rollout.branching.budget.kind != "high_prob"
+    return split_by_weight(total, softmax_weights(x, rollout.branching.budget.temperature, favour_low=favour_low))

@@ -1,7 +1,7 @@
 """Fallback: where to sample anew when every path of a tree has ended and leaves are missing.
 
-Ended paths are taken in an order that `rollout.fallback` names, and each is cut back to a segment border strictly
-before its end (`rollout.fallback_cut`; the prompt's end is a border too). The new children join an existing node, so
+Ended paths are taken in an order that `rollout.fallback.from` names, and each is cut back to a segment border strictly
+before its end (`rollout.fallback.cut`; the prompt's end is a border too). The new children join an existing node, so
 that a trajectory stays exactly a root-to-leaf path, and what they are conditioned on is rebuilt from the tree.
 
     finished    paths that ended with an answer or EOS, shuffled (the released code's soft_boxed_and_eos)
@@ -40,7 +40,7 @@ CANDIDATES: dict[str, Callable[[Tree, random.Random], list[int]]] = {
     "any": _any,
     "longest": _longest,
 }
-"""Leaves to cut back, in order, by `rollout.fallback` (all but none)."""
+"""Leaves to cut back, in order, by `rollout.fallback.from` (all but none)."""
 
 
 def cut(tree: Tree, leaf: int, where: str, rng: random.Random) -> int:

@@ -21,10 +21,10 @@ likes. The tree does not change, because
 - every other choice is drawn from a generator that belongs to the tree.
 
 Algorithm: TreePO, section 2.2 (arXiv 2508.17445), with the released code's defects avoided. The root gets
-`branch_factor` children (or a draw from `initial_branches`); after each level `tree/budget.py` decides how many
+`branching.factor` children (or a draw from `branching.initial`); after each level `tree/budget.py` decides how many
 children each living path gets; `tree/stop.py` decides which paths end. A stopped path of any kind is a leaf.
 When every path ended and leaves are missing, *fallback* picks ended paths, cuts each back to a segment border
-strictly before its end (`fallback_cut`: a random one, or the one behind which the model was least sure how to go
+strictly before its end (`fallback.cut`: a random one, or the one behind which the model was least sure how to go
 on), and samples new children there. A fallback adds children to an existing node, and a want's prefix is always
 rebuilt from the tree, so that what is recorded is what the engine was conditioned on.
 
@@ -35,9 +35,9 @@ paths can end early does not: a path that goes on becomes several leaves, so lon
 `mode: sequential` is the same machine with depth 1: n children of the root, the whole response one segment. The
 engine knows nothing of answer boxes, so what it sampled behind a box is dropped afterwards (see `counts`).
 
-Segments are `segment_length` tokens long, or stretched to end one token behind a KV block's border (`align`, the
+Segments are `segment.length` tokens long, or stretched to end one token behind a KV block's border (`align`, the
 block's size, chosen by whoever drives; 0: not), or end where the text does: a driver that is told the border tokens
-(`rollout.segment_end`) may deliver any number of tokens up to `max_tokens`. A budget that looks at the branch point
+(`rollout.segment.end`) may deliver any number of tokens up to `max_tokens`. A budget that looks at the branch point
 wants a *peek*: the logprobs of the likeliest tokens that would come next.
 
 `partial_rollout`: a path grows by that many tokens a step. What lies behind is wanted only after `resume`, in a later
@@ -69,7 +69,7 @@ class Want:
     """A segment to sample: at most `max_tokens` tokens after `prefix` (prompt and response so far), with `seed`.
 
     With `peek` > 0, whose segment does not end its path is also asked for the logprobs of the `peek` likeliest next
-    tokens. `min_tokens`: from here on a border token ends the segment, when `rollout.segment_end` is not length.
+    tokens. `min_tokens`: from here on a border token ends the segment, when `rollout.segment.end` is not length.
 
     With `run` > 0 nobody will branch from this path any more: the driver may go on sampling, up to `run` tokens in
     all, and deliver segment after segment. Each is wanted when the one before was taken, with `after` naming that
@@ -210,19 +210,19 @@ class TreeSearch:
             "rng": [version, list(internal), gauss],
             "running": list(self._running.items()),
             "beyond_reach": [asdict(want) for want in self._beyond_reach],
-            "transfer": {"kind": self._cfg.transfer, "state": self._transfer.state_dict()},
+            "transfer": {"kind": self._cfg.branching.transfer, "state": self._transfer.state_dict()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the paused search that `state_dict` wrote down, over ranks, steps and restarts.
 
-        Raises CarriedTreeError when the state was written under another `rollout.transfer`.
+        Raises CarriedTreeError when the state was written under another `rollout.branching.transfer`.
         """
         saved = state["transfer"]["kind"]
-        if saved != self._cfg.transfer:
+        if saved != self._cfg.branching.transfer:
             raise CarriedTreeError(
-                f"prompt {state['tree']['prompt_id']!r} was carried over under another rollout.transfer ({saved}) than "
-                f"{self._cfg.transfer!r}: finish the run with the old one, or start from a checkpoint without "
+                f"prompt {state['tree']['prompt_id']!r} was carried over under another rollout.branching.transfer ({saved}) than "
+                f"{self._cfg.branching.transfer!r}: finish the run with the old one, or start from a checkpoint without "
                 "carried-over trees"
             )
         version, internal, gauss = state["rng"]
@@ -240,8 +240,8 @@ class TreeSearch:
         width = self._cfg.n_samples_per_prompt
         if self._cfg.mode == "sequential":
             return width
-        between = self._cfg.initial_branches
-        drawn = self._cfg.branch_factor if between is None else self._rng.randint(*between)
+        between = self._cfg.branching.initial
+        drawn = self._cfg.branching.factor if between is None else self._rng.randint(*between)
         return max(1, min(width, drawn, self._affordable(width)))
 
     def _affordable(self, most: int) -> int:
@@ -249,7 +249,7 @@ class TreeSearch:
         if self._cfg.token_budget is None:
             return most
         left = self._cfg.token_budget - int(self.tree.counts["generated_tokens"])
-        return max(0, min(most, left // self._cfg.segment_length))
+        return max(0, min(most, left // self._cfg.segment.length))
 
     def _size(self, prefix_len: int, room: int) -> int:
         """Tokens of the next segment of a path of `prefix_len` tokens (prompt included) with `room` left."""
@@ -273,7 +273,7 @@ class TreeSearch:
         # Nobody will ask what comes after the last token of a path.
         ends = size == room or depth >= self._stop.max_depth
         peek = 0 if ends or self._transfer.full else self._cfg.peek
-        shortest = self._cfg.segment_tokens if self._cfg.segment_end == "length" else self._cfg.segment_min_length
+        shortest = self._cfg.segment_tokens if self._cfg.segment.end == "length" else self._cfg.segment.min_length
         new = []
         for _ in range(children):
             node = self.tree.add_child(
@@ -347,17 +347,17 @@ class TreeSearch:
         width = self._cfg.n_samples_per_prompt
         missing = width - len(tree.leaves)
         left = self._affordable(missing)
-        if self._cfg.fallback == "none" or not left:
-            why = "rollout.fallback is none" if left else f"rollout.token_budget {self._cfg.token_budget} is spent"
+        if self._cfg.fallback.from_ == "none" or not left:
+            why = "rollout.fallback.from is none" if left else f"rollout.token_budget {self._cfg.token_budget} is spent"
             tree.shortfall = f"{missing} of {width} leaves missing: all paths ended, {why}"
             return []
         made: list[Node] = []
         level = max(n.level for n in tree.nodes) + 1
-        candidates = CANDIDATES[self._cfg.fallback](tree, self._rng)
-        cuts = [cut(tree, leaf, self._cfg.fallback_cut, self._rng) for leaf in candidates]
+        candidates = CANDIDATES[self._cfg.fallback.from_](tree, self._rng)
+        cuts = [cut(tree, leaf, self._cfg.fallback.cut, self._rng) for leaf in candidates]
         # Candidates in turn until the budget is spent; without a candidate, start over from the prompt.
         for node_id in cuts or [ROOT]:
-            children = min(self._cfg.branch_factor, left)
+            children = min(self._cfg.branching.factor, left)
             if children == 0:
                 break
             made += self._branch(node_id, children, fallback_level=level)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from treepo_mega.config.sections import AlgoConfig
+from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.quantize import BLOCK, Passes, Recipe, Split, quantize
 from treepo_mega.loss.triton import kernels, rows
 

@@ -1,4 +1,4 @@
-"""What `TreeSearch` asks of a transfer rule, and the rule that `rollout.transfer` names."""
+"""What `TreeSearch` asks of a transfer rule, and the rule that `rollout.branching.transfer` names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Transfer(Protocol):
 
 
 def make_transfer(rollout: RolloutConfig, seed: int, rng: random.Random, affordable: Callable[[int], int]) -> Transfer:
-    """The rule of `rollout.transfer`. `seed` and `rng` are the tree's; `affordable` caps new segments by the budget."""
-    if rollout.transfer == "quota":
+    """The rule of `rollout.branching.transfer`. `seed` and `rng` are the tree's; `affordable` caps new segments by the budget."""
+    if rollout.branching.transfer == "quota":
         return QuotaTransfer(rollout, seed, rng)
     return LevelTransfer(rollout, rng, affordable)

@@ -61,14 +61,14 @@ class LevelTransfer:
             return []
         width = self.rollout.n_samples_per_prompt
         just_finished = len(level) - len(living)
-        total = level_budget(len(living), len(tree.leaves), just_finished, width, self.rollout.branch_factor)
+        total = level_budget(len(living), len(tree.leaves), just_finished, width, self.rollout.branching.factor)
         total = max(len(living), self._affordable(total))
         self.full = total + len(tree.leaves) == width
         return list(zip(living, self._split(total, living), strict=True))
 
     def _split(self, total: int, living: Sequence[Node]) -> list[int]:
-        """`total` children over the living paths of a level, by `rollout.budget`."""
-        if self.rollout.budget == "equal":
+        """`total` children over the living paths of a level, by `rollout.branching.budget`."""
+        if self.rollout.branching.budget.kind == "equal":
             return split_equally(total, len(living), self._rng)
         return split_by_certainty(total, living, self.rollout)
 

@@ -1,6 +1,6 @@
 """`transfer: quota`: every node knows how many leaves may still grow from it, so no path waits for a level.
 
-The root's quota is n_samples_per_prompt. A node that goes on has min(branch_factor, quota) children, which
+The root's quota is n_samples_per_prompt. A node that goes on has min(branching.factor, quota) children, which
 share its quota, each at least one leaf; a node with quota 1 goes on as a single path. A node that stops is one
 leaf, and the rest of its quota is left over: fallback spends it when nothing of the tree is running any more. So
 the quotas of what is running and the leaves there are never exceed n_samples_per_prompt together, and branches
@@ -61,7 +61,7 @@ class QuotaTransfer:
     def started(self, parent: Node, children: Sequence[Node]) -> None:
         """Share the quota of `parent` among its new children, in path order."""
         quota = self._branching.pop(parent.id)
-        if self.rollout.budget != "equal" and 1 < len(children) < quota:
+        if self.rollout.branching.budget.kind != "equal" and 1 < len(children) < quota:
             family = _Family(quota, {node.id for node in children}, [])
             self._family |= dict.fromkeys(family.waiting, family)
             return
@@ -88,7 +88,7 @@ class QuotaTransfer:
         """The nodes that branch now, each with its number of children."""
         branching = self._quotas_known_by(node)
         self._branching |= {parent.id: quota for parent, quota in branching}
-        return [(parent, min(self.rollout.branch_factor, quota)) for parent, quota in branching]
+        return [(parent, min(self.rollout.branching.factor, quota)) for parent, quota in branching]
 
     def _quotas_known_by(self, node: Node) -> list[tuple[Node, int]]:
         """The living nodes whose quotas are settled by the arrival of `node`, with their quotas."""

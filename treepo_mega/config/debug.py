@@ -1,0 +1,31 @@
+"""Switches for comparison and diagnosis."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from treepo_mega.config.section import Section
+
+
+class DebugConfig(Section):
+    """Switches for comparison and diagnosis. No run needs them: the defaults are never worse."""
+
+    schedule: Literal["async", "level"] = "async"
+    """async: no tree waits for another. level: the published schedule, one blocking call a level for all prompts. With
+    rollout.branching.transfer level it gives the same trees, only slower."""
+    continue_paths: Literal["auto", "always", "never"] = "auto"
+    """Sample a path that cannot branch any more in one go to its end, instead of resubmitting it segment by segment.
+    auto: when segments do not end at KV-block borders, where resubmitting would copy or recompute part of a block."""
+    segment_alignment: Literal["auto", "none", "kv_block"] = "auto"
+    """kv_block: segments are stretched, by less than a KV block, to end one token after a block border. Resubmitting a
+    path there recomputes least without debug.copy_partial_blocks. auto: kv_block when rollout.engine.block_size divides
+    rollout.segment.length, so that only the first segment of a path is stretched. none: never."""
+    copy_partial_blocks: bool = True
+    """A branch inside a KV block copies the beginning of the block from where it was computed (engine/branch_cache.py).
+    false: it is computed again, as vLLM alone would. Models in which some layer does not attend to everything need
+    false."""
+    exact_target: bool = True
+    """With fp8: the sampled token's own logit comes from bf16 operands. Without it ratios drift by several times as
+    much."""
+    power_of_2_scales: bool = False
+    """With fp8: round scales to powers of two, as Transformer Engine's block scaling does by default."""

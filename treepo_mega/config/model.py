@@ -1,0 +1,84 @@
+"""The policy, its parallel layout, and the way of its weights into the engine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from treepo_mega.config.section import Section
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    hf_checkpoint: str
+    """Directory with config.json, *.safetensors and the tokenizer (Llama, Qwen2/2.5, Qwen3)."""
+    load: str | None = None
+    """Megatron checkpoint with the initial weights (from convert_hf_to_mcore.py); None: read hf_checkpoint."""
+    params_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Parameter and activation dtype of actor and reference. Optimizer state is always fp32."""
+    make_vocab_size_divisible_by: int = Field(128, ge=1)
+    """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Modules of the transformer layers: Megatron's own, or Transformer Engine's with norms fused into the linear
+    layers (a GPU only; refused elsewhere). Attention over trees is the same in both."""
+    gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
+    """Weight gradients are added to their fp32 buffers by the matrix product itself: Apex's kernel (local layers) or
+    Transformer Engine's, on a GPU. auto: where the kernel is there. true: refused where it is not."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 products in the transformer layers (Transformer Engine on a GPU; refused elsewhere). hybrid: e5m2 gradients.
+    The output layer has its own setting, loss.precision."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] = "tensorwise"
+    """How the layers' operands are scaled (Megatron's names): by tensor, by blocks (Hopper on), by 32 (Blackwell)."""
+    first_last_layers_bf16: bool = False
+    """With fp8: the first and the last transformer layer stay in bf16."""
+
+
+class ParallelConfig(Section):
+    """Megatron-Core layout; data-parallel size is what is left of the world size."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
+    """Model chunks per pipeline rank (interleaved schedule); None: one chunk."""
+    context_parallel_size: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+    """Shard activations along the sequence between tensor-parallel regions (needs TP > 1)."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = Field(None, ge=1)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: TP * PP * CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+class CanaryConfig(Section):
+    """After each refit the engine and the actor score the same fixed random tokens."""
+
+    prompts: int = Field(2, ge=1)
+    """Token sequences that engine and actor score after each refit."""
+    max_abs_diff: float | None = Field(None, gt=0)
+    """Largest difference that one logprob may show between engine and actor, nats. None: 1e-3 when both are fp32, 4
+    for a quantised engine, else 2. Equal weights still differ by rounding, for both sum in another order. Measured
+    rounding: up to 1.5e-4 in fp32, 0.9 in bf16, 1.5 in FP8."""
+    mean_abs_diff: float | None = Field(None, gt=0)
+    """Largest mean difference over those tokens, nats. None: 5e-5 when both are fp32, 0.4 for a quantised engine, else
+    0.15. The mean tells rounding from a wrong weight where the largest difference cannot. Measured rounding on a
+    trained model: up to 6e-6 in fp32, 0.11 in bf16, 0.27 in FP8. One wrong projection, norm or slice of a layer: 0.19
+    to 4.6, and 0.46 to 3.0 in FP8."""
+    on_failure: Literal["stop", "warn"] = "stop"
+    """stop: a difference beyond max_abs_diff or mean_abs_diff ends the run. warn: it is printed and counted."""
+
+
+class ReshardConfig(Section):
+    """Moving weights from the actor into the engine."""
+
+    bucket_mb: int = Field(64, ge=1)
+    """Buffers of a refit: what a rank sends and receives in one round, MiB. Two rounds are in flight."""
+    canary: CanaryConfig = Field(default_factory=CanaryConfig)

@@ -1,0 +1,212 @@
+"""Sampling: trees of segments, when a path ends, and the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr
+
+from treepo_mega.config.debug import DebugConfig
+from treepo_mega.config.section import Section
+
+
+class EngineConfig(Section):
+    """vLLM, co-located in the trainer's processes."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Ranks that share one engine (TP_v). 1: an engine a rank."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """None: model.params_dtype."""
+    quantization: Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"] | None = None
+    """FP8 in the engine's linear layers, by vLLM's names: weights are quantised anew by each refit, activations as they
+    come. The trainer keeps its own precision, so algo.use_tis is on. On a CPU fp8_per_channel, with AMX also
+    fp8_per_block."""
+    block_size: int = Field(32, ge=1)
+    """KV-cache block, tokens. The CPU kernels take multiples of 32."""
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int = Field(8192, ge=1)
+    kv_cache_memory_mb: int = Field(64, ge=1)
+    """KV-cache size on CPU, MiB per engine."""
+    gpu_memory_utilization: float = Field(0.6, gt=0, lt=1)
+    """Share of a GPU's memory for the engine (CUDA only)."""
+    enforce_eager: bool = True
+
+
+class StopConfig(Section):
+    """When a path ends, besides the length and depth limits."""
+
+    eos_token_ids: list[int] | None = Field(None, min_length=1)
+    """None: from generation_config.json, config.json and the tokenizer."""
+    answer_box: bool = True
+    """End a path once its response holds a closed \\boxed{...}, also across segment borders."""
+    repetition_window: int = Field(32, ge=0)
+    """Characters; a window of this size seen repetition_count times (in the new segment and the window * count
+    characters before it) ends the path. 0: off."""
+    repetition_count: int = Field(8, ge=2)
+
+
+class SegmentConfig(Section):
+    """The tokens that are sampled between two branch points."""
+
+    length: int = Field(512, ge=1)
+    """Tokens of a segment (the paper's l). With another `end` than length: the most tokens of one."""
+    end: Literal["length", "newline", "sentence"] | list[str] = "length"
+    """Where a segment ends. length: after `length` tokens. newline: at a token that holds a newline. sentence: at a
+    token that ends a sentence. A list of strings: at a token that holds one of them. Such a segment is a step of
+    reasoning. It has at least `min_length` and at most `length` tokens."""
+    min_length: int = Field(1, ge=1)
+    """Tokens of the shortest segment when `end` is not length."""
+
+
+class BudgetConfig(Section):
+    """Who gets the branches of a level."""
+
+    kind: Literal["equal", "low_prob", "high_prob", "entropy"] = "equal"
+    """equal: every path alike. low_prob: more for paths that the model found improbable. high_prob: more for probable
+    ones. entropy: more for paths with an uncertain next token. The paper found equal at least as good as low_prob and
+    high_prob."""
+    signal: Literal["segment", "branch_point"] = "segment"
+    """What low_prob and high_prob look at. segment: mean logprob of the newest segment's tokens (the paper's).
+    branch_point: logprob of the likeliest next token after it, for which one token more is sampled and dropped."""
+    top_k: int = Field(10, ge=1, le=20)
+    """Next tokens over which entropy takes the entropy at a branch point (renormalised)."""
+    temperature: float = Field(2.0, gt=0)
+    """Of the softmax over certainties (nats) in low_prob, high_prob and entropy. Higher is more equal."""
+    temperature_end: float | None = Field(None, gt=0)
+    """The temperature at the last of train.num_rollouts. None: constant. The paper's Naive2Low goes from 5.0 to 1.0."""
+    temperature_schedule: Literal["linear", "cosine"] = "linear"
+    """The way from temperature to temperature_end."""
+
+    def temperature_at(self, progress: float) -> float:
+        """The temperature when a share `progress` in [0, 1] of the run is done."""
+        if self.temperature_end is None:
+            return self.temperature
+        share = min(max(progress, 0.0), 1.0)
+        if self.temperature_schedule == "cosine":
+            share = 0.5 - 0.5 * math.cos(math.pi * share)
+        return self.temperature + share * (self.temperature_end - self.temperature)
+
+
+class BranchingConfig(Section):
+    """How a tree branches."""
+
+    factor: int = Field(2, ge=1)
+    """Children of a node while the budget lasts (the paper's N)."""
+    initial: tuple[int, int] | None = None
+    """[lo, hi]: children of the root, drawn per prompt. None: `factor`."""
+    transfer: Literal["level", "quota"] = "level"
+    """Where the branches of stopped paths go. level: to their living siblings, level by level. A tree waits only for
+    itself. quota: every node has a quota of leaves that its children share. They start when their parent ends. Fallback
+    spends what paths that stopped early leave over, once nothing of the tree is running."""
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+
+
+class FallbackConfig(Section):
+    """Ended paths are cut back and resampled when a tree ran dry before it had all its leaves."""
+
+    from_: Literal["finished", "any", "longest", "none"] = Field("finished", alias="from")
+    """Which ended paths are cut back."""
+    cut: Literal["random", "low_prob"] = "random"
+    """Where they are cut. random: at a random segment border before the end. low_prob: at the border after which the
+    path's first token had the lowest logprob."""
+
+
+class RolloutConfig(Section):
+    """Sampling."""
+
+    mode: Literal["tree", "sequential"] = "tree"
+    """tree: TreePO's segment trees. sequential: n independent samples a prompt, through the same code."""
+    rollout_batch_size: int = Field(16, ge=1)
+    """Prompts trained on per rollout step."""
+    n_samples_per_prompt: int = Field(16, ge=1)
+    """Leaves per tree (the paper's width w)."""
+    temperature: float = Field(1.0, ge=0.01)
+    """Of sampling, and of the logprobs trained on. The engine would take anything below 0.01 for 0.01."""
+    max_response_len: int = Field(1024, ge=1)
+    """Tokens."""
+    segment: SegmentConfig = Field(default_factory=SegmentConfig)
+    branching: BranchingConfig = Field(default_factory=BranchingConfig)
+    fallback: FallbackConfig = Field(default_factory=FallbackConfig)
+    max_depth: int | None = Field(None, ge=1)
+    """Segments on a path; None: as many as max_response_len tokens of the shortest segments can be."""
+    token_budget: int | None = Field(None, ge=1)
+    """Tokens to sample a tree, instead of a fixed number of leaves (n_samples_per_prompt is then the most): a tree
+    makes new branches only while its budget holds another segment.length.
+    Living paths are finished (needs branching.transfer level)."""
+    partial_rollout: int | None = Field(None, ge=1)
+    """Tokens by which a path may grow in one step. A tree with longer paths is carried over and goes on in the next
+    step, under the weights of then (Node.policy_version says which segment is whose); None: trees are finished."""
+    dynamic_sampling: bool = True
+    """Drop prompts whose rewards are all equal, and refill from new prompts."""
+    max_refills: int = Field(2, ge=0)
+    """Extra generation rounds per step before training goes on with fewer prompts."""
+    timeout_s: float = Field(1800, gt=0)
+    """Deadline of a generation phase, seconds; the error names what is missing."""
+    stop: StopConfig = Field(default_factory=StopConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+
+    # The section `debug` of the whole configuration, which says how segments are laid out and scheduled.
+    _debug: DebugConfig = PrivateAttr(default_factory=DebugConfig)
+
+    @property
+    def debug(self) -> DebugConfig:
+        """The section `debug` of the configuration that this section belongs to; the defaults when it stands alone."""
+        return self._debug
+
+    def with_debug(self, debug: DebugConfig) -> RolloutConfig:
+        """A copy that follows another section `debug`."""
+        copy = self.model_copy()
+        copy._debug = debug
+        return copy
+
+    def replace(self, changes: Mapping[str, Any]) -> RolloutConfig:
+        """As `Section.replace`; keys that begin with `debug.` change the copy's section `debug`."""
+        own = {key: value for key, value in changes.items() if not key.startswith("debug.")}
+        switches = {key.removeprefix("debug."): value for key, value in changes.items() if key not in own}
+        return super().replace(own).with_debug(self._debug.replace(switches))
+
+    @property
+    def depth_limit(self) -> int:
+        """Segments allowed on a path: 1 in sequential mode."""
+        if self.mode == "sequential":
+            return 1
+        shortest = self.segment.length if self.segment.end == "length" else self.segment.min_length
+        return self.max_depth or math.ceil(self.max_response_len / shortest)
+
+    @property
+    def segment_tokens(self) -> int:
+        """Tokens allowed in one segment: the whole response in sequential mode."""
+        return self.max_response_len if self.mode == "sequential" else self.segment.length
+
+    @property
+    def alignment(self) -> int:
+        """Tokens of the KV block that segments are aligned to; 0: they are not (see debug.segment_alignment)."""
+        wanted = self._debug.segment_alignment
+        fixed = self.mode == "tree" and self.segment.end == "length"
+        divides = self.segment.length % self.engine.block_size == 0
+        aligned = wanted == "kv_block" or (wanted == "auto" and divides)
+        return self.engine.block_size if fixed and aligned else 0
+
+    @property
+    def continues(self) -> bool:
+        """Whether paths that cannot branch any more are sampled in one go (see debug.continue_paths)."""
+        if self.mode == "sequential" or self.partial_rollout is not None:
+            return False
+        wanted = self._debug.continue_paths
+        return wanted == "always" or (wanted == "auto" and not self.alignment)
+
+    @property
+    def peek(self) -> int:
+        """Likeliest next tokens to look at after a segment (`budget.top_k`, or 1); 0: the budget does not ask."""
+        budget = self.branching.budget
+        if self.mode == "sequential" or budget.kind == "equal":
+            return 0
+        if budget.kind == "entropy":
+            return budget.top_k
+        return 1 if budget.signal == "branch_point" else 0
+
+    def budget_temperature_at(self, progress: float) -> float:
+        """The budget's temperature when a share `progress` in [0, 1] of the run is done."""
+        return self.branching.budget.temperature_at(progress)

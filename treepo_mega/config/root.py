@@ -1,0 +1,71 @@
+"""The whole configuration: the sections in one tree, with a record of what was derived."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import Field, PrivateAttr
+
+from treepo_mega.config.debug import DebugConfig
+from treepo_mega.config.derive import derive
+from treepo_mega.config.model import ModelConfig, ParallelConfig, ReshardConfig
+from treepo_mega.config.rollout import RolloutConfig
+from treepo_mega.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    LoggingConfig,
+    RewardConfig,
+)
+from treepo_mega.config.section import Section
+from treepo_mega.config.training import AlgoConfig, LossConfig, TrainConfig
+
+
+class Config(Section):
+    """A run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reshard: ReshardConfig = Field(default_factory=ReshardConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    algo: AlgoConfig = Field(default_factory=AlgoConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    debug: DebugConfig = Field(default_factory=DebugConfig)
+
+    _derived: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def model_post_init(self, _: Any) -> None:
+        """Fill in what follows from other keys, and tell sampling about the switches that concern it."""
+        self.rollout = self.rollout.with_debug(self.debug)
+        self._derived = derive(self)
+
+    @property
+    def derived(self) -> Mapping[str, Any]:
+        """Dotted keys that were left at null, with the values that follow from other keys."""
+        return MappingProxyType(self._derived)
+
+    def as_set(self) -> dict[str, Any]:
+        """The configuration as plain values with null where a value was derived; `parse_config` gives an equal one."""
+        values = self.model_dump(mode="json", by_alias=True)
+        for key in self._derived:
+            *sections, name = key.split(".")
+            section = values
+            for part in sections:
+                section = section[part]
+            section[name] = None
+        return values
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt plus the longest response: the engine's window."""
+        return self.data.max_prompt_len + self.rollout.max_response_len

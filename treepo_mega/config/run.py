@@ -1,0 +1,114 @@
+"""A run around its training: data, grading, checkpoints, evaluation, logs and processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from treepo_mega.config.section import Section
+
+
+class PromptSource(Section):
+    """Where prompts come from: a file, or a reasoning-gym task. Exactly one of `path` and `reasoning_gym`."""
+
+    path: str | None = None
+    """A .jsonl or .parquet file; `file.jsonl@[a:b]` takes rows a to b."""
+    reasoning_gym: str | None = None
+    """Name of a reasoning-gym dataset, such as chain_sum."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reasoning-gym dataset."""
+    size: int = Field(512, ge=1)
+    """Items to draw from a reasoning-gym task."""
+    seed: int = 0
+    verifier: str | None = None
+    """Overrides data.verifier for this source."""
+
+
+class DataConfig(Section):
+    """Prompts and how to read them."""
+
+    train: list[PromptSource] = Field(min_length=1)
+    eval: list[PromptSource] = Field(default_factory=list)
+    input_key: str = "prompt"
+    """Key of the prompt, dots reach inside; with the default, messages, question, problem and input are tried too."""
+    label_key: str = "answer"
+    """Key of the ground truth; with the default, label, ground_truth, solution and reward_model.ground_truth are
+    tried too."""
+    reference_key: str = "solution"
+    """Key of a reference text (a worked solution), whose perplexity under the actor is reported at evaluation; with the
+    default, target and completion are tried too, and an answer in GSM8K's form (`reasoning`, then `#### 42`). verl's
+    GSM8K files have it in extra_info.answer. Rows without one are left out."""
+    apply_chat_template: bool = False
+    """Wrap the prompt with the tokenizer's chat template (a list of messages is always wrapped)."""
+    system_prompt: str | None = None
+    prompt_suffix: str = ""
+    """Text appended to every prompt before the template, such as an answer-format instruction."""
+    verifier: str = "math"
+    """math | boxed | last_number | exact | reasoning_gym | path/to/file.py:function (verl's compute_score).
+    A source's own verifier comes first; reasoning_gym sources without one use reasoning_gym."""
+    max_prompt_len: int = Field(1024, ge=1)
+    """Longer prompts are dropped, counted and reported. Tokens."""
+    shuffle: bool = True
+
+
+class RewardConfig(Section):
+    """Grading, in killable worker processes."""
+
+    num_workers: int = Field(1, ge=1)
+    """Grader processes per rank."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Deadline of one grading; a worker past it is killed, replaced and the sample counted as lost."""
+    max_chars: int = Field(20_000, ge=16)
+    """Longer responses are graded by their last max_chars characters."""
+    startup_timeout_s: float = Field(120.0, gt=0)
+    """Deadline of starting a worker and importing its verifier (math-verify and reasoning-gym take seconds)."""
+    memory_mb: int = Field(4096, ge=256)
+    """Address space of one worker, MiB; an allocation beyond it fails and the sample counts as lost."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    enabled: bool = True
+    """false: nothing is saved, and nothing is resumed from `save`."""
+    save: str | None = Field(None, min_length=1)
+    """Directory of checkpoints. None: <run_dir>/checkpoints."""
+    load: str | None = "auto"
+    """auto: resume from the newest complete checkpoint under `save`, if any; a path; or null: start afresh."""
+    save_interval: int = Field(10, ge=1)
+    keep_last: int = Field(2, ge=1)
+    save_hf: bool = False
+    """Also export Hugging Face safetensors at the end of the run, under <run_dir>/hf."""
+
+
+class EvalConfig(Section):
+    """Evaluation on data.eval with the same engine."""
+
+    interval: int = Field(0, ge=0)
+    """Every that many rollout steps; 0: only where at_start and at_end say."""
+    at_start: bool = False
+    at_end: bool = False
+    n_samples_per_prompt: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    greedy: bool = False
+    """Also report greedy accuracy."""
+    max_prompts: int | None = Field(None, ge=1)
+
+
+class LoggingConfig(Section):
+    """Where a run writes."""
+
+    run_dir: str = "runs/default"
+    tensorboard: bool = True
+    trees_interval: int = Field(0, ge=0)
+    """Every that many steps the forest is written to <run_dir>/trees/step_N.jsonl, one tree a line; 0: never."""
+    progress: bool = True
+    """Progress bars on the console (rank 0)."""
+
+
+class DistributedConfig(Section):
+    """Processes and deadlines."""
+
+    timeout_s: float = Field(600, gt=0)
+    """Deadline of a collective or barrier, seconds."""

@@ -1,0 +1,102 @@
+"""What is learnt from samples: algorithm, loss and optimisation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from treepo_mega.config.section import Section
+
+
+class AlgoConfig(Section):
+    """Advantages and loss."""
+
+    advantage_estimator: Literal["treepo", "treepo_size_weighted", "segment", "grpo", "rloo", "reinforce_pp"] = "treepo"
+    """segment: V(child) - V(parent) per node, V the mean reward of the leaves below; the others: one number a leaf."""
+    segment_sqrt_n: bool = False
+    """Divide a node's segment advantage by the square root of the leaves below it."""
+    reject_zero_std_subgroups: bool = False
+    """TreePO eq. 7: skip subgroups whose rewards are all equal."""
+    whiten_advantages: bool | None = None
+    """Token-weighted mean 0 and standard deviation 1 over the rollout; None: on for the treepo estimators and
+    reinforce_pp."""
+    eps_clip: float = Field(0.2, gt=0, lt=1)
+    eps_clip_high: float = Field(0.28, gt=0)
+    eps_clip_c: float | None = Field(10.0, gt=1)
+    """Dual clip: bound of the ratio for negative advantages; None: off."""
+    kl_loss_coef: float = Field(0.0, ge=0)
+    """Weight of KL(actor || reference); 0: no reference model is built."""
+    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    """token-mean: sum over all (trajectory, token) pairs of the global batch / their number. seq-mean-token-mean: mean
+    over trajectories of each one's token mean. seq-mean-token-sum: mean over trajectories of each one's token sum."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """sequence: GSPO's ratio, the geometric mean over a trajectory's tokens; needs train.prefix_sharing none, and goes
+    with loss_agg_mode seq-mean-token-mean."""
+    use_tis: bool | None = None
+    """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, and with
+    rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over)."""
+    tis_clip: float = Field(2.0, gt=0)
+
+
+class GuardConfig(Section):
+    """Is the FP8 head still near bf16? Asked of a sample of rows in every step."""
+
+    sample_rows: int = Field(256, ge=0)
+    """Rows per micro-batch of the old-logprob pass that are computed in fp8 and in bf16. 0: never ask."""
+    max_abs_diff: float = Field(0.03, gt=0)
+    """Largest acceptable mean |logp_fp8 - logp_bf16|, nats. Beyond it the step runs in bf16, counted in
+    train/head_fallback; fp8 comes back with the first step whose sample is within it."""
+
+
+class LossConfig(Section):
+    """How the loss is computed: output layer, log-softmax and loss. What it is stands in algo."""
+
+    precision: Literal["fp32", "bf16", "fp8"] | None = None
+    """Operands of the logits in the policy update; sums are always fp32. None: model.params_dtype."""
+    logprob_precision: Literal["fp32", "bf16", "fp8"] | None = None
+    """The same for old and reference logprobs. None: as precision."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """torch: tiles of rows, any device. triton: fused kernels (Hopper or newer). auto: triton where it can run."""
+    tile_rows: int = Field(1024, ge=1)
+    """Most rows of [rows, V/tp] logits alive at a time; large vocabularies take fewer (48 MiB)."""
+    fp8_recipe: Literal["tensorwise", "rowwise", "blockwise"] = "blockwise"
+    """fp8: a scale per tensor, per row, or per 1 x 128 (hidden states) and 128 x 128 (weight). Current scaling. The
+    default is what a real model's activations said (tools/bench/fp8_error.py)."""
+    fp8_loud_channels: int = Field(64, ge=0, le=64)
+    """fp8: so many channels of hidden states and weight (at most an eighth), those that carry most of the logits'
+    variance, stay in bf16. Models have a few that are far louder than the rest, and set the error alone."""
+    fp8_grads: bool = False
+    """fp8: also the gradient's two products, with e5m2 row-scaled logit gradients. Off: they run in bf16."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    num_rollouts: int = Field(100, ge=1)
+    """Rollout steps in the whole run."""
+    num_steps_per_rollout: int = Field(1, ge=1)
+    """Optimizer steps (mini-batches) per rollout."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Trajectories per optimizer step; None: derived from the batch invariant."""
+    max_tokens_per_gpu: int = Field(4096, ge=1)
+    """Tokens in one micro-batch of one data-parallel rank; a larger tree is cut, its pieces repeat their ancestors."""
+    prefix_sharing: Literal["tree", "prompt", "none"] = "tree"
+    """What a micro-batch computes once. tree: every shared token. prompt: only the prompt. none: nothing (flat)."""
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_iters: int = Field(0, ge=0)
+    lr_decay_iters: int | None = Field(None, ge=1)
+    """Optimizer steps over which lr decays; None: the whole run."""
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = Field(1.0, ge=0)
+    seed: int = 1234
+    max_skipped_steps: int = Field(3, ge=1)
+    """Consecutive optimizer steps with a non-finite gradient before the run stops with a diagnosis."""
