@@ -36,8 +36,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from treepo_mega.actor.attention import PackAttention
-from treepo_mega.config import ConfigError
-from treepo_mega.config import ModelConfig
+from treepo_mega.config import ConfigError, ModelConfig
 from treepo_mega.loss import te
 from treepo_mega.runtime.device import has_cuda
 

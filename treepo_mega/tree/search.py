@@ -221,9 +221,9 @@ class TreeSearch:
         saved = state["transfer"]["kind"]
         if saved != self._cfg.branching.transfer:
             raise CarriedTreeError(
-                f"prompt {state['tree']['prompt_id']!r} was carried over under another rollout.branching.transfer ({saved}) than "
-                f"{self._cfg.branching.transfer!r}: finish the run with the old one, or start from a checkpoint without "
-                "carried-over trees"
+                f"prompt {state['tree']['prompt_id']!r} was carried over under another rollout.branching.transfer "
+                f"({saved}) than {self._cfg.branching.transfer!r}: finish the run with the old one, or start from a "
+                "checkpoint without carried-over trees"
             )
         version, internal, gauss = state["rng"]
         self._rng.setstate((version, tuple(internal), gauss))

@@ -42,7 +42,10 @@ class Transfer(Protocol):
 
 
 def make_transfer(rollout: RolloutConfig, seed: int, rng: random.Random, affordable: Callable[[int], int]) -> Transfer:
-    """The rule of `rollout.branching.transfer`. `seed` and `rng` are the tree's; `affordable` caps new segments by the budget."""
+    """The rule of `rollout.branching.transfer`. `seed` and `rng` are the tree's.
+
+    `affordable` caps new segments by the budget.
+    """
     if rollout.branching.transfer == "quota":
         return QuotaTransfer(rollout, seed, rng)
     return LevelTransfer(rollout, rng, affordable)
