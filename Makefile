@@ -3,6 +3,7 @@
 #   make demo [TP=2 PP=1]   train the tiny model that ships with the project, on this machine, without a GPU
 #   make test               the test suite, without the slow lane; says what it skipped and why
 #   make test-slow          the slow lane
+#   make test-matrix        what the slow lane leaves out of its full product of layouts: for the night
 #   make lint               ruff, mypy, import contracts
 #   make docs               the documentation site, into build/site
 #   make clean              remove caches and build leftovers (runs/ and .venv stay)
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint docs clean
+.PHONY: help setup demo test test-slow test-matrix lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,10 +33,13 @@ demo: setup
 	$(BIN)/python tools/demo.py --tp $(TP) --pp $(PP) $(ARGS)
 
 test: setup
-	$(BIN)/pytest -m "not slow" -rs $(ARGS)
+	$(BIN)/pytest -m "not slow and not matrix" -rs $(ARGS)
 
 test-slow: setup
 	$(BIN)/pytest -m slow -rs $(ARGS)
+
+test-matrix: setup
+	$(BIN)/pytest -m matrix -rs $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

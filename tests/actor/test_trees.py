@@ -2,6 +2,10 @@
 
 One launch a world size and lane runs all of its cells (trees_worker.py); tests look at what it measured. A cell is a
 layout, a model, recompute on or off, a branching depth (0: a single path), and whether trees are cut.
+
+The slow lane keeps the product of layouts and MATRIX on one and two ranks. On four ranks each layout meets PAIRWISE:
+(plain, depth 4, cut), (recompute, depth 2, whole), (plain, depth 0, whole). So every pair (layout, recompute) and
+(layout, cut) stays, and depths 0, 2 and 4 of each layout. The other cells of the product have the mark `matrix`.
 """
 
 from __future__ import annotations
@@ -48,20 +52,25 @@ MATRIX = (
     *((False, 0, False), (False, 1, False), (False, 2, True), (False, 3, False), (False, 3, True), (False, 4, True)),
     *((True, 2, False), (True, 4, True)),
 )
-"""(recompute, depth, cut) of every layout in the slow lane."""
+"""(recompute, depth, cut): the full product takes every layout through these."""
+PAIRWISE = ((False, 4, True), (True, 2, False), (False, 0, False))
+"""Those of MATRIX that every layout of four ranks meets in the slow lane."""
 OTHER = ("seq-mean-token-mean", "seq-mean-token-sum")
 
 
-def cells(ranks: int, slow: bool) -> list[dict[str, Any]]:
-    """All cells of the slow lane, or the few of the fast one; models and recompute take turns over layouts."""
+def cells(ranks: int, lane: str) -> list[dict[str, Any]]:
+    """All cells of a lane; models and recompute take turns over layouts. `matrix` has what `slow` leaves out."""
     out = []
+    slow = lane != "fast"
+    pairwise = PAIRWISE if ranks == 4 else MATRIX
+    chosen = pairwise if lane == "slow" else [m for m in MATRIX if m not in pairwise]
     for i, layout in enumerate(LAYOUTS[ranks]):
         kind, tied = MODELS[(i + ranks) % len(MODELS)]
         base = {"layout": layout, "kind": kind, "tied": tied}
         if not slow:
             out.append({**base, "recompute": i % 2 == 0, "depth": 3, "split": True})
             continue
-        for recompute, depth, split in MATRIX:
+        for recompute, depth, split in chosen:
             out.append({**base, "recompute": recompute, "depth": depth, "split": split})
     if not slow and ranks == 1:
         out += [{**out[0], "recompute": False, "twins": impl} for impl in ("local", "transformer_engine")]
@@ -91,13 +100,14 @@ def name(cell: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """measured(world_size, slow) -> results in the order of `cells`, launched once."""
+    """measured(world_size, lane) -> results in the order of `cells`, launched once."""
 
     @launch_once
-    def launch(ranks: int, slow: bool) -> list[dict[str, Any]]:
+    def launch(ranks: int, lane: str) -> list[dict[str, Any]]:
         directory = tmp_path_factory.mktemp(f"trees{ranks}")
-        (directory / "cells.json").write_text(json.dumps(cells(ranks, slow)))
-        run_ranks(ranks, WORKER, directory, directory / "cells.json", timeout=280)
+        (directory / "cells.json").write_text(json.dumps(cells(ranks, lane)))
+        deadline = 1700 if lane == "matrix" else 280
+        run_ranks(ranks, WORKER, directory, directory / "cells.json", timeout=deadline)
         return json.loads((directory / "results.json").read_text())
 
     return launch
@@ -140,28 +150,41 @@ def check_exact(got: dict[str, Any]) -> None:
         assert got["drawn"][kind] > 0, kind
 
 
-def params(slow: bool) -> list[Any]:
+def params(lane: str) -> list[Any]:
     """(ranks, index) of every cell of a lane."""
-    return [pytest.param(n, i, id=f"{n}-{name(c)}") for n in LAYOUTS for i, c in enumerate(cells(n, slow))]
+    return [pytest.param(n, i, id=f"{n}-{name(c)}") for n in LAYOUTS for i, c in enumerate(cells(n, lane))]
 
 
-@pytest.mark.parametrize("ranks, index", params(slow=False))
+@pytest.mark.parametrize("ranks, index", params("fast"))
 def test_equals_flat_autograd(measured, ranks, index):
-    check(measured(ranks, False)[index], cells(ranks, False)[index])
+    check(measured(ranks, "fast")[index], cells(ranks, "fast")[index])
 
 
 def test_checkpoints_do_not_depend_on_what_layers_are_made_of(measured):
-    stored = {c.get("twins"): got["stored"] for c, got in zip(cells(1, False), measured(1, False), strict=True)
+    stored = {c.get("twins"): got["stored"] for c, got in zip(cells(1, "fast"), measured(1, "fast"), strict=True)
               if c["kind"] == "qwen3"}  # fmt: skip
     assert stored.keys() == {None, "local", "transformer_engine"}
     assert len(stored[None]) > 10 and stored[None] == stored["local"] == stored["transformer_engine"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, index", params(slow=True))
+@pytest.mark.parametrize("ranks, index", params("slow"))
 def test_topology_matrix(measured, ranks, index):
-    check(measured(ranks, True)[index], cells(ranks, True)[index])
+    check(measured(ranks, "slow")[index], cells(ranks, "slow")[index])
 
 
-def test_the_matrix_is_large_enough():
-    assert sum(len(cells(n, True)) for n in LAYOUTS) >= 120
+@pytest.mark.matrix
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks, index", params("matrix"))
+def test_rest_of_the_topology_matrix(measured, ranks, index):
+    check(measured(ranks, "matrix")[index], cells(ranks, "matrix")[index])
+
+
+def test_the_slow_lane_keeps_every_pair_of_four_ranks_and_the_matrix_the_product():
+    kept = cells(4, "slow")
+    for layout in LAYOUTS[4]:
+        mine = [c for c in kept if c["layout"] == layout]
+        assert {c["recompute"] for c in mine} == {c["split"] for c in mine} == {True, False}
+        assert {c["depth"] for c in mine} == {0, 2, 4}
+    everything = {(n, name(c)) for n in LAYOUTS for lane in ("slow", "matrix") for c in cells(n, lane)}
+    assert len(everything) == sum(len(LAYOUTS[n]) for n in LAYOUTS) * len(MATRIX) >= 120
