@@ -1,15 +1,10 @@
 """Helpers: tiny checkpoints made by transformers, and programs run on several ranks with a deadline."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.world import run_world
 
 
 def _tiny(directory, kind, *, tied=False, vocab=301, dtype=None, layers=4, **more):
@@ -43,25 +38,10 @@ def tiny_hf(tmp_path):
 
 
 def _run_ranks(n, script, *args, timeout=120):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(port)]
-    command = [*launcher, str(script)] if n > 1 else [sys.executable, str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        env.pop(name, None)
-    process = subprocess.Popen(
-        [*command, *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        pytest.fail(f"{script} on {n} ranks did not end within {timeout} s:\n{out[-4000:]}")
-    return process.returncode, out
+    code, out, failure = run_world(n, [str(script), *map(str, args)], timeout)
+    if "did not end within" in failure:
+        pytest.fail(f"{script} on {n} ranks: {failure}\n{out[-4000:]}", pytrace=False)
+    return code, out
 
 
 @pytest.fixture

@@ -10,14 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from tests.world import LAUNCHER_VARIABLES, REPO, run_world
 
 
 def start_ranks(n: int, *command: object) -> subprocess.Popen[str]:
@@ -51,8 +49,19 @@ def finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str]:
     return process.returncode, out
 
 
-def run_ranks(n: int, *command: object, timeout: float = 240) -> str:
-    """The output of `command` on `n` ranks; the test fails, showing it, unless every rank left with 0."""
+def run_ranks(n: int, worker: object, *arguments: object, timeout: float = 240) -> str:
+    """The output of the script `worker` on `n` forked ranks (see world.py); the test fails unless all left with 0.
+
+    The failure shows the traceback of each rank that raised, then the end of all output.
+    """
+    code, out, failure = run_world(n, [str(worker), *map(str, arguments)], timeout)
+    if code:
+        pytest.fail(f"{worker} on {n} ranks ended with {code}:\n{failure}\n--- output\n{out[-6000:]}", pytrace=False)
+    return out
+
+
+def launch_ranks(n: int, *command: object, timeout: float = 240) -> str:
+    """As `run_ranks` under a real torchrun, for tests whose subject is the start: a script, or "-m" and a module."""
     code, out = finish(start_ranks(n, *command), timeout)
     if code:
         pytest.fail(f"{command[0]} on {n} ranks ended with {code}:\n{out[-8000:]}")

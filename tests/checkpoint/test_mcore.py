@@ -10,7 +10,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, check_complete, check_digests, find_latest, prune
-from treepo_mega.config import ConfigError
+from treepo_mega.errors import TreepoError
 
 WORKER = Path(__file__).with_name("training_worker.py")
 
@@ -130,7 +130,7 @@ def test_without_a_manifest_it_is_no_checkpoint(checkpoints, text):
         (newest / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=str(newest)) as e:
         check_complete(newest)
-    assert isinstance(e.value, ConfigError), "the command line prints it as one message"
+    assert isinstance(e.value, TreepoError), "the command line prints it as one message"
     assert find_latest(checkpoints) == checkpoints / "step_000004"
 
 

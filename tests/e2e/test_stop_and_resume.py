@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.ranks import finish, run_ranks, start_ranks
+from tests.ranks import finish, launch_ranks, start_ranks
 from treepo_mega.checkpoint.mcore import check_complete
 from treepo_mega.monitor.metrics import read_metrics
 from treepo_mega.monitor.registry import depends_on_time
@@ -66,9 +66,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     done = check_complete(saved)["step"]
     assert 1 <= done < STEPS and done == len(numbers(stopped))
 
-    resumed = run_ranks(2, *command(stopped), timeout=280)
+    resumed = launch_ranks(2, *command(stopped), timeout=280)
     assert f"next step {done}" in resumed
-    run_ranks(2, *command(whole), timeout=280)
+    launch_ranks(2, *command(whole), timeout=280)
     assert numbers(stopped) == numbers(whole)
     assert len(numbers(whole)) == STEPS
     assert sum(row["rollout/trees_carried_over"] for row in numbers(whole)) > STEPS, "checkpoints keep unfinished trees"

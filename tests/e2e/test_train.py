@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.actor.oracle import perplexity
-from tests.ranks import REPO, run_ranks
+from tests.ranks import REPO, launch_ranks
 from treepo_mega.actor.perplexity import reference_texts
 from treepo_mega.checkpoint.mcore import check_complete
 from treepo_mega.config import load_config
@@ -46,7 +46,7 @@ def train(run: Path, *overrides: str) -> str:
         f"logging.run_dir={run}",
         *overrides,
     )
-    return run_ranks(2, *command, timeout=280)
+    return launch_ranks(2, *command, timeout=280)
 
 
 @pytest.fixture(scope="module")
