@@ -18,7 +18,8 @@ Ids. A prompt is called `<file stem or task>:<row>`, with `#2` after the name fo
 a seed, even where two epochs meet in one batch or the batch is larger than the data set.
 
 What is refused: a malformed line, a missing prompt or answer (file, line, the keys that are there, the
-nearest). What is dropped, counted and logged: a prompt longer than `data.max_prompt_len` tokens.
+nearest), a truth that its verifier cannot grade (data/truths.py). What is dropped, counted and logged: a
+prompt longer than `data.max_prompt_len` tokens.
 
 Traps. (1) The chat template writes the special tokens, so templated text is tokenized without adding them
 again; plain text with. (2) Some tokenizers append EOS to plain text, which would end the response before it
@@ -40,6 +41,7 @@ from treepo_mega.config import DataConfig, PromptSource
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 from treepo_mega.data.rows import MISSING, PromptError, Row, describe_missing, lookup, read_rows
+from treepo_mega.data.truths import check_truths, truth_text
 from treepo_mega.runtime.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -139,7 +141,9 @@ def _read_source(source: PromptSource, data: DataConfig, tokenizer: Any, names: 
     names[name] += 1
     if names[name] > 1:
         name = f"{name}#{names[name]}"
-    return [_draft(row, f"{name}:{row.index}", name, verifier, data, tokenizer) for row in rows]
+    drafts = [_draft(row, f"{name}:{row.index}", name, verifier, data, tokenizer) for row in rows]
+    check_truths([(d.where, d.prompt.answer) for d in drafts], verifier, str(source.path or source.reasoning_gym))
+    return drafts
 
 
 def _gym_rows(source: PromptSource) -> tuple[str, list[Row]]:
@@ -157,7 +161,7 @@ def _gym_rows(source: PromptSource) -> tuple[str, list[Row]]:
 def _draft(row: Row, prompt_id: str, source: str, verifier: str, data: DataConfig, tokenizer: Any) -> _Draft:
     prompt = _first(row, "prompt", data.input_key, PROMPT_KEYS)
     truth = _first(row, "answer", data.label_key, ANSWER_KEYS)
-    answer = _answer_text(truth)
+    answer = truth_text(truth, verifier, row.where)
     text, templated = _render(prompt, data, tokenizer, row.where)
     if isinstance(prompt, str) and not prompt.strip():
         raise PromptError(f"{row.where}: the prompt is empty: nothing but white space ({prompt[:20]!r})")
@@ -187,13 +191,6 @@ def _first(row: Row, what: str, key: str, aliases: tuple[str, ...]) -> Any:
     raise PromptError(describe_missing(row, what, key, aliases))
 
 
-def _answer_text(value: Any) -> str:
-    if not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    head, mark, tail = value.rpartition("\n#### ")
-    return tail.strip() if mark and head and "\n" not in tail.strip() else value
-
-
 def _reference(row: Row, key: str, truth: Any) -> str:
     """The row's reference text, or nothing. A value that is no text is refused only under a key that was chosen."""
     chosen = key != REFERENCE_KEYS[0]
@@ -203,7 +200,7 @@ def _reference(row: Row, key: str, truth: Any) -> str:
             return value
         if chosen and value is not MISSING and value is not None and not isinstance(value, str):
             raise PromptError(f"{row.where}: {k} is {type(value).__name__}, expected a text (data.reference_key)")
-    has_reasoning = isinstance(truth, str) and _answer_text(truth) != truth
+    has_reasoning = isinstance(truth, str) and truth_text(truth, "", row.where) != truth
     return truth if has_reasoning and not chosen else ""
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from treepo_mega.config import Config
 from treepo_mega.data.prompts import Prompt, PromptCursor
 from treepo_mega.data.rewards import RewardItem, RewardPool
+from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job, summarize
@@ -71,6 +72,7 @@ class Collector:
             seen += trees
             kept += [t for t in trees if t.leaves and (not r.dynamic_sampling or has_signal(t))]
             jobs = []
+        report_lost(self.pool.take_tally(), f"step {step}")
         totals |= {"resumed": len(resumed), "carried": len(self.carried), "idle_share_max": max(waited)}
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
 

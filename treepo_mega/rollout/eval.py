@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.rewards import RewardItem, RewardPool
+from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.rollout.dealing import CostModel
 from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.rollout.round import open_round
@@ -100,6 +101,7 @@ class Evaluator:
         mine = self._grade(prompts, grown.trees) if speaks else {}
         told = dist.gather_objects([list(mine.items()), queue.stolen if speaks else 0, idle])
         graded = {i: Graded(**g) for part, _, _ in told for i, g in part}
+        report_lost(self.pool.take_tally(), "evaluation", fatal=False)
         if missing := [p.id for i, p in enumerate(prompts) if i not in graded]:
             raise RuntimeError(f"evaluation: nobody sampled {len(missing)} of {len(prompts)} prompts: {missing[:5]}")
         rows = [graded[i] for i in range(len(prompts))]

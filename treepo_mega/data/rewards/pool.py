@@ -39,7 +39,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 
@@ -79,6 +79,14 @@ class RewardResult:
     score: float | None
     error: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Tally(TypedDict):
+    """JSON-safe count of gradings: in all, and of the lost ones by verifier with the first reason."""
+
+    total: int
+    lost: dict[str, int]
+    reasons: dict[str, str]
 
 
 class _WorkerFailed(Exception):
@@ -155,7 +163,7 @@ class _Worker:
         if not data:
             raise _WorkerFailed(self._cause_of_death())
         *lines, self.unread = (self.unread + data).split(b"\n")
-        finished = []
+        finished: list[tuple[int, dict[str, Any]]] = []
         for line in lines:
             reply = self._parse(line)
             if reply is None:
@@ -224,6 +232,7 @@ class RewardPool:
         self.cfg = cfg
         self.restarts = 0
         """Workers killed or lost so far."""
+        self._tally: Tally = {"total": 0, "lost": {}, "reasons": {}}
         self._workers: list[_Worker] = []
         self._ids = itertools.count()
         self._closed = False
@@ -252,10 +261,26 @@ class RewardPool:
             check_verifier(name)
         payloads = [self._encode(i, item) for i, item in enumerate(items)]
         try:
-            return _Call(self, payloads, [item.verifier for item in items]).run()
+            results = _Call(self, payloads, [item.verifier for item in items]).run()
         except BaseException:
             self._kill_all()  # busy workers would answer the next call
             raise
+        self._count(items, results)
+        return results
+
+    def take_tally(self) -> Tally:
+        """What was graded and lost since the last call (data/rewards/lost.py tells people)."""
+        tally = self._tally
+        self._tally = {"total": 0, "lost": {}, "reasons": {}}
+        return tally
+
+    def _count(self, items: Sequence[RewardItem], results: Sequence[RewardResult]) -> None:
+        self._tally["total"] += len(results)
+        for item, result in zip(items, results, strict=True):
+            if result.score is None:
+                name = item.verifier
+                self._tally["lost"][name] = self._tally["lost"].get(name, 0) + 1
+                self._tally["reasons"].setdefault(name, str(result.error))
 
     def check_math_truths(self, truths: Sequence[str]) -> list[str | None]:
         """For each truth why math-verify cannot read it, or None; in a worker, with the deadlines of a grading."""
