@@ -21,8 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from tests.hf_fixtures import run_ranks, tiny_hf
+from tests.starts import count_children
 
 __all__ = ["run_ranks", "tiny_hf"]
+
+count_children()
 
 TINY_SYMBOLS = [
     "<pad>",

@@ -97,7 +97,9 @@ def test_the_enumeration_is_a_distribution():
     assert math.isclose(math.fsum(exact(0.0).values()), 1.0) and len(exact(0.0)) == 16
 
 
-@pytest.mark.parametrize("transfer, budget", RULES)
+@pytest.mark.parametrize(
+    "transfer, budget", [RULES[0], *(pytest.param(*rule, marks=pytest.mark.slow) for rule in RULES[1:])]
+)
 def test_a_random_descent_is_an_independent_sample(transfer, budget):
     rng = random.Random(5)
     seen = Counter(descend(tree, rng) for tree in forest(transfer, budget, 0.25))
@@ -105,6 +107,7 @@ def test_a_random_descent_is_an_independent_sample(transfer, budget):
     assert value < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["level", "quota"])
 @pytest.mark.parametrize("which", [0, 3, -1])
 def test_without_early_ends_every_leaf_is_an_independent_sample(transfer, which):
@@ -115,7 +118,7 @@ def test_without_early_ends_every_leaf_is_an_independent_sample(transfer, which)
     assert value < limit
 
 
-@pytest.mark.parametrize("transfer", ["level", "quota"])
+@pytest.mark.parametrize("transfer", ["level", pytest.param("quota", marks=pytest.mark.slow)])
 def test_a_uniform_leaf_favours_long_responses_where_paths_end_early(transfer):
     rng = random.Random(6)
     seen = Counter(tuple(t.response(rng.choice(t.leaves))) for t in forest(transfer, "equal", 0.25))
