@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from treepo_mega.config import parse_config
-from treepo_mega.engine.engine import Engine, Finished
+from treepo_mega.engine.engine import Engine
+from treepo_mega.engine.stream import Finished, SegmentRequest
 
 BLOCK = 32
 
@@ -71,7 +72,7 @@ def finish(engine: Engine) -> dict[str, Finished]:
 
 
 def sample(engine: Engine, prefix: list[int], n: int, seed: int = 1) -> Finished:
-    engine.submit("x", prefix, n, seed, 1.0, [])
+    engine.submit(SegmentRequest(name="x", prefix=prefix, max_tokens=n, seed=seed))
     return finish(engine)["x"]
 
 
@@ -94,12 +95,16 @@ def test_children_of_an_ended_request_compute_one_token(engine, oracle, length, 
 def test_children_of_a_running_request(engine, oracle):
     """It goes on in its own block, whose beginning they copied, and none disturbs the other."""
     borders = frozenset(range(54))
-    engine.submit("run", start := prompt(1, 41), 9, 3, 1.0, [], borders=borders, min_tokens=9, run=40)
+    stream = engine.submit(
+        SegmentRequest(
+            name="run", prefix=(start := prompt(1, 41)), max_tokens=9, seed=3, borders=borders, min_tokens=9, run=40
+        )
+    )
     (x,) = [x for _ in range(9) for x in engine.step()]
     path = start + x.tokens
-    engine.go_on("run", "rest", 31, min_tokens=31)
+    stream.extend("rest", 31, min_tokens=31)
     for k in range(3):
-        engine.submit(f"child {k}", path, 12, k, 1.0, [])
+        engine.submit(SegmentRequest(name=f"child {k}", prefix=path, max_tokens=12, seed=k))
     done = finish(engine)
     for k in range(3):
         assert done[f"child {k}"].num_cached_tokens == len(path) - 1
@@ -145,7 +150,7 @@ def test_nobody_is_given_a_block_that_was_given_out_again(engine, oracle, connec
         cut = path[: rng.randrange(max(2, len(path) // 2), len(path) + 1)]
         n = min(rng.randrange(1, 40), 160 - len(cut))
         asked[f"r{k}"] = cut
-        engine.submit(f"r{k}", cut, n, k, 1.0, [])
+        engine.submit(SegmentRequest(name=f"r{k}", prefix=cut, max_tokens=n, seed=k))
         if k == 120:
             engine.abort()
         for _ in range(rng.randrange(3)):

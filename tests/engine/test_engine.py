@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from treepo_mega.config import Config, parse_config
-from treepo_mega.engine.engine import Engine, EngineError, Finished
+from treepo_mega.engine.engine import Engine
+from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest
 
 EOS = 2
 
@@ -48,7 +49,16 @@ def run(
     engine: Engine, prefixes: list[list[int]], *, temperature: float = 1.0, n: int = 24, stop: list[int] | None = None
 ):
     for k, prefix in enumerate(prefixes):
-        engine.submit(f"r{k}", prefix, n, 100 + k, temperature, stop or [])
+        engine.submit(
+            SegmentRequest(
+                name=f"r{k}",
+                prefix=prefix,
+                max_tokens=n,
+                seed=100 + k,
+                temperature=temperature,
+                stop_token_ids=stop or [],
+            )
+        )
     done: dict[str, Finished] = {}
     while engine.busy:
         done |= {x.request_id: x for x in engine.step()}
@@ -151,21 +161,21 @@ def test_an_incomplete_update_is_refused_and_blocks_sampling(engine, tiny_llama)
         with pytest.raises(EngineError, match=message):
             engine.update_weights(bad)
         with pytest.raises(EngineError, match="did not complete"):
-            engine.submit("x", [5], 4, 0, 1.0, [])
+            engine.submit(SegmentRequest(name="x", prefix=[5], max_tokens=4, seed=0))
         engine.update_weights(good.items())
     assert len(run(engine, prompts(1))[0].tokens) == 24
 
 
 def test_impossible_requests_are_refused(engine):
     with pytest.raises(EngineError, match="window of 129"):
-        engine.submit("x", [5] * 100, 30, 0, 1.0, [])
+        engine.submit(SegmentRequest(name="x", prefix=[5] * 100, max_tokens=30, seed=0))
     with pytest.raises(EngineError, match=r"\[0, 54\)"):
-        engine.submit("x", [54], 4, 0, 1.0, [])
+        engine.submit(SegmentRequest(name="x", prefix=[54], max_tokens=4, seed=0))
     with pytest.raises(EngineError, match="at least one token"):
-        engine.submit("x", [], 4, 0, 1.0, [])
-    engine.submit("x", [5], 4, 0, 1.0, [])
+        engine.submit(SegmentRequest(name="x", prefix=[], max_tokens=4, seed=0))
+    engine.submit(SegmentRequest(name="x", prefix=[5], max_tokens=4, seed=0))
     with pytest.raises(EngineError, match="already running"):
-        engine.submit("x", [5], 4, 0, 1.0, [])
+        engine.submit(SegmentRequest(name="x", prefix=[5], max_tokens=4, seed=0))
     with pytest.raises(EngineError, match="idle"):
         engine.score([5, 6])
     with pytest.raises(EngineError, match="while requests run"):
@@ -179,8 +189,12 @@ def test_a_border_token_ends_the_segment_from_its_shortest_length_on(engine):
     (free,) = run(engine, prompts(1))
     border = free.tokens[7]
     first = next(k for k, t in enumerate(free.tokens) if t == border and k >= 3)
-    engine.submit("b", prompts(1)[0], 24, 100, 1.0, [], borders=frozenset([border]), min_tokens=4)
-    engine.submit("other", prompts(1)[0], 24, 100, 1.0, [])
+    engine.submit(
+        SegmentRequest(
+            name="b", prefix=prompts(1)[0], max_tokens=24, seed=100, borders=frozenset([border]), min_tokens=4
+        )
+    )
+    engine.submit(SegmentRequest(name="other", prefix=prompts(1)[0], max_tokens=24, seed=100))
     done = {}
     while engine.busy:
         done |= {x.request_id: x for x in engine.step()}
@@ -196,7 +210,18 @@ def test_a_peek_is_the_distribution_behind_the_segment(engine, tiny_llama):
     at = free.tokens.index(border) + 1
     asked = {"plain": {}, "border": {"borders": frozenset([border])}}
     for name, more in asked.items():
-        engine.submit(name, prompts(1)[0], 10, 100, 0.7, [free.tokens[10]], peek=5, **more)
+        engine.submit(
+            SegmentRequest(
+                name=name,
+                prefix=prompts(1)[0],
+                max_tokens=10,
+                seed=100,
+                temperature=0.7,
+                stop_token_ids=[free.tokens[10]],
+                peek=5,
+                **more,
+            )
+        )
     done = {}
     while engine.busy:
         done |= {x.request_id: x for x in engine.step()}

@@ -23,7 +23,8 @@ from treepo_mega.actor.update import Policy
 from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import parse_config, read_hf_config
 from treepo_mega.engine import vllm_target
-from treepo_mega.engine.engine import Engine, EngineError
+from treepo_mega.engine.engine import Engine
+from treepo_mega.engine.stream import EngineError, SegmentRequest
 from treepo_mega.reshard.execute import Resharder
 from treepo_mega.reshard.plan import plan_reshard
 from treepo_mega.runtime import dist
@@ -58,7 +59,7 @@ def configuration(hf_dir: str, tp: int, pp: int, tp_v: int, dtype: str = "fp32",
 def sampled(engine: Engine) -> list[object]:
     """Tokens and logprobs of seeded samples."""
     for k, prompt in enumerate(PROMPTS):
-        engine.submit(f"p{k}", prompt, 16, 11 + k, 1.0, [])
+        engine.submit(SegmentRequest(name=f"p{k}", prefix=prompt, max_tokens=16, seed=11 + k))
     done = {}
     while engine.busy:
         done |= {x.request_id: [x.tokens, x.logprobs, x.num_cached_tokens] for x in engine.step()}

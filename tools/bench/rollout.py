@@ -65,7 +65,8 @@ from rich.progress import Progress as RichProgress
 
 from treepo_mega.config import Config, RolloutConfig, parse_config
 from treepo_mega.data.prompts import Prompt
-from treepo_mega.engine.engine import Engine, Finished
+from treepo_mega.engine.engine import Engine
+from treepo_mega.engine.stream import Finished, SegmentRequest, SegmentStream
 from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime.seeding import derive_seed
@@ -169,6 +170,22 @@ class Script:
         return min(most, max(1, round(total) - far))
 
 
+@dataclass(frozen=True)
+class ScriptedStream:
+    """A stream of the engine whose segments end where the script says."""
+
+    engine: ScriptedEngine
+    stream: SegmentStream
+
+    def extend(self, name: str, max_tokens: int, min_tokens: int = 1) -> None:
+        """As the stream's."""
+        self.engine.extend(self.stream, name, max_tokens)
+
+    def cancel(self) -> None:
+        """As the stream's."""
+        self.stream.cancel()
+
+
 class ScriptedEngine:
     """The engine, with the script instead of EOS and of borders; counts nothing and changes nothing else."""
 
@@ -176,6 +193,7 @@ class ScriptedEngine:
         self.engine, self.script, self.tree_seeds = engine, script, tree_seeds
         self.ends: set[str] = set()
         self.batches: list[int] = []  # running requests, step by step
+        self.streams: dict[str, SegmentStream] = {}
         self.far: dict[str, tuple[tuple[int, ...], int]] = {}  # a run's name -> its prompt, tokens behind it
 
     def __getattr__(self, name: str) -> Any:
@@ -191,27 +209,24 @@ class ScriptedEngine:
         self.far[name] = prompt, far + size
         return size
 
-    def submit(
-        self,
-        request_id: str,
-        prefix: Sequence[int],
-        max_tokens: int,
-        seed: int,
-        temperature: float,
-        _: Any,
-        **more: Any,
-    ) -> None:
+    def submit(self, request: SegmentRequest) -> ScriptedStream:
         """As the engine's; a segment is asked for up to where the script ends it."""
-        size = self._size(request_id, tuple(prefix[:PROMPT]), len(prefix) - PROMPT, seed, max_tokens)
-        if request_id in self.ends:
-            more = {**more, "peek": 0, "run": 0}
-        self.engine.submit(request_id, prefix, size, seed, temperature, [], **{**more, "streams": True})
+        prompt = tuple(request.prefix[:PROMPT])
+        far = len(request.prefix) - PROMPT
+        size = self._size(request.name, prompt, far, request.seed, request.max_tokens)
+        changes: dict[str, Any] = {"max_tokens": size, "stop_token_ids": [], "reported_by_segment": True}
+        if request.name in self.ends:
+            changes |= {"peek": 0, "run": 0}
+        stream = self.engine.submit(replace(request, **changes))
+        self.streams[request.name] = stream
+        return ScriptedStream(self, stream)
 
-    def go_on(self, request_id: str, name: str, max_tokens: int, min_tokens: int = 1) -> None:
-        """As the engine's."""
-        prompt, far = self.far.pop(request_id)
+    def extend(self, stream: SegmentStream, name: str, max_tokens: int) -> None:
+        """The script says where the next segment of `stream` ends."""
+        prompt, far = self.far.pop(stream.name)
         seed = derive_seed(self.tree_seeds[prompt], *map(int, name.partition(":")[2].split(".")))
-        self.engine.go_on(request_id, name, self._size(name, prompt, far, seed, max_tokens), 1)
+        self.streams[name] = self.streams.pop(stream.name)
+        stream.extend(name, self._size(name, prompt, far, seed, max_tokens), 1)
 
     def step(self) -> list[Finished]:
         """As the engine's; the last token of a path that ended is EOS."""
@@ -221,7 +236,7 @@ class ScriptedEngine:
             if x.request_id in self.ends:
                 self.ends.remove(x.request_id)
                 if x.more:
-                    self.engine.drop(x.request_id)
+                    self.streams[x.request_id].cancel()
                 x = replace(x, tokens=[*x.tokens[:-1], EOS], finish_reason="stop", more=False)
             out.append(x)
         return out
@@ -271,7 +286,11 @@ class Bench:
         for k, tree in enumerate(trees):
             for n, leaf in enumerate(tree.leaves):
                 length = len(tree.response(leaf))
-                self.engine.submit(f"{k}:{n}", tree.prompt_tokens, length, derive_seed(k, n), 1.0, [])
+                self.engine.submit(
+                    SegmentRequest(
+                        name=f"{k}:{n}", prefix=tree.prompt_tokens, max_tokens=length, seed=derive_seed(k, n)
+                    )
+                )
         forwarded, batches = 0, []
         while self.engine.busy:
             batches.append(len(self.engine.unfinished))
@@ -300,13 +319,15 @@ class StepTimes:
 
         bench.engine.reset_prefix_cache()
         for k, p in enumerate(bench.prompts):
-            bench.engine.submit(f"prompt {k}", p.tokens, 2, k, 1.0, [])
+            bench.engine.submit(SegmentRequest(name=f"prompt {k}", prefix=p.tokens, max_tokens=2, seed=k))
         first, second = timed(), timed()
         prefill = (first - second) / ((PROMPT - 1) * len(bench.prompts))
         running, found = [1, 8, 16, 32, 64, 128], []
         for n in running:
             for k in range(n):
-                bench.engine.submit(f"{n}:{k}", bench.prompts[0].tokens, steps + 1, k, 1.0, [])
+                bench.engine.submit(
+                    SegmentRequest(name=f"{n}:{k}", prefix=bench.prompts[0].tokens, max_tokens=steps + 1, seed=k)
+                )
             bench.engine.step()
             found.append(statistics.median(timed() for _ in range(steps)))
         return cls(running, found, prefill)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from treepo_mega.engine.vllm_setup import EngineError
+from treepo_mega.engine.stream import EngineError
 
 
 def checkpoint_shapes(hf_dir: Path, tied: bool) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """vLLM in the trainer's own process: submit token ids, step, take segments; new weights in place.
 
     engine = Engine("path/to/hf", cfg, seed=0)
-    engine.submit("r0", prefix, max_tokens=16, seed=7, temperature=1.0, stop_token_ids=[2])
+    engine.submit(SegmentRequest(name="r0", prefix=prefix, max_tokens=16, seed=7, stop_token_ids=[2]))
     while engine.busy:
         for finished in engine.step(): ...       # submit more at any time
     engine.update_weights(pairs)                 # (Hugging Face name, full tensor), all of them
@@ -28,7 +28,6 @@ be sampled.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ import torch
 
 from treepo_mega.config import Config, read_hf_config
 from treepo_mega.engine.checkpoint_files import checkpoint_shapes
-from treepo_mega.engine.stream import Finished, Request
-from treepo_mega.engine.vllm_setup import EngineError, build, check_model, process_left_alone
+from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest, SegmentStream
+from treepo_mega.engine.vllm_setup import build, check_model, process_left_alone
 from treepo_mega.engine.vllm_target import VllmTarget
 
 
@@ -55,7 +54,7 @@ class Engine:
         self.max_model_len = min(cfg.max_model_len + 1, hf.get("max_position_embeddings") or cfg.max_model_len + 1)
         self._tied = bool(hf.get("tie_word_embeddings", False))
         self._shapes = checkpoint_shapes(self.hf_dir, self._tied)
-        self._open: dict[str, Request] = {}  # by vLLM's id
+        self._open: dict[str, SegmentStream] = {}  # by vLLM's id
         self._next = 0
         self._broken = ""
         with process_left_alone():
@@ -81,96 +80,63 @@ class Engine:
         """Blocks of `block_size` tokens that the KV cache holds (one of them is vLLM's own)."""
         return int(self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks) - 1
 
-    def submit(
-        self,
-        request_id: str,
-        prefix: Sequence[int],
-        max_tokens: int,
-        seed: int,
-        temperature: float,
-        stop_token_ids: Sequence[int],
-        *,
-        peek: int = 0,
-        borders: frozenset[int] = frozenset(),
-        min_tokens: int = 1,
-        run: int = 0,
-        streams: bool = False,
-    ) -> None:
-        """Queue a request: sample at most `max_tokens` after `prefix`, ending behind a stop token (which is kept).
-
-        `temperature` 0 is greedy. `borders`: token ids that end it too, from its `min_tokens`-th token on. (vLLM's own
-        min_tokens would forbid the tokens instead, which changes the distribution.) `peek` > 0: one token more is
-        sampled and dropped, for the logprobs of the `peek` likeliest ones in its place. `run` > 0: sample up to that
-        many tokens instead; when it `streams` (or has borders), each segment of it is reported by `step` as soon as it
-        is there, and `go_on` or `drop` says what follows, else all of it at once at the end.
+    def submit(self, request: SegmentRequest) -> SegmentStream:
+        """Queue a request; the segments of its stream come out of `step`.
 
         Raises EngineError when the request cannot be computed as asked.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        total = run or max_tokens + (peek > 0)
-        self._check_prefix(prefix, total, request_id)
-        if any(r.name == request_id for r in self._open.values()):
-            raise EngineError(f"request {request_id!r} is already running")
-        streams = bool(borders) or (streams and run > 0)
+        self._check_prefix(request.prefix, request.total_tokens, request.name)
+        if request.name in self.unfinished:
+            raise EngineError(f"request {request.name!r} is already running")
+        kind = RequestOutputKind.DELTA if request.looks_at_each_token else RequestOutputKind.FINAL_ONLY
         params = SamplingParams(
-            temperature=temperature,
-            max_tokens=total,
-            seed=seed if temperature > 0 else None,
-            logprobs=peek,
-            stop_token_ids=list(stop_token_ids),
+            temperature=request.temperature,
+            max_tokens=request.total_tokens,
+            seed=request.seed if request.temperature > 0 else None,
+            logprobs=request.peek,
+            stop_token_ids=list(request.stop_token_ids),
             ignore_eos=True,  # our own list is the whole truth about EOS
             detokenize=False,
-            # Whoever looks for borders looks at every token; for the others vLLM makes no output before the last.
-            output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
+            output_kind=kind,
         )
-        asked = Request(request_id, max_tokens, peek, borders, min_tokens, streams, run > 0)
-        self._open[self._add(prefix, params)] = asked
+        vllm_id = self._add(request.prefix, params)
+        stream = SegmentStream(request, lambda: self._abort(vllm_id))
+        self._open[vllm_id] = stream
+        return stream
 
     def step(self) -> list[Finished]:
         """One forward pass over everything that runs; what finished in it. Empty when idle.
 
-        Raises EngineError while a run waits for `go_on` or `drop`.
+        Raises EngineError while a run waits for `extend` or `cancel`.
         """
         if not self._open:
             return []
-        if waiting := [r.name for r in self._open.values() if r.waits]:
-            raise EngineError(f"runs wait for go_on or drop: {waiting[:5]}")
+        if waiting := [stream.name for stream in self._open.values() if stream.waits]:
+            raise EngineError(f"runs wait for extend or cancel: {waiting[:5]}")
         out = []
-        for x in self._llm.llm_engine.step():
-            name = self._match(x.request_id)
-            asked = self._open[name]
-            asked.add(x.outputs[0])
-            end = asked.end(str(x.outputs[0].finish_reason) if x.finished else None)
-            if end is None:
+        for output in self._llm.llm_engine.step():
+            vllm_id = self._match(output.request_id)
+            stream = self._open[vllm_id]
+            stream.add(output.outputs[0])
+            reason = str(output.outputs[0].finish_reason) if output.finished else None
+            segment = stream.next_segment(reason, output.num_cached_tokens or 0, self.vocab_size)
+            if segment is None:
                 continue
-            more = asked.runs and not x.finished
-            out.append(self._segment(asked, *end, x.num_cached_tokens or 0, more=more))
-            if more:
-                asked.start, asked.waits = end[0], True
+            out.append(segment)
+            if segment.more:
                 continue
-            if not x.finished:
-                self._llm.llm_engine.abort_request([name])
-            del self._open[name]
+            if output.finished:
+                del self._open[vllm_id]
+            else:
+                self._abort(vllm_id)
         return out
 
-    def go_on(self, request_id: str, name: str, max_tokens: int, min_tokens: int = 1) -> None:
-        """The run `request_id` goes on with a segment of at most `max_tokens`, and is called `name` from now on."""
-        asked = self._open[self._waiting(request_id)]
-        asked.name, asked.max_tokens, asked.min_tokens, asked.waits = name, max_tokens, min_tokens, False
-
-    def drop(self, request_id: str) -> None:
-        """The run `request_id` ends behind the segment that was reported last."""
-        theirs = self._waiting(request_id)
-        self._llm.llm_engine.abort_request([theirs])
-        del self._open[theirs]
-
-    def _waiting(self, request_id: str) -> str:
-        for theirs, asked in self._open.items():
-            if asked.name == request_id and asked.waits:
-                return theirs
-        raise EngineError(f"request {request_id!r} is not a run that waits")
+    def _abort(self, vllm_id: str) -> None:
+        self._llm.llm_engine.abort_request([vllm_id])
+        del self._open[vllm_id]
 
     def abort(self) -> None:
         """Drop every unfinished request."""
@@ -268,15 +234,6 @@ class Engine:
             )
         if not 0 <= min(prefix) <= max(prefix) < self.vocab_size:
             raise EngineError(f"request {request_id!r}: token ids must be in [0, {self.vocab_size})")
-
-    def _segment(self, asked: Request, end: int, reason: str, cached: int, *, more: bool) -> Finished:
-        tokens, logprobs = asked.tokens[asked.start : end], asked.logprobs[asked.start : end]
-        if len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs)):
-            raise EngineError(f"request {asked.name!r}: logprobs are not finite; the engine's weights are broken")
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-            raise EngineError(f"request {asked.name!r}: sampled an id outside the vocabulary of {self.vocab_size}")
-        peek = asked.top if end < len(asked.tokens) else []
-        return Finished(asked.name, tokens, logprobs, reason, cached, peek, more)
 
     def _checked(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the tensors on, one at a time, verifying them against the checkpoint's names and shapes."""

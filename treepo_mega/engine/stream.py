@@ -1,19 +1,66 @@
-"""What the engine was asked for, what it has sampled of it, and where a segment ends.
+"""One request to the engine: what is asked for, what has been sampled of it, and where a segment ends.
 
-`Request` gathers the tokens of one request; `Request.end` says whether a segment has ended: by vLLM's own stop, by its
-length, or at a border token. `Finished` is what the engine's callers get. Neither knows vLLM beyond the fields that
-its outputs have.
+    stream = engine.submit(SegmentRequest(name="0:0", prefix=prefix, max_tokens=16, seed=7))
+    for segment in engine.step(): ...        # `Finished`, of any stream
+    stream.extend("0:0.0", max_tokens=16)    # a run goes on with its next segment, under a new name
+    stream.cancel()                          # ... or ends after the segment that was delivered last
+
+`SegmentStream.next_segment` says whether a segment has ended: by vLLM's own stop, by its length, or at a border token.
+Nothing here knows vLLM beyond the fields that its outputs have.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from treepo_mega.errors import TreepoError
+
+
+class EngineError(TreepoError):
+    """The engine cannot be built, or was used in a way that would give wrong samples; the message says what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentRequest:
+    """Sample at most `max_tokens` tokens after `prefix`, with `seed`; a stop token ends the segment and is kept.
+
+    `temperature` 0 is greedy. `borders`: token ids that end the segment too, from its `min_tokens`-th token on.
+    `peek` > 0: one token more is sampled and dropped, for the logprobs of the `peek` likeliest ones in its place.
+    `run` > 0: sample up to that many tokens in all, several segments in one stream. Where it is `reported_by_segment`
+    (or has borders), each segment is delivered as soon as it is there, and `extend` or `cancel` says what follows;
+    else all of it is delivered at once at the end.
+    """
+
+    name: str
+    prefix: Sequence[int]
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    stop_token_ids: Sequence[int] = ()
+    peek: int = 0
+    # vLLM's own min_tokens would forbid the border tokens instead, which changes the distribution.
+    borders: frozenset[int] = frozenset()
+    min_tokens: int = 1
+    run: int = 0
+    reported_by_segment: bool = False
+
+    @property
+    def total_tokens(self) -> int:
+        """Most tokens that are sampled for it, a peeked-at one included."""
+        return self.run or self.max_tokens + (self.peek > 0)
+
+    @property
+    def looks_at_each_token(self) -> bool:
+        """True when the engine has to see each token as it is sampled, False when the end is enough."""
+        return bool(self.borders) or (self.reported_by_segment and self.run > 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished request: what was sampled, its logprobs (nats), why it ended, and prefix tokens reused.
+    """A finished segment: what was sampled, its logprobs (nats), why it ended, and prefix tokens reused.
 
     `finish_reason`: "stop" (a stop token, kept), "length", or "border" (a border token, kept).
     """
@@ -24,48 +71,95 @@ class Finished:
     finish_reason: str
     num_cached_tokens: int
     peek: list[float] = field(default_factory=list)
-    """Logprobs of the likeliest tokens behind the last one, descending, where they were asked for."""
+    """Logprobs of the likeliest tokens after the last one, descending, where they were asked for."""
     more: bool = False
-    """A segment of a run that has not ended: the engine waits for `go_on` or `drop`."""
+    """A segment of a run that has not ended: its stream waits for `extend` or `cancel`."""
 
 
-@dataclass(slots=True)
-class Request:
-    """What was asked for, and what has been sampled of it. `start`: where the segment begins in a run."""
+class SegmentStream:
+    """What has been sampled for one `SegmentRequest`. `abort` takes the request out of vLLM."""
 
-    name: str
-    max_tokens: int
-    peek: int
-    borders: frozenset[int]
-    min_tokens: int
-    streams: bool
-    runs: bool
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[float] = field(default_factory=list)
-    start: int = 0
-    waits: bool = False
+    def __init__(self, request: SegmentRequest, abort: Callable[[], None]) -> None:
+        self.name = request.name
+        self.waits = False
+        """True between a delivered segment of a run and `extend` or `cancel`."""
+        self._request = request
+        self._abort = abort
+        self._max_tokens = request.max_tokens
+        self._min_tokens = request.min_tokens
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._likeliest: list[float] = []
+        self._start = 0  # where the present segment begins
 
     def add(self, sampled: Any) -> None:
-        """Take the tokens that vLLM reports (new ones when it streams, else all at the end)."""
+        """Take the tokens that vLLM reports: new ones when it looks at each token, else all at the end."""
         entries = sampled.logprobs or []
         for token, entry in zip(sampled.token_ids, entries, strict=True):
-            self.tokens.append(token)
-            self.logprobs.append(entry[token].logprob)
-        if self.peek and entries:
-            self.top = sorted((e.logprob for e in entries[-1].values()), reverse=True)[: self.peek]
+            self._tokens.append(token)
+            self._logprobs.append(entry[token].logprob)
+        if self._request.peek and entries:
+            likeliest = sorted((entry.logprob for entry in entries[-1].values()), reverse=True)
+            self._likeliest = likeliest[: self._request.peek]
 
-    def end(self, reason: str | None) -> tuple[int, str] | None:
-        """(where the segment ends, why), None while it goes on. `reason`: vLLM's, None while it samples."""
-        seen = len(self.tokens) - self.start
-        last = seen - (self.peek > 0)  # a peeked-at token is behind the segment
-        ended_itself = reason == "stop" and not self.peek
-        if not ended_itself and self.min_tokens <= last and last and self.tokens[self.start + last - 1] in self.borders:
-            return self.start + last, "border"
-        if self.streams and self.runs and seen >= self.max_tokens and not ended_itself:
-            return self.start + self.max_tokens, "length"
+    def next_segment(self, reason: str | None, cached_tokens: int, vocab_size: int) -> Finished | None:
+        """The segment that has just ended, None while it goes on. `reason`: vLLM's, None while it samples.
+
+        Raises EngineError for logprobs that are not finite and ids outside the vocabulary.
+        """
+        ended = self._end(reason)
+        if ended is None:
+            return None
+        end, why = ended
+        tokens = self._tokens[self._start : end]
+        logprobs = self._logprobs[self._start : end]
+        if len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs)):
+            raise EngineError(f"request {self.name!r}: logprobs are not finite; the engine's weights are broken")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise EngineError(f"request {self.name!r}: sampled an id outside the vocabulary of {vocab_size}")
+        peek = self._likeliest if end < len(self._tokens) else []
+        more = self._request.run > 0 and reason is None
+        if more:
+            self._start = end
+            self.waits = True
+        return Finished(self.name, tokens, logprobs, why, cached_tokens, peek, more)
+
+    def extend(self, name: str, max_tokens: int, min_tokens: int = 1) -> None:
+        """Go on with a segment of at most `max_tokens`; the stream is called `name` from now on.
+
+        Raises EngineError unless it waits.
+        """
+        self._check_waiting()
+        self.name = name
+        self.waits = False
+        self._max_tokens = max_tokens
+        self._min_tokens = min_tokens
+
+    def cancel(self) -> None:
+        """End after the segment that was delivered last. Raises EngineError unless it waits."""
+        self._check_waiting()
+        self.waits = False
+        self._abort()
+
+    def _check_waiting(self) -> None:
+        if not self.waits:
+            raise EngineError(f"request {self.name!r} is not a run that waits")
+
+    def _end(self, reason: str | None) -> tuple[int, str] | None:
+        """(where the segment ends, why), None while it goes on."""
+        request = self._request
+        seen = len(self._tokens) - self._start
+        # A peeked-at token comes after the segment.
+        last = seen - (request.peek > 0)
+        ended_itself = reason == "stop" and not request.peek
+        long_enough = last > 0 and self._min_tokens <= last
+        if not ended_itself and long_enough and self._tokens[self._start + last - 1] in request.borders:
+            return self._start + last, "border"
+        by_segment = request.looks_at_each_token and request.run > 0
+        if by_segment and seen >= self._max_tokens and not ended_itself:
+            return self._start + self._max_tokens, "length"
         if reason is None:
             return None
-        if self.peek and seen > self.max_tokens:
-            return self.max_tokens, "length"
-        return len(self.tokens), reason
+        if request.peek and seen > self._max_tokens:
+            return self._max_tokens, "length"
+        return len(self._tokens), reason

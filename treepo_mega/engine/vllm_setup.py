@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 
 from treepo_mega.config import Config
+from treepo_mega.engine.stream import EngineError
 from treepo_mega.engine.vllm_target import VllmTarget, repack_tied_head
-from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.device import device, has_cuda
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -48,10 +48,6 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
-class EngineError(TreepoError):
-    """The engine cannot be built, or was used in a way that would give wrong samples; the message says what."""
 
 
 class WeightSync:

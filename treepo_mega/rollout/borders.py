@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from treepo_mega.engine.engine import EngineError
+from treepo_mega.engine.stream import EngineError
 
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 

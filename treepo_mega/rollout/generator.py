@@ -33,12 +33,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
-from treepo_mega.engine.engine import Engine, EngineError, Finished
+from treepo_mega.engine.engine import Engine
+from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest, SegmentStream
 from treepo_mega.errors import TreepoError
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
@@ -200,6 +201,39 @@ class Generator:
                 )
 
 
+@dataclass(slots=True)
+class TokenCounts:
+    """What sampling a tree cost, added to its `counts`."""
+
+    counts: dict[str, float]
+
+    def add_prefix(self, prefix_tokens: int, finished: Finished) -> None:
+        """The prefix of a new request: found in the cache, or computed again."""
+        recomputed = prefix_tokens - finished.num_cached_tokens
+        self.counts["cached_tokens"] += finished.num_cached_tokens
+        self.counts["recomputed_tokens"] += recomputed
+        # The last token sampled is not forwarded: no token follows it, but for a peeked-at one.
+        self.counts["forwarded_tokens"] += recomputed - 1 + bool(finished.peek)
+
+    def add_forwarded(self, tokens: int) -> None:
+        """Sampled tokens that went through the model."""
+        self.counts["forwarded_tokens"] += tokens
+
+    def add_void(self, tokens: int) -> None:
+        """Tokens sampled after the end of a path: void, but paid for."""
+        self.counts["generated_tokens"] += tokens
+        self.counts["dropped_tokens"] += tokens
+
+
+@dataclass(slots=True)
+class _SegmentRun:
+    """One stream of the engine: the segment it began with, and the tokens that its tree has got of it."""
+
+    first: Key
+    stream: SegmentStream
+    delivered_tokens: int = 0
+
+
 class _Run:
     """The trees in flight of one rollout."""
 
@@ -222,7 +256,7 @@ class _Run:
         # Runs end early only by what their text says: only then somebody has to look at it while it is sampled.
         self.streams = r.stop.answer_box or r.stop.repetition_window > 0
         self.wants: dict[Key, Want] = {}
-        self.runs: dict[Key, tuple[Key, int]] = {}  # a run's segment -> the run's first one, tokens before it
+        self.runs: dict[Key, _SegmentRun] = {}  # by the segment that is being sampled
         self.later: list[tuple[int, Want]] = []  # debug.schedule: level
         self.steps, self.occupied, self.leaves = 0, 0, 0
 
@@ -238,8 +272,8 @@ class _Run:
             finished = self.engine.step()
             self.steps += 1
             self.occupied += len(self.room.running)
-            for x in finished:
-                self._take(x)
+            for segment in finished:
+                self._deliver(segment)
             if finished:
                 self._report()
 
@@ -306,62 +340,62 @@ class _Run:
     def _submit(self) -> None:
         for key in self.room.admit():
             want = self.wants[key]
-            self.engine.submit(
-                _name(key),
-                want.prefix,
-                want.max_tokens,
-                want.seed,
-                self.temperature,
-                self.generator.eos_token_ids,
+            request = SegmentRequest(
+                name=_name(key),
+                prefix=want.prefix,
+                max_tokens=want.max_tokens,
+                seed=want.seed,
+                temperature=self.temperature,
+                stop_token_ids=self.generator.eos_token_ids,
                 peek=want.peek,
                 borders=self.borders,
                 min_tokens=want.min_tokens,
                 run=want.run,
-                streams=self.streams,
+                reported_by_segment=self.streams,
             )
+            stream = self.engine.submit(request)
+            self.runs[key] = _SegmentRun(key, stream)
 
-    def _take(self, x: Finished) -> None:
+    def _deliver(self, finished: Finished) -> None:
         """Hand a finished segment, or the segments of a finished run, to their tree."""
-        key = _key(x.request_id)
-        rank, search = key[0], self.searches[key[0]]
-        counts, tokens, logprobs = search.tree.counts, x.tokens, x.logprobs
-        if x.finish_reason not in ("stop", "length", "border"):
-            raise EngineError(f"request {x.request_id!r} ended with {x.finish_reason!r}")
-        first, before = self.runs.pop(key, (key, 0))
-        if not before:
-            recomputed = len(self.wants[key].prefix) - x.num_cached_tokens
-            counts["cached_tokens"] += x.num_cached_tokens
-            counts["recomputed_tokens"] += recomputed
-            counts["forwarded_tokens"] += recomputed - 1 + bool(x.peek)  # nobody goes on from the last token sampled
-        counts["forwarded_tokens"] += len(tokens)
+        if finished.finish_reason not in ("stop", "length", "border"):
+            raise EngineError(f"request {finished.request_id!r} ended with {finished.finish_reason!r}")
+        key = _key(finished.request_id)
+        rank = key[0]
+        search = self.searches[rank]
+        run = self.runs.pop(key)
+        counts = TokenCounts(search.tree.counts)
+        if not run.delivered_tokens:
+            counts.add_prefix(len(self.wants[key].prefix), finished)
+        counts.add_forwarded(len(finished.tokens))
+        rest = Segment(finished.tokens, finished.logprobs, finished.finish_reason, finished.peek)
         while True:
             want = self.wants.pop(key)
-            size = min(len(tokens), want.max_tokens)
-            search.take(want.node_id, Segment(tokens[:size], logprobs[:size], x.finish_reason, x.peek))
-            before, tokens, logprobs = before + size, tokens[size:], logprobs[size:]
+            size = min(len(rest.tokens), want.max_tokens)
+            search.take(want.node_id, replace(rest, tokens=rest.tokens[:size], logprobs=rest.logprobs[:size]))
+            run.delivered_tokens += size
+            rest = replace(rest, tokens=rest.tokens[size:], logprobs=rest.logprobs[size:])
             new = search.wants()
-            behind = next((w for w in new if w.after is not None and w.after == want.node_id), None)
-            if behind is None or not (tokens or x.more):
+            following = next((one for one in new if one.after is not None and one.after == want.node_id), None)
+            if following is None or not (rest.tokens or finished.more):
                 break
-            new.remove(behind)
-            key = (rank, search.tree.nodes[behind.node_id].path)
-            self.wants[key] = behind
-            if not tokens:
-                self._go_on(x.request_id, key, behind, first, before)
+            new.remove(following)
+            key = (rank, search.tree.nodes[following.node_id].path)
+            self.wants[key] = following
+            if not rest.tokens:
+                self._extend(run, key, following)
                 return
-        # What was sampled behind the end of a path is void, but it was paid for.
-        counts["generated_tokens"] += len(tokens)
-        counts["dropped_tokens"] += len(tokens)
-        if x.more:
-            self.engine.drop(x.request_id)
-        self.room.finish(*first)
+        counts.add_void(len(rest.tokens))
+        if finished.more:
+            run.stream.cancel()
+        self.room.finish(*run.first)
         self._ask(rank, new)
 
-    def _go_on(self, name: str, key: Key, want: Want, first: Key, before: int) -> None:
-        """The run called `name` goes on with the segment that is wanted at `key`."""
-        self.engine.go_on(name, _name(key), want.max_tokens, want.min_tokens)
-        self.runs[key] = first, before
-        self.room.grow(*first, before + want.max_tokens)
+    def _extend(self, run: _SegmentRun, key: Key, want: Want) -> None:
+        """The run goes on with the segment that is wanted at `key`."""
+        run.stream.extend(_name(key), want.max_tokens, want.min_tokens)
+        self.runs[key] = run
+        self.room.grow(*run.first, run.delivered_tokens + want.max_tokens)
 
     def _report(self) -> None:
         now = sum(len(s.tree.leaves) for s in self.searches)
