@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.engine_weights import write_weights
 from treepo_mega.config import parse_config
 from treepo_mega.engine.engine import Engine
 from treepo_mega.engine.stream import Finished, SegmentRequest
@@ -130,7 +130,7 @@ def test_only_what_is_the_same_is_copied(engine, oracle):
 def test_new_weights_leave_nothing_to_copy(engine, tiny_llama):
     parent = prompt(5, 40)
     tokens = parent + sample(engine, parent, 10).tokens
-    engine.update_weights(load_file(tiny_llama / "model.safetensors").items())
+    write_weights(engine, tiny_llama)
     assert sample(engine, tokens, 4).num_cached_tokens == 0
     assert sample(engine, tokens, 4, seed=2).num_cached_tokens == len(tokens) - 1
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.engine_weights import write_weights
 from treepo_mega.config import Config, parse_config
 from treepo_mega.engine.engine import Engine
 from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest
+from treepo_mega.engine.vllm_target import VllmTargetError
+from treepo_mega.modelspec.mcore_layout import ModelSpec
+from treepo_mega.modelspec.vllm_layout import vllm_layout
 
 EOS = 2
 
@@ -76,10 +80,6 @@ def hf_logprobs(model, tokens: list[int], temperature: float) -> list[float]:
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
 
-def weights(hf: Path) -> dict[str, torch.Tensor]:
-    return load_file(hf / "model.safetensors")
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_transformers_after_temperature(engine, tiny_llama, temperature):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -120,11 +120,11 @@ def test_a_resubmitted_prefix_is_reused(engine):
     assert x.num_cached_tokens == 64
 
 
-def test_update_weights_equals_a_freshly_loaded_engine(engine, tiny_llama, make_tiny_llama, keep_alive):
+def test_weights_written_in_place_equal_a_freshly_loaded_engine(engine, tiny_llama, make_tiny_llama, keep_alive):
     other = make_tiny_llama(seed=1)
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
     old = run(engine, prompts())
-    engine.update_weights(weights(other).items())
+    write_weights(engine, other)
     new = run(engine, prompts())
     fresh = Engine(other, config(other), seed=0)
     keep_alive.append(fresh)
@@ -132,7 +132,7 @@ def test_update_weights_equals_a_freshly_loaded_engine(engine, tiny_llama, make_
     assert new != old
     want = hf_logprobs(model, prompts()[0] + new[0].tokens, 1.0)[32:]
     assert np.abs(np.array(want) - np.array(new[0].logprobs)).max() <= 1e-4
-    engine.update_weights(iter(weights(tiny_llama).items()))
+    write_weights(engine, tiny_llama)
     back = run(engine, prompts())  # (the first run reused a cached prefix, this one did not)
     assert [x.tokens for x in back] == [x.tokens for x in old]
     assert np.allclose([x.logprobs for x in back], [x.logprobs for x in old], atol=1e-5)
@@ -142,27 +142,36 @@ def test_an_untied_head_is_updated_too(make_tiny_llama, keep_alive):
     first, second = (make_tiny_llama(tie_word_embeddings=False, seed=s) for s in (0, 1))
     engine = Engine(first, config(first), seed=0)
     keep_alive.append(engine)
-    with pytest.raises(EngineError, match=r"lm_head\.weight"):
-        engine.update_weights((k, v) for k, v in weights(second).items() if k != "lm_head.weight")
-    engine.update_weights(weights(second).items())
+    with pytest.raises(VllmTargetError, match=r"1 parameters missing, such as lm_head\.weight"):
+        write_weights(engine, second, without=["lm_head.weight"])
+    write_weights(engine, second)
     model = AutoModelForCausalLM.from_pretrained(second, dtype=torch.float32)
     assert np.allclose(engine.score(prompts(1)[0]), hf_logprobs(model, prompts(1)[0], 1.0), atol=1e-4)
 
 
 def test_an_incomplete_update_is_refused_and_blocks_sampling(engine, tiny_llama):
-    good = weights(tiny_llama)
+    with pytest.raises(VllmTargetError, match=r"1 parameters missing, such as .*down_proj"):
+        write_weights(engine, tiny_llama, without=["model.layers.0.mlp.down_proj.weight"])
+    with pytest.raises(EngineError, match="did not complete: write all weights again"):
+        engine.submit(SegmentRequest(name="x", prefix=[5], max_tokens=4, seed=0))
+    with pytest.raises(EngineError, match="did not complete"):
+        engine.score([5, 6])
+    write_weights(engine, tiny_llama)
+    assert len(run(engine, prompts(1))[0].tokens) == 24
+
+
+def test_a_map_of_another_model_is_refused_before_a_weight_changes(engine, tiny_llama):
+    layout = vllm_layout(ModelSpec.from_hf(tiny_llama), 1, 0)
     name = "model.layers.0.mlp.down_proj.weight"
-    for bad, message in (
-        ([(k, v) for k, v in good.items() if k != name], "1 tensors missing.*down_proj"),
-        ([*good.items(), ("model.layers.9.mlp.down_proj.weight", good[name])], "not a tensor of this model"),
-        ([*good.items(), (name, good[name])], "repeated"),
-        ([(k, v[:1] if k == name else v) for k, v in good.items()], r"has shape \(1, 96\), expected \(64, 96\)"),
+    other = name.replace("layers.0", "layers.9")
+    misshapen = replace(layout[name], shape=(1, 96))
+    for wrong, message in (
+        ({k: v for k, v in layout.items() if k != name}, r"the engine has .*down_proj.*which the map does not know"),
+        ({**layout, other: layout[name]}, r"the map says model\.layers\.9.*the engine has no such parameter"),
+        ({**layout, name: misshapen}, r"\[1, 96\]; the engine has \[64, 96\]"),
     ):
-        with pytest.raises(EngineError, match=message):
-            engine.update_weights(bad)
-        with pytest.raises(EngineError, match="did not complete"):
-            engine.submit(SegmentRequest(name="x", prefix=[5], max_tokens=4, seed=0))
-        engine.update_weights(good.items())
+        with pytest.raises(VllmTargetError, match=message):
+            engine.weight_target().init_weight_transfer(wrong)
     assert len(run(engine, prompts(1))[0].tokens) == 24
 
 
@@ -179,7 +188,7 @@ def test_impossible_requests_are_refused(engine):
     with pytest.raises(EngineError, match="idle"):
         engine.score([5, 6])
     with pytest.raises(EngineError, match="while requests run"):
-        engine.update_weights([])
+        engine.update_weights_by(lambda: None)
     assert engine.unfinished == ["x"]
     engine.abort()
     assert not engine.busy and engine.step() == []

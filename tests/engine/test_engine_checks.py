@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from treepo_mega.checkpoint.hf import HfCheckpointError
 from treepo_mega.config import ConfigError, parse_config
 from treepo_mega.data.end_tokens import EndTokenError, find_eos_token_ids
 from treepo_mega.engine.engine import Engine, EngineError
@@ -41,14 +42,14 @@ def test_a_missing_or_broken_checkpoint_is_named(copy):
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
     )
-    with pytest.raises(EngineError, match="model-00001-of-00002"):
+    with pytest.raises(HfCheckpointError, match=r"model-00001-of-00002.*no such file"):
         start(copy)
     (copy / "model.safetensors.index.json").unlink()
     (copy / "model.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(EngineError, match=r"model\.safetensors: not a readable safetensors file"):
+    with pytest.raises(HfCheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
         start(copy)
     (copy / "model.safetensors").unlink()
-    with pytest.raises(EngineError, match=r"no \*\.safetensors file"):
+    with pytest.raises(HfCheckpointError, match=r"expected model\.safetensors or .*found no weights"):
         start(copy)
     (copy / "config.json").write_text('{\n"vocab_size": }')
     with pytest.raises(ConfigError, match=r"config\.json:2: not valid JSON"):

@@ -3,13 +3,11 @@ they make the engine that is loaded from the files. (Training such models is ref
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.engine_weights import write_weights
 from treepo_mega.config import parse_config
 from treepo_mega.engine.engine import Engine
-from treepo_mega.modelspec.mcore_layout import ModelSpec
-from treepo_mega.modelspec.vllm_layout import vllm_layout
 
 SIZES = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "intermediate_size": 128},
@@ -43,21 +41,8 @@ def start(directory, keep_alive):
 def test_experts_written_by_the_map_are_those_that_are_loaded(tmp_path, keep_alive, kind):
     old, new = (write_model(tmp_path / str(seed), kind, seed) for seed in (1, 2))
     engine, fresh = start(old, keep_alive), start(new, keep_alive)
-    layout, tensors = vllm_layout(ModelSpec.from_hf(new), 1, 0), load_file(new / "model.safetensors")
     tokens = [(7 * i) % 60 + 3 for i in range(40)]
     before, expected = engine.score(tokens), fresh.score(tokens)
     assert before != expected
-
-    target = engine.weight_target()
-    target.init_weight_transfer(layout)  # names and shapes, both ways
-
-    def move():
-        target.start_weight_update()
-        for name, param in layout.items():
-            for block in param.blocks:
-                target.buffer(0, name)[block.local_index] = tensors[block.hf_name][block.hf_index]
-            target.update_weight(0, name)
-        target.finish_weight_update()
-
-    engine.update_weights_by(move)
+    write_weights(engine, new)  # binding the map checks names and shapes, both ways
     assert engine.score(tokens) == expected, "bit for bit"

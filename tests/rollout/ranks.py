@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from tests.engine_weights import write_weights
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
@@ -73,7 +73,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
     idle = generator.rollout([] if rank else prompts[:1], step=1) if tp == 1 else []
     assert len(idle) == (tp == 1 and rank == 0)
     evaluated = [evaluations(generator, cfg, slow) for slow in ((0, 1) if tp == 1 else (-1,))]
-    engine.update_weights(load_file(other / "model.safetensors").items())
+    write_weights(engine, other, tp=tp, tp_rank=rank % tp)
     scores = engine.score(prompts[0].tokens, 0.7)
     total = torch.ones(1)
     dist.all_reduce(total)

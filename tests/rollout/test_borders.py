@@ -42,5 +42,5 @@ def test_ids_that_the_model_does_not_have_are_left_out():
 def test_what_no_token_holds_is_an_error(tiny_llama):
     with pytest.raises(EngineError, match=r"no token of this tokenizer holds 'Stepp'"):
         border_tokens(Words(), 11, ["a", "Stepp"])
-    with pytest.raises(EngineError, match=r"segment_end 'newline': no token of this tokenizer"):
+    with pytest.raises(EngineError, match=r"segment\.end 'newline': no token of this tokenizer"):
         border_tokens(AutoTokenizer.from_pretrained(tiny_llama), 56, "newline")

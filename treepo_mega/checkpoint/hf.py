@@ -66,17 +66,21 @@ class HfReader:
     `total_bytes`: of all tensors that `spec` asks for, as stored; `bytes_read`: of the slices handed out so far.
 
     Raises HfCheckpointError on construction: no safetensors, a missing or truncated shard, and, against
-    `spec`, a missing, unexpected, misshapen or non-floating-point tensor.
+    `spec`, a missing, unexpected, misshapen or non-floating-point tensor. Without a `spec` only the files are checked.
     """
 
-    def __init__(self, directory: str | Path, spec: ModelSpec) -> None:
+    def __init__(self, directory: str | Path, spec: ModelSpec | None) -> None:
         self.directory = Path(directory)
         self.bytes_read, self.total_bytes = 0, 0
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
         self._where = self._locate()
-        self._tied_head = spec.tie_word_embeddings and LM_HEAD in self._where
-        self._check(spec)
+        self._tied_head = spec is not None and spec.tie_word_embeddings and LM_HEAD in self._where
+        if spec is not None:
+            self._check(spec)
+            return
+        for file in sorted(set(self._where.values())):
+            self._open(file)
 
     def __enter__(self) -> Self:
         return self
@@ -158,6 +162,15 @@ class HfReader:
             if kind not in _FLOATS:
                 raise HfCheckpointError(f"{where} has dtype {kind}; expected one of {', '.join(_FLOATS)}")
             self.total_bytes += math.prod(shape) * _FLOATS[kind]
+
+
+def check_files(directory: str | Path) -> None:
+    """Raises HfCheckpointError unless `directory` has safetensors and each file's header can be read.
+
+    What tensors the files hold is not looked at: `HfReader` compares them with a `ModelSpec`.
+    """
+    with HfReader(directory, None):
+        pass
 
 
 def _key_problems(expected: set[str], present: set[str], shown: int = 4) -> list[str]:

@@ -4,7 +4,7 @@
     engine.submit(SegmentRequest(name="r0", prefix=prefix, max_tokens=16, seed=7, stop_token_ids=[2]))
     while engine.busy:
         for finished in engine.step(): ...       # submit more at any time
-    engine.update_weights(pairs)                 # (Hugging Face name, full tensor), all of them
+    engine.update_weights_by(reshard)            # all of them, in place, through engine.weight_target()
     engine.score(token_ids)                      # logprobs of given tokens
 
 Under torchrun every rank builds one (`external_launcher`): with `tensor_parallel_size` 1 the engines are
@@ -28,14 +28,12 @@ be sampled.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from treepo_mega.checkpoint.hf import check_files
 from treepo_mega.config import Config, read_hf_config
-from treepo_mega.engine.checkpoint_files import checkpoint_shapes
 from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest, SegmentStream
 from treepo_mega.engine.vllm_setup import build, check_model, process_left_alone
 from treepo_mega.engine.vllm_target import VllmTarget
@@ -45,15 +43,17 @@ class Engine:
     """One vLLM engine (or this rank's part of one). See the module docstring."""
 
     def __init__(self, hf_dir: str | Path, cfg: Config, *, seed: int = 0) -> None:
-        """Load the checkpoint at `hf_dir`. Raises EngineError for a checkpoint or layout vLLM cannot take."""
+        """Load the checkpoint at `hf_dir`.
+
+        Raises EngineError for a model or layout that vLLM cannot take, HfCheckpointError for missing or broken files.
+        """
         self.hf_dir = Path(hf_dir)
         hf = read_hf_config(self.hf_dir)
         check_model(self.hf_dir, hf, cfg)
         self.vocab_size: int = hf["vocab_size"]
         # One more than the longest trajectory, so that a full one can still be scored; never past the positions.
         self.max_model_len = min(cfg.max_model_len + 1, hf.get("max_position_embeddings") or cfg.max_model_len + 1)
-        self._tied = bool(hf.get("tie_word_embeddings", False))
-        self._shapes = checkpoint_shapes(self.hf_dir, self._tied)
+        check_files(self.hf_dir)
         self._open: dict[str, SegmentStream] = {}  # by vLLM's id
         self._next = 0
         self._broken = ""
@@ -148,16 +148,6 @@ class Engine:
         if self._open or not self._llm.reset_prefix_cache():
             raise EngineError(f"the prefix cache cannot be reset; unfinished requests: {self.unfinished[:5]}")
 
-    def update_weights(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights: full tensors by Hugging Face name, any float dtype; lm_head.weight is optional if tied.
-
-        The tensors are taken one at a time, and the prefix cache is reset. Raises EngineError for unfinished
-        requests, an unknown, repeated or missing name and a wrong shape; after a failure half way the engine
-        refuses to sample until a complete update.
-        """
-        with self._weights_changing():
-            self._llm.collective_rpc("sync_weights", args=(self._checked(pairs),))
-
     @property
     def sleeper(self) -> Any:
         """vLLM's LLM, whose sleep(level) and wake_up(tags) give memory away and take it back (CUDA)."""
@@ -173,7 +163,11 @@ class Engine:
         return self._llm.collective_rpc("weight_target")[0]
 
     def update_weights_by(self, reshard: Callable[[], Any]) -> Any:
-        """Let `reshard` write all weights through `weight_target`; returns what it returns. Otherwise as above."""
+        """Let `reshard` write all weights through `weight_target`; returns what it returns.
+
+        The prefix cache is reset afterwards. Raises EngineError for unfinished requests. After a failure half way
+        the engine refuses to sample until a complete update.
+        """
         with self._weights_changing():
             return reshard()
 
@@ -224,7 +218,7 @@ class Engine:
 
     def _check_prefix(self, prefix: Sequence[int], max_tokens: int, request_id: str) -> None:
         if self._broken:
-            raise EngineError(f"{self._broken}: call update_weights with all tensors first")
+            raise EngineError(f"{self._broken}: write all weights again (Engine.update_weights_by) before sampling")
         if not prefix or max_tokens < 1:
             raise EngineError(f"request {request_id!r}: needs at least one token before and one to sample")
         if len(prefix) + max_tokens > self.max_model_len:
@@ -234,19 +228,3 @@ class Engine:
             )
         if not 0 <= min(prefix) <= max(prefix) < self.vocab_size:
             raise EngineError(f"request {request_id!r}: token ids must be in [0, {self.vocab_size})")
-
-    def _checked(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the tensors on, one at a time, verifying them against the checkpoint's names and shapes."""
-        missing = dict(self._shapes)
-        for name, tensor in pairs:
-            if self._tied and name == "lm_head.weight":
-                continue
-            if name not in missing:
-                known = "repeated" if name in self._shapes else "not a tensor of this model"
-                raise EngineError(f"update_weights: {name!r} is {known}")
-            shape = missing.pop(name)
-            if tuple(tensor.shape) != shape:
-                raise EngineError(f"update_weights: {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
-            yield name, tensor
-        if missing:
-            raise EngineError(f"update_weights: {len(missing)} tensors missing, such as {sorted(missing)[:3]}")

@@ -8,7 +8,7 @@ Traps of vLLM 0.32 on the CPU that this module exists to hide:
 - Building it reseeds every global generator, replaces `torch.set_num_threads` by a no-op and overwrites
   LOCAL_WORLD_SIZE and LD_PRELOAD: all restored here.
 - Linear weights are repacked at load; with tied embeddings a reload leaves the packed LM head stale, without an
-  error (`WeightSync`).
+  error (`VllmTarget` packs it again).
 - A per-request seed and chunked prefill crash together: chunked prefill is off, so a whole sequence must fit into
   `max_num_batched_tokens`.
 - The first sampled token of a process waits for torch.compile, which builds the kernel that counts a token's rank
@@ -25,7 +25,7 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from treepo_mega.config import Config
 from treepo_mega.engine.stream import EngineError
-from treepo_mega.engine.vllm_target import VllmTarget, repack_tied_head
+from treepo_mega.engine.vllm_target import VllmTarget
 from treepo_mega.runtime.device import device, has_cuda
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -52,13 +52,6 @@ _ENVIRONMENT = {
 
 class WeightSync:
     """Mixed into vLLM's worker (`worker_extension_cls`): `self` is the worker."""
-
-    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load full tensors by their Hugging Face names, in place; without lm_head.weight when it is tied."""
-        self.reload_weights(weights_iterator=iter(weights))  # type: ignore[attr-defined]
-        if self.model_config.hf_config.tie_word_embeddings and not has_cuda():  # type: ignore[attr-defined]
-            # vLLM repacks the embedding it just loaded, but not the packed copy that the LM head computes with.
-            repack_tied_head(self.model_runner.get_model())  # type: ignore[attr-defined]
 
     def weight_target(self) -> VllmTarget:
         """This worker as the destination of a reshard."""
