@@ -13,7 +13,7 @@ from treepo_mega.config import RewardConfig, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.engine.engine import Engine
-from treepo_mega.rollout.eval import Evaluator, Graded, grade, metrics
+from treepo_mega.rollout.eval import EvaluationError, Evaluator, Graded, grade, metrics
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.tree.node import ROOT, Tree
 
@@ -72,5 +72,5 @@ def test_through_the_engine_and_the_graders(tiny_llama: Path, keep_alive: list[o
     assert none["samples"] == 0 and (four["samples"], four["graded"]) == (8, 8)
     told = ("forwarded_tokens", "idle_share_max")  # the second time the prompts are cached
     assert {k: v for k, v in four.items() if k not in told} == {k: v for k, v in again.items() if k not in told}
-    with pytest.raises(ValueError, match="greedy"):
+    with pytest.raises(EvaluationError, match="greedy"):
         evaluator.evaluate(known, temperature=0.0, n=4, step=5)

@@ -1,9 +1,7 @@
 """One rollout step over all ranks: deal prompts to engines, sample, grade, exchange, keep what teaches.
 
-Prompts are dealt to engines by expected cost, and an engine that runs dry takes from the others' lists
-(`rollout/dealing.py`); a tree lives on one engine, and the ranks of that engine sample it together. Finished trees,
-already graded, are exchanged as JSON, so that afterwards every rank holds the same list and what follows (filtering,
-advantages, packing) is computed alike everywhere, without messages.
+Sampling and grading are `rollout/round.py`'s. Afterwards every rank holds the same list of trees, so filtering,
+advantages and packing are computed alike everywhere, without messages.
 
 Dynamic sampling (DAPO): a prompt whose rewards are all equal has no signal and is dropped; new prompts are
 drawn to replace it, at most `max_refills` times, after which the step goes on with fewer.
@@ -14,19 +12,17 @@ that every rank holds and a checkpoint keeps; the next step goes on with it in p
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treepo_mega.config import Config
 from treepo_mega.data.prompts import Prompt, PromptCursor
-from treepo_mega.data.rewards import RewardItem, RewardPool
+from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job, summarize
-from treepo_mega.rollout.round import open_round
-from treepo_mega.runtime import dist
+from treepo_mega.rollout.round import Row, sample_and_grade
 from treepo_mega.tree.advantage import has_signal, set_rewards
 from treepo_mega.tree.node import Tree
 
@@ -45,8 +41,11 @@ class Collector:
     def __init__(
         self, cfg: Config, generator: Generator, pool: RewardPool, cursor: PromptCursor, timers: Timers
     ) -> None:
-        self.cfg, self.generator, self.pool, self.cursor, self.timers = cfg, generator, pool, cursor, timers
-        self.tp = cfg.rollout.engine.tensor_parallel_size
+        self.cfg = cfg
+        self.generator = generator
+        self.pool = pool
+        self.cursor = cursor
+        self.timers = timers
         self.carried: list[dict[str, Any]] = []
         """Unfinished trees with their prompts, JSON-safe, the same on every rank; part of a checkpoint."""
 
@@ -57,7 +56,8 @@ class Collector:
         seen: list[Tree] = []
         totals: dict[str, float] = {}
         waited: list[float] = []
-        resumed, self.carried = self.carried[: r.rollout_batch_size], self.carried[r.rollout_batch_size :]
+        resumed = self.carried[: r.rollout_batch_size]
+        self.carried = self.carried[r.rollout_batch_size :]
         jobs = [Job(Prompt(**c["prompt"]), c["state"]) for c in resumed]
         rounds = 1 + (r.max_refills if r.dynamic_sampling else 0)
         for refill in range(rounds):
@@ -78,41 +78,32 @@ class Collector:
 
     def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
         """Graded finished trees of `jobs`, in order, and counts, on every rank; paused trees go to `carried`."""
-        started = time.monotonic()
-        costs = [self.generator.costs.expected(job.prompt) for job in jobs]
-        queue = open_round(self.cfg, costs, f"step {step}")
-        with self.timers("rollout"):
-            grown = self.generator.grow(jobs, queue, step=step, policy_version=step)
-            busy = time.monotonic() - started
-            dist.barrier("generation", self.cfg.rollout.timeout_s)
-            whole = time.monotonic() - started
-        with self.timers("reward"):
-            speaks = dist.rank() % self.tp == 0
-            mine = [(jobs[i].prompt, tree) for i, tree in grown.trees.items()]
-            lost = self._grade([p for p, _ in mine], [t for _, t in mine]) if speaks else 0
-            finished = [(i, tree.to_dict()) for i, tree in grown.trees.items()]
-            told = dist.gather_objects([finished, list(grown.paused.items())] if speaks else [[], []])
-        trees = {i: Tree.from_dict(t) for part, _ in told for i, t in part}
-        paused = {i: state for _, part in told for i, state in part}
-        self.carried += [{"prompt": asdict(jobs[i].prompt), "state": paused[i]} for i in sorted(paused)]
-        done = sorted(trees)
-        self.generator.costs.update([jobs[i].prompt for i in done], [trees[i] for i in done])
-        idle = {"idle_s": whole - busy, "engine_s": whole}
-        counts = {name: self.generator.counts[name] for name in ("engine_steps", "running")}
-        counts |= {"lost": float(lost), "stolen": float(queue.stolen), **idle}
-        counts = dist.sum_over_ranks(counts if speaks else dict.fromkeys(counts, 0.0))
-        most = dist.max_over_ranks({"idle_share_max": (whole - busy) / max(whole, 1e-9)})
-        return [trees[i] for i in done], counts | most
+        expected = [self.generator.costs.expected(job.prompt) for job in jobs]
+        sampled = sample_and_grade(
+            self.generator,
+            self.pool,
+            jobs,
+            _rewarded,
+            name=f"step {step}",
+            costs=expected,
+            step=step,
+            policy_version=step,
+            timers=self.timers,
+        )
+        for index, state in sampled.paused.items():
+            self.carried.append({"prompt": asdict(jobs[index].prompt), "state": state})
+        trees = [Tree.from_dict(row["tree"]) for row in sampled.rows.values()]
+        self.generator.costs.update([jobs[index].prompt for index in sampled.rows], trees)
+        counts = dict(sampled.counts)
+        counts["lost"] = float(sum(row["lost"] for row in sampled.rows.values()))
+        counts["idle_share_max"] = sampled.idle_share_max
+        return trees, counts
 
-    def _grade(self, prompts: list[Prompt], trees: list[Tree]) -> int:
-        """Write rewards into `trees`; returns how many could not be graded (their leaves are taken out)."""
-        items = [
-            RewardItem(p.verifier, p.data_source, self.generator.decode(t.response(leaf)), p.answer, p.extra)
-            for p, t in zip(prompts, trees, strict=True)
-            for leaf in t.leaves
-        ]
-        results = iter(self.pool.score(items)) if items else iter(())
-        return sum(set_rewards(t, [next(results).score for _ in t.leaves]) for t in trees)
+
+def _rewarded(tree: Tree, texts: list[str], scores: list[float | None]) -> Row:
+    """The tree with its rewards; `lost`: leaves that could not be graded and were taken out."""
+    lost = set_rewards(tree, scores)
+    return {"tree": tree.to_dict(), "lost": lost}
 
 
 def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: Config, step: int) -> dict[str, float]:

@@ -1,19 +1,120 @@
-"""Rounds of prompts over the engines of this job: `rollout/dealing.py`'s lists on the launcher's store.
+"""One round of prompts over the engines of this job: deal, sample, grade, exchange.
 
-    queue = open_round(cfg, costs, "step 7")      # on every rank; this engine's queue, for Generator.grow
+    sampled = sample_and_grade(generator, pool, jobs, rows, name="step 7", costs=costs, step=7)
+    sampled.rows            # job index -> what `rows` made of its graded tree, on every rank
+    sampled.paused          # job index -> the state of a tree that goes on in the next step
 
-Training and evaluation deal alike through it: by expected cost, stolen by whoever runs dry.
+Training (`collect.py`) and evaluation (`eval.py`) sample through it. Prompts are dealt by expected cost, and an
+engine that runs dry takes prompts from the others' lists (`dealing.py`). A tree lives on one engine. The ranks of
+that engine sample it together, and the first of them grades it and reports it. Reports travel as JSON. Afterwards
+every rank holds the same rows, so what follows is computed alike everywhere, without messages.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from treepo_mega.config import Config
+from treepo_mega.config import Config, RolloutConfig
+from treepo_mega.data.rewards import RewardItem, RewardPool
+from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost
+from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.runtime import dist
+from treepo_mega.tree.node import Tree
+
+Row = dict[str, Any]
+"""What a graded tree is reported as; JSON-safe."""
+
+MakeRow = Callable[[Tree, list[str], list[float | None]], Row]
+"""Turns (tree, its leaves' texts, their scores; None: could not be graded) into a row. It may change the tree."""
+
+
+@dataclass(slots=True)
+class SampledRound:
+    """The result of a round, the same on every rank."""
+
+    rows: dict[int, Row] = field(default_factory=dict)
+    """By the index of the job, ascending."""
+    paused: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """States of unfinished trees by the index of their job, ascending; JSON-safe."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """Sums over engines: engine_steps, running, stolen (prompts), idle_s and engine_s (seconds)."""
+    idle_share_max: float = 0.0
+    """Largest share of the sampling time that a rank waited for the others at the end."""
+
+
+def sample_and_grade(
+    generator: Generator,
+    pool: RewardPool,
+    jobs: Sequence[Job],
+    make_row: MakeRow,
+    *,
+    name: str,
+    costs: Sequence[float],
+    step: int,
+    policy_version: int = 0,
+    rollout: RolloutConfig | None = None,
+    temperature: float | None = None,
+    purpose: str = "train",
+    waits_for: str = "generation",
+    timers: Timers | None = None,
+) -> SampledRound:
+    """Sample and grade the trees of `jobs`, the same list on every rank. Collective over all ranks.
+
+    `costs`: expected tokens a job. `name` and `waits_for` stand in the messages about lost ranks. `timers` gets the
+    phases `rollout` and `reward`. The other arguments are those of `Generator.grow`. Raises what `Generator.grow`
+    raises, and RankLost when an engine has not finished rollout.timeout_s after this one.
+    """
+    cfg = generator.cfg
+    timers = timers or Timers()
+    started = time.monotonic()
+    queue = open_round(cfg, costs, name)
+    with timers("rollout"):
+        grown = generator.grow(
+            jobs,
+            queue,
+            step=step,
+            policy_version=policy_version,
+            rollout=rollout,
+            temperature=temperature,
+            purpose=purpose,
+        )
+        busy_s = time.monotonic() - started
+        dist.barrier(waits_for, cfg.rollout.timeout_s)
+        engine_s = time.monotonic() - started
+    idle_s = engine_s - busy_s
+    report: dict[str, Any] = {"idle_share": idle_s / max(engine_s, 1e-9)}
+    with timers("reward"):
+        # The ranks of one engine hold the same trees: the first of them speaks for the engine.
+        if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
+            report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row).items())
+            report["paused"] = list(grown.paused.items())
+            report["counts"] = {
+                "engine_steps": generator.counts["engine_steps"],
+                "running": generator.counts["running"],
+                "stolen": queue.stolen,
+                "idle_s": idle_s,
+                "engine_s": engine_s,
+            }
+        return _merge(dist.gather_objects(report))
+
+
+def open_round(cfg: Config, costs: Sequence[float], name: str) -> Queue:
+    """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike."""
+    tp = cfg.rollout.engine.tensor_parallel_size
+    engines = max(1, dist.world_size() // tp)
+    deal = deal_by_cost(costs, engines)
+    key = f"round {next(_rounds())}, {name}"
+    if engines == 1:
+        return LocalQueue(deal[0])
+    engine, rank = divmod(dist.rank(), tp)
+    timeout_s = cfg.rollout.timeout_s
+    return SharedQueue(dist.store(), key, deal, costs, engine, rank=rank, ranks=tp, timeout_s=timeout_s)
 
 
 @functools.cache
@@ -22,14 +123,35 @@ def _rounds() -> itertools.count[int]:
     return itertools.count()
 
 
-def open_round(cfg: Config, costs: Sequence[float], what: str) -> Queue:
-    """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike."""
-    tp = cfg.rollout.engine.tensor_parallel_size
-    engines = max(1, dist.world_size() // tp)
-    deal = deal_by_cost(costs, engines)
-    name = f"round {next(_rounds())}, {what}"
-    if engines == 1:
-        return LocalQueue(deal[0])
-    engine, rank = divmod(dist.rank(), tp)
-    timeout_s = cfg.rollout.timeout_s
-    return SharedQueue(dist.store(), name, deal, costs, engine, rank=rank, ranks=tp, timeout_s=timeout_s)
+def _grade(
+    generator: Generator, pool: RewardPool, jobs: Sequence[Job], trees: dict[int, Tree], make_row: MakeRow
+) -> dict[int, Row]:
+    """Rows of this engine's trees by the index of their job. All texts are graded in one call of the pool."""
+    texts = {index: [generator.decode(tree.response(leaf)) for leaf in tree.leaves] for index, tree in trees.items()}
+    items: list[RewardItem] = []
+    for index in trees:
+        prompt = jobs[index].prompt
+        items += [
+            RewardItem(prompt.verifier, prompt.data_source, text, prompt.answer, prompt.extra) for text in texts[index]
+        ]
+    results = iter(pool.score(items)) if items else iter(())
+    rows: dict[int, Row] = {}
+    for index, tree in trees.items():
+        scores = [next(results).score for _ in texts[index]]
+        rows[index] = make_row(tree, texts[index], scores)
+    return rows
+
+
+def _merge(reports: Sequence[dict[str, Any]]) -> SampledRound:
+    """One result of every rank's report; ranks that report no rows only waited."""
+    merged = SampledRound(idle_share_max=max(report["idle_share"] for report in reports))
+    rows: dict[int, Row] = {}
+    paused: dict[int, dict[str, Any]] = {}
+    for report in reports:
+        rows |= dict(report.get("rows", ()))
+        paused |= dict(report.get("paused", ()))
+        for key, value in report.get("counts", {}).items():
+            merged.counts[key] = merged.counts.get(key, 0) + value
+    merged.rows = {index: rows[index] for index in sorted(rows)}
+    merged.paused = {index: paused[index] for index in sorted(paused)}
+    return merged
