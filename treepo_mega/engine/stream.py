@@ -12,9 +12,10 @@ Nothing here knows vLLM beyond the fields that its outputs have.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 from treepo_mega.errors import TreepoError
 
@@ -76,6 +77,50 @@ class Finished:
     """A segment of a run that has not ended: its stream waits for `extend` or `cancel`."""
 
 
+class TokenLogprob(Protocol):
+    """vLLM's logprob of one token."""
+
+    @property
+    def logprob(self) -> float:
+        """Nats."""
+
+
+class Sampled(Protocol):
+    """vLLM's `CompletionOutput`, as far as a stream reads it."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The sampled ids."""
+
+    @property
+    def logprobs(self) -> Sequence[Mapping[int, TokenLogprob]] | None:
+        """A position's logprobs by token id: of the sampled one, and of the likeliest where they were asked for."""
+
+
+class SegmentEngine(Protocol):
+    """What a generator needs of an engine; `engine.engine.Engine` is one."""
+
+    hf_dir: Path
+    vocab_size: int
+    max_model_len: int
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks of `block_size` tokens that the KV cache holds for requests."""
+
+    def submit(self, request: SegmentRequest) -> SegmentStream:
+        """Queue a request; the segments of its stream come out of `step`."""
+
+    def step(self) -> list[Finished]:
+        """One forward pass over everything that runs; what finished in it."""
+
+    def abort(self) -> None:
+        """Drop every unfinished request."""
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+
+
 class SegmentStream:
     """What has been sampled for one `SegmentRequest`. `abort` takes the request out of vLLM."""
 
@@ -92,7 +137,7 @@ class SegmentStream:
         self._likeliest: list[float] = []
         self._start = 0  # where the present segment begins
 
-    def add(self, sampled: Any) -> None:
+    def add(self, sampled: Sampled) -> None:
         """Take the tokens that vLLM reports: new ones when it looks at each token, else all at the end."""
         entries = sampled.logprobs or []
         for token, entry in zip(sampled.token_ids, entries, strict=True):

@@ -6,19 +6,8 @@
     room.finish(key)                                # its segment has arrived; its prefix stays booked
     room.settle(tree)                               # what the tree wants next is known: forget the rest of it
 
-Why. An engine that is given more than its KV cache holds preempts: it throws a running request's blocks away and
-computes them again later, which makes room for a while, and then happens again. So nothing is submitted that might
-have to be preempted: a segment books the blocks that it can fill at most, and waits otherwise. Segments are short and
-always end, so waiting ends too.
-
-What a segment books: the full blocks of the nodes above it, which it shares with every other segment below those
-nodes (each is booked once a tree, by reference count), and its own: the rest of its prefix and `tokens` new ones.
-A path that is sampled in one go books segment by segment when it reports them (`grow`), else all at once.
-The prefix stays booked between a segment's arrival and the moment its tree has said what it wants next, so that the
-cache is not taken by others just before it is used again.
-
-Order. Trees that were begun go before trees that were not, and the earlier before the later: fewer trees are open,
-so more of their prefixes stay cached. A new tree is begun only when nothing waits (`idle`).
+A segment books the blocks that it can fill at most, and waits until they are free, so the engine never preempts. Full
+blocks of the nodes above are booked once a tree, by reference count. `rollout/README.md` gives the reasons.
 
 Nodes are named by their `path` (child indices from the root), which unlike their ids never changes.
 """
@@ -52,7 +41,9 @@ class Admission:
     """See the module docstring. `blocks`: of the whole cache; `max_running`: segments in one batch."""
 
     def __init__(self, blocks: int, block_size: int, max_running: int) -> None:
-        self.blocks, self.block_size, self.max_running = blocks, block_size, max_running
+        self.blocks = blocks
+        self.block_size = block_size
+        self.max_running = max_running
         self.used = 0
         """Blocks booked now."""
         self.running: set[Key] = set()
@@ -73,14 +64,14 @@ class Admission:
         Raises CacheTooSmall when it alone is more than the cache holds.
         """
         ends = [sum(lengths[: d + 1]) for d in range(len(lengths))]
-        key, asked = (rank, path), _Waiting(ends, tokens)
+        key = (rank, path)
         alone = -(-(ends[-1] + tokens) // self.block_size)
         if alone > self.blocks:
             raise CacheTooSmall(
                 f"a path of {ends[-1] + tokens} tokens needs {alone} KV blocks of {self.block_size}, the engine has "
                 f"{self.blocks}: raise rollout.engine.kv_cache_memory_mb (gpu_memory_utilization on a GPU)"
             )
-        self._asked[key] = asked
+        self._asked[key] = _Waiting(ends, tokens)
         heapq.heappush(self._waiting, key)
 
     def admit(self) -> list[Key]:
@@ -110,6 +101,7 @@ class Admission:
         key = (rank, path)
         self.running.remove(key)
         self.used -= self._own.pop(key)
+        # Until the tree has said what it wants next, others would take the cache just before it is used again.
         self._done.setdefault(rank, []).append(key)
 
     def settle(self, rank: int) -> None:
@@ -130,7 +122,7 @@ class Admission:
     def _full(self, key: Key) -> list[int]:
         """Full blocks that end inside each node above `key`."""
         ends = [end // self.block_size for end in self._asked[key].ends]
-        return [b - a for a, b in zip([0, *ends], ends, strict=False)]
+        return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
     def _alone(self, key: Key) -> int:
         """Blocks that only this segment fills (one more when its prefix ends at a border: that block is recomputed)."""
@@ -138,7 +130,9 @@ class Admission:
         return -(-(asked.ends[-1] + asked.tokens) // self.block_size) - (asked.ends[-1] - 1) // self.block_size
 
     def _need(self, key: Key) -> int:
-        new = (n for node, n in zip(self._above(key), self._full(key), strict=True) if node not in self._shared)
+        new = (
+            blocks for node, blocks in zip(self._above(key), self._full(key), strict=True) if node not in self._shared
+        )
         return sum(new) + self._alone(key)
 
     def _book(self, key: Key) -> None:

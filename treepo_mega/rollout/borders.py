@@ -12,14 +12,13 @@ place where a path may branch, so one too many costs a little and breaks nothing
 
 from __future__ import annotations
 
-from typing import Any
-
 from treepo_mega.engine.stream import EngineError
+from treepo_mega.text.tokenizer import Tokenizer
 
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 
 
-def border_tokens(tokenizer: Any, vocab_size: int, segment_end: str | list[str]) -> frozenset[int]:
+def border_tokens(tokenizer: Tokenizer, vocab_size: int, segment_end: str | list[str]) -> frozenset[int]:
     """Ids below `vocab_size` of the tokens that end a segment; special tokens never do.
 
     Raises EngineError when there are none, or when one of the strings is in no token.

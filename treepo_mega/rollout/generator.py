@@ -5,28 +5,11 @@
     grown = generator.grow(jobs, queue, step=7)      # prompts from a queue that engines share, carried-over trees
     generator.counts                                 # what that call cost, additive over ranks
 
-The loop is the engine's own: submit what any tree wants, take one engine step, hand the finished segments to their
-trees, which may want more at once. There is no barrier over trees or levels, so a tree of short segments does not
-wait for another's long ones. Because `tree/search.py` decides nothing by order of arrival and each node has its
-own seed, the trees are the same under any schedule, batch or split of prompts over ranks. The one leak is
-floating point: a kernel may round differently in another batch, and a token whose draw falls within that rounding
-of a boundary may differ. (fp32 on the CPU: none seen. In bf16 the logits of one position differ by up to some 0.01
-between batch sizes, so that a tree of some hundred tokens may turn elsewhere; the same batch gives the same tree.)
+The loop is the engine's own. It submits what any tree wants, takes one engine step, and hands the finished segments to
+their trees, which may want more at once. There is no barrier over trees or levels, so a tree of short segments does
+not wait for another's long ones. `admission.py` decides who runs when.
 
-Who runs when is `rollout/admission.py`'s business: no more than the KV cache holds, begun trees before new ones,
-long ones first (`rollout/dealing.py`). `debug.schedule: level` is the published way, for comparison: what the trees
-want is submitted only when nothing runs any more, one blocking call a level.
-
-A tree lives on one engine, whose prefix cache makes resubmitting its prefixes cheap. Each call begins with an empty
-one: what a step costs and how its numbers are rounded do not depend on what ran before. `cached_tokens` and
-`recomputed_tokens` are the prefix tokens that were found there and that were not; `forwarded_tokens` are all that
-went through the model: recomputed ones, and each sampled one but a segment's last.
-
-`counts`, all sums, for the last call: `prompts`, `trees_short` (trees with a shortfall), `leaves`, `stop/<reason>`
-(leaves by stop reason), the sums of `tree.counts` (`segments`, `generated_tokens`, `dropped_tokens`,
-`peeked_tokens`, `levels`, `fallbacks`, `duplicates`, `cached_tokens`, `recomputed_tokens`, `forwarded_tokens`),
-`unique_tokens`, `flat_tokens`, `engine_steps`, `running` (segments in the batch, summed over steps), `seconds`; and
-one ratio, `token_ratio` = unique / flat (after adding ranks, divide again).
+`rollout/README.md` explains why the trees are the same under any schedule, and lists every key of `counts`.
 """
 
 from __future__ import annotations
@@ -38,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
-from treepo_mega.engine.engine import Engine
-from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest, SegmentStream
+from treepo_mega.engine.stream import EngineError, Finished, SegmentEngine, SegmentRequest, SegmentStream
 from treepo_mega.errors import TreepoError
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
 from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import Segment, TreeSearch, Want
 from treepo_mega.tree.stop import STOP_REASONS, StopRules
@@ -84,9 +67,13 @@ class Grown:
 class Generator:
     """Rollouts on one engine. `decode(ids)` is the text that stop rules, graders and people see."""
 
-    def __init__(self, engine: Engine, cfg: Config, tokenizer: Any, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self, engine: SegmentEngine, cfg: Config, tokenizer: Tokenizer, *, progress: Progress | None = None
+    ) -> None:
         """Raises EngineError when neither the configuration nor the checkpoint names an EOS token."""
-        self.engine, self.cfg, self.progress = engine, cfg, progress
+        self.engine = engine
+        self.cfg = cfg
+        self.progress = progress
         self.eos_token_ids = find_eos_token_ids(engine.hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)
         self.costs = CostModel()
         self.counts: dict[str, float] = {}
@@ -122,14 +109,14 @@ class Generator:
         `rollout` replaces cfg.rollout (evaluation); `temperature` replaces its temperature, 0 is greedy. Raises what
         `grow` raises.
         """
-        r = (rollout or self.cfg.rollout).model_copy(update={"partial_rollout": None})
-        (order,) = deal_by_cost([self.costs.expected(p) for p in prompts], 1)
+        whole = (rollout or self.cfg.rollout).model_copy(update={"partial_rollout": None})
+        (order,) = deal_by_cost([self.costs.expected(prompt) for prompt in prompts], 1)
         grown = self.grow(
-            [Job(p) for p in prompts],
+            [Job(prompt) for prompt in prompts],
             LocalQueue(order),
             step=step,
             policy_version=policy_version,
-            rollout=r,
+            rollout=whole,
             temperature=temperature,
             purpose=purpose,
         )
@@ -156,26 +143,32 @@ class Generator:
         idle and usable.
         """
         started = time.monotonic()
-        r = rollout or self.cfg.rollout
-        tau = r.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
-        r = r.replace({"branching.budget.temperature": tau})
-        self._check(jobs, r)
+        rollout = rollout or self.cfg.rollout
+        budget_temperature = rollout.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
+        now = rollout.replace({"branching.budget.temperature": budget_temperature})
+        self._check(jobs, now)
+        # What a step costs, and how its numbers are rounded, must not depend on what ran before.
         self.engine.reset_prefix_cache()
-        stop = StopRules.from_config(r, self.eos_token_ids, self.decode)
+        stop = StopRules.from_config(now, self.eos_token_ids, self.decode)
 
         def begin(job: Job) -> TreeSearch:
             """A new tree, or a carried-over one that goes on in this step."""
-            p = job.prompt
-            seed = derive_seed(self.cfg.train.seed, purpose, step, p.id)
+            prompt = job.prompt
             search = TreeSearch(
-                p.id, p.tokens, r, seed=seed, stop=stop, policy_version=policy_version, align=r.alignment
+                prompt.id,
+                prompt.tokens,
+                now,
+                seed=derive_seed(self.cfg.train.seed, purpose, step, prompt.id),
+                stop=stop,
+                policy_version=policy_version,
+                align=now.alignment,
             )
             if job.state is not None:
                 search.load_state_dict(job.state)
-                search.resume(policy_version, r)
+                search.resume(policy_version, now)
             return search
 
-        run = _Run(self, jobs, queue, r, r.temperature if temperature is None else temperature, begin)
+        run = _Run(self, jobs, queue, now, now.temperature if temperature is None else temperature, begin)
         try:
             run.to_its_end()
         except BaseException:
@@ -186,7 +179,7 @@ class Generator:
         self.counts |= {"engine_steps": run.steps, "running": run.occupied, "seconds": time.monotonic() - started}
         return grown
 
-    def _check(self, jobs: Sequence[Job], r: RolloutConfig) -> None:
+    def _check(self, jobs: Sequence[Job], rollout: RolloutConfig) -> None:
         seen: set[str] = set()
         for prompt in (job.prompt for job in jobs):
             if prompt.id in seen:
@@ -194,10 +187,10 @@ class Generator:
             seen.add(prompt.id)
             if not prompt.tokens:
                 raise PromptError(f"prompt {prompt.id!r} has no tokens: there is nothing to condition on")
-            if len(prompt.tokens) + r.max_response_len > self.engine.max_model_len:
+            if len(prompt.tokens) + rollout.max_response_len > self.engine.max_model_len:
                 raise PromptError(
                     f"prompt {prompt.id!r}: {len(prompt.tokens)} tokens + rollout.max_response_len "
-                    f"{r.max_response_len} exceed the engine's window of {self.engine.max_model_len}"
+                    f"{rollout.max_response_len} exceed the engine's window of {self.engine.max_model_len}"
                 )
 
 
@@ -242,27 +235,34 @@ class _Run:
         generator: Generator,
         jobs: Sequence[Job],
         queue: Queue,
-        r: RolloutConfig,
+        rollout: RolloutConfig,
         temperature: float,
         begin: Callable[[Job], TreeSearch],
     ) -> None:
-        self.generator, self.engine, self.jobs, self.queue = generator, generator.engine, jobs, queue
-        self.r, self.temperature, self.begin = r, temperature, begin
-        self.borders = generator.borders(r)
-        e = r.engine
-        self.room = Admission(self.engine.kv_blocks, e.block_size, e.max_num_seqs)
+        self.generator = generator
+        self.engine = generator.engine
+        self.jobs = jobs
+        self.queue = queue
+        self.rollout = rollout
+        self.temperature = temperature
+        self.begin = begin
+        self.borders = generator.borders(rollout)
+        limits = rollout.engine
+        self.room = Admission(self.engine.kv_blocks, limits.block_size, limits.max_num_seqs)
         self.searches: list[TreeSearch] = []  # by rank: the order in which they were begun
         self.taken: list[int] = []  # rank -> index of the job
-        # Runs end early only by what their text says: only then somebody has to look at it while it is sampled.
-        self.streams = r.stop.answer_box or r.stop.repetition_window > 0
+        # Runs end early only by what their text says: only then the driver must look at it while it is sampled.
+        self.streams = rollout.stop.answer_box or rollout.stop.repetition_window > 0
         self.wants: dict[Key, Want] = {}
         self.runs: dict[Key, _SegmentRun] = {}  # by the segment that is being sampled
         self.later: list[tuple[int, Want]] = []  # debug.schedule: level
-        self.steps, self.occupied, self.leaves = 0, 0, 0
+        self.steps = 0
+        self.occupied = 0
+        self.leaves = 0
 
     def to_its_end(self) -> None:
         """Drive all trees until they are done or paused. Raises GenerationTimeout naming what is missing."""
-        deadline = time.monotonic() + self.r.timeout_s
+        deadline = time.monotonic() + self.rollout.timeout_s
         while True:
             self._fill()
             if not self.room.running:
@@ -289,7 +289,8 @@ class _Run:
 
     def _fill(self) -> None:
         """Submit what may run, beginning new trees while there is room for them."""
-        if self.r.debug.schedule == "level":
+        # `level` is the published way, for comparison: one blocking call a level over all trees.
+        if self.rollout.debug.schedule == "level":
             self._fill_level()
             return
         self._submit()
@@ -321,7 +322,7 @@ class _Run:
         """Queue what tree `rank` newly wants; once that is known, its older prefixes need not be kept."""
         search = self.searches[rank]
         new = search.wants() if new is None else new
-        if self.r.debug.schedule == "level":
+        if self.rollout.debug.schedule == "level":
             self.later += [(rank, want) for want in new]
         else:
             for want in new:
@@ -398,17 +399,17 @@ class _Run:
         self.room.grow(*run.first, run.delivered_tokens + want.max_tokens)
 
     def _report(self) -> None:
-        now = sum(len(s.tree.leaves) for s in self.searches)
+        now = sum(len(search.tree.leaves) for search in self.searches)
         if self.generator.progress is not None and now > self.leaves:
-            self.generator.progress(now, len(self.jobs) * self.r.n_samples_per_prompt)
+            self.generator.progress(now, len(self.jobs) * self.rollout.n_samples_per_prompt)
         self.leaves = now
 
     def _unfinished(self) -> str:
         keys = sorted(self.room.running)
         some = [f"{self.searches[rank].tree.prompt_id!r} path {path}" for rank, path in keys[:8]]
         return (
-            f"generation passed its deadline of {self.r.timeout_s} s (rollout.timeout_s) with {len(keys)} segments "
-            f"unfinished: " + ", ".join(some) + (", ..." if len(keys) > len(some) else "")
+            f"generation passed its deadline of {self.rollout.timeout_s} s (rollout.timeout_s) with {len(keys)} "
+            f"segments unfinished: " + ", ".join(some) + (", ..." if len(keys) > len(some) else "")
         )
 
 

@@ -6,46 +6,13 @@
             search.take(want.node_id, Segment(*sample(want)))
     search.tree                                 # n_samples_per_prompt leaves, or tree.shortfall says why not
 
-It knows nothing of engines: whoever drives it may keep many trees in flight, delay, batch and reorder as it
-likes. The tree does not change, because
+It knows nothing of engines. The driver may keep many trees in flight, and delay, batch and reorder segments as it
+likes: the tree does not change. `tree/README.md` says why, and gives the algorithm (TreePO, section 2.2, arXiv
+2508.17445) and what its leaves are samples of.
 
-- under `transfer: level` a decision (who stops, who branches, where to fall back) is made only when a *level* of
-  this tree is complete (all segments wanted so far have arrived), and in path order. Once living and ended paths
-  are as many as leaves were asked for, there is nothing left to decide: from then on no path waits for another, and
-  the tree is still the one that levels give;
-- under `transfer: quota` a node's children depend only on the segments of its own family
-  (`tree/transfer/quota.py`), and fallback waits until nothing of the tree is running;
-- where paths overtake one another node ids follow arrival, so whenever the tree is at rest (before a fallback, at
-  the end) its nodes are renumbered by level and path: ids given out before are void;
-- every node's sampling seed is a hash of the tree's seed and the node's path;
-- every other choice is drawn from a generator that belongs to the tree.
-
-Algorithm: TreePO, section 2.2 (arXiv 2508.17445), with the released code's defects avoided. The root gets
-`branching.factor` children (or a draw from `branching.initial`); after each level `tree/budget.py` decides how many
-children each living path gets; `tree/stop.py` decides which paths end. A stopped path of any kind is a leaf.
-When every path ended and leaves are missing, *fallback* picks ended paths, cuts each back to a segment border
-strictly before its end (`fallback.cut`: a random one, or the one behind which the model was least sure how to go
-on), and samples new children there. A fallback adds children to an existing node, and a want's prefix is always
-rebuilt from the tree, so that what is recorded is what the engine was conditioned on.
-
-What the leaves are samples of: without fallback, a random descent (a child drawn uniformly at each node) ends as an
-independent sample of the model would, under every budget and transfer rule. A leaf drawn uniformly from a tree whose
-paths can end early does not: a path that goes on becomes several leaves, so long responses are over-represented.
-
-`mode: sequential` is the same machine with depth 1: n children of the root, the whole response one segment. The
-engine knows nothing of answer boxes, so what it sampled behind a box is dropped afterwards (see `counts`).
-
-Segments are `segment.length` tokens long, or stretched to end one token behind a KV block's border (`align`, the
-block's size, chosen by whoever drives; 0: not), or end where the text does: a driver that is told the border tokens
-(`rollout.segment.end`) may deliver any number of tokens up to `max_tokens`. A budget that looks at the branch point
-wants a *peek*: the logprobs of the likeliest tokens that would come next.
-
-`partial_rollout`: a path grows by that many tokens a step. What lies behind is wanted only after `resume`, in a later
-step; until then the tree may be `paused`, and `state_dict` writes it down.
-
-`tree.counts` (per tree): `segments`, `generated_tokens` (all that were sampled), `dropped_tokens` (of those, cut
-off behind an answer), `levels` (under quota: rounds, 1 + how often it fell back), `fallbacks` (nodes made by
-fallback), `duplicates` (leaves whose response equals an earlier leaf's).
+`tree.counts` (per tree): `segments`; `generated_tokens` (all that were sampled); `dropped_tokens` (of those, the ones
+cut off after an answer); `levels` (under quota: rounds, 1 + how often it fell back); `fallbacks` (nodes made by
+fallback); `duplicates` (leaves whose response equals an earlier leaf's).
 """
 
 from __future__ import annotations
