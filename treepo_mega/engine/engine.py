@@ -73,7 +73,7 @@ class Engine:
     @property
     def unfinished(self) -> list[str]:
         """Ids of the submitted requests that have not finished, oldest first."""
-        return [r.name for r in self._open.values()]
+        return [stream.name for stream in self._open.values()]
 
     @property
     def kv_blocks(self) -> int:
@@ -201,7 +201,7 @@ class Engine:
             now = self._llm.collective_rpc("scale_logits", args=(1.0,))[0]
             self._llm.collective_rpc("scale_logits", args=(old / now,))
         entries = outputs[-1].prompt_logprobs[1:]
-        return [e[t].logprob for e, t in zip(entries, token_ids[1:], strict=True)]
+        return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
 
     def _add(self, prefix: Sequence[int], params: Any) -> str:
         self._next += 1

@@ -32,7 +32,7 @@ def border_tokens(tokenizer: Tokenizer, vocab_size: int, segment_end: str | list
                 raise EngineError(
                     f"rollout.segment.end: no token of this tokenizer holds {string!r}: it can end nothing"
                 )
-        found = {i for i, text in zip(ids, texts, strict=True) if any(s in text for s in segment_end)}
+        found = {i for i, text in zip(ids, texts, strict=True) if any(string in text for string in segment_end)}
     else:
         found = {i for i, text in zip(ids, texts, strict=True) if _ends(text, segment_end)}
     if not found:

@@ -51,18 +51,18 @@ class Collector:
 
     def collect(self, step: int) -> Forest:
         """Trees of `rollout_batch_size` prompts with signal (all prompts without dynamic sampling)."""
-        r = self.cfg.rollout
+        rollout = self.cfg.rollout
         kept: list[Tree] = []
         seen: list[Tree] = []
         totals: dict[str, float] = {}
         waited: list[float] = []
-        resumed = self.carried[: r.rollout_batch_size]
-        self.carried = self.carried[r.rollout_batch_size :]
-        jobs = [Job(Prompt(**c["prompt"]), c["state"]) for c in resumed]
-        rounds = 1 + (r.max_refills if r.dynamic_sampling else 0)
+        resumed = self.carried[: rollout.rollout_batch_size]
+        self.carried = self.carried[rollout.rollout_batch_size :]
+        jobs = [Job(Prompt(**carried["prompt"]), carried["state"]) for carried in resumed]
+        rounds = 1 + (rollout.max_refills if rollout.dynamic_sampling else 0)
         for refill in range(rounds):
-            missing = r.rollout_batch_size - len(kept) - len(self.carried) - len(jobs)
-            jobs += [Job(p) for p in self.cursor.take(max(0, missing))]
+            missing = rollout.rollout_batch_size - len(kept) - len(self.carried) - len(jobs)
+            jobs += [Job(prompt) for prompt in self.cursor.take(max(0, missing))]
             if not jobs:
                 break
             trees, counts = self.sample(jobs, step)
@@ -70,7 +70,7 @@ class Collector:
             totals = {name: totals.get(name, 0.0) + value for name, value in counts.items()}
             totals["refills"] = refill
             seen += trees
-            kept += [t for t in trees if t.leaves and (not r.dynamic_sampling or has_signal(t))]
+            kept += [tree for tree in trees if tree.leaves and (not rollout.dynamic_sampling or has_signal(tree))]
             jobs = []
         report_lost(self.pool.take_tally(), f"step {step}")
         totals |= {"resumed": len(resumed), "carried": len(self.carried), "idle_share_max": max(waited)}
@@ -109,15 +109,15 @@ def _rewarded(tree: Tree, texts: list[str], scores: list[float | None]) -> Row:
 def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: Config, step: int) -> dict[str, float]:
     """The `rollout/`, `tree/` and `reward/` lines of the step (see monitor/registry.py)."""
     counts = summarize(seen)
-    rewards = [x for t in seen for x in t.rewards]
-    lengths = [len(t.response(leaf)) for t in seen for leaf in t.leaves] or [0]
-    depths = [t.nodes[leaf].depth for t in seen for leaf in t.leaves] or [0]
-    trained = [x for t in kept for x in t.rewards]
+    rewards = [reward for tree in seen for reward in tree.rewards]
+    lengths = [len(tree.response(leaf)) for tree in seen for leaf in tree.leaves] or [0]
+    depths = [tree.nodes[leaf].depth for tree in seen for leaf in tree.leaves] or [0]
+    trained = [reward for tree in kept for reward in tree.rewards]
     leaves = max(1.0, counts["leaves"])
-    stale = sum(len(n.tokens) for t in kept for n in t.nodes[1:] if n.policy_version < step)
+    stale = sum(len(node.tokens) for tree in kept for node in tree.nodes[1:] if node.policy_version < step)
     out = {
         "rollout/reward_mean": sum(rewards) / max(1, len(rewards)),
-        "rollout/accuracy": sum(x > CORRECT for x in rewards) / max(1, len(rewards)),
+        "rollout/accuracy": sum(reward > CORRECT for reward in rewards) / max(1, len(rewards)),
         "rollout/response_len_mean": sum(lengths) / len(lengths),
         "rollout/response_len_max": max(lengths),
         "rollout/truncated_share": (counts["stop/length"] + counts["stop/depth"]) / leaves,
@@ -130,10 +130,10 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/prompts_stolen": totals["stolen"],
         "rollout/trees_resumed": totals["resumed"],
         "rollout/trees_carried_over": totals["carried"],
-        "rollout/stale_token_share": stale / max(1, sum(t.unique_tokens() for t in kept)),
+        "rollout/stale_token_share": stale / max(1, sum(tree.unique_tokens() for tree in kept)),
         "tree/depth_mean": sum(depths) / len(depths),
         "tree/depth_max": max(depths),
-        "tree/leaves": sum(len(t.leaves) for t in kept),
+        "tree/leaves": sum(len(tree.leaves) for tree in kept),
         "tree/shortfall": len(seen) * cfg.rollout.n_samples_per_prompt - counts["leaves"],
         "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),
         "reward/lost": totals["lost"],
@@ -145,4 +145,4 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         out[f"tree/{name}"] = counts.get(name, 0.0)
     for reason in ("eos", "answer", "length", "depth", "repetition"):
         out[f"tree/stop_{reason}"] = counts[f"stop/{reason}"]
-    return {k: float(v) for k, v in out.items()}
+    return {name: float(value) for name, value in out.items()}

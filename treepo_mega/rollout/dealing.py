@@ -69,7 +69,8 @@ class CostModel:
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
         """The inverse of `state_dict`."""
-        self._by_prompt, self._by_source = dict(state["prompts"]), dict(state["sources"])
+        self._by_prompt = dict(state["prompts"])
+        self._by_source = dict(state["sources"])
 
 
 def _name(prompt: Prompt) -> str:
@@ -96,7 +97,8 @@ class LocalQueue:
     """All of `order`, one after the other."""
 
     def __init__(self, order: Sequence[int]) -> None:
-        self._rest, self.stolen = iter(order), 0
+        self._rest = iter(order)
+        self.stolen = 0
 
     def take(self, dry: bool = False) -> int | None:
         """The next of `order`."""
@@ -130,11 +132,17 @@ class SharedQueue:
         ranks: int = 1,
         timeout_s: float = 600.0,
     ) -> None:
-        self._store, self._name, self._deal, self._costs = store, name, deal, costs
-        self._engine, self._rank, self._ranks, self._timeout_s = engine, rank, ranks, timeout_s
+        self._store = store
+        self._name = name
+        self._deal = deal
+        self._costs = costs
+        self._engine = engine
+        self._rank = rank
+        self._ranks = ranks
+        self._timeout_s = timeout_s
         self._taken = 0
         self._own_done = not deal[engine]
-        self._left = [self._remaining(e, 0) for e in range(len(deal))]
+        self._left = [self._remaining(owner, 0) for owner in range(len(deal))]
         self.stolen = 0
         """Prompts that this engine took from others' lists."""
 
@@ -187,10 +195,10 @@ class SharedQueue:
 
     def _richest(self) -> int | None:
         """The engine with the most expected left; None: nobody has anything."""
-        for e in range(len(self._deal)):
-            if self._left[e] > 0:
-                self._left[e] = self._remaining(e, self._store.add(f"{self._name}/list {e}", 0))
-        rich = max(range(len(self._deal)), key=lambda e: (self._left[e], -e))
+        for owner in range(len(self._deal)):
+            if self._left[owner] > 0:
+                self._left[owner] = self._remaining(owner, self._store.add(f"{self._name}/list {owner}", 0))
+        rich = max(range(len(self._deal)), key=lambda owner: (self._left[owner], -owner))
         return rich if self._left[rich] > 0 else None
 
     def _remaining(self, engine: int, position: int) -> float:

@@ -125,12 +125,12 @@ def grade(tree: Tree, texts: list[str], scores: list[float | None]) -> Graded:
 
 def metrics(rows: Sequence[Graded], n: int) -> dict[str, float]:
     """The keys of the module docstring over `rows`, one a prompt, in the order of the prompts."""
-    scores = [s for row in rows for s in row.scores]
-    graded = [s for s in scores if s is not None]
+    scores = [score for row in rows for score in row.scores]
+    graded = [score for score in scores if score is not None]
     samples = max(1, len(scores))
     return {
         f"avg@{n}": sum(graded) / max(1, len(graded)),
-        f"pass@{n}": sum(any(_correct(s) for s in row.scores) for row in rows) / max(1, len(rows)),
+        f"pass@{n}": sum(any(_correct(score) for score in row.scores) for row in rows) / max(1, len(rows)),
         f"maj@{n}": sum(row.majority for row in rows) / max(1, len(rows)),
         "response_len": sum(row.response_tokens for row in rows) / samples,
         "truncated": sum(row.truncated for row in rows) / samples,
