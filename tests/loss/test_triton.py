@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from tools.bench import kernel_report
+from tools.bench.kernel_report import QUICK, SOURCES, fingerprint
+
 REPO = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((REPO / "tests/golden/loss_kernels.json").read_text())
 CHECKS = (
@@ -65,23 +68,30 @@ def test_no_check_is_left_out(interpreted: dict[str, str | None]) -> None:
 Kernels = dict[tuple[str, str], dict[str, Any]]
 
 
+def by_name(kernels: list[dict[str, Any]]) -> Kernels:
+    """{(kernel, architecture): its report}."""
+    return {(k["kernel"], k["arch"]): k for k in kernels}
+
+
 def compile_all(cache: Path, *options: str) -> Kernels:
     """Kernels compiled for both architectures, from an empty cache."""
     out = child("tools/bench/kernel_report.py", *options, TRITON_CACHE_DIR=str(cache))
     report = json.loads(out.strip().splitlines()[-1])
     assert report["measured"] is None
-    return {(k["kernel"], k["arch"]): k for k in report["kernels"]}
+    return by_name(report["kernels"])
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The kernels of the default settings."""
+    """The kernels of the default settings. Compiled only if a source differs from those of the golden table."""
+    if fingerprint() == GOLDEN["fingerprint"]:
+        return {key: kernel for key, kernel in WANT.items() if kernel["kernel"] in QUICK}
     return compile_all(tmp_path_factory.mktemp("triton_cache"), "--quick")
 
 
 @pytest.fixture(scope="module")
 def all_compiled(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """Every kernel."""
+    """Every kernel, compiled whether a source changed or not: nothing else proves that the table is true."""
     return compile_all(tmp_path_factory.mktemp("triton_cache_all"))
 
 
@@ -104,7 +114,7 @@ def check_code(k: dict[str, Any]) -> None:
     assert k["tma_loads"] > 0 and k["mix"]["tma"] > 0 and k["mix"]["tensor"] > 0
 
 
-WANT = {(k["kernel"], k["arch"]): k for k in GOLDEN["kernels"]}
+WANT = by_name(GOLDEN["kernels"])
 
 
 def check_golden(kernels: Kernels) -> None:
@@ -128,6 +138,23 @@ def test_default_kernels_are_those_of_the_golden_table(compiled: Kernels) -> Non
 def test_all_kernels_spill_nothing_and_use_the_tensor_cores(all_compiled: Kernels) -> None:
     for k in all_compiled.values():
         check_code(k)
+
+
+@pytest.mark.slow
+def test_the_golden_table_names_the_sources_it_is_of() -> None:
+    """Otherwise the fast lane compiles every time: python tools/bench/kernel_report.py --update."""
+    assert GOLDEN["fingerprint"] == fingerprint()
+
+
+@pytest.mark.parametrize("index", range(len(SOURCES)), ids=[path.name for path in SOURCES])
+def test_a_change_in_any_source_changes_the_fingerprint(
+    index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint()
+    changed = tmp_path / SOURCES[index].name
+    changed.write_bytes(SOURCES[index].read_bytes() + b"# changed\n")
+    monkeypatch.setattr(kernel_report, "SOURCES", (*SOURCES[:index], changed, *SOURCES[index + 1 :]))
+    assert fingerprint() != before
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ Last line, JSON: {"triton", "kernels": [{"kernel", "arch", "registers", "spill_b
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -27,6 +29,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 GOLDEN = ROOT / "tests" / "golden" / "loss_kernels.json"
+KERNELS = ROOT / "treepo_mega" / "loss" / "triton"
+SOURCES = (
+    KERNELS / "kernels.py",
+    KERNELS / "rows.py",
+    KERNELS / "launch.py",
+    ROOT / "tools" / "bench" / "kernel_aot.py",
+)
+"""What the compiled kernels depend on, beside Triton itself: their code, tile sizes and specialisations."""
 QUICK = ("forward-fp8-blockwise", "dlogits-fp8-blockwise", "combine")
 TOKENS, WIDTH, VOCAB = 8192, 8192, 128256 // 8
 
@@ -35,6 +45,14 @@ GPUS = {
     "B200": {"bf16": 2250e12, "fp8": 4500e12, "hbm": 8.0e12, "exp": 16 * 148 * 1.85e9},
 }
 """Dense peaks, FLOP/s; HBM bytes/s; exponentials/s. From the vendor's data sheets."""
+
+
+def fingerprint() -> str:
+    """SHA-256 over Triton's version and the bytes of SOURCES. Equal fingerprints compile to equal kernels."""
+    digest = hashlib.sha256(importlib.metadata.version("triton").encode())
+    for path in SOURCES:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def roofline() -> list[dict[str, Any]]:
@@ -137,7 +155,7 @@ def main() -> int:
 
     kernels, lines = compiled(args.quick), roofline()
     if args.update and not args.quick:
-        body = {"triton": triton.__version__, "kernels": kernels}
+        body = {"triton": triton.__version__, "fingerprint": fingerprint(), "kernels": kernels}
         GOLDEN.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     show(kernels, lines)
     worst = max(k["spill_bytes"] for k in kernels)
