@@ -27,7 +27,6 @@ from treepo_mega.checkpoint.hf import (
     HfCheckpointError,
     HfReader,
     copy_companions,
-    publish,
     require_absent,
     set_config_dtype,
     shard_name,
@@ -40,6 +39,7 @@ from treepo_mega.reshard.plan import Cluster, plan_reshard
 from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import device
+from treepo_mega.runtime.files import publish_directory
 
 
 class ShardTarget:
@@ -152,7 +152,7 @@ def _export(
     if dist.is_main():
         if target.is_dir():
             target.rmdir()  # empty, or require_absent would have refused it
-        publish(partial, target)
+        publish_directory(partial, target)
     dist.barrier(f"publishing {target}", cfg.distributed.timeout_s)
     return {
         "bytes": sum(size for _, _, size in written),

@@ -23,7 +23,6 @@ import contextlib
 import difflib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from safetensors.torch import save_file
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import EMBEDDING, LM_HEAD, Box, ModelSpec, hf_shapes
+from treepo_mega.runtime.files import publish_directory
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -317,7 +317,7 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
-    publish(partial, target)
+    publish_directory(partial, target)
 
 
 def require_absent(target: str | Path) -> None:
@@ -325,19 +325,3 @@ def require_absent(target: str | Path) -> None:
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise HfCheckpointError(f"{target}: exists already; choose another directory or remove it")
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Make a finished directory appear under its name: fsync everything in it, then rename."""
-    for path in [*partial.rglob("*"), partial]:
-        _fsync(path)
-    partial.replace(target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

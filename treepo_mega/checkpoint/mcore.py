@@ -23,7 +23,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
+from treepo_mega.runtime.files import atomic_file, sync_path
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
@@ -202,7 +202,7 @@ def _save_whole(state: dict[str, Any], directory: Path, note: dict[str, Any], ti
         if directory.exists():  # only now: an older checkpoint of this step stays usable until its successor is whole
             shutil.rmtree(directory)
         partial.rename(directory)
-        _fsync(directory.parent)
+        sync_path(directory.parent)
     dist.barrier(f"finishing checkpoint {directory}", timeout_s)
 
 
@@ -228,20 +228,8 @@ def _write_manifest(directory: Path, note: dict[str, Any], digests: dict[str, st
         "data_parallel_size": ps.get_data_parallel_world_size(),
         "cuda": has_cuda(),
     }
-    path = directory / MANIFEST
-    with path.open("w", encoding="utf-8") as f:
-        json.dump({**note, "layout": layout, "files": files, "sha256": digests}, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    _fsync(directory)
-
-
-def _fsync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with atomic_file(directory / MANIFEST) as file:
+        json.dump({**note, "layout": layout, "files": files, "sha256": digests}, file, indent=1)
 
 
 def check_complete(directory: Path) -> dict[str, Any]:

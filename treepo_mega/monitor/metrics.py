@@ -32,6 +32,7 @@ from typing import Any
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.registry import METRICS, Metric, check_known
+from treepo_mega.runtime.files import atomic_file
 
 __all__ = ["METRICS", "METRICS_FILE", "Metric", "MetricsError", "MetricsLogger", "check_known", "read_metrics"]
 
@@ -116,12 +117,8 @@ class MetricsLogger:
         if not self.path.exists():
             return []
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        replacement = self.path.with_suffix(".jsonl.tmp")
-        with replacement.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(replacement, self.path)
+        with atomic_file(self.path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
 
     def _set_aside(self) -> list[dict[str, Any]]:
