@@ -27,6 +27,7 @@ from pathlib import Path
 
 from treepo_mega import __version__
 from treepo_mega.config import Config, ConfigError, Section, check, dump_text, load_config, read_hf_config
+from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime.environment import check_environment
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(help_config()))
             return 0
         return _train(args.config, [*args.overrides, *rest], args.dry_run, args.world_size)
-    except ConfigError as e:
+    except TreepoError as e:
         print(f"treepo-mega: error: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader left early, as in `treepo-mega train --help-config | head`
@@ -97,7 +98,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan of the configuration's refit."""
-    from treepo_mega.modelspec.mcore_layout import LayoutError, ModelSpec, ModelSpecError
+    from treepo_mega.modelspec.mcore_layout import ModelSpec
     from treepo_mega.plan.refit import LinkSpeeds, plan_refit, smallest_world
 
     cfg = load_config(args.config, overrides)
@@ -106,12 +107,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     if bad := [link for link, value in given.items() if value is not None and value <= 0]:
         raise ConfigError(f"--{bad[0]}-gb-per-s {given[bad[0]]}: expected a positive number")
     speeds = LinkSpeeds(**{link: value for link, value in given.items() if value is not None})
-    try:
-        check(cfg, world, read_hf_config(cfg.model.hf_checkpoint))
-        spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
-        found = plan_refit(cfg, spec, world_size=world, ranks_per_node=args.ranks_per_node, speeds=speeds)
-    except (LayoutError, ModelSpecError) as e:
-        raise ConfigError(str(e)) from None
+    check(cfg, world, read_hf_config(cfg.model.hf_checkpoint))
+    spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+    found = plan_refit(cfg, spec, world_size=world, ranks_per_node=args.ranks_per_node, speeds=speeds)
     print(json.dumps(found.to_dict()) if args.json else "\n".join(found.lines()))
     return 0
 
@@ -203,13 +201,9 @@ def _describe_model(hf: dict[str, typing.Any], hf_dir: Path) -> str:
 
 
 def _report(runs: list[Path], output: Path | None) -> int:
-    from treepo_mega.monitor.report import ReportError, write_report
+    from treepo_mega.monitor.report import write_report
 
-    try:
-        written = write_report(runs, output or runs[0])
-    except ReportError as e:
-        raise ConfigError(str(e)) from None
-    for path in written:
+    for path in write_report(runs, output or runs[0]):
         print(f"wrote {path}")
     return 0
 
