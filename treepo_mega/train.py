@@ -19,61 +19,86 @@ from treepo_mega.trainer import Trainer
 
 def train(cfg: Config) -> int:
     """Run the training that `cfg` describes; returns the exit code. Collective over all ranks."""
-    t = Trainer(cfg)
-    every, last = cfg.checkpoint.save_interval, cfg.train.num_rollouts
-    first = t.refit()  # also proves that actor and engine agree before anything is sampled
-    if t.step == 0 and cfg.eval.at_start:
-        t.log(0, first | t.evaluate(0))
+    trainer = Trainer(cfg)
+    last = cfg.train.num_rollouts
+    # Also proves that actor and engine agree before anything is sampled.
+    first_refit = trainer.memory.to_engine()
+    if trainer.step == 0 and cfg.eval.at_start:
+        trainer.records.log(0, first_refit | evaluate(trainer, 0))
 
-    for step in range(t.step, last):
-        t.begin_step(step)
-        with t.timers("step"):
-            metrics = one_step(t, step)
-        metrics |= throughput(t.timers.pop(), metrics)
-        if cfg.eval.interval and (step + 1) % cfg.eval.interval == 0 and step + 1 < last:
-            with t.timers("eval"):
-                metrics |= t.evaluate(step + 1)
-        if step + 1 == last and cfg.eval.at_end:
-            with t.timers("eval"):
-                metrics |= t.evaluate(last)
+    for step in range(trainer.step, last):
+        done = step + 1
+        trainer.begin_step(step)
+        with trainer.timers("step"):
+            metrics = one_step(trainer, step)
+        metrics |= throughput(trainer.timers.pop(), metrics)
+        if is_evaluated(cfg, done):
+            with trainer.timers("eval"):
+                metrics |= evaluate(trainer, done)
         # Logged before it is saved: a kill in between repeats the step, and no step is without its line.
-        t.log(step + 1, metrics | t.timers.pop())
-        asked_to_stop = t.stop.agreed()
-        if (step + 1) % every == 0 or step + 1 == last or asked_to_stop:
-            with t.timers("checkpoint"):
-                t.save(step + 1)
-            t.add_to_log(step + 1, t.timers.pop())
-        if asked_to_stop and step + 1 < last:
-            t.progress.say(f"asked to stop: saved after step {step + 1}")
-            t.close()
+        trainer.records.log(done, metrics | trainer.timers.pop())
+        asked_to_stop = trainer.stop.agreed()
+        if done % cfg.checkpoint.save_interval == 0 or done == last or asked_to_stop:
+            with trainer.timers("checkpoint"):
+                save(trainer, done)
+            trainer.records.add_to_log(done, trainer.timers.pop())
+        if asked_to_stop and done < last:
+            trainer.progress.say(f"asked to stop: saved after step {done}")
+            trainer.close()
             return STOPPED_EXIT_CODE
 
     if cfg.checkpoint.save_hf:
-        t.export_hf()
-    t.close()
+        trainer.export_hf()
+    trainer.close()
     return 0
 
 
-def one_step(t: Trainer, step: int) -> dict[str, float]:
-    """Sample, learn, hand the new weights to the engine."""
-    forest = t.collect(step)
+def one_step(trainer: Trainer, step: int) -> dict[str, float]:
+    """Sample, learn, hand the new weights to the engine. Ends with the memory in the engine's hands."""
+    # Nothing to do here unless a checkpoint or an evaluation gave the memory to the trainer.
+    trainer.memory.to_engine()
+    forest = trainer.collect(step)
     metrics = dict(forest.metrics)
-    t.save_trees(step + 1, forest)
-    with t.timers("advantage"):
-        plans, credit = t.plan(forest)
+    trainer.records.save_trees(step + 1, forest.trees)
+    with trainer.timers("advantage"):
+        plans, credit = trainer.plan(forest)
     metrics |= credit
     if not plans:
-        t.progress.say(f"step {step}: no prompt had differing rewards; nothing to learn from, weights unchanged")
+        trainer.progress.say(f"step {step}: no prompt had differing rewards; nothing to learn from, weights unchanged")
         return metrics
-    with t.timers("old_logprobs"):
-        metrics |= t.old_logprobs(plans)
-    with t.timers("ref_logprobs"):
-        t.ref_logprobs(plans)
-    with t.timers("update"):
-        metrics |= t.update(plans)
-    with t.timers("reshard"):
-        metrics |= t.refit()
+    with trainer.timers("old_logprobs"):
+        trainer.memory.to_trainer()
+        metrics |= trainer.old_logprobs(plans)
+    with trainer.timers("ref_logprobs"):
+        trainer.ref_logprobs(plans)
+    with trainer.timers("update"):
+        metrics |= trainer.update(plans)
+    with trainer.timers("reshard"):
+        metrics |= trainer.memory.to_engine()
     return metrics
+
+
+def evaluate(trainer: Trainer, step: int) -> dict[str, float]:
+    """Accuracy by the engine, which has the memory; then the actor's perplexity, for which the trainer takes it."""
+    metrics = trainer.accuracy(step)
+    if trainer.inputs.references:
+        trainer.memory.to_trainer()
+        metrics |= trainer.perplexity()
+    return metrics
+
+
+def save(trainer: Trainer, step: int) -> None:
+    """A checkpoint, for which the optimizer state must be in place; nothing if checkpoints are switched off."""
+    if trainer.cfg.checkpoint.enabled and trainer.cfg.checkpoint.save:
+        trainer.memory.to_trainer()
+        trainer.save(step)
+
+
+def is_evaluated(cfg: Config, done: int) -> bool:
+    """Whether an evaluation follows the first `done` steps."""
+    if done == cfg.train.num_rollouts:
+        return cfg.eval.at_end
+    return bool(cfg.eval.interval) and done % cfg.eval.interval == 0
 
 
 def throughput(times: dict[str, float], metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""What a trainer is built from: prompts, reference policy, hand-over, and a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treepo_mega.actor.perplexity import describe_references, reference_texts
+from treepo_mega.actor.update import Actor, Policy
+from treepo_mega.checkpoint import mcore as checkpoint
+from treepo_mega.config import Config
+from treepo_mega.data.end_tokens import find_eos_token_ids
+from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
+from treepo_mega.engine.engine import Engine
+from treepo_mega.monitor.progress import Progress
+from treepo_mega.runtime import dist
+from treepo_mega.sync.actor_memory import handover_backend
+from treepo_mega.sync.handover import Handover
+from treepo_mega.sync.memory import Memory
+from treepo_mega.sync.refit import Refit
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tokenizer and prompts. `references`: tokens of the evaluation prompts that have a reference text."""
+
+    tokenizer: Any
+    cursor: PromptCursor
+    eval_prompts: list[Prompt]
+    references: list[Any]
+
+
+def load_inputs(cfg: Config, progress: Progress) -> Inputs:
+    """Read tokenizer and prompts. Raises ConfigError and PromptError for what people get wrong most often."""
+    from transformers import AutoTokenizer
+
+    hf_dir = cfg.model.hf_checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
+    prompts = load_prompts(cfg.data.train, cfg.data, tokenizer)
+    eval_prompts: list[Prompt] = []
+    dropped = dict(prompts.dropped)
+    if cfg.data.eval:
+        held_out = load_prompts(cfg.data.eval, cfg.data, tokenizer)
+        eval_prompts = list(held_out.prompts)[: cfg.eval.max_prompts]
+        dropped |= {f"eval {reason}": count for reason, count in held_out.dropped.items()}
+    references = reference_texts(eval_prompts, tokenizer, cfg.rollout.max_response_len)
+    cursor = PromptCursor(prompts, seed=cfg.train.seed, shuffle=cfg.data.shuffle)
+    losses = "".join(f"; dropped {count} ({reason})" for reason, count in dropped.items() if count)
+    progress.say(f"{len(prompts)} prompts to train on, {len(eval_prompts)} to evaluate{losses}")
+    if eval_prompts:
+        progress.say(describe_references(len(references), len(eval_prompts), cfg.data.reference_key))
+    return Inputs(tokenizer, cursor, eval_prompts, references)
+
+
+def build_actor(cfg: Config) -> Actor:
+    """The policy that learns, with the weights of model.load if that is set. Collective over all ranks."""
+    actor = Actor(cfg, cfg.model.hf_checkpoint)
+    if cfg.model.load:
+        checkpoint.load_model_weights(actor.models, cfg.model.load)
+        actor.weights_changed()
+        actor.optimizer.reload_model_params()
+    return actor
+
+
+def build_reference(cfg: Config, actor: Actor) -> Policy | None:
+    """The frozen policy of the KL term, or None without one. Collective over all ranks."""
+    if cfg.algo.kl_loss_coef <= 0:
+        return None
+    reference = Policy(cfg, cfg.model.hf_checkpoint, actor.guard)
+    if cfg.model.load:
+        checkpoint.load_model_weights(reference.models, cfg.model.load)
+        reference.weights_changed()
+    for model in reference.models:
+        model.requires_grad_(False)
+    return reference
+
+
+def build_memory(cfg: Config, actor: Actor, engine: Engine, weights: Refit) -> Memory:
+    """Gradients and optimizer state make room for the engine; the canary needs the actor's weights beside it."""
+    wanted = weights.wanted.of(dist.rank())[0].values()
+    sizes = {
+        "weights": sum(math.prod(param.shape) for param in wanted) * weights.target.dtype.itemsize,
+        "kv_cache": cfg.rollout.engine.kv_cache_memory_mb << 20,
+    }
+    backend = handover_backend(actor, engine.sleeper, sizes)
+    backend.sleep()
+    return Memory(Handover(backend, offload=("grads", "optimizer")), weights, engine)
+
+
+def checkpoint_to_resume(cfg: Config) -> Path | None:
+    """The training checkpoint that the configuration points to; None for a new run."""
+    settings = cfg.checkpoint
+    if settings.load == "auto":
+        return checkpoint.find_latest(settings.save) if settings.enabled and settings.save else None
+    return Path(settings.load) if settings.load else None

@@ -1,0 +1,88 @@
+"""What a run leaves to read: configuration, metrics by step, a summary, and sampled trees.
+
+    records = Records(cfg, progress, resume_step=None)
+    records.log(step, metrics)
+
+All of it lies under logging.run_dir and is written by rank 0; on other ranks the methods only keep the summary.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treepo_mega.config import Config, dump_config
+from treepo_mega.monitor.metrics import MetricsLogger
+from treepo_mega.monitor.progress import Progress
+from treepo_mega.runtime import dist
+from treepo_mega.runtime.files import atomic_file
+from treepo_mega.tree.node import Tree
+
+SUMMARY = "summary.json"
+
+
+class Records:
+    """The files of a run. `resume_step`: the last step whose records are kept; 0 begins new ones."""
+
+    def __init__(self, cfg: Config, progress: Progress, *, started: float, resume_step: int) -> None:
+        self.progress = progress
+        self.started = started
+        self.run_dir = Path(cfg.logging.run_dir)
+        self.trees_interval = cfg.logging.trees_interval
+        self.summary: dict[str, Any] = self._read_summary() if resume_step else {}
+        self.logger: MetricsLogger | None = None
+        if dist.is_main():
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            dump_config(cfg, self.run_dir / "config.yaml")
+            self.logger = MetricsLogger(
+                self.run_dir, tensorboard=cfg.logging.tensorboard, resume_step=resume_step or None
+            )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """The line of metrics after `step` finished steps; `summary.json` keeps what a reader asks first."""
+        self._summarize(step, metrics)
+        if self.logger is None:
+            return
+        self.logger.log(step, metrics)
+        self.progress.show(step, metrics)
+        with atomic_file(self.run_dir / SUMMARY) as file:
+            file.write(json.dumps(self.summary, indent=1) + "\n")
+
+    def add_to_log(self, step: int, metrics: dict[str, float]) -> None:
+        """More metrics for the line of `step`."""
+        if self.logger is not None:
+            self.logger.log(step, metrics)
+
+    def save_trees(self, step: int, trees: Sequence[Tree]) -> None:
+        """Every logging.trees_interval steps, the forest as one JSON tree a line."""
+        if not self.trees_interval or step % self.trees_interval or not dist.is_main():
+            return
+        with atomic_file(self.run_dir / "trees" / f"step_{step:06d}.jsonl") as file:
+            file.writelines(json.dumps(tree.to_dict()) + "\n" for tree in trees)
+
+    def close(self) -> None:
+        """Close the logs."""
+        if self.logger is not None:
+            self.logger.close()
+
+    def _summarize(self, step: int, metrics: dict[str, float]) -> None:
+        summary = self.summary
+        for name, key in (("eval/accuracy", "accuracy"), ("eval/greedy_accuracy", "greedy")):
+            if name in metrics:
+                summary.setdefault(f"{key}_before", metrics[name])
+                summary[f"{key}_after"] = metrics[name]
+        if "tree/token_ratio" in metrics:
+            summary["steps"] = step
+            for name in ("unique_tokens", "flat_tokens"):
+                summary[name] = summary.get(name, 0.0) + metrics[f"tree/{name}"]
+            summary["token_ratio"] = summary["unique_tokens"] / max(1.0, summary["flat_tokens"])
+            mismatch = metrics.get("rollout/logprob_abs_diff_max", 0.0)
+            summary["mismatch_max"] = max(summary.get("mismatch_max", 0.0), mismatch)
+        summary["seconds_train"] = round(time.time() - self.started, 1)
+
+    def _read_summary(self) -> dict[str, Any]:
+        path = self.run_dir / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
