@@ -28,7 +28,7 @@ from typing import Any
 
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.checkpoint.export import export_hf
-from treepo_mega.checkpoint.hf import HfReader, copy_companions, publish, require_absent
+from treepo_mega.checkpoint.hf import HfReader, copy_companions, require_absent
 from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.checkpoint.mcore import CheckpointError, check_complete, load_model_weights, save_model_weights
 from treepo_mega.config import Config, ConfigError, parse_config, read_hf_config
@@ -42,6 +42,7 @@ from treepo_mega.convert.verify import (
 )
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.files import publish_directory
 from treepo_mega.runtime.host_memory import HostPeak
 
 COMPANIONS, NOTE = "hf", "conversion.json"
@@ -203,7 +204,7 @@ def _publish(
         (staging / COMPANIONS).mkdir()
         copy_companions(companions, staging / COMPANIONS)
         (staging / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        publish(staging, save)
+        publish_directory(staging, save)
     dist.barrier(f"publishing {save}", cfg.distributed.timeout_s)
 
 
