@@ -28,8 +28,16 @@ from pydantic import ValidationError
 
 from treepo_mega.config.moved import KNOWN_ELSEWHERE, moved_keys
 from treepo_mega.config.root import Config
-from treepo_mega.config.rules import check_batch, check_loss, check_model, check_parallel, check_sampling
+from treepo_mega.config.rules import (
+    check_batch,
+    check_evaluation,
+    check_loss,
+    check_model,
+    check_parallel,
+    check_sampling,
+)
 from treepo_mega.config.section import Section
+from treepo_mega.config.source import SourceError, annotation_at, is_text, read_mapping, read_value
 from treepo_mega.errors import TreepoError, nearest
 
 
@@ -41,15 +49,11 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     key, eq, value = text.partition("=")
     if not eq or not key.strip():
         raise ConfigError(f"override {text!r}: expected key=value, such as train.lr=1e-6")
+    path = key.strip().lstrip("+").split(".")
     try:
-        parsed = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError as e:
-        raise ConfigError(f"override {text!r}: the value is not YAML: {e}") from None
-    # YAML 1.1 reads 1e-6 (no dot) as a string; people mean a number.
-    if isinstance(parsed, str):
-        with contextlib.suppress(ValueError):  # not a number after all: it stays the string it is
-            parsed = float(parsed) if any(c in parsed for c in "eE.") else parsed
-    return key.strip().lstrip("+").split("."), parsed
+        return path, read_value(value, tuple(path), Config)
+    except SourceError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any, text: str) -> None:
@@ -112,13 +116,16 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     raw: Any = {}
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            # utf-8-sig: an editor's byte-order mark is no part of the first key.
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}): save it as UTF-8") from None
         except OSError as e:
             raise ConfigError(f"{path}: cannot read the configuration: {e.strerror or e}") from None
         try:
-            raw = yaml.safe_load(text) or {}
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{path}: not valid YAML: {e}") from None
+            raw = read_mapping(text, str(path), Config) or {}
+        except SourceError as e:
+            raise ConfigError(str(e)) from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
     _refuse_moved(raw, str(path))
@@ -137,17 +144,18 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(_explain(e, source)) from None
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-6` as a string: turn such strings into numbers, everywhere in the tree."""
+def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    """YAML 1.1 reads `1e-6` as a string: turn such strings into numbers, except in keys that take text."""
     if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
+        return {key: _numbers(inner, (*path, key)) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    if isinstance(value, str) and value[:1] in "+-0123456789." and any(c in value for c in "eE"):
-        try:
-            return float(value)
-        except ValueError:
+        return [_numbers(inner, (*path, index)) for index, inner in enumerate(value)]
+    if isinstance(value, str) and value[:1] in tuple("+-0123456789.") and any(char in value for char in "eE"):
+        annotation = annotation_at(Config, path)
+        if annotation is not None and is_text(annotation):
             return value
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
 
 
@@ -228,6 +236,7 @@ def check(cfg: Config, world_size: int, hf: dict[str, Any] | None = None) -> lis
     except ConfigError as e:
         bad.append(str(e))
     bad += check_batch(cfg) + check_sampling(cfg, world_size) + check_parallel(cfg) + check_loss(cfg)
+    bad += check_evaluation(cfg)
     if hf is not None:
         bad += check_model(cfg, hf)
     if bad:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from treepo_mega.config.section import Section
+from treepo_mega.config.source import expand_path
 
 
 class ModelConfig(Section):
@@ -33,6 +34,11 @@ class ModelConfig(Section):
     """How the layers' operands are scaled (Megatron's names): by tensor, by blocks (Hopper on), by 32 (Blackwell)."""
     first_last_layers_bf16: bool = False
     """With fp8: the first and the last transformer layer stay in bf16."""
+
+    @field_validator("hf_checkpoint", "load")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        return value if value is None else expand_path(value)
 
 
 class ParallelConfig(Section):

@@ -7,6 +7,8 @@ holds the keys, calls these rules.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -196,4 +198,32 @@ def check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
             f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
             f"{window} positions"
         )
+    return bad
+
+
+def check_evaluation(cfg: Config) -> list[str]:
+    """An evaluation that is asked for has prompts: found at the end of a run, this would cost its last step."""
+    asked = [name for name in ("at_start", "at_end") if getattr(cfg.eval, name)]
+    if cfg.eval.interval:
+        asked.insert(0, "interval")
+    if not asked or cfg.data.eval:
+        return []
+    keys = ", ".join(f"eval.{name}" for name in asked)
+    return [f"{keys}: there are no prompts to evaluate; set data.eval, or leave the key out"]
+
+
+def check_directories(cfg: Config) -> list[str]:
+    """What the run writes to are directories that can be made and written here."""
+    bad = []
+    for key, name in (("logging.run_dir", cfg.logging.run_dir), ("checkpoint.save", cfg.checkpoint.save)):
+        if not name:
+            continue
+        place = Path(name).absolute()
+        # A directory that is not there yet is made below its nearest ancestor that is.
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            bad.append(f"{key} {name!r}: {place} is a file; name a directory")
+        elif not os.access(place, os.W_OK | os.X_OK):
+            bad.append(f"{key} {name!r}: {place} cannot be written to by this user")
     return bad

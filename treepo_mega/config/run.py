@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from treepo_mega.config.section import Section
+from treepo_mega.config.source import expand_path
 
 
 class PromptSource(Section):
@@ -20,7 +21,7 @@ class PromptSource(Section):
     """Keyword arguments of the reasoning-gym dataset."""
     size: int = Field(512, ge=1)
     """Items to draw from a reasoning-gym task."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     verifier: str | None = None
     """Overrides data.verifier for this source."""
 
@@ -81,6 +82,11 @@ class CheckpointConfig(Section):
     save_hf: bool = False
     """Also export Hugging Face safetensors at the end of the run, under <run_dir>/hf."""
 
+    @field_validator("save", "load")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        return value if value is None else expand_path(value)
+
 
 class EvalConfig(Section):
     """Evaluation on data.eval with the same engine."""
@@ -105,6 +111,11 @@ class LoggingConfig(Section):
     """Every that many steps the forest is written to <run_dir>/trees/step_N.jsonl, one tree a line; 0: never."""
     progress: bool = True
     """Progress bars on the console (rank 0)."""
+
+    @field_validator("run_dir")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        return value if value is None else expand_path(value)
 
 
 class DistributedConfig(Section):

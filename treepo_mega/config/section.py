@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, and the docstring of a field is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
         """A copy in which dotted keys have other values, such as {"segment.length": 32}.

@@ -97,6 +97,7 @@ class TrainConfig(Section):
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = Field(1.0, ge=0)
-    seed: int = 1234
+    seed: int = Field(1234, ge=0, lt=2**32)
+    """numpy and torch take seeds of 32 bits."""
     max_skipped_steps: int = Field(3, ge=1)
     """Consecutive optimizer steps with a non-finite gradient before the run stops with a diagnosis."""

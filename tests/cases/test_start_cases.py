@@ -1,0 +1,194 @@
+"""Real inputs that failed at the start of a run, or were taken for something else: configuration, paths, restarts."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treepo_mega.checkpoint.mcore import set_aside_others, step_directories
+from treepo_mega.cli import main
+from treepo_mega.config import Config, ConfigError, load_config
+
+REPO = Path(__file__).resolve().parents[2]
+BASE = "model: {hf_checkpoint: m}\ndata: {train: [{path: t.jsonl}]}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(more YAML, *overrides) -> Config, read from a file as people write it."""
+
+    def read(more: str = "", *overrides: str) -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_text(BASE + more, encoding="utf-8")
+        return load_config(path, overrides)
+
+    return read
+
+
+@pytest.mark.parametrize("written", ["12e4567", "'12e4567'", '"12e4567"', "0123", "1_000", "on", "2026-11-26"])
+def test_a_text_key_in_yaml_keeps_what_was_written(load, written):
+    assert load(f"logging: {{run_dir: {written}}}").logging.run_dir == written.strip("'\"")
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_a_text_override_is_kept_blank_for_blank(text):
+    stripped = text.strip()
+    if stripped[:1] in ("'", '"') or stripped in ("", "~", "null", "Null", "NULL", "None", "none"):
+        return  # quoted text and words for null have rules of their own, below
+    cfg = load_config(None, ["model.hf_checkpoint=m", "data.train=[{path: t}]", f"data.prompt_suffix={text}"])
+    assert cfg.data.prompt_suffix == text
+
+
+@pytest.mark.parametrize(
+    "written, read",
+    [
+        (" Think step by step", " Think step by step"),
+        ("' quoted'", " quoted"),
+        ('"a\\nb"', "a\nb"),
+        ("a # b: c", "a # b: c"),
+        ("12e4567", "12e4567"),
+        ("", ""),
+    ],
+)
+def test_overrides_of_text_keys(load, written, read):
+    assert load("", f"data.prompt_suffix={written}").data.prompt_suffix == read
+
+
+@pytest.mark.parametrize("word", ["None", "none", "null", "NULL", "~"])
+def test_words_for_null_are_null_where_a_key_can_be_null(load, word):
+    cfg = load("", f"data.system_prompt={word}", f"model.fp8={word}")
+    assert cfg.data.system_prompt is None
+    assert cfg.model.fp8 is None
+    assert load("", f"checkpoint.load={word}").checkpoint.load is None
+    # `none` is a choice of this key, which cannot be null.
+    assert load("", "rollout.fallback.from=none").rollout.fallback.from_ == "none"
+
+
+def test_null_for_a_key_that_cannot_be_null_is_refused_and_quotes_mean_the_word(load):
+    with pytest.raises(ConfigError, match=r"data\.prompt_suffix cannot be null.*quote it"):
+        load("", "data.prompt_suffix=None")
+    assert load("", "data.prompt_suffix='None'").data.prompt_suffix == "None"
+
+
+def test_a_section_or_key_that_stands_twice_is_refused_with_both_lines(load):
+    with pytest.raises(ConfigError, match=r"run\.yaml:4: train stands here a second time, after line 3"):
+        load("train: {lr: 1e-5}\ntrain: {seed: 3}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:5: train\.lr stands here a second time, after line 4"):
+        load("train:\n  lr: 1e-5\n  lr: 1e-6\n")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.seed=99999999999999999999", r"train\.seed: .*less than 4294967296"),
+        ("train.seed=-1", r"train\.seed: .*greater than or equal to 0"),
+        ("train.lr=1e999", r"train\.lr: .*finite"),
+        ("rollout.temperature=.nan", r"rollout\.temperature: .*(finite|greater)"),
+    ],
+)
+def test_numbers_that_no_generator_or_optimizer_takes(load, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load("", override)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key_and_another_encoding_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE.encode())
+    assert load_config(path).model.hf_checkpoint == "m"
+    path.write_bytes((BASE + "data: # café").encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        load_config(path)
+
+
+def test_home_and_variables_in_paths(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    cfg = load("", "logging.run_dir=~/x", "checkpoint.save=$SCRATCH/y", "model.load=${SCRATCH}/z")
+    assert cfg.logging.run_dir == "/home/someone/x"
+    assert cfg.checkpoint.save == "/scratch/y"
+    assert cfg.model.load == "/scratch/z"
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(ConfigError, match="names an environment variable that is not set"):
+        load("", "logging.run_dir=$SCRATCH/x")
+
+
+def dry_run(capsys, *overrides: str) -> tuple[int, str]:
+    status = main(["train", str(REPO / "examples/tiny_cpu.yaml"), *overrides, "--dry-run"])
+    return status, capsys.readouterr().err
+
+
+@pytest.fixture
+def _in_repo(monkeypatch):
+    monkeypatch.chdir(REPO)
+
+
+@pytest.mark.usefixtures("_in_repo")
+def test_the_dry_run_names_every_problem_that_needs_no_weights(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, err = dry_run(
+        capsys,
+        "eval.at_end=true",
+        "data.eval=[]",
+        "data.verifier=nosuch",
+        "data.train=[{path: examples/tiny_reasoner/trian.jsonl}]",
+        f"logging.run_dir={tmp_path}/file",
+    )
+    assert status == 2
+    for part in (
+        "eval.at_end: there are no prompts to evaluate; set data.eval",
+        "unknown verifier 'nosuch'",
+        "did you mean examples/tiny_reasoner/train.jsonl?",
+        f"logging.run_dir '{tmp_path}/file': {tmp_path}/file is a file",
+    ):
+        assert part in err
+
+
+@pytest.mark.usefixtures("_in_repo")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "Mistral"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}, "rope_type 'yarn'"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_the_dry_run_refuses_models_that_the_actor_cannot_compute(capsys, tmp_path, changes, message):
+    import json
+
+    config = json.loads((REPO / "examples/tiny_reasoner/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    status, err = dry_run(capsys, f"model.hf_checkpoint={tmp_path}")
+    assert status == 2
+    assert message in err
+
+
+Starts = st.lists(st.tuples(st.sampled_from(["auto", None]), st.integers(1, 5)), min_size=1, max_size=6)
+
+
+@given(starts=Starts)
+@settings(max_examples=150, deadline=None)
+def test_after_any_starts_the_newest_runs_newest_checkpoint_is_the_one_to_resume(tmp_path_factory, starts):
+    """Runs as (checkpoint.load, steps) in one directory, by the rules of the trainer; files stand for checkpoints."""
+    save = tmp_path_factory.mktemp("save")
+    contents: set[str] = set()
+    newest = ""
+    for run, (load, steps) in enumerate(starts):
+        found = step_directories(save)
+        resumed = found[-1] if load == "auto" and found else None
+        begin = int(resumed.name.removeprefix("step_")) if resumed else 0
+        if resumed is not None:
+            assert (resumed / "run").read_text() == newest
+        if begin >= steps:
+            continue
+        set_aside_others(save, resumed)
+        for step in range(begin + 1, steps + 1):
+            directory = save / f"step_{step:06d}"
+            directory.mkdir()
+            newest = f"{run}:{step}"
+            (directory / "run").write_text(newest)
+            contents.add(newest)
+        assert (step_directories(save)[-1] / "run").read_text() == newest
+    # Nothing that was saved is gone: it stands in place or was set aside.
+    assert {path.read_text() for path in save.rglob("run")} == contents
