@@ -165,7 +165,7 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     if dry_run:
         return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")))
     # Again in runtime/dist.py, which knows the world size for sure; here a mistake costs no import of Megatron.
-    check(cfg, int(os.environ.get("WORLD_SIZE", "1")), read_hf_config(cfg.model.hf_checkpoint))
+    _require_preflight(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     _require_environment()
     quieten_libraries()  # before the import: most of them warn while being imported
     from treepo_mega.train import main as run  # heavy: torch, Megatron and vLLM
@@ -174,13 +174,25 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     return 0
 
 
+def _require_preflight(cfg: Config, world_size: int) -> list[str]:
+    """Notes for people. Raises ConfigError with every problem that can be known before weights are read."""
+    from treepo_mega.preflight import preflight
+
+    problems, notes = preflight(cfg, world_size)
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("\n  ".join([f"this run cannot start, for {len(problems)} reasons:", *problems]))
+    return notes
+
+
 def _dry_run(cfg: Config, world_size: int) -> int:
     """Print the resolved configuration and what follows from it, after every check that needs no weights."""
-    hf_dir = Path(cfg.model.hf_checkpoint)
-    hf = read_hf_config(hf_dir)
-    notes = check(cfg, world_size, hf)
+    notes = _require_preflight(cfg, world_size)
     print(dump_text(cfg), end="")
     print("---")
+    hf_dir = Path(cfg.model.hf_checkpoint)
+    hf = read_hf_config(hf_dir)
     for note in [*notes, _describe_model(hf, hf_dir)]:
         print(f"# {note}")
     # Only a warning: the machine that plans a run is rarely the one that runs it.

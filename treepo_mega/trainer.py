@@ -67,6 +67,8 @@ class Trainer:
     def _resume(self) -> int:
         """Restore the checkpoint that the configuration points to; returns the step to begin with."""
         directory = build.checkpoint_to_resume(self.cfg)
+        self.resumed_from = directory
+        self.saved_before = False
         if directory is None:
             return 0
         actor = self.actor
@@ -79,11 +81,17 @@ class Trainer:
         )
         actor.weights_changed()
         actor.skipped_in_a_row = state["skipped_in_a_row"]
-        self.inputs.cursor.load_state_dict(state["cursor"])
+        self.inputs.cursor.load_state_dict(state["cursor"], source=str(directory))
         self.collector.carried = state.get("carried", [])
         if "costs" in state:
             self.generator.costs.load_state_dict(state["costs"])
-        self.progress.say(f"resumed from {directory}: next step {state['step']}")
+        if state["step"] >= self.cfg.train.num_rollouts:
+            self.progress.say(
+                f"{directory}: this run is complete (train.num_rollouts {self.cfg.train.num_rollouts}); nothing to do. "
+                "A larger train.num_rollouts goes on from here; checkpoint.load=null begins anew"
+            )
+        else:
+            self.progress.say(f"resumed from {directory}: next step {state['step']}")
         return int(state["step"])
 
     def save(self, step: int) -> None:
@@ -95,11 +103,24 @@ class Trainer:
             "carried": self.collector.carried,
             "costs": self.generator.costs.state_dict(),
         }
+        self._set_aside_others()
         directory = Path(self.cfg.checkpoint.save) / f"step_{step:06d}"
         actor = self.actor
         timeout_s = self.cfg.distributed.timeout_s
         checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s)
         checkpoint.prune(self.cfg.checkpoint.save, self.cfg.checkpoint.keep_last)
+
+    def _set_aside_others(self) -> None:
+        """Before the first checkpoint: those of other runs in the same directory must not outrank it."""
+        if self.saved_before:
+            return
+        self.saved_before = True
+        # Only now, not at the start: a run that fails before it saves leaves the directory as it was.
+        if dist.is_main():
+            aside = checkpoint.set_aside_others(self.cfg.checkpoint.save, self.resumed_from)
+            if aside is not None:
+                self.progress.say(f"checkpoints of another run were in the way; they are in {aside} now")
+        dist.barrier("setting older checkpoints aside", self.cfg.distributed.timeout_s)
 
     def export_hf(self) -> None:
         """Write the actor as a Hugging Face checkpoint under <run_dir>/hf, replacing an earlier export whole."""

@@ -320,8 +320,7 @@ def find_latest(save: str | Path) -> Path | None:
 
     Collective over all ranks.
     """
-    found = sorted(Path(save).glob("step_" + "[0-9]" * 6), reverse=True)
-    for directory in found:
+    for directory in reversed(step_directories(save)):
         try:
             check_digests(directory, check_complete(directory))
         except CheckpointError as e:
@@ -332,11 +331,39 @@ def find_latest(save: str | Path) -> Path | None:
     return None
 
 
+def step_directories(save: str | Path) -> list[Path]:
+    """The checkpoints directly under `save`, oldest first, whole or not."""
+    return sorted(Path(save).glob("step_" + "[0-9]" * 6))
+
+
+def set_aside_others(save: str | Path, resumed_from: Path | None) -> Path | None:
+    """Move checkpoints that are not this run's past to `save`/set_aside_N; returns that directory, None if none were.
+
+    This run's past is `resumed_from` and what is older beside it. Without this, a run that begins anew in a used
+    directory has its checkpoints pruned behind higher numbers of the run before, or is resumed as that one.
+    Rank 0 only.
+    """
+    found = step_directories(save)
+    past = []
+    if resumed_from is not None and resumed_from.resolve().parent == Path(save).resolve():
+        past = [each for each in found if each.name <= resumed_from.name]
+    others = [each for each in found if each not in past]
+    if not others:
+        return None
+    number = 1
+    while (target := Path(save) / f"set_aside_{number}").exists():
+        number += 1
+    target.mkdir()
+    for each in others:
+        each.rename(target / each.name)
+    return target
+
+
 def prune(save: str | Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and any partial one. Rank 0 only."""
     if not dist.is_main():
         return
-    for old in sorted(Path(save).glob("step_" + "[0-9]" * 6))[:-keep_last]:
+    for old in step_directories(save)[:-keep_last]:
         shutil.rmtree(old)
     for partial in Path(save).glob("step_*.partial"):
         shutil.rmtree(partial)

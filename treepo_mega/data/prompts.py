@@ -295,13 +295,17 @@ class PromptCursor:
         """`{"epoch", "index", "fingerprint"}`, JSON-safe."""
         return {"epoch": self._epoch, "index": self._index, "fingerprint": self.fingerprint}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises PromptError when the data or its order is no longer the same."""
+    def load_state_dict(self, state: dict[str, Any], *, source: str = "the checkpoint") -> None:
+        """Go on where `state`, of checkpoint `source`, was taken.
+
+        Raises PromptError when the data or its order is no longer the same.
+        """
         if state["fingerprint"] != self.fingerprint:
             raise PromptError(
                 f"cannot resume: the prompts changed since the checkpoint (it had {_explain(state['fingerprint'])}; "
                 f"now {_explain(self.fingerprint)}). Restore data.*, train.seed, data.shuffle and the tokenizer, or "
-                "start afresh from its weights with checkpoint.load=null"
+                f"begin a new run from its weights with model.load={source} checkpoint.load=null and another "
+                "logging.run_dir"
             )
         self._epoch, self._index = int(state["epoch"]), int(state["index"])
         self._order = self._make_order()

@@ -1,0 +1,61 @@
+"""What can be known of a run before any weights are read: all problems at once, in seconds.
+
+    problems = preflight(cfg, world_size)
+
+`treepo-mega train` asks before it imports anything heavy, and `--dry-run` asks without starting at all. Each problem is
+a sentence that names the key or file. Nothing here needs torch, vLLM or Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from treepo_mega.config import Config, check, read_hf_config
+from treepo_mega.config.rules import check_directories
+from treepo_mega.data.rewards.verifiers import check_verifier
+from treepo_mega.data.rows import read_rows
+from treepo_mega.errors import TreepoError
+from treepo_mega.modelspec.spec import ModelSpec
+
+FIRST_ROWS = 20
+"""Rows of a prompt file that are read here: enough to see that it is one, cheap for a large one."""
+
+ROTARY_TYPES = ("default", "linear", "llama3")
+"""What the actor computes; others also scale attention."""
+
+
+def preflight(cfg: Config, world_size: int) -> tuple[list[str], list[str]]:
+    """(problems, notes for people) of starting `cfg` with `world_size` processes on this machine.
+
+    `world_size` is that of the run, which may be larger than this machine; the notes are those of `config.check`.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+
+    def attempt(look: Callable[[], Any]) -> Any:
+        try:
+            return look()
+        except TreepoError as error:
+            if str(error) not in problems:
+                problems.append(str(error))
+            return None
+
+    hf = attempt(lambda: read_hf_config(cfg.model.hf_checkpoint))
+    notes = attempt(lambda: check(cfg, world_size, hf)) or []
+    if hf is not None:
+        spec = attempt(lambda: ModelSpec.from_hf(cfg.model.hf_checkpoint))
+        if spec is not None and spec.rope_type not in ROTARY_TYPES:
+            problems.append(
+                f"{cfg.model.hf_checkpoint}/config.json: rope_type {spec.rope_type!r} is not supported; "
+                f"expected {', '.join(ROTARY_TYPES)}"
+            )
+    problems += check_directories(cfg)
+    attempt(lambda: check_verifier(cfg.data.verifier))
+    for source in [*cfg.data.train, *cfg.data.eval]:
+        if source.verifier is not None:
+            attempt(lambda name=source.verifier: check_verifier(name))  # type: ignore[misc]  # mypy infers no default
+        if source.path is not None:
+            rows = source.path if "@[" in source.path else f"{source.path}@[0:{FIRST_ROWS}]"
+            attempt(lambda rows=rows: read_rows(rows))  # type: ignore[misc]  # as above
+    return problems, notes
