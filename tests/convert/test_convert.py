@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.reshard.bugs import BUGS
 from tests.reshard.models import write_qwen2
 from treepo_mega.checkpoint.hf import HfCheckpointError
+from treepo_mega.checkpoint.mcore import CheckpointError
 from treepo_mega.config import ConfigError
 from treepo_mega.convert.convert import companions_of, conversion_config, hf_to_mcore, mcore_to_hf
 
@@ -184,11 +185,11 @@ def test_sizes_that_do_not_fit_are_refused(tiny_hf, tmp_path):
 
 def test_way_back_needs_a_complete_checkpoint_and_a_config(tiny_hf, tmp_path):
     source = tiny_hf("llama")
-    with pytest.raises(ConfigError, match="--hf"):
+    with pytest.raises(CheckpointError, match="--hf"):
         companions_of(tmp_path / "none", None)
     assert companions_of(tmp_path / "none", source) == source
     (tmp_path / "torn").mkdir()
-    with pytest.raises(ConfigError, match=r"no manifest.json"):
+    with pytest.raises(CheckpointError, match=r"no manifest.json"):
         mcore_to_hf(tmp_path / "torn", tmp_path / "out", conversion_config(source))
     assert not (tmp_path / "out").exists()
 
