@@ -59,6 +59,8 @@ def main(hf: Path, how: str) -> None:
         return real()
 
     engine.step = step  # type: ignore[method-assign]
+    # Both begin together: a rank that is late by more than a rollout finds its trees stolen and never gets to step 5.
+    dist.barrier("both engines", 120)
     started = time.monotonic()
     try:
         collector.sample(jobs, 0)
