@@ -22,6 +22,7 @@ REQUIRED = [
     "numpy>=1.26",  # upper bound: numba (through vllm) says
     "pydantic>=2.12",  # vllm's lower bound; use_attribute_docstrings needs 2.7
     "pyyaml",
+    "jinja2>=3.1",  # what chat templates are written in; transformers asks for this much
     "rich>=13",
     "packaging",
     "psutil",

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from treepo_mega.checkpoint.mcore import set_aside_others, step_directories
 from treepo_mega.cli import main
-from treepo_mega.config import Config, ConfigError, load_config
+from treepo_mega.config import Config, ConfigError, DataConfig, PromptSource, load_config
+from treepo_mega.data.prompts import load_prompts
+from treepo_mega.data.rows import PromptError, read_rows
 
 REPO = Path(__file__).resolve().parents[2]
 BASE = "model: {hf_checkpoint: m}\ndata: {train: [{path: t.jsonl}]}\n"
@@ -192,3 +194,26 @@ def test_after_any_starts_the_newest_runs_newest_checkpoint_is_the_one_to_resume
         assert (step_directories(save)[-1] / "run").read_text() == newest
     # Nothing that was saved is gone: it stands in place or was set aside.
     assert {path.read_text() for path in save.rglob("run")} == contents
+
+
+def test_home_and_variables_in_prompt_files(tmp_path, monkeypatch):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "answer": "1"}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", str(tmp_path))
+    for spec in ("~/t.jsonl", "$DATA/t.jsonl", "${DATA}/t.jsonl@[0:1]"):
+        assert [row.values["answer"] for row in read_rows(spec)[1]] == ["1"]
+    monkeypatch.delenv("DATA")
+    with pytest.raises(PromptError, match="environment variable that is not set"):
+        read_rows("$DATA/t.jsonl")
+
+
+def test_a_template_that_refuses_a_message_is_named_with_its_words(tiny_llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt": "a", "answer": "1"}\n')
+    data = DataConfig(train=[PromptSource(path=str(path))], apply_chat_template=True, system_prompt="Be brief.")
+    with pytest.raises(PromptError, match=r"t\.jsonl.*line 1.*System role not supported; leave data\.system_prompt"):
+        load_prompts(data.train, data, tokenizer)

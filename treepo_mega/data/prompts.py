@@ -37,6 +37,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jinja2 import TemplateError
+
 from treepo_mega.config import DataConfig, PromptSource
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
@@ -221,8 +223,16 @@ def _render(prompt: Any, data: DataConfig, tokenizer: Any, where: str) -> tuple[
         rest = messages[1:] if messages[0]["role"] == "system" else messages
         messages = [{"role": "system", "content": data.system_prompt}, *rest]
     if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(f"{where}: the tokenizer has no chat template, which a prompt made of messages needs")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
+        raise PromptError(
+            f"{where}: the tokenizer has no chat template, which a prompt made of messages needs. Give the model "
+            "directory a chat_template.jinja, or leave data.apply_chat_template out and give prompts as text"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        hint = "; leave data.system_prompt out" if data.system_prompt is not None else ""
+        raise PromptError(f"{where}: the chat template refuses messages of {roles}: {error}{hint}") from None
 
 
 def _messages(prompt: Any, suffix: str, where: str) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treepo_mega.config.source import expand_path
 from treepo_mega.errors import TreepoError
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -98,9 +99,16 @@ def _split_spec(spec: str) -> tuple[Path, int | None, int | None]:
             raise PromptError(
                 f"{spec}: malformed slice; expected path@[a:b] with integers a and b, either may be empty"
             )
-        return Path(spec), None, None
+        return _expanded(spec), None, None
     start, stop = (int(m[k]) if m[k] not in ("", "-") else None for k in ("start", "stop"))
-    return Path(m["path"]), start, stop
+    return _expanded(m["path"]), start, stop
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise PromptError(f"{text}: {error}") from None
 
 
 def _jsonl(path: Path, start: int | None, stop: int | None) -> list[Row]:
