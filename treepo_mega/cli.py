@@ -27,6 +27,7 @@ from pathlib import Path
 
 from treepo_mega import __version__
 from treepo_mega.config import Config, ConfigError, Section, check, dump_text, load_config, read_hf_config
+from treepo_mega.config.load import section_in
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime.environment import check_environment
@@ -227,7 +228,7 @@ def help_config() -> list[str]:
 
 def _describe(section: type[Section], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        if _section_in(field.annotation) is not None:
+        if section_in(field.annotation) is not None:
             continue
         key = f"{prefix}{name}"
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
@@ -236,17 +237,11 @@ def _describe(section: type[Section], prefix: str) -> Iterator[str]:
             yield f"      {' '.join(field.description.split())}"
     # Sections inside this one come after its own keys, so that each block of keys stays together.
     for name, field in section.model_fields.items():
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         if inner is not None:
             key = f"{prefix}{name}" + (".<i>" if typing.get_origin(field.annotation) is list else "")
             yield f"\n{key}: {(inner.__doc__ or '').splitlines()[0]}"
             yield from _describe(inner, f"{key}.")
-
-
-def _section_in(annotation: object) -> type[Section] | None:
-    """The section that `annotation` is, or is a list of; None for a plain value."""
-    candidates = [annotation, *typing.get_args(annotation)]
-    return next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), None)
 
 
 def _type_name(annotation: object) -> str:

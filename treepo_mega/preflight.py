@@ -16,13 +16,10 @@ from treepo_mega.config.rules import check_directories
 from treepo_mega.data.rewards.verifiers import check_verifier
 from treepo_mega.data.rows import read_rows
 from treepo_mega.errors import TreepoError
-from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.modelspec.spec import ROTARY_TYPES, ModelSpec
 
 FIRST_ROWS = 20
 """Rows of a prompt file that are read here: enough to see that it is one, cheap for a large one."""
-
-ROTARY_TYPES = ("default", "linear", "llama3")
-"""What the actor computes; others also scale attention."""
 
 
 def preflight(cfg: Config, world_size: int) -> tuple[list[str], list[str]]:
@@ -31,9 +28,9 @@ def preflight(cfg: Config, world_size: int) -> tuple[list[str], list[str]]:
     `world_size` is that of the run, which may be larger than this machine; the notes are those of `config.check`.
     """
     problems: list[str] = []
-    notes: list[str] = []
 
     def attempt(look: Callable[[], Any]) -> Any:
+        """What `look` returns; None after a TreepoError, whose message joins the problems once."""
         try:
             return look()
         except TreepoError as error:
@@ -42,7 +39,7 @@ def preflight(cfg: Config, world_size: int) -> tuple[list[str], list[str]]:
             return None
 
     hf = attempt(lambda: read_hf_config(cfg.model.hf_checkpoint))
-    notes = attempt(lambda: check(cfg, world_size, hf)) or []
+    notes: list[str] = attempt(lambda: check(cfg, world_size, hf)) or []
     if hf is not None:
         spec = attempt(lambda: ModelSpec.from_hf(cfg.model.hf_checkpoint))
         if spec is not None and spec.rope_type not in ROTARY_TYPES:

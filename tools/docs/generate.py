@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from treepo_mega.config import Config, Section
+from treepo_mega.config.load import section_in
 from treepo_mega.monitor.registry import METRICS, Metric
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -84,12 +85,6 @@ def render_metrics_markdown(metrics: Sequence[Metric] = METRICS) -> str:
             columns = (metric.unit, metric.healthy, metric.meaning)
             lines.append(f"| `{metric.name}` | {' | '.join(map(cell, columns))} |")
     return "\n".join(lines) + "\n"
-
-
-def section_in(annotation: object) -> type[Section] | None:
-    """The section that a field's type is, or is a list of; None for a plain value."""
-    candidates = [annotation, *typing.get_args(annotation)]
-    return next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), None)
 
 
 def type_name(annotation: object) -> str:

@@ -29,7 +29,7 @@ from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, lay
 from treepo_mega.config import Config
 from treepo_mega.loss import te
 from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
-from treepo_mega.modelspec.spec import ModelSpecError
+from treepo_mega.modelspec.spec import ROTARY_TYPES, ModelSpecError
 from treepo_mega.runtime.device import device, has_cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,9 +130,9 @@ def rope_inverse_frequencies(hf_dir: str | Path) -> Tensor:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         steps = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / (parameters.get("rope_theta", 10000.0) ** steps)
-    if kind not in ("llama3", "linear"):
+    if kind not in ROTARY_TYPES:
         raise ModelSpecError(
-            f"{hf_dir}/config.json: rope_type {kind!r} is not supported; expected default, linear or llama3"
+            f"{hf_dir}/config.json: rope_type {kind!r} is not supported; expected {', '.join(ROTARY_TYPES)}"
         )
     inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if factor != 1.0:

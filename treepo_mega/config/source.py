@@ -147,7 +147,7 @@ def _plain_text(text: str, annotation: Any, key: str, source: str) -> str | None
         return text
     if may_be_null(annotation):
         return None
-    if text.strip() in ("~", "") or not text.strip():
+    if text.strip() in ("~", ""):
         return text
     raise SourceError(f"{source}: {key} cannot be null; leave it out for its default, or quote it to mean the word")
 

@@ -29,6 +29,9 @@ from typing import Any
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.architectures import Architecture, discover
 
+ROTARY_TYPES = ("default", "linear", "llama3")
+"""Rotary embeddings that the actor computes; others also scale attention."""
+
 
 class ModelSpecError(TreepoError):
     """The model cannot be described; the message names the file, the key, what was expected and what was found."""
