@@ -49,13 +49,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from treepo_mega.actor.losses import SupervisedLoss
 from treepo_mega.actor.update import Actor
-from treepo_mega.checkpoint.hf import HfCheckpointError, whole_directory
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.rewards.verifiers import boxed
 from treepo_mega.data.tasks import chain as task
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.files import OutputExistsError, atomic_directory
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.pack import Trajectory, plan_step
 
@@ -372,13 +372,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     disable_progress_bar()  # transformers' own, which would break into ours
     try:
-        with whole_directory(args.out) as directory:
+        with atomic_directory(args.out) as directory:
             write_skeleton(directory, args.seed)
             write_prompts(directory, args.seed)
             judge, history = warm_start(run_config(directory, args.steps, args.seed), directory, args)
             result = report(judge, directory, history, args)
             _write_json(directory / "report.json", result)
-    except HfCheckpointError as e:
+    except OutputExistsError as e:
         print(e, file=sys.stderr)
         return 2
     except WarmStartFailed as e:

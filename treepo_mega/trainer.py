@@ -11,7 +11,6 @@ must be built inside a running process group.
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -125,11 +124,8 @@ class Trainer:
     def export_hf(self) -> None:
         """Write the actor as a Hugging Face checkpoint under <run_dir>/hf, replacing an earlier export whole."""
         target, like = Path(self.cfg.logging.run_dir) / "hf", self.cfg.model.hf_checkpoint
-        if dist.is_main() and target.exists():
-            shutil.rmtree(target)
-        dist.barrier("the Hugging Face export", self.cfg.distributed.timeout_s)
         dtype = next(self.actor.models[0].parameters()).dtype
-        export_hf(self.actor.models, self.actor.spec, self.cfg, target, like=like, dtype=dtype)
+        export_hf(self.actor.models, self.actor.spec, self.cfg, target, like=like, dtype=dtype, replace=True)
 
     def begin_step(self, step: int) -> None:
         """Every step's global generators are a function of (seed, step): a checkpoint needs no RNG state."""

@@ -72,7 +72,7 @@ def checkpoints(trained, tmp_path):
     real = trained / "tp2" / "step_000002"
     for step in (2, 4, 6):
         shutil.copytree(real, tmp_path / f"step_{step:06d}")
-    shutil.copytree(real, tmp_path / "step_000008.partial")
+    shutil.copytree(real, tmp_path / ".step_000008.partial")
     (tmp_path / "notes").mkdir()
     return tmp_path
 

@@ -4,16 +4,15 @@
 
 The plan of `plan.py` takes whole tensors to the ranks that write them (`files_side`), spread by bytes; a rank
 collects tensors until a shard is full and writes it, so that it holds about one shard and the tensors under way. At
-the end rank 0 gives the shards their names, writes the index, adds configuration and tokenizer, and makes the
-directory appear by a rename: all ranks must see the same file system.
+the end rank 0 gives the shards their names, writes the index, and adds configuration and tokenizer. The directory
+appears by a rename: all ranks must see the same file system.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from treepo_mega.checkpoint.hf import (
     HfCheckpointError,
     HfReader,
     copy_companions,
-    require_absent,
     set_config_dtype,
     shard_name,
 )
@@ -39,7 +37,6 @@ from treepo_mega.reshard.plan import Cluster, plan_reshard
 from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import device
-from treepo_mega.runtime.files import publish_directory
 
 
 class ShardTarget:
@@ -92,40 +89,32 @@ def export_hf(
     *,
     like: str | Path,
     dtype: torch.dtype,
-    max_shard_bytes: int = 5 << 30,
-    check: Callable[[Path], None] | None = None,
+    replace: bool = False,
 ) -> dict[str, Any]:
-    """Write `target`; returns its bytes, shards and the seconds of transport of the slowest rank.
+    """`write_hf` to a directory that appears whole. Collective over all ranks.
 
-    `check(directory)` is called on every rank with what will become `target`, and may raise. Whatever goes wrong,
-    `target` does not appear. Raises HfCheckpointError when `target` exists. Collective over all ranks.
+    `replace`: an older `target` stays until then; otherwise OutputExistsError is raised when there is one.
     """
-    target = Path(target).absolute()
-    require_absent(target)
-    partial = target.parent / f".{target.name}.partial"
-    try:
-        return _export(models, spec, cfg, target, partial, Path(like), dtype, max_shard_bytes, check)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with dist.shared_directory(target, cfg.distributed.timeout_s, replace=replace) as partial:
+        return write_hf(models, spec, cfg, partial, like=like, dtype=dtype)
 
 
-def _export(
+def write_hf(
     models: Sequence[nn.Module],
     spec: ModelSpec,
     cfg: Config,
-    target: Path,
-    partial: Path,
-    like: Path,
+    directory: Path,
+    *,
+    like: str | Path,
     dtype: torch.dtype,
-    max_shard_bytes: int,
-    check: Callable[[Path], None] | None,
+    max_shard_bytes: int = 5 << 30,
 ) -> dict[str, Any]:
+    """Write into an empty directory, which the caller publishes. Collective over all ranks.
+
+    Returns its bytes, shards and the seconds of transport of the slowest rank. `like`: the directory with
+    configuration and tokenizer. Raises HfCheckpointError when what was written is not the tensors of `spec`.
+    """
     world, rank = dist.world_size(), dist.rank()
-    if dist.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(f"preparing {target}", cfg.distributed.timeout_s)
     # No more writers than shards: a small model is one file.
     size = sum(math.prod(s) for s in hf_shapes(spec).values()) * dtype.itemsize
     writers = max(1, min(world, -(-size // max_shard_bytes)))
@@ -140,20 +129,13 @@ def _export(
         bucket_bytes=cfg.reshard.bucket_mb << 20,
     )
     resharder = Resharder(plan, source, files, rank, dtype=way, device=device(), timeout_s=cfg.distributed.timeout_s)
-    shards = ShardTarget(files.of(rank)[0], partial, rank, dtype, max_shard_bytes)
+    shards = ShardTarget(files.of(rank)[0], directory, rank, dtype, max_shard_bytes)
     stats = resharder([local_params(m) for m in models], shards)
     written = [s for told in dist.gather_objects(shards.shards) for s in told]
     if dist.is_main():
-        _complete(partial, written, spec, like, dtype)
-        HfReader(partial, spec).close()  # key set and shapes, as the next reader will see them
-    dist.barrier(f"writing {target}", cfg.distributed.timeout_s)
-    if check is not None:
-        check(partial)
-    if dist.is_main():
-        if target.is_dir():
-            target.rmdir()  # empty, or require_absent would have refused it
-        publish_directory(partial, target)
-    dist.barrier(f"publishing {target}", cfg.distributed.timeout_s)
+        _complete(directory, written, spec, Path(like), dtype)
+        HfReader(directory, spec).close()  # key set and shapes, as the next reader will see them
+    dist.barrier(f"completing {directory}", cfg.distributed.timeout_s)
     return {
         "bytes": sum(size for _, _, size in written),
         "shards": len(written),

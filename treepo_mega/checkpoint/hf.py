@@ -9,7 +9,7 @@
 A rank reads only the slices its parameters need (`safetensors.get_slice`), so loading 70B over 128 ranks
 reads each byte about once. Writing fills shards of at most `max_shard_bytes` and holds one shard in memory.
 
-Output is made in `.NAME.partial` beside the target and renamed at the end (`whole_directory`), after fsync:
+Output is made in `.NAME.partial` beside the target and renamed at the end (`runtime.files.atomic_directory`):
 a target that exists is complete. A target that already exists is refused, never merged into.
 
 Traps: old Llama files carry `rotary_emb.inv_freq` buffers, which are derived and skipped. A tied model may
@@ -24,7 +24,6 @@ import difflib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +34,7 @@ from safetensors.torch import save_file
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import EMBEDDING, LM_HEAD, Box, ModelSpec, hf_shapes
-from treepo_mega.runtime.files import publish_directory
+from treepo_mega.runtime.files import atomic_directory
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -193,8 +192,8 @@ class HfWriter:
     """Writes a checkpoint that `transformers` loads: shards, index, configuration and tokenizer of `like`.
 
     Use as a context manager; `target` appears when the block ends without error and every tensor of `spec`
-    has been added once. Raises HfCheckpointError when `target` exists, for a wrong name or shape, and at the
-    end for missing tensors.
+    has been added once. Raises OutputExistsError when `target` exists; HfCheckpointError for a wrong name or shape, and
+    at the end for missing tensors.
     """
 
     def __init__(
@@ -212,7 +211,7 @@ class HfWriter:
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
-        self._directory = whole_directory(self.target)
+        self._directory = atomic_directory(self.target)
 
     def __enter__(self) -> Self:
         self._partial = self._directory.__enter__()
@@ -297,31 +296,3 @@ def set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     if config.get(key) != name:
         config[key] = name
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def whole_directory(target: str | Path) -> Iterator[Path]:
-    """A fresh directory beside `target` to fill; it becomes `target` when the block ends without error.
-
-    On an error it is removed and `target` never appears. A stale partial directory of a killed run is
-    replaced. Raises HfCheckpointError when `target` exists and is not an empty directory.
-    """
-    target = Path(target).absolute()
-    require_absent(target)
-    partial = target.parent / f".{target.name}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    publish_directory(partial, target)
-
-
-def require_absent(target: str | Path) -> None:
-    """Raise HfCheckpointError when `target` exists and is not an empty directory: output is never merged."""
-    target = Path(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise HfCheckpointError(f"{target}: exists already; choose another directory or remove it")

@@ -3,8 +3,8 @@
     <save>/step_000010/            torch_dist files of megatron.core.dist_checkpointing
     <save>/step_000010/manifest.json   written last and fsynced: step, layout, sizes and SHA-256 of the files
 
-A checkpoint is written under a name ending in `.partial` and renamed once its manifest is on disk, so a
-directory named `step_N` is complete or was tampered with (`find_latest` compares sizes and digests). Weights and
+A checkpoint is written under `.step_N.partial` and renamed once its manifest is on disk, so a directory named
+`step_N` is complete or was tampered with (`find_latest` compares sizes and digests). Weights and
 optimizer state are saved by global tensor, so another TP x PP x DP layout can load them.
 
 Before anything is loaded, the ranks read the files once, each its share, and compare their SHA-256: a flipped bit is
@@ -37,7 +37,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
-from treepo_mega.runtime.files import atomic_file, sync_path
+from treepo_mega.runtime.files import atomic_file
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
@@ -113,10 +113,11 @@ def _separate_steps(optimizer: Any) -> None:
                 state["step"] = state["step"].clone()
 
 
-def save_model_weights(models: list[torch.nn.Module], directory: str | Path, timeout_s: float = 600) -> None:
-    """Save weights only (for converters). `directory` must not exist; it appears whole. Collective over all ranks."""
+def write_model_weights(models: list[torch.nn.Module], directory: Path, timeout_s: float) -> None:
+    """Write weights only (for converters) into an empty directory that the caller publishes. Collective over all
+    ranks, within the block of a `dist.shared_directory`."""
     state = _model_state(models, _metadata())
-    _save_whole(state, Path(directory), {"kind": "weights", "vocab_size": _vocab_size(models)}, timeout_s)
+    _write(state, directory, {"kind": "weights", "vocab_size": _vocab_size(models)}, timeout_s)
 
 
 def load_model_weights(models: list[torch.nn.Module], directory: str | Path) -> None:
@@ -142,7 +143,10 @@ def save_training(
     trainer: dict[str, Any],
     timeout_s: float,
 ) -> None:
-    """Save weights, optimizer, LR schedule and `trainer` (a JSON-able dict). Collective over all ranks."""
+    """Save weights, optimizer, LR schedule and `trainer` (a JSON-able dict). Collective over all ranks.
+
+    `directory` appears whole; an older checkpoint under its name stays until then.
+    """
     metadata = _metadata()
     for o in filter(_uses_torch_adam, _inner_optimizers(optimizer)):
         _give_state(o)
@@ -151,7 +155,8 @@ def save_training(
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
     state[TRAINER_STATE] = json.dumps({"trainer": trainer, "scheduler": scheduler.state_dict()})
     note = {"kind": "training", "step": trainer["step"], "vocab_size": _vocab_size(models)}
-    _save_whole(state, directory, note, timeout_s)
+    with dist.shared_directory(directory, timeout_s, replace=True) as partial:
+        _write(state, partial, note, timeout_s)
 
 
 def load_training(
@@ -187,23 +192,14 @@ def _merged(state: dict[str, Any]) -> dict[str, Any]:
     return chunks[0] if len(chunks) == 1 else state
 
 
-def _save_whole(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout_s: float) -> None:
-    partial = directory.with_name(directory.name + ".partial")
+def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout_s: float) -> None:
+    """The state's files into an empty directory, then the manifest. Collective over all ranks."""
+    dist_checkpointing.save(state, str(directory))
+    dist.barrier(f"saving to {directory}", timeout_s)
+    digests = _digests(directory, _files(directory))
     if dist.is_main():
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    dist.barrier(f"preparing checkpoint {directory}", timeout_s)
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier(f"writing checkpoint {directory}", timeout_s)
-    digests = _digests(partial, _files(partial))
-    if dist.is_main():
-        _write_manifest(partial, note, digests)
-        if directory.exists():  # only now: an older checkpoint of this step stays usable until its successor is whole
-            shutil.rmtree(directory)
-        partial.rename(directory)
-        sync_path(directory.parent)
-    dist.barrier(f"finishing checkpoint {directory}", timeout_s)
+        _write_manifest(directory, note, digests)
+    dist.barrier(f"the manifest of {directory}", timeout_s)
 
 
 def _files(directory: Path) -> list[str]:
@@ -365,5 +361,5 @@ def prune(save: str | Path, keep_last: int) -> None:
         return
     for old in step_directories(save)[:-keep_last]:
         shutil.rmtree(old)
-    for partial in Path(save).glob("step_*.partial"):
+    for partial in Path(save).glob(".step_*.partial"):
         shutil.rmtree(partial)

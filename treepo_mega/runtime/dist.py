@@ -15,7 +15,9 @@ import os
 import random
 import socket
 import sys
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from treepo_mega.config import Config, check
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.cpu_megatron import require_retargeted
 from treepo_mega.runtime.device import backend, bind, has_cuda
+from treepo_mega.runtime.files import atomic_directory
 from treepo_mega.runtime.seeding import derive_seed
 
 
@@ -168,6 +171,14 @@ def _missing(key: str) -> str:
     except RuntimeError:
         return "not known, the launcher's store is gone as well"
     return ", ".join(f"rank {r}" for r in absent) or "none any more (they were late)"
+
+
+def shared_directory(target: str | Path, timeout_s: float, *, replace: bool = False) -> AbstractContextManager[Path]:
+    """`files.atomic_directory` that all ranks fill together, on a file system that all of them see.
+
+    The block, its beginning and its end are collective over all ranks; a wait ends after `timeout_s` with RankLost.
+    """
+    return atomic_directory(target, replace=replace, leads=is_main(), meet=lambda what: barrier(what, timeout_s))
 
 
 def gather_objects(value: Any) -> list[Any]:

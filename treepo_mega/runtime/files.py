@@ -2,18 +2,27 @@
 
     with atomic_file(run / "summary.json") as file:
         json.dump(summary, file)
-    sync_path(directory)                 # its entries survive a power cut
+    with atomic_directory(target) as directory:
+        (directory / "part").write_bytes(part)
 
-A reader, or a process that starts after a kill, sees the old content or the new one, never half of either.
+Ranks that fill a directory together use `dist.shared_directory`, which is `atomic_directory` with barriers. A reader,
+or a process that starts after a kill, sees the old content or the new one, never half of either.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from treepo_mega.errors import TreepoError
+
+
+class OutputExistsError(TreepoError):
+    """What is to be made exists already; the message names the path. Output is never merged or overwritten."""
 
 
 @contextmanager
@@ -35,21 +44,64 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_path(target.parent)
+    _sync(target.parent)
 
 
-def publish_directory(partial: Path, target: Path) -> None:
-    """Make a finished directory appear under its name: fsync everything in it, then rename.
+@contextmanager
+def atomic_directory(
+    target: str | Path,
+    *,
+    replace: bool = False,
+    leads: bool = True,
+    meet: Callable[[str], None] = lambda what: None,
+) -> Iterator[Path]:
+    """An empty directory `.NAME.partial` beside `target` to fill; it becomes `target` at the end of the block.
 
-    `target` must be absent or an empty directory.
+    After an exception it is removed, and `target` is as it was. What a killed process left under the partial name is
+    replaced. `replace`: an older `target` stays whole until then, and is deleted. Otherwise `target` must be absent or
+    an empty directory, or OutputExistsError is raised.
+
+    Of several processes that fill it together, one `leads`: it makes the directory and renames it. `meet(what)` waits
+    for all of them; `what` says for what, in error messages.
     """
+    target = Path(target).absolute()
+    if not replace:
+        require_absent(target)
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        if leads:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        meet(f"preparing {target}")
+        yield partial
+        meet(f"writing {target}")
+        if leads:
+            _publish(partial, target)
+        meet(f"publishing {target}")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def require_absent(target: str | Path) -> None:
+    """Raise OutputExistsError if `target` exists and is not an empty directory."""
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputExistsError(f"{target}: exists already; choose another directory or remove it")
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """fsync everything in `partial`, then rename it."""
     for path in [*partial.rglob("*"), partial]:
-        sync_path(path)
+        _sync(path)
+    # Only now: an older target is usable until its successor is whole.
+    if target.is_dir():
+        shutil.rmtree(target)
     partial.replace(target)
-    sync_path(target.parent)
+    _sync(target.parent)
 
 
-def sync_path(path: Path) -> None:
+def _sync(path: Path) -> None:
     """fsync a file, or the entries of a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
