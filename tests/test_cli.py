@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit status, and what it does not import."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from treepo_mega.cli import help_config, main
+from treepo_mega.cli import _parser, help_config, main
 from treepo_mega.config import Config, parse_config
 
 REPO = Path(__file__).parents[1]
@@ -114,6 +115,10 @@ def test_a_config_json_without_sizes_is_named(capsys, tmp_path):
         (["train", "nothing.yaml", "--dry-run"], "nothing.yaml: cannot read the configuration"),
         (["train", "examples/llama3_70b_16x8.yaml", "--world-size", "8"], "only goes with --dry-run"),
         (["report", "no/such/run"], "no/such/run"),
+        (["convert", "to-mcore", "--hf", "no/such", "--save", "x"], "no/such/config.json"),
+        (["convert", "to-hf", "--load", "no/such", "--save", "x"], "no/such/hf/config.json: no such file; name"),
+        (["convert", "relayout", "--load", "no/such", "--save", "x", "--hf", "examples/tiny_reasoner"], "no/such: no"),
+        (["convert", "verify", "--load", "no/such", "--hf", "examples/tiny_reasoner"], "no/such: no manifest.json"),
     ],
 )
 def test_wrong_use_is_explained(capsys, argv, message):
@@ -127,6 +132,45 @@ def test_unknown_options_end_with_usage(capsys, argv):
         main(argv)
     assert leave.value.code == 2
     assert "usage: treepo-mega" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "known"),
+    [
+        (["tarin"], "(did you mean 'train'?)"),
+        (["convert", "to-mcor"], "(did you mean 'to-mcore'?)"),
+        (["eval", "x.yaml", "--sampler", "trees"], "(did you mean 'tree'?)"),
+        (["convert", "verify", "--hf", "x"], "the following arguments are required: --load"),
+        (["convert", "to-hf", "--load", "x", "--save", "y", "--max-shard-size-mib", "0"], "a positive number, got 0"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_answered_with_the_nearest(capsys, argv, known):
+    with pytest.raises(SystemExit) as leave:
+        main(argv)
+    assert leave.value.code == 2
+    assert known in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["to-mcore", "to-hf", "relayout", "verify"])
+def test_help_of_a_conversion_has_every_option_and_an_example(capsys, verb):
+    with pytest.raises(SystemExit) as leave:
+        main(["convert", verb, "--help"])
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    options = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE))
+    common = {"--help", "--hf", "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--params-dtype"}
+    common |= {"--virtual-pipeline-model-parallel-size", "--timeout-s"}
+    own = {
+        "to-mcore": {"--save", "--verify", "--no-verify", "--logits-tolerance", "--make-vocab-size-divisible-by"},
+        "to-hf": {"--load", "--save", "--no-verify", "--logits-tolerance", "--max-shard-size-mib"},
+        "relayout": {"--load", "--save", "--make-vocab-size-divisible-by"},
+        "verify": {"--load", "--logits-tolerance", "--make-vocab-size-divisible-by"},
+    }
+    assert options == common | own[verb]
+    example = text.partition("examples:\n")[2].replace("\\\n", " ").splitlines()[0]
+    words = example.split()[example.split().index("convert") :]
+    parsed, left = _parser().parse_known_args(words)
+    assert parsed.verb == verb and not left
 
 
 def test_help_config_names_every_key():
@@ -150,11 +194,14 @@ def test_help_config_names_every_key():
         ["train", "examples/llama3_70b_16x8.yaml", "--dry-run", "--world-size", "128"],
         ["train", "--help-config"],
         ["report", "no/such/run"],
+        ["convert", "relayout", "--help"],
     ],
 )
 def test_nothing_heavy_is_imported(argv):
     code = (
-        f"import sys; from treepo_mega.cli import main; main({argv!r}); "
+        "import contextlib, sys\n"
+        "from treepo_mega.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main({argv!r})\n"
         "sys.exit(bool({'torch', 'vllm', 'megatron', 'transformers'} & set(sys.modules)))"
     )
     child = subprocess.run(

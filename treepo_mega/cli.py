@@ -8,6 +8,8 @@
                                                          accuracy against compute: trees, independent samples
     treepo-mega plan CONFIG.yaml [a.b=c ...]             bytes and seconds of a refit on a cluster
     treepo-mega report RUN [RUN ...]                     report.html and report.json of finished or live runs
+    treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
+                                                         checkpoints between Hugging Face and Megatron, verified
 
 `--dry-run`, `--help-config`, `plan` and `report` need neither a GPU nor torch, vLLM or Megatron: they work on a
 laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -28,7 +31,8 @@ from pathlib import Path
 from treepo_mega import __version__
 from treepo_mega.config import Config, ConfigError, Section, check, dump_text, load_config, read_hf_config
 from treepo_mega.config.load import section_in
-from treepo_mega.errors import TreepoError
+from treepo_mega.convert.cli import add_verbs, convert
+from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime.environment import check_environment
 
@@ -43,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "report":
             return _report(args.runs, args.output)
+        if args.command == "convert":
+            return convert(args)
         if args.command == "eval":
             return _eval(args, [*args.overrides, *rest])
         if args.command == "plan":
@@ -59,8 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's parser, whose message about a word that is no choice names the nearest one."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Usage and `message` on stderr; exit status 2."""
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += nearest(found[1], re.findall(r"[\w.-]+", found[2]))
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="treepo-mega", description="TreePO on Megatron-Core and vLLM.")
+    parser = _Parser(prog="treepo-mega", description="TreePO on Megatron-Core and vLLM.")
     parser.add_argument("--version", action="version", version=f"treepo-mega {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train (under torchrun or srun), or check a configuration with --dry-run")
@@ -81,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--output", type=Path, help="directory to write to (default: <logging.run_dir>/eval)")
     _add_plan(commands.add_parser("plan", help="what a refit moves, and how long that takes, on a cluster"))
+    add_verbs(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, verified"))
     report = commands.add_parser("report", help="write report.html and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (holds metrics.jsonl)")
     report.add_argument("--output", type=Path, help="directory to write to (default: the first RUN)")

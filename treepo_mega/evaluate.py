@@ -9,7 +9,7 @@ what they cost: tokens that went through the model, a prompt. That is the paper'
 branch factor is best at which compute) as a command. A `--compute-budget` of tokens a prompt ends each sampler's
 series before it would be exceeded, and names the best maj@k within it.
 
-Reads Hugging Face weights (`model.hf_checkpoint`; for a Megatron checkpoint use tools/convert_mcore_to_hf.py first)
+Reads Hugging Face weights (`model.hf_checkpoint`; for a Megatron checkpoint use treepo-mega convert to-hf first)
 and needs no Megatron layout: every rank has an engine, `rollout.engine.tensor_parallel_size` ranks share one. Prompts
 are dealt to the engines by expected cost and stolen by those that run dry, as in training. Writes
 eval.json and eval.html to `--output` (default: <logging.run_dir>/eval).

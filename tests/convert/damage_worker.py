@@ -36,12 +36,16 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 def command(tool: str, *arguments: object) -> str:
     """The error with which a converter ends, "" when it does its work."""
     sys.argv = [tool, *map(str, arguments)]
-    with contextlib.redirect_stdout(io.StringIO()):
+    said = io.StringIO()
+    code: object = "no exit"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:
             runpy.run_path(str(TOOLS / tool), run_name="__main__")
-        except SystemExit as e:
-            return str(e.code or "")
-    return ""
+        except SystemExit as end:
+            code = end.code
+    if code not in (0, 2):
+        raise AssertionError(f"{tool} ended with {code}: {said.getvalue()}")
+    return said.getvalue() if code else ""
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:

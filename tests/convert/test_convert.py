@@ -13,11 +13,14 @@ from tests.reshard.models import write_qwen2
 from treepo_mega.checkpoint.hf import HfCheckpointError
 from treepo_mega.checkpoint.mcore import CheckpointError
 from treepo_mega.config import ConfigError
-from treepo_mega.convert.convert import companions_of, conversion_config, hf_to_mcore, mcore_to_hf
+from treepo_mega.convert.convert import companions_of, conversion_config, hf_to_mcore, mcore_to_hf, stored_dtype
+from treepo_mega.runtime.files import OutputExistsError
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-TO_MCORE, TO_HF = TOOLS / "convert_hf_to_mcore.py", TOOLS / "convert_mcore_to_hf.py"
-TO_OTHER = TOOLS / "convert_mcore_to_mcore.py"
+REPO = Path(__file__).resolve().parents[2]
+TO_MCORE = REPO / "tools" / "convert_hf_to_mcore.py"
+TO_OTHER = REPO / "tools" / "convert_mcore_to_mcore.py"
+CONVERT = (REPO / "treepo_mega" / "cli.py", "convert")
+"""What `python -m treepo_mega.cli convert` runs."""
 
 
 def layout(tp=1, pp=1, vpp=None):
@@ -58,7 +61,9 @@ def test_round_trip_is_bit_equal_in_any_layout(tiny_hf, tmp_path, run_ranks, kin
 
     shards = ["--max-shard-size-mib", 0.05]
     ranks = back.get("tp", 1) * back.get("pp", 1)
-    code, text = run_ranks(ranks, TO_HF, "--load", mcore, "--save", out, *layout(**back), *shards, timeout=240)
+    code, text = run_ranks(
+        ranks, *CONVERT, "to-hf", "--load", mcore, "--save", out, *layout(**back), *shards, timeout=240
+    )
     assert code == 0, text
     found = tensors_of(out)
     assert set(found) == set(expected)
@@ -93,8 +98,8 @@ def test_another_layout_without_hf_weights_and_verification_of_what_exists(tiny_
     tensors["model.layers.2.mlp.up_proj.weight"][3, 3] += 0.01
     tensors["model.layers.3.mlp.up_proj.weight"][3, 3] += 0.01
     save_file(tensors, weights, metadata={"format": "pt"})
-    code, text = run_ranks(1, TO_MCORE, "--hf", source, "--verify", tmp_path / "four")
-    assert code == 1
+    code, text = run_ranks(1, *CONVERT, "verify", "--hf", source, "--load", tmp_path / "four")
+    assert code == 2
     assert (
         "2 tensors of the Megatron checkpoint differ from the source, first model.layers.2.mlp.up_proj.weight" in text
     )
@@ -104,8 +109,8 @@ def test_another_layout_without_hf_weights_and_verification_of_what_exists(tiny_
 def test_nothing_appears_when_the_logits_disagree(tiny_hf, tmp_path, run_ranks):
     arguments = ["--hf", tiny_hf("llama"), "--save", tmp_path / "mcore", "--logits-tolerance", -1]
     code, text = run_ranks(1, TO_MCORE, *arguments)
-    assert code == 1
-    assert "error: logits of the probe prompt differ from transformers by" in text
+    assert code == 2
+    assert "treepo-mega: error: logits of the probe prompt differ from transformers by" in text
     assert "Traceback" not in text
     assert {p.name for p in tmp_path.iterdir()} == {"hf"}
 
@@ -179,7 +184,7 @@ def test_sizes_that_do_not_fit_are_refused(tiny_hf, tmp_path):
         conversion_config(source, tp=0)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("x")
-    with pytest.raises(HfCheckpointError, match="exists already"):
+    with pytest.raises(OutputExistsError, match="exists already"):
         hf_to_mcore(source, tmp_path / "taken", conversion_config(source))
 
 
@@ -192,6 +197,15 @@ def test_way_back_needs_a_complete_checkpoint_and_a_config(tiny_hf, tmp_path):
     with pytest.raises(CheckpointError, match=r"no manifest.json"):
         mcore_to_hf(tmp_path / "torn", tmp_path / "out", conversion_config(source))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_says_its_dtype_in_its_note(tmp_path):
+    assert stored_dtype(tmp_path) is None
+    (tmp_path / "conversion.json").write_text('{"params_dtype": "bf16"}')
+    assert stored_dtype(tmp_path) == "bf16"
+    (tmp_path / "conversion.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"conversion.json: expected .* choose --params-dtype"):
+        stored_dtype(tmp_path)
 
 
 def test_source_dtype_decides_unless_told(tiny_hf):

@@ -75,11 +75,10 @@ def main() -> None:
         return error_of(lambda: compare(cfg, models, spec, reader))
 
     def write() -> None:
-        def check(written: Path) -> None:
-            with HfReader(written, spec) as made:
+        with dist.shared_directory(directory / "export", 60) as partial:
+            export.write_hf(models, spec, cfg, partial, like=hf_dir, dtype=torch.float32)
+            with HfReader(partial, spec) as made:
                 compare(cfg, models, spec, made, made="the export")
-
-        export.export_hf(models, spec, cfg, directory / "export", like=hf_dir, dtype=torch.float32, check=check)
 
     found: dict[str, dict[str, str]] = {"right": {}, "read": {}, "one-sided": {}, "export": {}, "spoilt": {}}
     load()

@@ -16,7 +16,7 @@ class ModelConfig(Section):
     hf_checkpoint: str
     """Directory with config.json, *.safetensors and the tokenizer (Llama, Qwen2/2.5, Qwen3)."""
     load: str | None = None
-    """Megatron checkpoint with the initial weights (from convert_hf_to_mcore.py); None: read hf_checkpoint."""
+    """Megatron checkpoint with the initial weights (from treepo-mega convert to-mcore); None: read hf_checkpoint."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     """Parameter and activation dtype of actor and reference. Optimizer state is always fp32."""
     make_vocab_size_divisible_by: int = Field(128, ge=1)

@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face to Megatron and back, verified. The commands are in tools/convert_*.py.
+"""Checkpoints from Hugging Face to Megatron and back, verified. The command is `treepo-mega convert` (`cli.py`).
 
     SAVE/                      a Megatron torch_dist checkpoint (weights only) with its manifest.json
     SAVE/hf/                   config.json, generation_config.json, tokenizer: the way back needs nothing else
@@ -12,27 +12,25 @@ writes them, and all ranks write shards at the same time (`export.py`). What was
 
 Megatron -> Megatron: load in the new layout, save, read back, compare; no HF files are involved but config.json.
 
-SAVE appears by a rename, when everything is written and verified. An error leaves nothing; a killed conversion leaves
-a directory whose name begins with a dot, which the next one replaces.
+The three differ in their `Steps`; `_convert` carries them out. SAVE appears when everything is written and verified.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
-from treepo_mega.checkpoint.export import export_hf
-from treepo_mega.checkpoint.hf import HfReader, copy_companions, require_absent
+from treepo_mega.checkpoint.export import write_hf
+from treepo_mega.checkpoint.hf import HfReader, copy_companions
 from treepo_mega.checkpoint.load import load_from_hf
-from treepo_mega.checkpoint.mcore import CheckpointError, check_complete, load_model_weights, save_model_weights
+from treepo_mega.checkpoint.mcore import CheckpointError, check_complete, load_model_weights, write_model_weights
 from treepo_mega.config import Config, ConfigError, parse_config, read_hf_config
-from treepo_mega.convert.probe import LOGITS_TOLERANCE
+from treepo_mega.convert import LOGITS_TOLERANCE
 from treepo_mega.convert.verify import (
     ConversionError,
     compare,
@@ -42,7 +40,7 @@ from treepo_mega.convert.verify import (
 )
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
-from treepo_mega.runtime.files import publish_directory
+from treepo_mega.runtime.files import require_absent
 from treepo_mega.runtime.host_memory import HostPeak
 
 COMPANIONS, NOTE = "hf", "conversion.json"
@@ -93,16 +91,24 @@ def conversion_config(
     )
 
 
-@contextlib.contextmanager
-def _staged(save: Path) -> Iterator[Path]:
-    """Where to write what will be `save`. Any rank's error removes it."""
-    staging = save.parent / f".{save.name}.converting"
-    try:
-        yield staging
-    except BaseException:
-        for directory in (staging, staging.with_name(staging.name + ".partial")):
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
+Models = list[PolicyModel]
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What tells one conversion from another. Each step is collective over all ranks.
+
+    `load(models)` fills the model; returns the bytes `of` all weights and, if it counts them, those this rank `read`.
+    `write(models, directory)` fills an empty directory; returns what else the note says.
+    `prove(models, directory)` holds what was written against its source; returns the findings, or raises
+    ConversionError.
+    `companions`: configuration, tokenizer and the note go beside the weights.
+    """
+
+    load: Callable[[Models], dict[str, int]]
+    write: Callable[[Models, Path], dict[str, Any]]
+    prove: Callable[[Models, Path], dict[str, Any]]
+    companions: bool = True
 
 
 def hf_to_mcore(
@@ -110,58 +116,23 @@ def hf_to_mcore(
 ) -> dict[str, Any]:
     """Convert the HF checkpoint in `hf_dir` to a Megatron checkpoint `save`; returns what conversion.json holds.
 
-    Collective over all ranks of a `torchrun` that fits `cfg`. Raises HfCheckpointError, ModelSpecError, ConfigError
-    for bad input and ConversionError when the verification fails; then `save` does not exist.
+    Collective over all ranks of a `torchrun` that fits `cfg`. Raises HfCheckpointError, ModelSpecError, ConfigError,
+    OutputExistsError for bad input and ConversionError when the verification fails; then `save` does not exist.
     """
-    started, save = time.perf_counter(), Path(save).absolute()
     spec = ModelSpec.from_hf(hf_dir)
     require_absent(save)
-    with HfReader(hf_dir, spec) as reader:  # before any process group: bad input needs no cluster to be found
-        dist.initialize(cfg, read_hf_config(hf_dir))
-        with _staged(save) as staging:
-            with HostPeak() as peak:
-                models = build_model(cfg, hf_dir)
-                load_from_hf(models, spec, cfg, hf_dir, reader=reader)
-                read = reader.bytes_read
-                save_model_weights([*models], staging, cfg.distributed.timeout_s)
-            note = _note(cfg, spec, verified=verify)
-            memory = {
-                "read": read,
-                "of": reader.total_bytes,
-                "shard": _bytes(models),
-                "peak": peak.bytes,
-            }
-            if verify:
-                with HostPeak() as peak:
-                    read_back(models, staging)
-                    note |= compare(cfg, models, spec, reader, tolerance=tolerance)
-                memory["verify_peak"] = peak.bytes
-            note["memory"] = _busiest(memory)
-            _publish(staging, save, note, hf_dir, started, cfg)
-    return note
+    # Before any process group: bad input needs no cluster to be found.
+    with HfReader(hf_dir, spec) as reader:
 
+        def load(models: Models) -> dict[str, int]:
+            load_from_hf(models, spec, cfg, hf_dir, reader=reader)
+            return {"of": reader.total_bytes, "read": reader.bytes_read}
 
-def _bytes(models: list[PolicyModel]) -> int:
-    return sum(p.numel() * p.element_size() for m in models for p in m.parameters())
+        def prove(models: Models, directory: Path) -> dict[str, Any]:
+            read_back(models, directory)
+            return compare(cfg, models, spec, reader, tolerance=tolerance)
 
-
-def _busiest(memory: dict[str, int]) -> dict[str, float]:
-    """Bytes -> the largest of each over the ranks, MiB, under `<name>_mib`. Collective over all ranks."""
-    return {k: round(v, 3) for k, v in dist.max_over_ranks({f"{k}_mib": v / MIB for k, v in memory.items()}).items()}
-
-
-def _note(cfg: Config, spec: ModelSpec, *, verified: bool) -> dict[str, Any]:
-    """What conversion.json says of any new checkpoint."""
-    p = cfg.parallel
-    return {
-        "architecture": spec.architecture,
-        "params_dtype": cfg.model.params_dtype,
-        "make_vocab_size_divisible_by": cfg.model.make_vocab_size_divisible_by,
-        "written_by": {"tp": p.tensor_model_parallel_size, "pp": p.pipeline_model_parallel_size},
-        "tensors": len(hf_shapes(spec)),
-        "parameters": parameter_count(spec),
-        "verified": verified,
-    }
+        return _convert(cfg, spec, hf_dir, save, Steps(load, _writer(cfg), prove), verify=verify)
 
 
 def mcore_to_mcore(load: str | Path, save: str | Path, cfg: Config) -> dict[str, Any]:
@@ -170,57 +141,15 @@ def mcore_to_mcore(load: str | Path, save: str | Path, cfg: Config) -> dict[str,
     Collective over all ranks of a `torchrun` that fits `cfg`. Raises ConversionError when what is read back differs;
     then `save` does not exist.
     """
-    started, save, hf_dir = time.perf_counter(), Path(save).absolute(), Path(cfg.model.hf_checkpoint)
-    spec = ModelSpec.from_hf(hf_dir)
-    check_complete(Path(load))
-    require_absent(save)
-    dist.initialize(cfg, read_hf_config(hf_dir))
-    with _staged(save) as staging:
-        with HostPeak() as peak:
-            models = build_model(cfg, hf_dir)
-            load_model_weights([*models], load)
-            save_model_weights([*models], staging, cfg.distributed.timeout_s)
-        memory = {"of": _model_bytes(spec, cfg), "shard": _bytes(models), "peak": peak.bytes}
-        with HostPeak() as peak:
-            wrong = differing_from_memory(models, staging)
-        if wrong:
+
+    def prove(models: Models, directory: Path) -> dict[str, Any]:
+        if wrong := differing_from_memory(models, directory):
             raise ConversionError(f"{wrong[0]} read back from the new checkpoint differs ({len(wrong)} in all)")
-        note = _note(cfg, spec, verified=True)
-        note["memory"] = _busiest(memory | {"verify_peak": peak.bytes})
-        _publish(staging, save, note, hf_dir, started, cfg)
-    return note
+        return {}
 
-
-def _model_bytes(spec: ModelSpec, cfg: Config) -> int:
-    return parameter_count(spec) * DTYPES[cfg.model.params_dtype].itemsize
-
-
-def _publish(
-    staging: Path, save: Path, note: dict[str, Any], companions: str | Path, started: float, cfg: Config
-) -> None:
-    """Add configuration, tokenizer and note, and make the checkpoint appear. Collective over all ranks."""
-    note["seconds"] = round(time.perf_counter() - started, 2)
-    if dist.is_main():
-        (staging / COMPANIONS).mkdir()
-        copy_companions(companions, staging / COMPANIONS)
-        (staging / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        publish_directory(staging, save)
-    dist.barrier(f"publishing {save}", cfg.distributed.timeout_s)
-
-
-def companions_of(load: str | Path, hf_dir: str | Path | None) -> Path:
-    """The directory with config.json and tokenizer for a checkpoint: `hf_dir`, else the one kept beside it."""
-    found = Path(hf_dir) if hf_dir else Path(load) / COMPANIONS
-    if not (found / "config.json").is_file():
-        hint = "" if hf_dir else "; name the model's HF directory with --hf (a training checkpoint keeps no copy)"
-        raise CheckpointError(f"{found / 'config.json'}: no such file{hint}")
-    return found
-
-
-def stored_dtype(load: str | Path) -> str | None:
-    """params_dtype that a converted checkpoint was written with; None when it does not say."""
-    note = Path(load) / NOTE
-    return json.loads(note.read_text(encoding="utf-8"))["params_dtype"] if note.is_file() else None
+    hf_dir = cfg.model.hf_checkpoint
+    spec = ModelSpec.from_hf(hf_dir)
+    return _convert(cfg, spec, hf_dir, save, Steps(_loader(load, cfg, spec), _writer(cfg), prove), verify=True)
 
 
 def mcore_to_hf(
@@ -237,38 +166,113 @@ def mcore_to_hf(
 
     Raises ConversionError when what was written is not the model's weights; then `save` does not exist.
     """
-    started, hf_dir = time.perf_counter(), Path(cfg.model.hf_checkpoint)
-    spec, dtype = ModelSpec.from_hf(hf_dir), DTYPES[cfg.model.params_dtype]
+    hf_dir = cfg.model.hf_checkpoint
+    spec = ModelSpec.from_hf(hf_dir)
+
+    def write(models: Models, directory: Path) -> dict[str, Any]:
+        dtype = DTYPES[cfg.model.params_dtype]
+        return write_hf(models, spec, cfg, directory, like=hf_dir, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+    def prove(models: Models, directory: Path) -> dict[str, Any]:
+        with HfReader(directory, spec) as reader:
+            words = {"made": "the export", "source": "the Megatron checkpoint"}
+            return compare(cfg, models, spec, reader, tolerance=tolerance, **words)
+
+    steps = Steps(_loader(load, cfg, spec), write, prove, companions=False)
+    return _convert(cfg, spec, hf_dir, save, steps, verify=verify)
+
+
+def _loader(load: str | Path, cfg: Config, spec: ModelSpec) -> Callable[[Models], dict[str, int]]:
+    """The step that reads Megatron checkpoint `load`. Raises CheckpointError at once when it is not complete."""
     check_complete(Path(load))
+
+    def fill(models: Models) -> dict[str, int]:
+        load_model_weights([*models], load)
+        return {"of": parameter_count(spec) * DTYPES[cfg.model.params_dtype].itemsize}
+
+    return fill
+
+
+def _writer(cfg: Config) -> Callable[[Models, Path], dict[str, Any]]:
+    """The step that writes a Megatron checkpoint."""
+
+    def write(models: Models, directory: Path) -> dict[str, Any]:
+        write_model_weights([*models], directory, cfg.distributed.timeout_s)
+        sizes = cfg.parallel
+        return {
+            "make_vocab_size_divisible_by": cfg.model.make_vocab_size_divisible_by,
+            "written_by": {"tp": sizes.tensor_model_parallel_size, "pp": sizes.pipeline_model_parallel_size},
+        }
+
+    return write
+
+
+def _convert(
+    cfg: Config, spec: ModelSpec, hf_dir: str | Path, save: str | Path, steps: Steps, *, verify: bool
+) -> dict[str, Any]:
+    """Load, write, prove, publish; returns the note. An error on any rank leaves no `save`. Collective over all ranks.
+
+    `hf_dir`: the directory with configuration and tokenizer.
+    """
+    started = time.perf_counter()
     require_absent(save)
     dist.initialize(cfg, read_hf_config(hf_dir))
-    found: dict[str, Any] = {}
-    memory: dict[str, int] = {"of": _model_bytes(spec, cfg)}
-    writing = HostPeak()
-
-    def check(written: Path) -> None:
-        """Once the export is written, before it appears. Raises ConversionError. Collective over all ranks."""
-        writing.stop()
+    with dist.shared_directory(save, cfg.distributed.timeout_s) as directory:
+        with HostPeak() as writing:
+            models = build_model(cfg, hf_dir)
+            memory = steps.load(models)
+            written = steps.write(models, directory)
+        memory |= {"shard": _bytes(models), "peak": writing.bytes}
+        findings: dict[str, Any] = {}
         if verify:
-            with HostPeak() as peak, HfReader(written, spec) as reader:
-                words = {"made": "the export", "source": "the Megatron checkpoint"}
-                found.update(compare(cfg, models, spec, reader, tolerance=tolerance, **words))
-            memory["verify_peak"] = peak.bytes
+            with HostPeak() as verifying:
+                findings = steps.prove(models, directory)
+            memory["verify_peak"] = verifying.bytes
+        note = {
+            "architecture": spec.architecture,
+            "params_dtype": cfg.model.params_dtype,
+            "tensors": len(hf_shapes(spec)),
+            "parameters": parameter_count(spec),
+            "verified": verify,
+            **findings,
+            **written,
+            "memory": _busiest(memory),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        if steps.companions and dist.is_main():
+            (directory / COMPANIONS).mkdir()
+            copy_companions(hf_dir, directory / COMPANIONS)
+            (directory / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    return note
 
-    with writing:
-        models = build_model(cfg, hf_dir)
-        load_model_weights([*models], load)
-        options: dict[str, Any] = {"like": hf_dir, "dtype": dtype, "max_shard_bytes": max_shard_bytes, "check": check}
-        written = export_hf(models, spec, cfg, save, **options)
-    memory |= {"shard": _bytes(models), "peak": writing.bytes}
-    return {
-        "architecture": spec.architecture,
-        "params_dtype": cfg.model.params_dtype,
-        "tensors": len(hf_shapes(spec)),
-        "parameters": parameter_count(spec),
-        "verified": verify,
-        **found,
-        **written,
-        "memory": _busiest(memory),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+
+def _bytes(models: Models) -> int:
+    return sum(p.numel() * p.element_size() for m in models for p in m.parameters())
+
+
+def _busiest(memory: dict[str, int]) -> dict[str, float]:
+    """Bytes -> the largest of each over the ranks, MiB, under `<name>_mib`. Collective over all ranks."""
+    return {k: round(v, 3) for k, v in dist.max_over_ranks({f"{k}_mib": v / MIB for k, v in memory.items()}).items()}
+
+
+def companions_of(load: str | Path, hf_dir: str | Path | None) -> Path:
+    """The directory with config.json and tokenizer for a checkpoint: `hf_dir`, else the one kept beside it."""
+    found = Path(hf_dir) if hf_dir else Path(load) / COMPANIONS
+    if not (found / "config.json").is_file():
+        hint = "" if hf_dir else "; name the model's HF directory with --hf (a training checkpoint keeps no copy)"
+        raise CheckpointError(f"{found / 'config.json'}: no such file{hint}")
+    return found
+
+
+def stored_dtype(load: str | Path) -> str | None:
+    """params_dtype that a converted checkpoint was written with; None when it does not say.
+
+    Raises CheckpointError for a note that cannot be read.
+    """
+    note = Path(load) / NOTE
+    if not note.is_file():
+        return None
+    try:
+        return str(json.loads(note.read_text(encoding="utf-8"))["params_dtype"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{note}: expected a JSON object with params_dtype; choose --params-dtype") from None

@@ -34,8 +34,6 @@ from treepo_mega.runtime.device import device
 from treepo_mega.tree.pack import Trajectory, plan_step
 
 PROBE_TOKENS = 33
-LOGITS_TOLERANCE = 1e-4
-"""Largest absolute logit difference allowed, fp32 arithmetic."""
 LAYER_TOLERANCE = 1e-3
 """A layer diverges when its output differs by more than this share of its largest element."""
 _DIRECTIONS = 16

@@ -23,7 +23,8 @@ from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.checkpoint.load import HfGather, local_params
 from treepo_mega.checkpoint.mcore import check_complete, load_model_weights
 from treepo_mega.config import Config, read_hf_config
-from treepo_mega.convert.probe import LOGITS_TOLERANCE, compare_with_transformers
+from treepo_mega.convert import LOGITS_TOLERANCE
+from treepo_mega.convert.probe import compare_with_transformers
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import LM_HEAD, ModelSpec, hf_shapes
 from treepo_mega.runtime import dist
