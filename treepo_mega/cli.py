@@ -183,7 +183,7 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     if dry_run:
         return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")))
     # Again in runtime/dist.py, which knows the world size for sure; here a mistake costs no import of Megatron.
-    _require_preflight(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    _require_preflight(cfg, int(os.environ.get("WORLD_SIZE", "1")), starting=True)
     _require_environment()
     quieten_libraries()  # before the import: most of them warn while being imported
     from treepo_mega.train import main as run  # heavy: torch, Megatron and vLLM
@@ -192,11 +192,11 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     return 0
 
 
-def _require_preflight(cfg: Config, world_size: int) -> list[str]:
+def _require_preflight(cfg: Config, world_size: int, *, starting: bool = False) -> list[str]:
     """Notes for people. Raises ConfigError with every problem that can be known before weights are read."""
     from treepo_mega.preflight import preflight
 
-    problems, notes = preflight(cfg, world_size)
+    problems, notes = preflight(cfg, world_size, starting=starting)
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:

@@ -11,6 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from treepo_mega.checkpoint.headers import (
+    NoWeightsError,
+    adapter_problem,
+    check_against,
+    missing_index_note,
+    stored_tensors,
+)
 from treepo_mega.config import Config, check, read_hf_config
 from treepo_mega.config.rules import check_directories
 from treepo_mega.data.rewards.verifiers import check_verifier
@@ -22,10 +29,11 @@ FIRST_ROWS = 20
 """Rows of a prompt file that are read here: enough to see that it is one, cheap for a large one."""
 
 
-def preflight(cfg: Config, world_size: int) -> tuple[list[str], list[str]]:
+def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[list[str], list[str]]:
     """(problems, notes for people) of starting `cfg` with `world_size` processes on this machine.
 
-    `world_size` is that of the run, which may be larger than this machine; the notes are those of `config.check`.
+    `world_size` is that of the run, which may be larger than this machine. `starting`: the run begins now, so that a
+    model directory without weights is a problem; a plan can be made from config.json alone.
     """
     problems: list[str] = []
 
@@ -38,13 +46,19 @@ def preflight(cfg: Config, world_size: int) -> tuple[list[str], list[str]]:
                 problems.append(str(error))
             return None
 
-    hf = attempt(lambda: read_hf_config(cfg.model.hf_checkpoint))
+    hf_dir = cfg.model.hf_checkpoint
+    if adapter := adapter_problem(hf_dir):
+        problems.append(adapter)
+        hf = None
+    else:
+        hf = attempt(lambda: read_hf_config(hf_dir))
     notes: list[str] = attempt(lambda: check(cfg, world_size, hf)) or []
     if hf is not None:
-        spec = attempt(lambda: ModelSpec.from_hf(cfg.model.hf_checkpoint))
+        spec = attempt(lambda: ModelSpec.from_hf(hf_dir))
+        notes += attempt(lambda: check_weights(hf_dir, spec, needed=starting)) or []
         if spec is not None and spec.rope_type not in ROTARY_TYPES:
             problems.append(
-                f"{cfg.model.hf_checkpoint}/config.json: rope_type {spec.rope_type!r} is not supported; "
+                f"{hf_dir}/config.json: rope_type {spec.rope_type!r} is not supported; "
                 f"expected {', '.join(ROTARY_TYPES)}"
             )
     problems += check_directories(cfg)
@@ -56,3 +70,20 @@ def preflight(cfg: Config, world_size: int) -> tuple[list[str], list[str]]:
             rows = source.path if "@[" in source.path else f"{source.path}@[0:{FIRST_ROWS}]"
             attempt(lambda rows=rows: read_rows(rows))  # type: ignore[misc]  # as above
     return problems, notes
+
+
+def check_weights(hf_dir: str, spec: ModelSpec | None, *, needed: bool) -> list[str]:
+    """Notes on the weight files, from their headers. Raises HfCheckpointError for files that cannot be loaded.
+
+    `spec` None: config.json has a problem of its own, and only the files are looked at. `needed` false: no weights at
+    all is no error.
+    """
+    try:
+        stored = stored_tensors(hf_dir)
+    except NoWeightsError:
+        if needed:
+            raise
+        return []
+    if spec is not None:
+        check_against(hf_dir, stored, spec)
+    return missing_index_note(hf_dir, stored)

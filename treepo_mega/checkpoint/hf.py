@@ -20,9 +20,7 @@ ignore it and a difference would mean that the configuration lies. Only safetens
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
-import math
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -32,15 +30,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.checkpoint.headers import (
+    INDEX,
+    SINGLE,
+    HfCheckpointError,
+    check_against,
+    key_problems,
+    stored_tensors,
+)
 from treepo_mega.modelspec.mcore_layout import EMBEDDING, LM_HEAD, Box, ModelSpec, hf_shapes
 from treepo_mega.runtime.files import atomic_directory
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Types of safetensors that weights may have, and their bytes."""
-_DERIVED = ".rotary_emb.inv_freq"
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -55,31 +55,22 @@ _COMPANIONS = (
 )
 
 
-class HfCheckpointError(TreepoError):
-    """A checkpoint on disk cannot be used; the message names file, tensor, what was expected and what was found."""
-
-
 class HfReader:
     """Tensors of a checkpoint directory, by slices. Files are opened when first needed and closed on exit.
 
-    `total_bytes`: of all tensors that `spec` asks for, as stored; `bytes_read`: of the slices handed out so far.
+    `total_bytes`: of all tensors, as stored; `bytes_read`: of the slices handed out so far.
 
-    Raises HfCheckpointError on construction: no safetensors, a missing or truncated shard, and, against
-    `spec`, a missing, unexpected, misshapen or non-floating-point tensor. Without a `spec` only the files are checked.
+    Raises HfCheckpointError on construction for files that are missing, damaged or not those of `spec` (`headers.py`).
     """
 
-    def __init__(self, directory: str | Path, spec: ModelSpec | None) -> None:
+    def __init__(self, directory: str | Path, spec: ModelSpec) -> None:
         self.directory = Path(directory)
-        self.bytes_read, self.total_bytes = 0, 0
+        self.bytes_read = 0
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
-        self._where = self._locate()
-        self._tied_head = spec is not None and spec.tie_word_embeddings and LM_HEAD in self._where
-        if spec is not None:
-            self._check(spec)
-            return
-        for file in sorted(set(self._where.values())):
-            self._open(file)
+        self._stored = stored_tensors(self.directory)
+        self.total_bytes = check_against(self.directory, self._stored, spec)
+        self._tied_head = spec.tie_word_embeddings and LM_HEAD in self._stored
 
     def __enter__(self) -> Self:
         return self
@@ -93,74 +84,49 @@ class HfReader:
         self._stack.close()
 
     def read(self, name: str, box: Box, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The box `((start, stop), ...)` of tensor `name`, on the CPU, cast to `dtype` (None: as stored)."""
+        """The box `((start, stop), ...)` of tensor `name`, on the CPU, cast to `dtype` (None: as stored).
+
+        Raises HfCheckpointError for values that are no finite numbers, and for a tied head that is not the embedding.
+        """
         index = tuple(slice(a, b) for a, b in box)
         part = self._slice(name)[index]
         self.bytes_read += part.nbytes
+        self._require_finite(name, part, box)
         if self._tied_head and name == EMBEDDING and not torch.equal(part, self._slice(LM_HEAD)[index]):
             raise HfCheckpointError(
-                f"{self.directory}: config.json says tie_word_embeddings, but {LM_HEAD} "
-                f"({self._where[LM_HEAD]}) differs from {EMBEDDING} ({self._where[EMBEDDING]})"
+                f"{self.directory}: config.json says tie_word_embeddings: true, but {LM_HEAD} "
+                f"({self._stored[LM_HEAD].file}) differs from {EMBEDDING} ({self._stored[EMBEDDING].file}); set it to "
+                "false if the output layer is its own"
             )
         return part if dtype is None else part.to(dtype)
 
+    def _require_finite(self, name: str, part: torch.Tensor, box: Box) -> None:
+        # aminmax passes NaN on and needs no second tensor of this size, unlike isfinite.
+        if bool(torch.stack(torch.aminmax(part)).isfinite().all()):
+            return
+        bad = ~part.isfinite()
+        first = [start + int(at) for (start, _), at in zip(box, bad.nonzero()[0], strict=True)]
+        raise HfCheckpointError(
+            f"{self.directory / self._stored[name].file}: tensor {name} holds {int(part.isnan().sum())} NaN and "
+            f"{int(part.isinf().sum())} infinite values, the first at {first}; the file is damaged, or was saved "
+            "after its training had failed: use another checkpoint"
+        )
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header."""
-        return tuple(self._slice(name).get_shape())
+        return self._stored[name].shape
 
     def _slice(self, name: str) -> Any:
-        return self._open(self._where[name]).get_slice(name)
+        return self._open(self._stored[name].file).get_slice(name)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self.directory / file
-            if not path.is_file():
-                raise HfCheckpointError(f"{path}: no such file, although {INDEX} names it")
             try:
                 self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (SafetensorError, OSError) as e:
                 raise HfCheckpointError(f"{path}: not a readable safetensors file (truncated?): {e}") from e
         return self._files[file]
-
-    def _locate(self) -> dict[str, str]:
-        """Tensor name -> file, from the index or the single file."""
-        index = self.directory / INDEX
-        if index.is_file():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as e:
-                raise HfCheckpointError(f"{index}: expected a JSON object with a weight_map: {e!r}") from e
-            for name, file in names.items():
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise HfCheckpointError(f"{index}: {name} lies in {file!r}; expected a file name in this directory")
-            return dict(names)
-        if (self.directory / SINGLE).is_file():
-            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        found = sorted(p.name for p in self.directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-        raise HfCheckpointError(
-            f"{self.directory}: expected {SINGLE} or {INDEX}; found "
-            + (", ".join(found) + " (convert to safetensors first)" if found else "no weights")
-        )
-
-    def _check(self, spec: ModelSpec) -> None:
-        expected = hf_shapes(spec)
-        present = {name for name in self._where if not name.endswith(_DERIVED)}
-        if spec.tie_word_embeddings:
-            present.discard(LM_HEAD)
-        if problems := _key_problems(set(expected), present):
-            raise HfCheckpointError(f"{self.directory}: " + "; ".join(problems))
-        for name, shape in expected.items():
-            try:
-                view = self._slice(name)
-            except SafetensorError as e:
-                raise HfCheckpointError(f"{self.directory / self._where[name]}: tensor {name} is missing: {e}") from e
-            found, kind = tuple(view.get_shape()), view.get_dtype()
-            where = f"{self.directory / self._where[name]}: tensor {name}"
-            if found != shape:
-                raise HfCheckpointError(f"{where} has shape {list(found)}; config.json asks for {list(shape)}")
-            if kind not in _FLOATS:
-                raise HfCheckpointError(f"{where} has dtype {kind}; expected one of {', '.join(_FLOATS)}")
-            self.total_bytes += math.prod(shape) * _FLOATS[kind]
 
 
 def check_files(directory: str | Path) -> None:
@@ -168,24 +134,7 @@ def check_files(directory: str | Path) -> None:
 
     What tensors the files hold is not looked at: `HfReader` compares them with a `ModelSpec`.
     """
-    with HfReader(directory, None):
-        pass
-
-
-def _key_problems(expected: set[str], present: set[str], shown: int = 4) -> list[str]:
-    """Missing and unexpected tensor names in words, each unexpected one with the nearest missing name."""
-    missing, extra, out = sorted(expected - present), sorted(present - expected), []
-    if missing:
-        more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
-        out.append(f"{len(missing)} tensors missing: {', '.join(missing[:shown])}{more}")
-    if extra:
-        names = []
-        for name in extra[:shown]:
-            near = difflib.get_close_matches(name, missing or sorted(expected), n=1)
-            names.append(f"{name} (nearest expected: {near[0]})" if near else name)
-        more = f" and {len(extra) - shown} more" if len(extra) > shown else ""
-        out.append(f"{len(extra)} tensors unexpected: {', '.join(names)}{more}")
-    return out
+    stored_tensors(directory)
 
 
 class HfWriter:
@@ -259,7 +208,7 @@ class HfWriter:
             self._flush()
         missing = set(self._expected) - {name for shard in self._shards for name in shard}
         if missing:
-            raise HfCheckpointError(f"{self.target}: " + "; ".join(_key_problems(missing, set())))
+            raise HfCheckpointError(f"{self.target}: " + "; ".join(key_problems(missing, set())))
         total, files = len(self._shards), []
         for i in range(1, total + 1):
             files.append(SINGLE if total == 1 else shard_name(i, total))
