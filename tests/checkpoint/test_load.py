@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_mega.checkpoint.gather_plan import gather_plan
-from treepo_mega.checkpoint.load import HfGather, ReshardError, fill_local, local_params
+from treepo_mega.checkpoint.load import HfGather, fill_local, local_params
 from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes
+from treepo_mega.reshard.params import ReshardError
 
 WORKER = Path(__file__).with_name("gather_worker.py")
 SPEC = ModelSpec(
@@ -103,7 +104,10 @@ def test_disagreements_are_named():
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     cases = [
         ({k: v for k, v in params.items() if k != name}, "has no parameter decoder.layers.1.mlp.linear_fc2.weight"),
-        ({**params, "decoder.layers.1.mlp.extra": torch.zeros(2)}, "mlp.extra \\[2\\] is not in the map \\(nearest"),
+        (
+            {**params, "decoder.layers.1.mlp.extra": torch.zeros(2)},
+            "mlp.extra \\[2\\] is not in the map \\(did you mean",
+        ),
         ({**params, name: torch.zeros(6, 7)}, "has shape \\[6, 7\\]; the map expects \\[6, 6\\]"),
         ({**params, name: params[name].double()}, "has dtype torch.float64; expected torch.float32"),
     ]

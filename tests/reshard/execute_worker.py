@@ -15,8 +15,9 @@ import torch.distributed as torch_dist
 
 from tests.reshard.worlds import DENSE, model
 from treepo_mega.modelspec.mcore_layout import hf_shapes
-from treepo_mega.reshard.execute import Resharder, TensorTarget, differing_groups
-from treepo_mega.reshard.plan import Cluster, plan_reshard
+from treepo_mega.reshard.checksums import differing_groups
+from treepo_mega.reshard.execute import Resharder, TensorTarget
+from treepo_mega.reshard.plan import Cluster
 from treepo_mega.reshard.sides import Grid, files_side, mcore_side, vllm_side
 from treepo_mega.runtime import dist
 
@@ -59,8 +60,16 @@ def run(case) -> dict[str, object]:
     else:
         target = files_side(spec, world) if to == "files" else mcore_side(spec, to, world)
     wire = source_dtype if source_dtype.itemsize <= target_dtype.itemsize else target_dtype
-    plan = plan_reshard(source, target, Cluster(world, per_node), itemsize=wire.itemsize, bucket_bytes=bucket)
-    resharder = Resharder(plan, source, target, rank, dtype=wire, device=torch.device("cpu"), timeout_s=60)
+    resharder = Resharder.between(
+        source,
+        target,
+        source_dtype=source_dtype,
+        target_dtype=target_dtype,
+        bucket_bytes=bucket,
+        timeout_s=60,
+        cluster=Cluster(world, per_node),
+    )
+    assert resharder.wire_dtype == wire
     received = 0
     for seed in (1, 2):  # the second call reuses buffers and counters
         generator = torch.Generator().manual_seed(seed)
@@ -77,8 +86,8 @@ def run(case) -> dict[str, object]:
         received = int(dist.sum_over_ranks({"bytes": float(stats.bytes_received)})["bytes"])
     assert set(stats.checksums) == {b.hf_name for ps in target.of(rank) for p in ps.values() for b in p.blocks}
     assert differing_groups(stats.checksums) == []
-    assert resharder.exchange.buffer_bytes <= 2 * bucket
-    return {"moved": received, "bound": plan.traffic().bound, "rounds": plan.round_count}
+    assert resharder.transport.buffer_bytes <= 2 * bucket
+    return {"moved": received, "bound": resharder.plan.traffic().bound, "rounds": resharder.plan.round_count}
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ from treepo_mega.engine import vllm_target
 from treepo_mega.engine.engine import Engine
 from treepo_mega.engine.stream import EngineError, SegmentRequest
 from treepo_mega.reshard.execute import Resharder
-from treepo_mega.reshard.plan import plan_reshard
 from treepo_mega.runtime import dist
 from treepo_mega.sync.refit import Refit, RefitError
 from treepo_mega.tree.pack import Trajectory, plan_step
@@ -87,15 +86,19 @@ def failure_of(refit: Refit) -> str:
 
 def planted(refit: Refit, bug) -> Refit:
     """The same refit with a bug in the map of the trainer's side."""
-    out, o = copy.copy(refit), refit.resharder
-    out.source = bug(refit.source)
-    plan = plan_reshard(
-        out.source, refit.wanted, o.plan.cluster, itemsize=o.plan.itemsize, bucket_bytes=o.plan.bucket_bytes
+    right = refit.resharder
+    wrong = copy.copy(refit)
+    wrong.source = bug(refit.source)
+    wrong.resharder = Resharder.between(
+        wrong.source,
+        refit.wanted,
+        source_dtype=right.source_dtype,
+        target_dtype=refit.target.dtype,
+        bucket_bytes=right.plan.bucket_bytes,
+        timeout_s=60,
     )
-    out.resharder = Resharder(
-        plan, out.source, refit.wanted, dist.rank(), dtype=o.dtype, device=torch.device("cpu"), timeout_s=60
-    )
-    return out
+    assert wrong.resharder.wire_dtype == right.wire_dtype
+    return wrong
 
 
 def stale_head(refit: Refit) -> str:
@@ -120,11 +123,11 @@ def stale_head(refit: Refit) -> str:
 @contextlib.contextmanager
 def damaged_on_the_way(refit: Refit, hf_name: str, times: int):
     """Parcels with parts of `hf_name` arrive with other values, in the next `times` transfers."""
-    exchange, left = refit.resharder.exchange, [times]
-    arrived, end = exchange.arrived, exchange.end
+    transport, left = refit.resharder.transport, [times]
+    received, end = transport.received, transport.end
 
-    def spoilt(i):
-        for parcel, values in arrived(i):
+    def spoilt(number):
+        for parcel, values in received(number):
             bad = left[0] > 0 and any(c.hf_name == hf_name for c in parcel.copies)
             yield parcel, values * 1.5 if bad else values
 
@@ -132,9 +135,9 @@ def damaged_on_the_way(refit: Refit, hf_name: str, times: int):
         left[0] -= 1
         end()
 
-    exchange.arrived, exchange.end = spoilt, count
+    transport.received, transport.end = spoilt, count
     yield
-    del exchange.arrived, exchange.end
+    del transport.received, transport.end
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ bucket_bytes. Progress goes to stderr; the five cases take some minutes.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -146,7 +147,6 @@ class Case:
         from treepo_mega.checkpoint.load import HfGather
         from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
         from treepo_mega.reshard.execute import Resharder, TensorTarget
-        from treepo_mega.reshard.plan import Cluster, plan_reshard
         from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
         from treepo_mega.runtime import dist
 
@@ -155,13 +155,18 @@ class Case:
         spec, grid = ModelSpec("LlamaForCausalLM", **sizes), Grid(tp, pp)
         self.source, self.wanted = mcore_side(spec, grid, self.world), vllm_side(spec, tp_v, self.world)
         self.shapes, dtype = hf_shapes(spec), torch.bfloat16
-        self.plan = plan_reshard(
-            self.source, self.wanted, Cluster(self.world, self.world), itemsize=2, bucket_bytes=bucket_bytes
+        connect = functools.partial(
+            Resharder.between,
+            self.source,
+            self.wanted,
+            source_dtype=dtype,
+            target_dtype=dtype,
+            bucket_bytes=bucket_bytes,
+            timeout_s=60,
+            device=torch.device("cpu"),
         )
-        options = {"dtype": dtype, "device": torch.device("cpu"), "timeout_s": 60}
-        sides = (self.plan, self.source, self.wanted, self.rank)
-        self.resharder = Resharder(*sides, **options)
-        self.by_links = Resharder(*sides, **options, shared_memory=False)
+        self.resharder, self.by_links = connect(), connect(shared_memory=False)
+        self.plan = self.resharder.plan
         # The same values on every replica, so that results can be compared by bits.
         generator = torch.Generator().manual_seed(0)
         full = {n: torch.randn(s, generator=generator).to(dtype) for n, s in self.shapes.items()}
@@ -220,8 +225,8 @@ class Case:
         moved = dist.sum_over_ranks({"b": float(self.moved)})["b"]
         bound = self.plan.traffic().bound
         # Shared buffers are not anonymous memory, hence added. Those of the links are, and are first touched here.
-        own = peak["ours"] + self.resharder.exchange.buffer_bytes
-        links = max(peak["links"], self.by_links.exchange.buffer_bytes)
+        own = peak["ours"] + self.resharder.transport.buffer_bytes
+        links = max(peak["links"], self.by_links.transport.buffer_bytes)
         return {
             "name": self.name,
             "bytes_moved": int(moved),

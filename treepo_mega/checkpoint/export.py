@@ -33,10 +33,8 @@ from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.modelspec.mcore_layout import ModelSpec, ParamLayout, hf_shapes
 from treepo_mega.reshard.execute import Resharder
-from treepo_mega.reshard.plan import Cluster, plan_reshard
 from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
 from treepo_mega.runtime import dist
-from treepo_mega.runtime.device import device
 
 
 class ShardTarget:
@@ -118,17 +116,15 @@ def write_hf(
     # No more writers than shards: a small model is one file.
     size = sum(math.prod(s) for s in hf_shapes(spec).values()) * dtype.itemsize
     writers = max(1, min(world, -(-size // max_shard_bytes)))
-    source, files = mcore_side(spec, grid_of(cfg), world), files_side(spec, world, writers)
-    held = next(models[0].parameters()).dtype
-    way = min(held, dtype, key=lambda d: d.itemsize)
-    plan = plan_reshard(
-        source,
+    files = files_side(spec, world, writers)
+    resharder = Resharder.between(
+        mcore_side(spec, grid_of(cfg), world),
         files,
-        Cluster(world, dist.ranks_per_node()),
-        itemsize=way.itemsize,
+        source_dtype=next(models[0].parameters()).dtype,
+        target_dtype=dtype,
         bucket_bytes=cfg.reshard.bucket_mb << 20,
+        timeout_s=cfg.distributed.timeout_s,
     )
-    resharder = Resharder(plan, source, files, rank, dtype=way, device=device(), timeout_s=cfg.distributed.timeout_s)
     shards = ShardTarget(files.of(rank)[0], directory, rank, dtype, max_shard_bytes)
     stats = resharder([local_params(m) for m in models], shards)
     written = [s for told in dist.gather_objects(shards.shards) for s in told]

@@ -23,7 +23,6 @@ plan's order, not the model's. The all-gather moves bytes, because not every bac
 from __future__ import annotations
 
 import contextlib
-import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,14 +36,10 @@ from torch import Tensor, nn
 from treepo_mega.checkpoint.gather_plan import GatherPlan, Piece, Round, gather_plan
 from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.config import Config
-from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import NAMING, Box, ModelSpec, Naming, ParamLayout, chunk_layouts, hf_shapes
+from treepo_mega.reshard.params import ReshardError, check_params
 
 Reader = Callable[[str, Box], Tensor]
-
-
-class ReshardError(TreepoError):
-    """Parameters and map disagree; the message names the parameter, what was expected and what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +61,6 @@ def local_params(chunk: nn.Module) -> dict[str, Tensor]:
             name = name.removeprefix("module.")
         out[name] = param.data
     return out
-
-
-def check_params(params: Mapping[str, Tensor], layout: Mapping[str, ParamLayout]) -> None:
-    """Raise ReshardError unless names and shapes are exactly those of the map."""
-    for name in layout:
-        if name not in params:
-            near = difflib.get_close_matches(name, params, n=1)
-            hint = f" (nearest: {near[0]})" if near else ""
-            raise ReshardError(f"the model has no parameter {name}, which the map expects{hint}")
-    for name, value in params.items():
-        if name not in layout:
-            near = difflib.get_close_matches(name, layout, n=1)
-            hint = f" (nearest: {near[0]})" if near else ""
-            raise ReshardError(f"the model's parameter {name} {list(value.shape)} is not in the map{hint}")
-        if tuple(value.shape) != layout[name].shape:
-            raise ReshardError(
-                f"parameter {name} has shape {list(value.shape)}; the map expects {list(layout[name].shape)}"
-            )
 
 
 @torch.no_grad()

@@ -29,11 +29,10 @@ from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import ModelSpec
-from treepo_mega.reshard.execute import Resharder, ReshardStats, differing_groups
-from treepo_mega.reshard.plan import Cluster, plan_reshard
+from treepo_mega.reshard.checksums import differing_groups
+from treepo_mega.reshard.execute import Resharder, ReshardStats
 from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
 from treepo_mega.runtime import dist
-from treepo_mega.runtime.device import device
 from treepo_mega.runtime.seeding import derive_seed
 
 CANARY_TOKENS = 24
@@ -66,26 +65,24 @@ class Refit:
         engine: Any,
         score: Callable[[list[int]], np.ndarray | None],
     ) -> None:
-        self.cfg, self.models, self.engine, self.score = cfg, models, engine, score
-        world, rank = dist.world_size(), dist.rank()
-        self.source = source = mcore_side(spec, grid_of(cfg), world)
-        self.wanted = wanted = vllm_side(spec, cfg.rollout.engine.tensor_parallel_size, world)
+        self.cfg = cfg
+        self.models = models
+        self.engine = engine
+        self.score = score
+        world = dist.world_size()
+        self.source = mcore_side(spec, grid_of(cfg), world)
+        self.wanted = vllm_side(spec, cfg.rollout.engine.tensor_parallel_size, world)
         self.target = engine.weight_target()
-        self.target.init_weight_transfer(wanted.of(rank)[0])
-        held = next(models[0].parameters()).dtype
-        # Casting happens where it saves bytes: before the way when the engine is narrower, behind it otherwise.
-        dtype = min(held, self.target.dtype, key=lambda d: d.itemsize)
-        plan = plan_reshard(
-            source,
-            wanted,
-            Cluster(world, dist.ranks_per_node()),
-            itemsize=dtype.itemsize,
+        self.target.init_weight_transfer(self.wanted.of(dist.rank())[0])
+        self.resharder = Resharder.between(
+            self.source,
+            self.wanted,
+            source_dtype=next(models[0].parameters()).dtype,
+            target_dtype=self.target.dtype,
             bucket_bytes=cfg.reshard.bucket_mb << 20,
+            timeout_s=cfg.distributed.timeout_s,
         )
-        self.bound = plan.traffic().bound
-        self.resharder = Resharder(
-            plan, source, wanted, rank, dtype=dtype, device=device(), timeout_s=cfg.distributed.timeout_s
-        )
+        self.bound = self.resharder.plan.traffic().bound
         rng = random.Random(derive_seed("canary", cfg.train.seed))
         length = min(CANARY_TOKENS, cfg.max_model_len)
         self.prompts = [
@@ -107,7 +104,7 @@ class Refit:
             "reshard/bytes": total["placed"],
             "reshard/bytes_moved": total["moved"],
             "reshard/bytes_over_bound": total["moved"] / self.bound if self.bound else 1.0,
-            "reshard/buffer_bytes": float(self.resharder.exchange.buffer_bytes),
+            "reshard/buffer_bytes": float(self.resharder.transport.buffer_bytes),
             "reshard/seconds": seconds,
             "reshard/transport_s": slowest["transport"],
             "reshard/pack_s": slowest["pack"],
