@@ -10,9 +10,11 @@ from typing import Any
 from treepo_mega.actor.perplexity import describe_references, reference_texts
 from treepo_mega.actor.update import Actor, Policy
 from treepo_mega.checkpoint import mcore as checkpoint
-from treepo_mega.config import Config
+from treepo_mega.config import Config, read_hf_config
+from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.end_tokens import find_eos_token_ids
-from treepo_mega.data.prompts import Prompt, PromptCursor, load_prompts
+from treepo_mega.data.prompts import Prompt, load_prompts
+from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.runtime import dist
@@ -34,19 +36,21 @@ class Inputs:
 
 def load_inputs(cfg: Config, progress: Progress) -> Inputs:
     """Read tokenizer and prompts. Raises ConfigError and PromptError for what people get wrong most often."""
-    from transformers import AutoTokenizer
-
     hf_dir = cfg.model.hf_checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    vocab_size = int(read_hf_config(hf_dir)["vocab_size"])
+    tokenizer = load_tokenizer(hf_dir, cfg.data)
     find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
-    prompts = load_prompts(cfg.data.train, cfg.data, tokenizer)
+    progress.say(*filter(None, [describe_size(len(tokenizer), vocab_size)]))
+    prompts = load_prompts(cfg.data.train, cfg.data, tokenizer, vocab_size=vocab_size)
+    progress.say(*prompts.notes)
     eval_prompts: list[Prompt] = []
     dropped = dict(prompts.dropped)
     if cfg.data.eval:
-        held_out = load_prompts(cfg.data.eval, cfg.data, tokenizer)
+        held_out = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=vocab_size)
+        progress.say(*held_out.notes)
         eval_prompts = list(held_out.prompts)[: cfg.eval.max_prompts]
         dropped |= {f"eval {reason}": count for reason, count in held_out.dropped.items()}
-    references = reference_texts(eval_prompts, tokenizer, cfg.rollout.max_response_len)
+    references = reference_texts(eval_prompts, tokenizer, cfg.rollout.max_response_len, vocab_size)
     cursor = PromptCursor(prompts, seed=cfg.train.seed, shuffle=cfg.data.shuffle)
     losses = "".join(f"; dropped {count} ({reason})" for reason, count in dropped.items() if count)
     progress.say(f"{len(prompts)} prompts to train on, {len(eval_prompts)} to evaluate{losses}")

@@ -28,6 +28,7 @@ from treepo_mega.config import Config, ConfigError, ParallelConfig, RolloutConfi
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.page import document, table
@@ -88,11 +89,13 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     progress = Progress(enabled=cfg.logging.progress)
     dist.initialize(cfg, read_hf_config(hf_dir))
     progress.enabled = progress.enabled and dist.is_main()
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    vocab_size = int(read_hf_config(hf_dir)["vocab_size"])
+    tokenizer = load_tokenizer(hf_dir, cfg.data)
+    progress.say(*filter(None, [describe_size(len(tokenizer), vocab_size)]))
     find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
-    prompts = list(load_prompts(cfg.data.eval, cfg.data, tokenizer).prompts)[: cfg.eval.max_prompts]
+    loaded = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=vocab_size)
+    progress.say(*loaded.notes)
+    prompts = loaded.prompts[: cfg.eval.max_prompts]
     engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
     generator = Generator(engine, cfg, tokenizer, progress=progress.leaves)
     progress.say(f"{len(prompts)} prompts, temperature {plan.temperature}, {dist.world_size()} ranks")

@@ -20,8 +20,9 @@ from treepo_mega.checkpoint.headers import (
 )
 from treepo_mega.config import Config, check, read_hf_config
 from treepo_mega.config.rules import check_directories
+from treepo_mega.data.files import find_parts
+from treepo_mega.data.hub import hub_id, require_datasets
 from treepo_mega.data.rewards.verifiers import check_verifier
-from treepo_mega.data.rows import read_rows
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.spec import ROTARY_TYPES, ModelSpec
 
@@ -66,9 +67,8 @@ def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[
     for source in [*cfg.data.train, *cfg.data.eval]:
         if source.verifier is not None:
             attempt(lambda name=source.verifier: check_verifier(name))  # type: ignore[misc]  # mypy infers no default
-        if source.path is not None:
-            rows = source.path if "@[" in source.path else f"{source.path}@[0:{FIRST_ROWS}]"
-            attempt(lambda rows=rows: read_rows(rows))  # type: ignore[misc]  # as above
+        for path in source.paths:
+            attempt(lambda path=path: _try_rows(path))  # type: ignore[misc]  # as above
     return problems, notes
 
 
@@ -87,3 +87,14 @@ def check_weights(hf_dir: str, spec: ModelSpec | None, *, needed: bool) -> list[
     if spec is not None:
         check_against(hf_dir, stored, spec)
     return missing_index_note(hf_dir, stored)
+
+
+def _try_rows(spec: str) -> None:
+    """Read the first rows of every file of `spec`; of a Hub data set only whether the package is there."""
+    name = hub_id(spec)
+    if name is not None:
+        require_datasets(name)
+        return
+    for part in find_parts(spec):
+        for _ in part.rows(FIRST_ROWS):
+            pass

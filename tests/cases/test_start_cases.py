@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from treepo_mega.checkpoint.mcore import set_aside_others, step_directories
 from treepo_mega.cli import main
 from treepo_mega.config import Config, ConfigError, DataConfig, PromptSource, load_config
+from treepo_mega.data.files import find_parts
 from treepo_mega.data.prompts import load_prompts
-from treepo_mega.data.rows import PromptError, read_rows
+from treepo_mega.data.rows import PromptError
 
 REPO = Path(__file__).resolve().parents[2]
 BASE = "model: {hf_checkpoint: m}\ndata: {train: [{path: t.jsonl}]}\n"
@@ -201,10 +202,10 @@ def test_home_and_variables_in_prompt_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DATA", str(tmp_path))
     for spec in ("~/t.jsonl", "$DATA/t.jsonl", "${DATA}/t.jsonl@[0:1]"):
-        assert [row.values["answer"] for row in read_rows(spec)[1]] == ["1"]
+        assert [row.values["answer"] for part in find_parts(spec) for row in part.rows()] == ["1"]
     monkeypatch.delenv("DATA")
     with pytest.raises(PromptError, match="environment variable that is not set"):
-        read_rows("$DATA/t.jsonl")
+        find_parts("$DATA/t.jsonl")
 
 
 def test_a_template_that_refuses_a_message_is_named_with_its_words(tiny_llama, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mega.data.prompts import Prompt, PromptCursor
+from treepo_mega.data.cursor import PromptCursor
+from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rows import PromptError
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -173,26 +172,23 @@ def test_ids_never_repeat(tmp_path: Path, tokenizer: Any) -> None:
     assert [p.id for p in got] == ["a:0", "a:1", "a#2:0", "a#3:0"]
 
 
-def test_long_prompts_are_dropped_counted_and_reported(
-    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_prompts_are_dropped_counted_and_reported(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "a.jsonl", *({"prompt": "x" * n, "answer": "x"} for n in (3, 9, 10, 99)))
-    with caplog.at_level(logging.WARNING):
-        got = load(path, tokenizer, max_prompt_len=10)
+    got = load(path, tokenizer, max_prompt_len=10)
     assert [p.id for p in got] == ["a:0", "a:1"]
     assert got.dropped == {"too_long": 2}
-    assert f"2 of 4 prompts dropped: longer than data.max_prompt_len = 10 tokens; such as {path}, line " in caplog.text
+    assert got.notes == [
+        f"2 of 4 prompts dropped: longer than data.max_prompt_len = 10 tokens; such as {path}, line 3: 11 tokens"
+    ]
     with pytest.raises(PromptError, match=r"left of 4: dropped \{'too_long': 4\}.*a.jsonl, line 1: 4 tokens"):
         load(path, tokenizer, max_prompt_len=2)
 
 
-def test_text_that_the_tokenizer_cannot_spell_is_reported(
-    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_text_that_the_tokenizer_cannot_spell_is_reported(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"prompt": "ok", "answer": "x"}, {"prompt": "\u00e9", "answer": "x"})
-    with caplog.at_level(logging.WARNING):
-        load(path, tokenizer)
-    assert "1 of 2 prompts hold text that the tokenizer cannot spell (unknown token), such as a:1" in caplog.text
+    assert load(path, tokenizer).notes == [
+        "1 of 2 prompts hold text that the tokenizer cannot spell (unknown token), such as a:1"
+    ]
 
 
 def test_each_source_has_its_verifier(tmp_path: Path, tokenizer: Any) -> None:
@@ -235,7 +231,7 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "train.jsonl", {"prompt": "q", "answer": "x"})
     with pytest.raises(PromptError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl\?"):
         load(str(tmp_path / "trian.jsonl"), tokenizer)
-    with pytest.raises(PromptError, match=r"unknown kind of file; expected .jsonl or .parquet"):
+    with pytest.raises(PromptError, match=r"unknown kind of file; expected .jsonl, .json or .parquet"):
         load(str(tmp_path / "train.csv"), tokenizer)
     with pytest.raises(PromptError, match=r"malformed slice; expected path@\[a:b\]"):
         load(f"{path}@[0-5]", tokenizer)

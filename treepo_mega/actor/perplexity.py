@@ -20,13 +20,20 @@ from typing import Any
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.update import Policy
 from treepo_mega.config import Config
-from treepo_mega.data.prompts import REFERENCE_KEYS, Prompt
+from treepo_mega.data.columns import REFERENCE_KEYS
+from treepo_mega.data.prompts import Prompt
+from treepo_mega.data.rows import PromptError
 from treepo_mega.runtime import dist
 from treepo_mega.tree.pack import Batch, Trajectory
 
 
-def reference_texts(prompts: Sequence[Prompt], tokenizer: Any, max_len: int) -> list[Trajectory]:
-    """The prompts that have a reference text, each followed by at most `max_len` tokens of it and its end mark."""
+def reference_texts(
+    prompts: Sequence[Prompt], tokenizer: Any, max_len: int, vocab_size: int | None = None
+) -> list[Trajectory]:
+    """The prompts that have a reference text, each followed by at most `max_len` tokens of it and its end mark.
+
+    Raises PromptError for a token that a model of `vocab_size` ids does not have.
+    """
     chosen = [p for p in prompts if p.reference]
     if not chosen:
         return []
@@ -35,6 +42,11 @@ def reference_texts(prompts: Sequence[Prompt], tokenizer: Any, max_len: int) -> 
     out = []
     for i, (p, text) in enumerate(zip(chosen, texts, strict=True)):
         response = (list(text) + end)[:max_len]
+        if vocab_size is not None and response and max(response) >= vocab_size:
+            raise PromptError(
+                f"{p.id}: the reference text has token {max(response)}, and the model knows ids below {vocab_size} "
+                "(config.json: vocab_size); choose another data.reference_key, or the model's own tokenizer"
+            )
         out.append(Trajectory(i, p.tokens + response, len(p.tokens), 0.0, [0.0] * len(response)))
     return out
 

@@ -30,6 +30,7 @@ from treepo_mega.config.moved import KNOWN_ELSEWHERE, moved_keys
 from treepo_mega.config.root import Config
 from treepo_mega.config.rules import (
     check_batch,
+    check_data,
     check_evaluation,
     check_loss,
     check_model,
@@ -37,7 +38,7 @@ from treepo_mega.config.rules import (
     check_sampling,
 )
 from treepo_mega.config.section import Section
-from treepo_mega.config.source import SourceError, annotation_at, is_text, read_mapping, read_value
+from treepo_mega.config.source import SourceError, annotation_at, read_mapping, read_value, scalar_is_text
 from treepo_mega.errors import TreepoError, nearest
 
 
@@ -152,7 +153,7 @@ def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Any:
         return [_numbers(inner, (*path, index)) for index, inner in enumerate(value)]
     if isinstance(value, str) and value[:1] in tuple("+-0123456789.") and any(char in value for char in "eE"):
         annotation = annotation_at(Config, path)
-        if annotation is not None and is_text(annotation):
+        if annotation is not None and scalar_is_text(annotation):
             return value
         with contextlib.suppress(ValueError):
             return float(value)
@@ -236,7 +237,7 @@ def check(cfg: Config, world_size: int, hf: dict[str, Any] | None = None) -> lis
     except ConfigError as e:
         bad.append(str(e))
     bad += check_batch(cfg) + check_sampling(cfg, world_size) + check_parallel(cfg) + check_loss(cfg)
-    bad += check_evaluation(cfg)
+    bad += check_data(cfg) + check_evaluation(cfg)
     if hf is not None:
         bad += check_model(cfg, hf)
     if bad:

@@ -63,10 +63,6 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
         bad.append(f"rollout.engine.quantization needs rollout.engine.dtype bf16, which is {r.engine.dtype}")
     if r.dynamic_sampling and r.n_samples_per_prompt < 2:
         bad.append("rollout.dynamic_sampling needs rollout.n_samples_per_prompt >= 2: one reward never differs")
-    for name, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
-        for i, s in enumerate(sources):
-            if (s.path is None) == (s.reasoning_gym is None):
-                bad.append(f"data.{name}.{i}: set exactly one of path and reasoning_gym")
     return bad
 
 
@@ -198,6 +194,23 @@ def check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
             f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
             f"{window} positions"
         )
+    return bad
+
+
+def check_data(cfg: Config) -> list[str]:
+    """Each source says where its prompts come from; weights are set for all training sources or for none."""
+    bad = []
+    for name, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
+        for i, source in enumerate(sources):
+            if (source.path is None) == (source.reasoning_gym is None):
+                bad.append(f"data.{name}.{i}: set exactly one of path and reasoning_gym")
+            elif source.path == []:
+                bad.append(f"data.{name}.{i}.path: the list is empty; name at least one file")
+    if weighted := [i for i, source in enumerate(cfg.data.eval) if source.weight is not None]:
+        bad.append(f"data.eval.{weighted[0]}.weight has no effect: evaluation takes every prompt once; leave it out")
+    without = [i for i, source in enumerate(cfg.data.train) if source.weight is None]
+    if without and len(without) < len(cfg.data.train):
+        bad.append(f"data.train.{without[0]} has no weight, but other sources have one; set it for all or for none")
     return bad
 
 

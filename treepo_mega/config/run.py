@@ -11,10 +11,18 @@ from treepo_mega.config.source import expand_path
 
 
 class PromptSource(Section):
-    """Where prompts come from: a file, or a reasoning-gym task. Exactly one of `path` and `reasoning_gym`."""
+    """Where prompts come from: files, or a reasoning-gym task. Exactly one of `path` and `reasoning_gym`."""
 
-    path: str | None = None
-    """A .jsonl or .parquet file; `file.jsonl@[a:b]` takes rows a to b."""
+    path: str | list[str] | None = None
+    """A .jsonl, .json or .parquet file (also with .gz or .zst), a glob, a directory of shards, a Hub data set such as
+    openai/gsm8k, or a list of them. `path@[a:b]` takes rows a to b; `~` and `$VAR` are expanded."""
+    subset: str | None = None
+    """Of a Hub data set: the name that the Hub calls subset or config."""
+    split: str = "train"
+    """Of a Hub data set: its split."""
+    weight: float | None = Field(None, gt=0)
+    """Share of the training prompts that this source gives, relative to the other sources' weights; set it for all
+    sources or for none. None: every prompt comes once an epoch."""
     reasoning_gym: str | None = None
     """Name of a reasoning-gym dataset, such as chain_sum."""
     params: dict[str, Any] = Field(default_factory=dict)
@@ -25,6 +33,13 @@ class PromptSource(Section):
     verifier: str | None = None
     """Overrides data.verifier for this source."""
 
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list; empty for a reasoning-gym source."""
+        if self.path is None:
+            return []
+        return [self.path] if isinstance(self.path, str) else self.path
+
 
 class DataConfig(Section):
     """Prompts and how to read them."""
@@ -32,16 +47,21 @@ class DataConfig(Section):
     train: list[PromptSource] = Field(min_length=1)
     eval: list[PromptSource] = Field(default_factory=list)
     input_key: str = "prompt"
-    """Key of the prompt, dots reach inside; with the default, messages, question, problem and input are tried too."""
+    """Key of the prompt, dots reach inside; with the default, messages, question, problem, input, instruction, query
+    and conversations are tried too."""
     label_key: str = "answer"
-    """Key of the ground truth; with the default, label, ground_truth, solution and reward_model.ground_truth are
-    tried too."""
+    """Key of the ground truth; with the default, label, ground_truth, reward_model.ground_truth, final_answer,
+    expected_answer and solution are tried too."""
     reference_key: str = "solution"
     """Key of a reference text (a worked solution), whose perplexity under the actor is reported at evaluation; with the
     default, target and completion are tried too, and an answer in GSM8K's form (`reasoning`, then `#### 42`). verl's
     GSM8K files have it in extra_info.answer. Rows without one are left out."""
     apply_chat_template: bool = False
     """Wrap the prompt with the tokenizer's chat template (a list of messages is always wrapped)."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, in place of the tokenizer's; `~` and `$VAR` are expanded."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables handed to the chat template, such as {enable_thinking: false}; the template has to mention them."""
     system_prompt: str | None = None
     prompt_suffix: str = ""
     """Text appended to every prompt before the template, such as an answer-format instruction."""
@@ -50,7 +70,14 @@ class DataConfig(Section):
     A source's own verifier comes first; reasoning_gym sources without one use reasoning_gym."""
     max_prompt_len: int = Field(1024, ge=1)
     """Longer prompts are dropped, counted and reported. Tokens."""
+    drop_duplicates: bool = False
+    """Keep only the first of the prompts that have the same text, answer and verifier."""
     shuffle: bool = True
+
+    @field_validator("chat_template")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        return value if value is None else expand_path(value)
 
 
 class RewardConfig(Section):

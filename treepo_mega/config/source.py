@@ -43,6 +43,12 @@ def is_text(annotation: Any) -> bool:
     return allowed == {str}
 
 
+def scalar_is_text(annotation: Any) -> bool:
+    """Whether a single value of the key is text: the key takes text, or a list in its place."""
+    allowed = {member for member in members(annotation) if typing.get_origin(member) is not list}
+    return allowed - {type(None)} == {str}
+
+
 def may_be_null(annotation: Any) -> bool:
     """Whether the key can be null, and the word `none` is not one of its choices."""
     allowed = members(annotation)
@@ -99,7 +105,8 @@ def _compose(text: str, source: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise SourceError(f"{source}: not valid YAML: {error}") from None
+        hint = "; quote a path that has a slice: {path: 'FILE@[a:b]'}" if "@[" in text else ""
+        raise SourceError(f"{source}: not valid YAML: {error}{hint}") from None
 
 
 def _as_written(node: yaml.Node, data: Any, root: type[Section], path: tuple[Any, ...], source: str) -> Any:
@@ -120,7 +127,7 @@ def _as_written(node: yaml.Node, data: Any, root: type[Section], path: tuple[Any
         return data
     # A plain scalar has no style; a quoted one means the characters inside, whatever they look like.
     is_plain = node.style is None
-    if is_text(annotation):
+    if scalar_is_text(annotation):
         return _plain_text(node.value, annotation, _dotted(path), source) if is_plain else node.value
     if is_plain and may_be_null(annotation) and node.value in NULL_WORDS:
         return None

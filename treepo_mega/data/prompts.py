@@ -1,56 +1,46 @@
-"""Prompts: read, checked, templated and tokenized once; then handed out in endless shuffled epochs.
+"""Prompts: read, checked, templated and tokenized once.
 
-    prompts = load_prompts(cfg.data.train, cfg.data, tokenizer)
-    cursor = PromptCursor(prompts, seed=cfg.train.seed, shuffle=cfg.data.shuffle)
-    batch = cursor.take(16)
+    prompts = load_prompts(cfg.data.train, cfg.data, tokenizer, vocab_size=32000)
+    cursor = PromptCursor(prompts, seed=cfg.train.seed, shuffle=cfg.data.shuffle)     # data/cursor.py
 
-A source is a `.jsonl` or `.parquet` file (`file@[a:b]` takes rows a to b, as a Python slice) or a
-reasoning-gym task. A row has a prompt (a string, or a list of `{"role", "content"}` messages) and an answer;
-the keys are configurable, dotted keys reach into nested values, and common names are tried too unless a key
-was chosen. A row may also have a reference text (`data.reference_key`), for perplexity. `data_source` and
-`extra_info` columns are passed on to the verifier, as in verl's data.
+A source is files, a Hub data set (data/files.py, data/hub.py) or a reasoning-gym task. Its rows have a prompt and an
+answer (data/columns.py), and perhaps a reference text for perplexity. `data_source` and `extra_info` columns are passed
+on to the verifier, as in verl's data. The verifier of a prompt is its source's own, else `reasoning_gym` for
+reasoning-gym sources, else `data.verifier`. It is checked here, before anything is sampled.
 
-The verifier of a prompt is its source's own, else `reasoning_gym` for reasoning-gym sources, else
-`data.verifier`. It is checked here, before anything is sampled.
+Ids. A prompt is called `<file stem or task>:<row>`, with `#2` after the name for a second file of that name.
 
-Ids. A prompt is called `<file stem or task>:<row>`, with `#2` after the name for a second source of that name.
-`PromptCursor` adds `@<epoch>` from the second pass on, so that no two trees of a run share an id, and with it
-a seed, even where two epochs meet in one batch or the batch is larger than the data set.
+What is refused: a malformed line, a missing prompt or answer, a token that the model does not have, a truth that its
+verifier cannot grade (data/truths.py). What is dropped and counted: a prompt longer than `data.max_prompt_len` tokens,
+and repeated prompts under `data.drop_duplicates`. `PromptSet.notes` says it, for the console.
 
-What is refused: a malformed line, a missing prompt or answer (file, line, the keys that are there, the
-nearest), a truth that its verifier cannot grade (data/truths.py). What is dropped, counted and logged: a
-prompt longer than `data.max_prompt_len` tokens.
-
-Traps. (1) The chat template writes the special tokens, so templated text is tokenized without adding them
-again; plain text with. (2) Some tokenizers append EOS to plain text, which would end the response before it
-began: it is taken off. (3) An answer in GSM8K's form, `reasoning\\n#### 42`, is cut to `42`.
+Traps. (1) The chat template writes the special tokens, so templated text is tokenized without adding them again; plain
+text with. (2) Some tokenizers append EOS to plain text, which would end the response before it began: it is taken off.
+(3) A text that begins with BOS gets a second one from the tokenizer: one of them is taken off. (4) Data sets repeat
+rows a hundred times: equal prompts are tokenized once and share one list of tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from jinja2 import TemplateError
-
 from treepo_mega.config import DataConfig, PromptSource
+from treepo_mega.data.chat import SOLUTION_DROPPED, Renderer, Said, looks_like_messages
+from treepo_mega.data.columns import Columns, reference
+from treepo_mega.data.files import Part, find_parts
 from treepo_mega.data.gym import GymError, make_items
+from treepo_mega.data.hub import find_hub_parts, hub_id
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
-from treepo_mega.data.rows import MISSING, PromptError, Row, describe_missing, lookup, read_rows
-from treepo_mega.data.truths import check_truths, truth_text
-from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.data.rows import PromptError, Row
+from treepo_mega.data.truths import Truths, truth_text
 
-logger = logging.getLogger(__name__)
-
-PROMPT_KEYS = ("prompt", "messages", "question", "problem", "input")
-ANSWER_KEYS = ("answer", "label", "ground_truth", "solution", "reward_model.ground_truth")
-REFERENCE_KEYS = ("solution", "target", "completion")
+CHUNK_ROWS = 4096
+"""Rows that are tokenized in one call and in memory at once."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,10 +60,14 @@ class Prompt:
 
 @dataclass(slots=True)
 class PromptSet:
-    """The prompts that are used, and how many were dropped for which reason."""
+    """The prompts that are used, how many were dropped for which reason, and what people should know."""
 
     prompts: list[Prompt]
     dropped: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the console."""
+    weights: list[tuple[int, float]] = field(default_factory=list)
+    """(prompts, weight) of each source in turn, where sources have weights; empty otherwise."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -82,259 +76,306 @@ class PromptSet:
         return iter(self.prompts)
 
 
-def load_prompts(sources: Sequence[PromptSource], data: DataConfig, tokenizer: Any) -> PromptSet:
-    """Read all `sources` in order.
+def load_prompts(
+    sources: Sequence[PromptSource], data: DataConfig, tokenizer: Any, *, vocab_size: int | None = None
+) -> PromptSet:
+    """Read all `sources` in order; `vocab_size`: of the model, whose ids a prompt's tokens have to be among.
 
-    Raises PromptError (a ValueError) naming file, line and key for what cannot be used, and when no prompt is
-    left.
+    Raises PromptError naming file, line and key for what cannot be used, and when no prompt is left.
     """
-    prompts: list[Prompt] = []
-    dropped: Counter[str] = Counter()
-    names: Counter[str] = Counter()
-    too_long = ""
+    loader = _Loader(data, tokenizer, vocab_size)
+    weights = []
     for source in sources:
-        drafts = _read_source(source, data, tokenizer, names)
-        for draft, tokens in zip(drafts, _tokenize(drafts, tokenizer), strict=True):
-            if len(tokens) > data.max_prompt_len:
-                dropped["too_long"] += 1
-                too_long = too_long or f"; such as {draft.where}: {len(tokens)} tokens"
-            else:
-                prompts.append(replace(draft.prompt, tokens=tokens))
-    total = len(prompts) + dropped.total()
-    _report(prompts, dropped, total, data, tokenizer, too_long)
-    if not prompts:
+        before = len(loader.prompts)
+        loader.read(source)
+        if source.weight is not None:
+            weights.append((len(loader.prompts) - before, source.weight))
+            if len(loader.prompts) == before:
+                raise PromptError(
+                    f"{name_of(source)}: weight {source.weight:g}, but no prompt of this source is left: dropped "
+                    f"{dict(loader.dropped)}"
+                )
+    if not loader.prompts:
         raise PromptError(
-            f"no prompt is left of {total}: dropped {dict(dropped)} (data.max_prompt_len "
-            f"{data.max_prompt_len}{too_long})"
+            f"no prompt is left of {loader.total}: dropped {dict(loader.dropped)} (data.max_prompt_len "
+            f"{data.max_prompt_len}{loader.too_long})"
         )
-    return PromptSet(prompts, dict(dropped))
+    return PromptSet(loader.prompts, dict(loader.dropped), loader.notes(), weights)
 
 
-def _report(
-    prompts: list[Prompt], dropped: Counter[str], total: int, data: DataConfig, tokenizer: Any, too_long: str
-) -> None:
-    if dropped["too_long"]:
-        limit = data.max_prompt_len
-        text = "%d of %d prompts dropped: longer than data.max_prompt_len = %d tokens%s"
-        logger.warning(text, dropped["too_long"], total, limit, too_long)
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    blurred = [p.id for p in prompts if unknown is not None and unknown in p.tokens]
-    if blurred:
-        text = "%d of %d prompts hold text that the tokenizer cannot spell (unknown token), such as %s"
-        logger.warning(text, len(blurred), total, blurred[0])
+def name_of(source: PromptSource) -> str:
+    """How messages call a source."""
+    return str(source.reasoning_gym or ", ".join(source.paths))
+
+
+def source_parts(source: PromptSource) -> list[Part]:
+    """The files or tables of a source. Raises PromptError for what is not there; Hub data sets are downloaded."""
+    if (source.path is None) == (source.reasoning_gym is None):
+        raise PromptError("a prompt source needs exactly one of path and reasoning_gym")
+    if source.reasoning_gym is not None:
+        return [_gym_part(source)]
+    parts = []
+    from_hub = False
+    for spec in source.paths:
+        name = hub_id(spec)
+        from_hub = from_hub or name is not None
+        parts += find_parts(spec) if name is None else find_hub_parts(spec, name, source.subset, source.split)
+    if not from_hub and (source.subset is not None or source.split != "train"):
+        raise PromptError(
+            f"{name_of(source)}: subset and split choose from a Hub data set, and this is files; leave them out"
+        )
+    return parts
+
+
+def _gym_part(source: PromptSource) -> Part:
+    name = str(source.reasoning_gym)
+    try:
+        items = make_items(name, source.params, seed=source.seed, size=source.size)
+    except GymError as e:
+        raise PromptError(f"prompt source {name}: {e}") from None
+
+    def read(start: int, stop: int | None) -> Iterator[Row]:
+        for i, item in islice(enumerate(items), start, stop):
+            ref = {"name": name, "params": source.params, "seed": source.seed, "size": source.size, "index": i}
+            extra = {"reasoning_gym": ref, "entry": item}
+            values = {"prompt": item["question"], "answer": item["answer"], "data_source": name, "extra_info": extra}
+            yield Row(f"reasoning_gym {name}, item {i}", i, values)
+
+    return Part(name, f"reasoning_gym {name}", read)
+
+
+def verifier_of(source: PromptSource, data: DataConfig) -> str:
+    """The verifier of a source's prompts. Raises PromptError when there is none of that name."""
+    verifier = source.verifier or ("reasoning_gym" if source.reasoning_gym else data.verifier)
+    try:
+        check_verifier(verifier)
+    except VerifierError as e:
+        raise PromptError(f"prompt source {name_of(source)}: {e}") from None
+    return verifier
+
+
+@dataclass(slots=True)
+class _Distinct:
+    """One distinct prompt, and the truths that rows give for it."""
+
+    text: str
+    templated: bool
+    where: str
+    tokens: list[int] = field(default_factory=list)
+    truths: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Draft:
-    prompt: Prompt
-    templated: bool
-    where: str
+    """A row on its way to a prompt."""
+
+    row: Row
+    prompt_id: str
+    distinct: _Distinct
+    answer: str
+    data_source: str
+    extra: dict[str, Any]
+    reference: str
 
 
-def _read_source(source: PromptSource, data: DataConfig, tokenizer: Any, names: Counter[str]) -> list[_Draft]:
-    if (source.path is None) == (source.reasoning_gym is None):
-        raise PromptError("a prompt source needs exactly one of path and reasoning_gym")
-    verifier = source.verifier or ("reasoning_gym" if source.reasoning_gym else data.verifier)
-    try:
-        check_verifier(verifier)
-        name, rows = _gym_rows(source) if source.reasoning_gym else read_rows(str(source.path))
-    except (VerifierError, GymError) as e:
-        raise PromptError(f"prompt source {source.path or source.reasoning_gym}: {e}") from None
-    names[name] += 1
-    if names[name] > 1:
-        name = f"{name}#{names[name]}"
-    drafts = [_draft(row, f"{name}:{row.index}", name, verifier, data, tokenizer) for row in rows]
-    check_truths([(d.where, d.prompt.answer) for d in drafts], verifier, str(source.path or source.reasoning_gym))
-    return drafts
+class Drafter:
+    """Turns rows into prompts. Distinct prompts are rendered and tokenized once, whatever the number of rows."""
 
+    def __init__(self, data: DataConfig, tokenizer: Any, vocab_size: int | None) -> None:
+        self.data = data
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.renderer = Renderer(data, tokenizer)
+        self.columns = Columns(data.input_key, data.label_key)
+        self.said: Counter[str] = Counter()
+        self.first_said: dict[str, str] = {}
+        self.second_bos = 0
+        self._distinct: dict[Said, _Distinct] = {}
+        self._texts: dict[str, str] = {}
 
-def _gym_rows(source: PromptSource) -> tuple[str, list[Row]]:
-    name = str(source.reasoning_gym)
-    items = make_items(name, source.params, seed=source.seed, size=source.size)
-    rows = []
-    for i, item in enumerate(items):
-        ref = {"name": name, "params": source.params, "seed": source.seed, "size": source.size, "index": i}
-        extra = {"reasoning_gym": ref, "entry": item}
-        values = {"prompt": item["question"], "answer": item["answer"], "data_source": name, "extra_info": extra}
-        rows.append(Row(f"reasoning_gym {name}, item {i}", i, values))
-    return name, rows
+    def draft(self, rows: Iterable[Row], name: str, verifier: str) -> list[_Draft]:
+        """Drafts of `rows` with their tokens, in order. Raises PromptError that names the row."""
+        known = len(self._distinct)
+        drafts = [self._draft(row, name, verifier) for row in rows]
+        self._tokenize(list(islice(self._distinct.values(), known, None)))
+        return drafts
 
+    def _draft(self, row: Row, name: str, verifier: str) -> _Draft:
+        prompt, choice = self.columns.prompt(row)
+        if choice:
+            self._note(choice, row.where)
+        truth = self.columns.truth(row, verifier)
+        answer = truth_text(truth, verifier, row.where)
+        said = self.renderer.normalize(prompt, row.where)
+        distinct = self._distinct.get(said)
+        if distinct is None:
+            distinct = self._distinct[said] = _Distinct(*self.renderer.render(said, row.where), row.where)
+            if isinstance(said, str) and looks_like_messages(said):
+                self._note("the prompt begins like a list of messages, but is neither JSON nor Python: text", row.where)
+        extra = row.values.get("extra_info") or {}
+        if not isinstance(extra, dict):
+            raise PromptError(f"{row.where}: extra_info is {type(extra).__name__}, expected a mapping")
+        try:
+            json.dumps(extra)
+        except (TypeError, ValueError) as e:
+            raise PromptError(f"{row.where}: extra_info cannot be sent to a grader: {e}") from None
+        data_source = self._shared(str(row.values.get("data_source") or name))
+        reference_text = self._shared(reference(row, self.data.reference_key, truth))
+        prompt_id = f"{name}:{row.index}"
+        return _Draft(row, prompt_id, distinct, self._shared(answer), data_source, extra, reference_text)
 
-def _draft(row: Row, prompt_id: str, source: str, verifier: str, data: DataConfig, tokenizer: Any) -> _Draft:
-    prompt = _first(row, "prompt", data.input_key, PROMPT_KEYS)
-    truth = _first(row, "answer", data.label_key, ANSWER_KEYS)
-    answer = truth_text(truth, verifier, row.where)
-    text, templated = _render(prompt, data, tokenizer, row.where)
-    if isinstance(prompt, str) and not prompt.strip():
-        raise PromptError(f"{row.where}: the prompt is empty: nothing but white space ({prompt[:20]!r})")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise PromptError(f"{row.where}: the prompt is not valid Unicode: {e}") from None
-    extra = row.values.get("extra_info") or {}
-    if not isinstance(extra, dict):
-        raise PromptError(f"{row.where}: extra_info is {type(extra).__name__}, expected a mapping")
-    try:
-        json.dumps(extra)
-    except (TypeError, ValueError) as e:
-        raise PromptError(f"{row.where}: extra_info cannot be sent to a grader: {e}") from None
-    data_source = str(row.values.get("data_source") or source)
-    reference = _reference(row, data.reference_key, truth)
-    return _Draft(Prompt(prompt_id, text, [], answer, verifier, data_source, extra, reference), templated, row.where)
+    def _shared(self, text: str) -> str:
+        """The one object for equal texts: repeated rows then cost no memory for them."""
+        return self._texts.setdefault(text, text)
 
+    def _note(self, text: str, where: str) -> None:
+        self.said[text] += 1
+        self.first_said.setdefault(text, where)
 
-def _first(row: Row, what: str, key: str, aliases: tuple[str, ...]) -> Any:
-    """The value of `key`, or of the first alias that is there if `key` is the default. Empty counts as missing."""
-    aliases = aliases if key == aliases[0] else ()  # a key that somebody chose is not guessed around
-    for k in (key, *aliases):
-        value = lookup(row.values, k)
-        if value is not MISSING and value is not None and value != "" and value != []:
-            return value
-    raise PromptError(describe_missing(row, what, key, aliases))
+    def _tokenize(self, fresh: list[_Distinct]) -> None:
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        for templated in (False, True):
+            which = [one for one in fresh if one.templated is templated]
+            if not which:
+                continue
+            encoded = self.tokenizer([one.text for one in which], add_special_tokens=not templated)["input_ids"]
+            for one, ids in zip(which, encoded, strict=True):
+                tokens = list(ids)
+                if not templated and len(tokens) > 1 and tokens[-1] == eos and not self._ends_in_eos(one.text):
+                    tokens.pop()
+                if bos is not None and tokens[:2] == [bos, bos]:
+                    # Text and tokenizer both wrote one; no model has seen two.
+                    del tokens[0]
+                    self.second_bos += 1
+                if not tokens:
+                    raise PromptError(f"{one.where}: the prompt has no tokens")
+                self._check_vocabulary(tokens, one.where)
+                one.tokens = tokens
 
+    def _ends_in_eos(self, text: str) -> bool:
+        return bool(self.tokenizer.eos_token) and text.endswith(self.tokenizer.eos_token)
 
-def _reference(row: Row, key: str, truth: Any) -> str:
-    """The row's reference text, or nothing. A value that is no text is refused only under a key that was chosen."""
-    chosen = key != REFERENCE_KEYS[0]
-    for k in (key,) if chosen else REFERENCE_KEYS:
-        value = lookup(row.values, k)
-        if isinstance(value, str) and value.strip():
-            return value
-        if chosen and value is not MISSING and value is not None and not isinstance(value, str):
-            raise PromptError(f"{row.where}: {k} is {type(value).__name__}, expected a text (data.reference_key)")
-    has_reasoning = isinstance(truth, str) and truth_text(truth, "", row.where) != truth
-    return truth if has_reasoning and not chosen else ""
-
-
-def _render(prompt: Any, data: DataConfig, tokenizer: Any, where: str) -> tuple[str, bool]:
-    """(text, whether the chat template wrote it)."""
-    if isinstance(prompt, str):
-        text = prompt + data.prompt_suffix
-        if not data.apply_chat_template:
-            if data.system_prompt is not None:
-                raise PromptError(
-                    f"{where}: data.system_prompt needs data.apply_chat_template or prompts made of messages"
-                )
-            return text, False
-        messages = [{"role": "user", "content": text}]
-    else:
-        messages = _messages(prompt, data.prompt_suffix, where)
-    if data.system_prompt is not None:
-        rest = messages[1:] if messages[0]["role"] == "system" else messages
-        messages = [{"role": "system", "content": data.system_prompt}, *rest]
-    if not getattr(tokenizer, "chat_template", None):
+    def _check_vocabulary(self, tokens: list[int], where: str) -> None:
+        if self.vocab_size is None or max(tokens) < self.vocab_size:
+            return
+        token = next(token for token in tokens if token >= self.vocab_size)
         raise PromptError(
-            f"{where}: the tokenizer has no chat template, which a prompt made of messages needs. Give the model "
-            "directory a chat_template.jinja, or leave data.apply_chat_template out and give prompts as text"
+            f"{where}: the prompt has token {token} ({self.tokenizer.decode([token])!r}), and the model knows ids "
+            f"below {self.vocab_size} (config.json: vocab_size). Use the tokenizer and chat template that belong to "
+            "the model, or enlarge its embedding"
         )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        hint = "; leave data.system_prompt out" if data.system_prompt is not None else ""
-        raise PromptError(f"{where}: the chat template refuses messages of {roles}: {error}{hint}") from None
 
-
-def _messages(prompt: Any, suffix: str, where: str) -> list[dict[str, str]]:
-    good = isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-    )
-    if not good:
-        raise PromptError(
-            f"{where}: the prompt is neither a string nor a list of messages with string 'role' and 'content' "
-            f"(got {str(prompt)[:80]!r})"
-        )
-    messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
-    if messages[-1]["role"] != "user":
-        raise PromptError(f"{where}: the last message is from {messages[-1]['role']!r}; expected 'user'")
-    messages[-1]["content"] += suffix
-    return messages
-
-
-def _tokenize(drafts: list[_Draft], tokenizer: Any) -> list[list[int]]:
-    eos = getattr(tokenizer, "eos_token_id", None)
-    out: list[list[int]] = [[] for _ in drafts]
-    for templated in (False, True):
-        which = [i for i, d in enumerate(drafts) if d.templated is templated]
-        if not which:
-            continue
-        encoded = tokenizer([drafts[i].prompt.text for i in which], add_special_tokens=not templated)["input_ids"]
-        for i, ids in zip(which, encoded, strict=True):
-            tokens = list(ids)
-            if not templated and len(tokens) > 1 and tokens[-1] == eos and not _ends_in_eos(drafts[i], tokenizer):
-                tokens = tokens[:-1]
-            if not tokens:
-                raise PromptError(f"{drafts[i].where}: the prompt has no tokens")
-            out[i] = tokens
-    return out
-
-
-def _ends_in_eos(draft: _Draft, tokenizer: Any) -> bool:
-    return bool(tokenizer.eos_token) and draft.prompt.text.endswith(tokenizer.eos_token)
-
-
-class PromptCursor:
-    """Endless epochs over a prompt set, each in an order that depends on (seed, epoch) alone.
-
-    The position is (epoch, index), whatever the world size: every rank holds the same cursor, takes the global
-    batch and keeps its share.
-    """
-
-    def __init__(self, prompts: PromptSet | Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
-        self._prompts = list(prompts)
-        if not self._prompts:
-            raise PromptError("PromptCursor: no prompts")
-        self._seed, self._shuffle = seed, shuffle
-        self._epoch = self._index = 0
-        self._order = self._make_order()
-        self.fingerprint = self._make_fingerprint()
-
-    def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts. From the second epoch on their ids end in `@<epoch>`: ids never repeat in a run."""
-        out = []
-        for _ in range(n):
-            if self._index == len(self._order):
-                self._epoch, self._index = self._epoch + 1, 0
-                self._order = self._make_order()
-            prompt = self._prompts[self._order[self._index]]
-            out.append(replace(prompt, id=f"{prompt.id}@{self._epoch}") if self._epoch else prompt)
-            self._index += 1
+    def notes(self) -> list[str]:
+        """What was decided on the way, a sentence each."""
+        out = [f"{self.first_said[text]} and {count - 1} more rows: {text}" for text, count in self.said.items()]
+        renderer = self.renderer
+        if renderer.solutions_dropped:
+            more = renderer.solutions_dropped - 1
+            out.append(f"{renderer.first_dropped} and {more} more rows: {SOLUTION_DROPPED}")
+        if self.second_bos:
+            out.append(
+                f"{self.second_bos} prompts began with two BOS tokens, one of the text and one of the tokenizer or "
+                "template: one is kept"
+            )
+        unused = [key for key in ("chat_template", "chat_template_kwargs") if getattr(self.data, key)]
+        if unused and not renderer.templated:
+            out.append(
+                f"data.{unused[0]} has no effect: the prompts are plain text, and data.apply_chat_template is off"
+            )
         return out
 
-    def state_dict(self) -> dict[str, Any]:
-        """`{"epoch", "index", "fingerprint"}`, JSON-safe."""
-        return {"epoch": self._epoch, "index": self._index, "fingerprint": self.fingerprint}
 
-    def load_state_dict(self, state: dict[str, Any], *, source: str = "the checkpoint") -> None:
-        """Go on where `state`, of checkpoint `source`, was taken.
+class _Loader:
+    """Collects the prompts of all sources, and what to say about them."""
 
-        Raises PromptError when the data or its order is no longer the same.
-        """
-        if state["fingerprint"] != self.fingerprint:
-            raise PromptError(
-                f"cannot resume: the prompts changed since the checkpoint (it had {_explain(state['fingerprint'])}; "
-                f"now {_explain(self.fingerprint)}). Restore data.*, train.seed, data.shuffle and the tokenizer, or "
-                f"begin a new run from its weights with model.load={source} checkpoint.load=null and another "
-                "logging.run_dir"
+    def __init__(self, data: DataConfig, tokenizer: Any, vocab_size: int | None) -> None:
+        self.data = data
+        self.tokenizer = tokenizer
+        self.drafter = Drafter(data, tokenizer, vocab_size)
+        self.prompts: list[Prompt] = []
+        self.dropped: Counter[str] = Counter()
+        self.total = 0
+        self.too_long = ""
+        self._names: Counter[str] = Counter()
+        self._repeats = self._conflicts = 0
+        self._first_repeat = self._first_conflict = ""
+
+    def read(self, source: PromptSource) -> None:
+        verifier = verifier_of(source, self.data)
+        truths = Truths(verifier, name_of(source))
+        rows_read = 0
+        for part in source_parts(source):
+            self._names[part.name] += 1
+            count = self._names[part.name]
+            name = f"{part.name}#{count}" if count > 1 else part.name
+            rows = part.rows()
+            while chunk := list(islice(rows, CHUNK_ROWS)):
+                rows_read += len(chunk)
+                for draft in self.drafter.draft(chunk, name, verifier):
+                    truths.add(draft.row.where, draft.answer)
+                    self._take(draft, verifier)
+        if not rows_read:
+            cut = any("@[" in spec for spec in source.paths)
+            raise PromptError(f"{name_of(source)}: {'the slice has no rows' if cut else 'no rows'}")
+        self.total += rows_read
+        truths.check()
+
+    def _take(self, draft: _Draft, verifier: str) -> None:
+        one = draft.distinct
+        if len(one.tokens) > self.data.max_prompt_len:
+            self.dropped["too_long"] += 1
+            self.too_long = self.too_long or f"; such as {draft.row.where}: {len(one.tokens)} tokens"
+            return
+        truth = (draft.answer, verifier)
+        if truth in one.truths:
+            self._repeats += 1
+            self._first_repeat = self._first_repeat or f"{draft.row.where} ({one.where} has it first)"
+            if self.data.drop_duplicates:
+                self.dropped["duplicate"] += 1
+                return
+        else:
+            if one.truths:
+                self._conflicts += 1
+                self._first_conflict = self._first_conflict or f"{draft.row.where} and {one.where}"
+            one.truths.append(truth)
+        text, tokens = one.text, one.tokens
+        self.prompts.append(
+            Prompt(
+                draft.prompt_id, text, tokens, draft.answer, verifier, draft.data_source, draft.extra, draft.reference
             )
-        self._epoch, self._index = int(state["epoch"]), int(state["index"])
-        self._order = self._make_order()
+        )
 
-    def _make_order(self) -> list[int]:
-        order = list(range(len(self._prompts)))
-        if self._shuffle:
-            random.Random(derive_seed(self._seed, "prompts", self._epoch)).shuffle(order)
-        return order
-
-    def _make_fingerprint(self) -> str:
-        """`<n>:<order>:<hash>`: the number of prompts, the rule of their order, and what they say."""
-        h = hashlib.blake2b(digest_size=8)
-        for p in self._prompts:
-            h.update(json.dumps([p.id, p.tokens, p.answer, p.verifier]).encode())
-        rule = f"seed {self._seed}" if self._shuffle else "unshuffled"
-        return f"{len(self._prompts)}:{rule}:{h.hexdigest()}"
-
-
-def _explain(fingerprint: str) -> str:
-    n, rule, digest = fingerprint.split(":")
-    return f"{n} prompts, {rule}, contents {digest}"
+    def notes(self) -> list[str]:
+        """Sentences for the console."""
+        out = self.drafter.notes()
+        total = self.total
+        if self.dropped["too_long"]:
+            out.append(
+                f"{self.dropped['too_long']} of {total} prompts dropped: longer than data.max_prompt_len = "
+                f"{self.data.max_prompt_len} tokens{self.too_long}"
+            )
+        if self._repeats:
+            done = (
+                "they are left out (data.drop_duplicates)"
+                if self.data.drop_duplicates
+                else "each is trained on as often as it stands there; data.drop_duplicates=true keeps the first of each"
+            )
+            out.append(
+                f"{self._repeats} of {total} prompts repeat an earlier one with the same answer, such as "
+                f"{self._first_repeat}: {done}"
+            )
+        if self._conflicts:
+            out.append(
+                f"{self._conflicts} of {total} prompts repeat an earlier one with another answer or verifier, such as "
+                f"{self._first_conflict}: one of the two is likely wrong"
+            )
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is not None:
+            blurred = [p.id for p in self.prompts if unknown in p.tokens]
+            if blurred:
+                out.append(
+                    f"{len(blurred)} of {total} prompts hold text that the tokenizer cannot spell (unknown token), "
+                    f"such as {blurred[0]}"
+                )
+        return out

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treepo_mega.config import Config
-from treepo_mega.data.prompts import Prompt, PromptCursor
+from treepo_mega.data.cursor import PromptCursor
+from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.monitor.timers import Timers
