@@ -14,6 +14,9 @@ PP ?= 1
 # The first interpreter found; tools/setup_env.py refuses one that is too old and says so.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
 BIN := $(VENV)/bin
+# Test processes. Tests that share an engine or ranks stay together (tests/groups.py). ARGS="-n 0" is one process.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -rs --durations=20
 
 # One thread a process: several processes share the cores, and idle OpenMP threads would spin on them.
 export OMP_NUM_THREADS ?= 1
@@ -33,13 +36,13 @@ demo: setup
 	$(BIN)/python tools/demo.py --tp $(TP) --pp $(PP) $(ARGS)
 
 test: setup
-	$(BIN)/pytest -m "not slow and not matrix" -rs $(ARGS)
+	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
 test-slow: setup
-	$(BIN)/pytest -m slow -rs $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-matrix: setup
-	$(BIN)/pytest -m matrix -rs $(ARGS)
+	$(PYTEST) -m matrix $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

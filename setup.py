@@ -53,6 +53,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",  # no test may hang: every one has a deadline
+        "pytest-xdist>=3.7",  # two test processes; the first with --no-loadscope-reorder
         "hypothesis>=6",
         "ruff==0.17.6",  # exactly: another version formats and complains differently
         "mypy==2.4.1",  # likewise

@@ -20,12 +20,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.groups import place
 from tests.hf_fixtures import run_ranks, tiny_hf
+from tests.properties import register_profiles
 from tests.starts import count_children
 
 __all__ = ["run_ranks", "tiny_hf"]
 
 count_children()
+register_profiles()
+
+
+# First: xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Place tests in groups, in the processes that xdist starts; one process runs them in the order of their files."""
+    if hasattr(config, "workerinput"):
+        place(items)
+
 
 TINY_SYMBOLS = [
     "<pad>",

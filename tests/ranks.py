@@ -60,6 +60,13 @@ def run_ranks(n: int, worker: object, *arguments: object, timeout: float = 240) 
     return out
 
 
+def found_by(output: str) -> dict[str, Any]:
+    """What a worker reported in `output`: its line `FOUND {json}`."""
+    line = next(line for line in output.splitlines() if line.startswith("FOUND "))
+    found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
+    return found
+
+
 def launch_ranks(n: int, *command: object, timeout: float = 240) -> str:
     """As `run_ranks` under a real torchrun, for tests whose subject is the start: a script, or "-m" and a module."""
     code, out = finish(start_ranks(n, *command), timeout)

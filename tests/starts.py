@@ -18,7 +18,7 @@ def count_start(kind: str, what: str, times: int = 1) -> None:
     if not path:
         return
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.write(file, f"{kind} {what}\n".encode() * times)
+    os.write(file, f"{kind} {' '.join(what.split())}\n".encode() * times)
     os.close(file)
 
 

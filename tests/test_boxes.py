@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from treepo_mega.data.rewards.verifiers import boxed
 from treepo_mega.text.boxes import closed_box, last_box
 from treepo_mega.tree.stop import StopRules
@@ -70,7 +71,7 @@ def test_what_is_a_box(text: str, closed: str | None, content: str | None) -> No
     assert last_box(text) == content
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(st.lists(st.sampled_from(range(1, len(PIECES))), min_size=1, max_size=30), st.lists(st.integers(1, 29)))
 def test_a_path_stops_at_the_box_that_is_graded_however_it_is_cut(tokens: list[int], borders: list[int]) -> None:
     def decode(ids: list[int]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,39 +87,54 @@ def perplexity(model: torch.nn.Module, batch: list[Trajectory]) -> float:
     return math.exp(nll / tokens)
 
 
+@dataclass(frozen=True)
 class Oracle:
-    """One optimizer step of the whole batch in transformers and torch."""
+    """One optimizer step of the whole batch in transformers and torch. `torch.save` takes its `measure`."""
 
-    def __init__(self, hf_dir: Path, cfg: Config, batch: list[Trajectory]) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
-        t = cfg.rollout.temperature
-        self.perplexity, self.first_perplexity = perplexity(self.model, batch), perplexity(self.model, batch[:1])
+    loss: float
+    logprobs: dict[tuple[int, ...], Tensor]
+    """Of the response, by the tokens of the trajectory."""
+    grads: dict[str, Tensor]
+    """Before clipping."""
+    grad_norm: float
+    weights: dict[str, Tensor]
+    """After the step."""
+    perplexity: float
+    first_perplexity: float
+    """Of the first trajectory alone."""
+
+    @staticmethod
+    def measure(hf_dir: Path, cfg: Config, batch: list[Trajectory]) -> dict[str, Any]:
+        """The fields."""
+        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        texts = {"perplexity": perplexity(model, batch), "first_perplexity": perplexity(model, batch[:1])}
         loss, pairs = torch.zeros(()), 0
-        self.logprobs: dict[tuple[int, ...], Tensor] = {}
+        known: dict[tuple[int, ...], Tensor] = {}
         for x in batch:
-            logp, entropy = logprobs(self.model, x, t)
-            self.logprobs[tuple(x.tokens)] = logp.detach()
-            a = torch.full_like(logp, x.advantage)
+            logp, entropy = logprobs(model, x, cfg.rollout.temperature)
             same = logp.detach()
+            known[tuple(x.tokens)] = same
+            a = torch.full_like(logp, x.advantage)
             total, _ = policy_loss(
                 logp, entropy, old_logprobs=same, rollout_logprobs=same, ref_logprobs=same, A_pos=a.clamp(min=0),
                 A_neg=a.clamp(max=0), n=torch.ones_like(logp), algo=cfg.algo,
             )  # fmt: skip
             loss, pairs = loss + total, pairs + len(logp)
         (loss / pairs).backward()
-        self.loss = float(loss.detach()) / pairs
-        self.grads = {n: p.grad.clone() for n, p in self.model.named_parameters()}
-        self.grad_norm = float(torch.sqrt(sum((g**2).sum() for g in self.grads.values())))
-        self.weights = self._step(cfg)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        norm = float(torch.sqrt(sum((g**2).sum() for g in grads.values())))
+        step = {"loss": float(loss.detach()) / pairs, "logprobs": known, "grads": grads, "grad_norm": norm}
+        return {**step, "weights": _step(model, cfg), **texts}
 
-    def _step(self, cfg: Config) -> dict[str, Tensor]:
-        """torch's AdamW after clipping; norms and biases do not decay."""
-        c = cfg.train
-        named = list(self.model.named_parameters())
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], c.clip_grad)
-        groups = [
-            {"params": [p for _, p in named if p.dim() > 1], "weight_decay": c.weight_decay},
-            {"params": [p for _, p in named if p.dim() == 1], "weight_decay": 0.0},
-        ]
-        torch.optim.AdamW(groups, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_eps).step()
-        return {n: p.detach() for n, p in named}
+
+def _step(model: torch.nn.Module, cfg: Config) -> dict[str, Tensor]:
+    """torch's AdamW after clipping; norms and biases do not decay."""
+    c = cfg.train
+    named = list(model.named_parameters())
+    torch.nn.utils.clip_grad_norm_([p for _, p in named], c.clip_grad)
+    groups = [
+        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": c.weight_decay},
+        {"params": [p for _, p in named if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_eps).step()
+    return {n: p.detach() for n, p in named}

@@ -8,9 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.tree.forests import grow
 from treepo_mega.actor import attention_cpu
 from treepo_mega.actor.attention import PACKS, PackLayout, PackRegistry
@@ -74,7 +75,7 @@ def check_equal(pack, layout, scale, **shape):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     forests(), st.sampled_from([1, 4, 30, 10_000]), st.sampled_from([3, 16, 256]), st.sampled_from([1, 5, 32]),
     st.sampled_from([0, 20, 256]), st.sampled_from([1, 200, 1 << 16]), st.sampled_from([None, 0.3]),

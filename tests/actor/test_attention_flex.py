@@ -8,11 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.actor.test_attention import dense, inputs, pack_of
+from tests.properties import examples
 from tests.tree.forests import grow
 from treepo_mega.actor.attention_flex import FlexLayout, attend, block_visibility, mask_function
 from treepo_mega.runtime.device import has_cuda
@@ -47,7 +48,7 @@ def from_blocks(mask, shape, block):
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 1 << 20), st.sampled_from([16, 32]), st.sampled_from([1, 5, 32]), st.sampled_from([1, 2]))
 def test_block_mask_is_the_dense_mask(seed, block, multiple, cp_size):
     for rank in range(cp_size):
@@ -57,7 +58,7 @@ def test_block_mask_is_the_dense_mask(seed, block, multiple, cp_size):
         assert torch.equal(from_blocks(layout.mask, want.shape, block), want)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 1 << 20))
 def test_blocks_are_those_that_torch_finds(seed):
     """`create_block_mask` looks at every pair; the intervals give the same blocks without."""

@@ -1,7 +1,8 @@
 """Training on trees equals transformers with plain autograd on flat sequences, in every layout.
 
 One launch a world size and lane runs all of its cells (trees_worker.py); tests look at what it measured. A cell is a
-layout, a model, recompute on or off, a branching depth (0: a single path), and whether trees are cut.
+layout, a model, recompute on or off, a branching depth (0: a single path), and whether trees are cut. In the fast
+lane the same launch takes whole optimizer steps (UPDATES): single paths, but weights and perplexity as well.
 
 The slow lane keeps the product of layouts and MATRIX on one and two ranks. On four ranks each layout meets PAIRWISE:
 (plain, depth 4, cut), (recompute, depth 2, whole), (plain, depth 0, whole). So every pair (layout, recompute) and
@@ -55,6 +56,23 @@ MATRIX = (
 """(recompute, depth, cut): the full product takes every layout through these."""
 PAIRWISE = ((False, 4, True), (True, 2, False), (False, 0, False))
 """Those of MATRIX that every layout of four ranks meets in the slow lane."""
+# kind:tied:TP:PP:VPP:SP[:overrides]
+RECOMPUTE = ":parallel.recompute_granularity=full,parallel.recompute_method=uniform,parallel.recompute_num_layers=1"
+UPDATES = {
+    1: ("llama:tied:1:1:1:0", "qwen2:untied:1:1:1:0", "qwen3:tied:1:1:1:0", "llama:tied:1:1:1:0" + RECOMPUTE),
+    2: (
+        "llama:tied:2:1:1:0",
+        "llama:tied:1:2:1:0",  # the tied embedding lies on both stages
+        "llama:tied:1:1:1:0",  # two data-parallel ranks
+        "qwen2:untied:2:1:1:1",
+        "qwen3:tied:1:2:2:0",  # interleaved with two stages: silently wrong with batched p2p
+        "qwen3:tied:2:1:1:1" + RECOMPUTE,
+        "llama:tied:1:1:1:0:parallel.use_distributed_optimizer=false",
+        "llama:tied:1:1:1:0:parallel.overlap_grad_reduce=true",
+        "llama:tied:2:1:1:0:model.make_vocab_size_divisible_by=128",  # rank 1 holds nothing but padding
+    ),
+    4: ("llama:tied:2:2:1:0", "qwen3:tied:2:2:1:1", "qwen2:untied:2:2:2:1", "llama:tied:1:2:2:0"),
+}
 OTHER = ("seq-mean-token-mean", "seq-mean-token-sum")
 
 
@@ -99,18 +117,25 @@ def name(cell: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """measured(world_size, lane) -> results in the order of `cells`, launched once."""
+def launched(tmp_path_factory):
+    """launched(world_size, lane) -> the directory with what the ranks measured, launched once."""
 
     @launch_once
-    def launch(ranks: int, lane: str) -> list[dict[str, Any]]:
+    def launch(ranks: int, lane: str) -> Path:
         directory = tmp_path_factory.mktemp(f"trees{ranks}")
         (directory / "cells.json").write_text(json.dumps(cells(ranks, lane)))
         deadline = 1700 if lane == "matrix" else 280
-        run_ranks(ranks, WORKER, directory, directory / "cells.json", timeout=deadline)
-        return json.loads((directory / "results.json").read_text())
+        updates = UPDATES[ranks] if lane == "fast" else ()
+        run_ranks(ranks, WORKER, directory, directory / "cells.json", *updates, timeout=deadline)
+        return directory
 
     return launch
+
+
+@pytest.fixture(scope="module")
+def measured(launched):
+    """measured(world_size, lane) -> results in the order of `cells`."""
+    return lambda ranks, lane: json.loads((launched(ranks, lane) / "results.json").read_text())
 
 
 def check(got: dict[str, Any], cell: dict[str, Any]) -> None:
@@ -158,6 +183,22 @@ def params(lane: str) -> list[Any]:
 @pytest.mark.parametrize("ranks, index", params("fast"))
 def test_equals_flat_autograd(measured, ranks, index):
     check(measured(ranks, "fast")[index], cells(ranks, "fast")[index])
+
+
+@pytest.mark.parametrize("ranks, case", [(ranks, case) for ranks, cases in UPDATES.items() for case in cases])
+def test_an_update_equals_transformers(launched, ranks, case):
+    got = json.loads((launched(ranks, "fast") / "updates.json").read_text())[case]
+    assert got["logprob_diff"] <= 1e-5
+    assert got["perplexity_rel"] <= 1e-5, "transformers' own loss, over all data-parallel ranks"
+    assert got["one_text_rel"] <= 1e-5, "other data-parallel ranks have nothing but padding"
+    assert got["gradient_diff"] <= 1e-5, "of every parameter, relative"
+    assert got["grad_norm_rel"] <= 1e-6
+    assert got["loss_diff"] <= 1e-6
+    assert got["clipped_by"] > 2, "the update below is a clipped one"
+    assert got["weight_diff"] <= 1e-3, "after one update, in units of the learning rate"
+    # The first step: the policy is the one that sampled, and the reference is the policy.
+    assert (got["max_ratio_diff"], got["ppo_kl"], got["kl_loss"], got["skipped_steps"]) == (0, 0, 0, 0)
+    assert got["packs"] > 1, "gradients accumulate over micro-batches"
 
 
 def test_checkpoints_do_not_depend_on_what_layers_are_made_of(measured):

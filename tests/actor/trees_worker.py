@@ -1,10 +1,11 @@
 """One rank of test_trees.py: trees through one layout after another, compared with transformers on flat sequences.
 
-    trees_worker.py DIRECTORY CELLS.json
+    trees_worker.py DIRECTORY CELLS.json [CASE...]
 
 CELLS is a list of {"layout", "kind", "tied", "recompute", "depth", "split", ...} as test_trees.py makes it.
 Cells of the same layout and model share an actor; those with "twins" are made of gpu_twins.py. Rank 0 writes what it
-measured to DIRECTORY/results.json, one dict a cell, in order.
+measured to DIRECTORY/results.json, one dict a cell, in order; and to updates.json, one dict a CASE of
+update_cells.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.actor.exact import measure_exact
 from tests.actor.gpu_twins import pretend_gpu
 from tests.actor.oracle import configuration, write_checkpoint
 from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
+from tests.actor.update_cells import measure_update
 from tests.ranks import leave_layout
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
@@ -150,8 +152,14 @@ def main() -> None:
         leave_layout()
         if dist.is_main():
             print(f"{time.time() - started:6.1f} s", first, results[-1], flush=True)
+    updates = {}
+    for case in sys.argv[3:]:
+        updates[case] = measure_update(case, directory)
+        if dist.is_main():
+            print(f"{time.time() - started:6.1f} s", case, updates[case], flush=True)
     if dist.is_main():
         (directory / "results.json").write_text(json.dumps(results))
+        (directory / "updates.json").write_text(json.dumps(updates))
     dist.leave()
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from treepo_mega.checkpoint.mcore import set_aside_others, step_directories
 from treepo_mega.cli import main
 from treepo_mega.config import Config, ConfigError, DataConfig, PromptSource, load_config
@@ -35,7 +36,7 @@ def test_a_text_key_in_yaml_keeps_what_was_written(load, written):
 
 
 @given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_text_override_is_kept_blank_for_blank(text):
     stripped = text.strip()
     if stripped[:1] in ("'", '"') or stripped in ("", "~", "null", "Null", "NULL", "None", "none"):
@@ -171,7 +172,7 @@ Starts = st.lists(st.tuples(st.sampled_from(["auto", None]), st.integers(1, 5)),
 
 
 @given(starts=Starts)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_after_any_starts_the_newest_runs_newest_checkpoint_is_the_one_to_resume(tmp_path_factory, starts):
     """Runs as (checkpoint.load, steps) in one directory, by the rules of the trainer; files stand for checkpoints."""
     save = tmp_path_factory.mktemp("save")

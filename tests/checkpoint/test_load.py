@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from treepo_mega.checkpoint.gather_plan import gather_plan
 from treepo_mega.checkpoint.load import HfGather, fill_local, local_params
 from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes
@@ -20,7 +21,7 @@ SPEC = ModelSpec(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)]), st.booleans(), st.integers(1, 300),
     st.sampled_from([1, 16]),

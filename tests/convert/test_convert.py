@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.ranks import found_by
 from tests.reshard.bugs import BUGS
 from tests.reshard.models import write_qwen2
 from treepo_mega.checkpoint.hf import HfCheckpointError
@@ -143,7 +144,7 @@ def test_verification_sees_every_planted_bug_and_names_the_first_layer(tmp_path,
     source = write_qwen2(tmp_path / "hf", 5)
     code, text = run_ranks(2, Path(__file__).with_name("verify_worker.py"), source, tmp_path / "work", timeout=240)
     assert code == 0, text
-    found = json.loads(next(x for x in text.splitlines() if x.startswith("FOUND ")).removeprefix("FOUND "))
+    found = found_by(text)
     assert found["right"]["read"] == "", "right weights pass"
     assert "the first layer that diverges is model.layers.0" in found["right"]["command"]
     assert found["right"]["left"] == ""
@@ -158,7 +159,10 @@ def test_verification_sees_every_planted_bug_and_names_the_first_layer(tmp_path,
         assert found["spoilt"][case].endswith(f"diverges is {first}"), found["spoilt"]
 
 
-def test_bad_source_is_refused_before_anything_starts(tiny_hf, tmp_path):
+def test_bad_source_is_refused_before_anything_starts(tiny_hf, tmp_path, monkeypatch):
+    # Not `torch.distributed.is_initialized()`: an engine of an earlier test leaves its group to this process.
+    started: list[object] = []
+    monkeypatch.setattr("treepo_mega.convert.convert.dist.initialize", lambda *a: started.append(a))
     source, name = tiny_hf("llama"), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(source / "model.safetensors")
     cfg = conversion_config(source)
@@ -171,7 +175,7 @@ def test_bad_source_is_refused_before_anything_starts(tiny_hf, tmp_path):
         with pytest.raises(HfCheckpointError, match=words):
             hf_to_mcore(source, tmp_path / "mcore", cfg)
     assert {p.name for p in tmp_path.iterdir()} == {"hf"}
-    assert not torch.distributed.is_initialized()
+    assert not started
 
 
 def test_sizes_that_do_not_fit_are_refused(tiny_hf, tmp_path):

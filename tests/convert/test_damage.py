@@ -1,9 +1,9 @@
 """Damaged checkpoints, through the real commands: refused with a name, and nothing is left or half-loaded."""
 
-import json
 from pathlib import Path
 
 from tests.conftest import TINY_SYMBOLS, write_tiny_tokenizer
+from tests.ranks import found_by
 
 WORKER = Path(__file__).with_name("damage_worker.py")
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -41,7 +41,7 @@ def test_damage_is_named_and_nothing_is_left(tiny_hf, tmp_path, run_ranks):
     write_tiny_tokenizer(sources[0], TINY_SYMBOLS)  # training reads its prompts before any weights
     (tmp_path / "work").mkdir()
     code, text = run_ranks(1, WORKER, *sources, tmp_path / "work")
-    found = json.loads(next(x for x in text.splitlines() if x.startswith("FOUND ")).removeprefix("FOUND "))
+    found = found_by(text)
     errors = found["errors"]
     assert errors.pop("whole") == "", "the checkpoint itself is good"
     assert errors.keys() == WORDS.keys()

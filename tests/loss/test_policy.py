@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.policy import clipped_objective, kl_penalty, policy_loss, supervised_loss
 
@@ -45,7 +46,7 @@ def loss_of(logp, *, old, algo=None, rollout=None, ref=None, A=(1.0,), entropy=N
     return total.item(), {k: v.item() for k, v in sums.by_name().items()}, logp.grad.tolist()
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     # Ratios in every regime: below, inside and above the clip range, and beyond the dual clip.
     st.floats(-4, 4),
@@ -167,7 +168,7 @@ def test_supervised_loss_is_cross_entropy_by_multiplicity():
     assert logp.grad.tolist() == [-3.0, -1.0]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.integers(0, 2**31), st.sampled_from(["k1", "k2", "k3"]), st.booleans(), st.booleans())
 def test_closed_form_gradient_is_autograds(seed, kind, dual, bonus):
     """Against autograd on the formulas themselves, in every regime of the clip."""

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.properties import examples
 from treepo_mega.modelspec.mcore_layout import (
     LayoutError,
     ModelSpec,
@@ -51,7 +52,7 @@ def replica(spec, tp, pp, vpp, divisible_by):
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(layouts())
 def test_each_element_once_per_replica(case):
     spec, tp, pp, *_ = case
@@ -72,7 +73,7 @@ def test_each_element_once_per_replica(case):
         assert (count == expected).all(), name
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(layouts(), st.randoms(use_true_random=False))
 def test_slice_then_gather_is_the_identity(case, random):
     spec = case[0]
@@ -90,7 +91,7 @@ def test_slice_then_gather_is_the_identity(case, random):
         np.testing.assert_array_equal(back[name], value)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(layouts())
 def test_only_vocabulary_padding_is_left_zero(case):
     spec, tp, _, _, divisible_by = case
@@ -108,7 +109,7 @@ def test_only_vocabulary_padding_is_left_zero(case):
         assert (held, true) == (padded_vocab(spec, divisible_by, tp), spec.vocab_size), name
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(layouts())
 def test_stages_hold_every_layer_once_in_execution_order(case):
     spec, _, pp, vpp, _ = case

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.reshard.worlds import carry_out, full_tensors, model, reshards, sliced
 from treepo_mega.modelspec.mcore_layout import LayoutError, ModelSpec, hf_shapes
 from treepo_mega.reshard.plan import Cluster, PlanError, plan_reshard
@@ -37,7 +38,7 @@ def missing_elements(spec, plan, source, target):
     return missing, missing_node
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(reshards(), st.sampled_from([40, 400, 100_000]))
 def test_every_element_arrives_once_at_the_lower_bound(case, bucket):
     spec, grid, tp_v, cluster = case
@@ -64,7 +65,7 @@ def test_every_element_arrives_once_at_the_lower_bound(case, bucket):
     assert max(held) == t.buffer_max <= bucket
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(reshards(), reshards())
 def test_from_megatron_to_another_megatron_layout_and_to_files(a, b):
     spec, grid, _, cluster = a

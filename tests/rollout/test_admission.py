@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.rollouts import rollout_config
 from treepo_mega.rollout.admission import Admission, CacheTooSmall, Key
 from treepo_mega.runtime.seeding import derive_seed
@@ -28,7 +29,7 @@ def blocks_in_use(room: Admission, texts: dict[Key, tuple[list[int], int]]) -> i
     return len(shared) + own
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(1, 5),
     st.integers(12, 40),

@@ -8,9 +8,10 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.rollout.dealing import CostModel, DealingTimeout, LocalQueue, SharedQueue, deal_by_cost
 from treepo_mega.tree.node import Tree
@@ -18,7 +19,7 @@ from treepo_mega.tree.node import Tree
 costs = st.lists(st.floats(0, 1000), max_size=40)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(costs, st.integers(1, 6))
 def test_everyone_is_dealt_alike_and_the_longest_come_first(cost, engines):
     deal = deal_by_cost(cost, engines)
@@ -29,7 +30,7 @@ def test_everyone_is_dealt_alike_and_the_longest_come_first(cost, engines):
     assert max(loads) - min(loads) <= max(cost, default=0) + 1e-6, "no engine has a prompt's worth more than another"
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(costs, st.integers(1, 5), st.randoms(use_true_random=False))
 def test_every_prompt_is_begun_once_whoever_is_fast(cost, engines, rng):
     store, deal = dist.HashStore(), deal_by_cost(cost, engines)

@@ -1,12 +1,11 @@
 """The actor refits a real engine on four ranks: equal to a freshly loaded one; damage is found and named."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import found_by, run_ranks
 from tests.reshard.models import write_qwen2
 
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -25,7 +24,7 @@ def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llam
     else:
         old, new = (write_qwen2(tmp_path / str(seed), seed) for seed in (3, 4))
     out = run_ranks(4, WORKER, old, new, tp, pp, tp_v, timeout=280)
-    found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND "))
+    found = found_by(out)
     assert found["metrics"]["reshard/buffer_bytes"] <= 2 << 20
     assert "model.layers.1" in groups_named_in(found["every time"])
     assert "more than reshard.canary.max_abs_diff = 0.001" in found["every time"]

@@ -6,9 +6,10 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
@@ -76,7 +77,7 @@ def shape(tree: Tree) -> list[object]:
     return [(n.path, n.tokens, n.logprobs, n.stop, n.fallback) for n in sorted(tree.nodes, key=lambda n: n.path)]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(configs, st.integers(0, 999), st.integers(0, 99), st.integers(0, 99))
 def test_a_carried_tree_is_the_tree_it_would_have_been(cfg, seed, order, other):
     """Same seeds, so with unchanged weights the same tokens: carried over or not, written down or not, in any order."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.tree.forests import forests
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.policy import clipped_objective
@@ -17,7 +18,7 @@ from treepo_mega.tree.node import Tree
 from treepo_mega.tree.segments import Segments
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(forests(), st.data())
 def test_fold_is_masses_per_node(trees, data):
     """Per node: the sums of the positive and of the negative advantages of the leaves below it, and their number."""
@@ -38,7 +39,7 @@ def test_fold_is_masses_per_node(trees, data):
         assert c.n[i] == c.count[i]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(forests())
 def test_segment_advantages_add_up_to_the_outcome(trees):
     for tree in trees:

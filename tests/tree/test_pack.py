@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.tree.forests import forests
 from treepo_mega.tree.credit import fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import Tree
@@ -43,7 +44,7 @@ def rows_by_context(packs):
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     forests(), st.sampled_from(["tree", "prompt", "none"]), st.sampled_from(MODES), st.integers(1, 3),
     st.integers(0, 60), st.sampled_from([1, 8]), st.data(),
@@ -93,7 +94,7 @@ def test_every_token_of_every_trajectory(trees, sharing, mode, dp_size, extra, m
         rows_by_context(packs)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(forests(), st.data())
 def test_a_tree_in_one_pack_holds_every_token_once(trees, data):
     batch = batch_of(trees, "tree", "token-mean", [0.0] * sum(len(t.leaves) for t in trees))
@@ -104,7 +105,7 @@ def test_a_tree_in_one_pack_holds_every_token_once(trees, data):
     assert packs[0].attention_pairs == sum(len(visible(packs[0], i)) for i in range(packs[0].blocks[-1][1]))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(forests(), st.sampled_from([2, 3]), st.integers(0, 40))
 def test_context_parallel_ranks_share_rows_and_tokens(trees, cp_size, extra):
     batch = batch_of(trees, "tree", "token-mean", [0.5] * sum(len(t.leaves) for t in trees))
@@ -132,7 +133,7 @@ def test_context_parallel_ranks_see_about_as_many_pairs():
         own_part(plan_step([long], dp_size=1, dp_rank=0, max_tokens=1024).packs[0], 3, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(forests(), st.sampled_from(["tree", "prompt", "none"]), st.data())
 def test_node_advantages_reach_every_copy(trees, sharing, data):
     per_node = np.array([data.draw(st.floats(-2, 2)) for t in trees for _ in t.nodes])

@@ -10,9 +10,10 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
@@ -86,7 +87,7 @@ configs = st.builds(
 rates = st.sampled_from([(0.0, 0.0), (0.05, 0.0), (0.3, 0.0), (0.9, 0.0), (0.05, 0.1), (0.0, 0.4), (1.0, 0.0)])
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(configs, rates, st.integers(0, 10**6))
 def test_exactly_w_leaves_or_a_recorded_reason(cfg, rate, seed):
     tree = grow(cfg, seed=seed, eos=rate[0], box=rate[1])
@@ -109,7 +110,7 @@ def test_exactly_w_leaves_or_a_recorded_reason(cfg, rate, seed):
         assert EOS not in response[:-1], "nothing behind EOS is kept"
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(configs, rates, st.integers(0, 10**6))
 def test_every_segment_is_what_its_own_path_was_conditioned_on(cfg, rate, seed):
     tree = grow(cfg, seed=seed, eos=rate[0], box=rate[1])
@@ -121,7 +122,7 @@ def test_every_segment_is_what_its_own_path_was_conditioned_on(cfg, rate, seed):
         assert node.stop is not None or node.tokens == again
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(configs, rates, st.integers(0, 10**6), st.integers(0, 10**6))
 def test_arrival_order_does_not_matter(cfg, rate, seed, order):
     one = grow(cfg, seed=seed, eos=rate[0], box=rate[1])

@@ -7,9 +7,10 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
@@ -47,7 +48,7 @@ def grow(cfg: RolloutConfig, seed: int, *, prompt: int = 5, align: int = 0, eos:
     return search.tree
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 70), st.integers(1, 24), st.sampled_from([1, 4, 16]), st.integers(0, 999))
 def test_aligned_segments_end_one_token_behind_a_block_border(prompt, length, block, seed):
     tree = grow(config(segment__length=length, n_samples_per_prompt=4), seed, prompt=prompt, align=block)
@@ -80,7 +81,7 @@ def test_alignment_is_automatic_where_it_costs_one_stretched_segment(changes, bl
     assert config(max_response_len=256, **changes).alignment == block
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 8), st.sampled_from(["level", "quota"]), st.integers(0, 999))
 def test_segments_end_at_borders_of_the_text_within_their_window(shortest, transfer, seed):
     cfg = config(segment__end=["b"], segment__min_length=shortest, branching__transfer=transfer)
@@ -136,7 +137,7 @@ def test_nobody_peeks_behind_the_end_of_a_path():
     assert search.tree.counts["peeked_tokens"] == 2
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.integers(8, 400), st.floats(0, 0.3), st.integers(0, 999))
 def test_a_token_budget_buys_branches_and_finishes_what_lives(budget, eos, seed):
     cfg = config(token_budget=budget, n_samples_per_prompt=16)
@@ -188,7 +189,7 @@ def go_on(cfg: RolloutConfig, seed: int, order: random.Random, eos: float = 0.05
     return search.tree
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     st.sampled_from(["level", "quota"]), st.sampled_from(["equal", "low_prob"]), st.integers(1, 20), st.integers(0, 999)
 )

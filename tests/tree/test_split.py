@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.tree.forests import forests
 from treepo_mega.tree.segments import Segments
 from treepo_mega.tree.split import cut, pieces
@@ -25,7 +26,7 @@ def depth_first(tree):
     return sorted(tree.leaves, key=rank.__getitem__)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(forests(max_trees=3, max_nodes=9), st.integers(0, 25))
 def test_no_cut_repeats_less(trees, extra):
     s = Segments.from_trees(trees, range(len(trees)))

@@ -1,15 +1,11 @@
-"""One rank of test_layouts.py: several layouts after one another in the same processes.
+"""One optimizer step of the actor against transformers and torch: what trees_worker.py measures of a case.
 
-    layouts_worker.py DIRECTORY CASE...        CASE is kind:tied:tp:pp:vpp:sp[:override,override]
-
-For each case the actor's logprobs, gradients and weights after one update are compared with transformers; rank 0
-writes what it measured to DIRECTORY/results.json, {case: {name: number}}.
+A case is kind:tied:tp:pp:vpp:sp[:override,override]. Compared are logprobs, perplexity, loss, every parameter's
+gradient, and the weights after a clipped update.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -85,7 +81,16 @@ def weight_diff(actor: Actor, cfg: Config, oracle: Oracle) -> float:
     return max(float((t - oracle.weights[n]).abs().max()) for n, t in pairs) / cfg.train.lr
 
 
-def run(case: str, directory: Path) -> dict[str, float]:
+def oracle_of(hf_dir: Path, cfg: Config) -> Oracle:
+    """The step in transformers, taken by rank 0 once a checkpoint and read by all: no layout changes it."""
+    path = hf_dir.with_name(f"{hf_dir.name}_update.pt")
+    if dist.is_main() and not path.exists():
+        torch.save(Oracle.measure(hf_dir, cfg, trajectories()), path)
+    dist.barrier("the oracle", 120)
+    return Oracle(**torch.load(path, weights_only=True))
+
+
+def measure_update(case: str, directory: Path) -> dict[str, float]:
     """Measure one case; the layout is taken down again afterwards."""
     kind, tied, overrides = settings(case)
     hf_dir = directory / f"{kind}_{tied}"
@@ -94,7 +99,7 @@ def run(case: str, directory: Path) -> dict[str, float]:
     if dist.is_main() and not (hf_dir / "config.json").exists():
         write_checkpoint(hf_dir, kind, tied)
     dist.barrier("the checkpoint", 60)
-    oracle = Oracle(hf_dir, cfg, trajectories())
+    oracle = oracle_of(hf_dir, cfg)
     actor, reference = Actor(cfg, hf_dir), Policy(cfg, hf_dir)
     step = plan(cfg)
     known = actor.logprobs(step.packs)
@@ -114,20 +119,3 @@ def run(case: str, directory: Path) -> dict[str, float]:
     out["clipped_by"] = oracle.grad_norm / cfg.train.clip_grad
     leave_layout()
     return out
-
-
-def main() -> None:
-    """All cases of the command line, in this process."""
-    directory = Path(sys.argv[1])
-    results = {}
-    for case in sys.argv[2:]:
-        results[case] = run(case, directory)
-        if dist.is_main():
-            print(case, results[case], flush=True)
-    if dist.is_main():
-        (directory / "results.json").write_text(json.dumps(results))
-    dist.leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,71 @@
+"""Which tests stay together when two processes share a lane (pytest-xdist), and which begin first.
+
+A group runs in one process, in the order of its files. Tests of a file that no group names are a group of their own,
+because fixtures of a module are measured or built once. Groups are handed out in the order of GROUPS, longest first:
+what is long and begins last leaves the other core idle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+GROUPS: dict[str, tuple[str, ...]] = {
+    # Ranks that compare layouts: the longest worlds of both lanes.
+    "layouts": ("actor/test_trees.py",),
+    # Engines in the test process. One after the other: each keeps its cache until the process ends.
+    "engine": (
+        "rollout/test_generator.py",
+        "rollout/test_eval.py",
+        "engine/test_engine.py",
+        "engine/test_branch_cache.py",
+    ),
+    # Whole runs, and engines inside ranks.
+    "runs": (
+        "e2e",
+        "sync/test_refit.py",
+        "rollout/test_ranks.py",
+        "rollout/test_lost_rank.py",
+        "engine/test_moe_engine.py",
+    ),
+    # All other ranks: one fork server for them.
+    "ranks": (
+        *(
+            "checkpoint/test_mcore.py",
+            "checkpoint/test_load.py",
+            "convert",
+            "loss/test_head.py",
+            "loss/test_training.py",
+        ),
+        *("reshard/test_execute.py", "runtime/test_dist.py", "test_world.py"),
+    ),
+    # Mostly waiting: deadlines of graders that hang, jobs that are signalled.
+    "waiting": ("data/test_reward_pool.py", "slurm"),
+    # Fresh interpreters that import torch and Megatron.
+    "interpreters": ("runtime/test_cpu_megatron.py", "test_tiny_model.py", "test_evaluate.py", "examples"),
+}
+
+
+def group_of(path: Path) -> str:
+    """The group of the test file at `path`: one of GROUPS, or its own."""
+    relative = path.relative_to(TESTS)
+    names = {relative.as_posix(), *(folder.as_posix() for folder in relative.parents)}
+    for group, members in GROUPS.items():
+        if names.intersection(members):
+            return group
+    return relative.as_posix()
+
+
+def place(items: list[pytest.Item]) -> None:
+    """Mark every test with its group and sort the groups; the order inside a group stays."""
+    order = list(GROUPS)
+
+    def rank(item: pytest.Item) -> int:
+        group = group_of(item.path)
+        return order.index(group) if group in order else len(order)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+    items.sort(key=rank)
