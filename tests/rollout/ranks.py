@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from treepo_mega.config import Config, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.engine.engine import Engine
+from treepo_mega.rollout import generator as generator_module
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator, Job
@@ -42,6 +44,25 @@ def evaluations(generator: Generator, cfg: Config, slow: int) -> dict[str, objec
     stolen = sum(m.pop("stolen") for m in both)
     same = [{k: v for k, v in m.items() if k not in ("forwarded_tokens", "idle_share_max")} for m in both]
     return {"stolen": stolen, "metrics": same}
+
+
+def deadline_of_the_first_rank(generator: Generator, jobs: list[Job], store: dist.Store) -> None:
+    """Both ranks of one engine go by the first one's clock: a rank that left alone would hang the other."""
+    rank, real = dist.get_rank(), time.monotonic
+    for late in (1, 0):
+        queue = SharedQueue(store, f"{late} is late", [[0, 1, 2]], [1.0] * 3, 0, rank=rank, ranks=2, timeout_s=60)
+        calls = itertools.count()
+        # The clock of rank `late` leaps ahead once sampling has begun.
+        clock = SimpleNamespace(monotonic=lambda n=calls, hit=late == rank: real() + 1e6 * (hit and next(n) > 4))
+        generator_module.time = clock  # type: ignore[assignment]
+        try:
+            generator.grow(jobs, queue, step=1)
+            ended = "whole"
+        except generator_module.GenerationTimeout:
+            ended = "timeout"
+        generator_module.time = time
+        assert ended == ("whole" if late else "timeout"), (rank, late, ended)
+        assert not generator.engine.busy
 
 
 def main(hf: Path, other: Path, tp: int) -> None:
@@ -73,6 +94,8 @@ def main(hf: Path, other: Path, tp: int) -> None:
     idle = generator.rollout([] if rank else prompts[:1], step=1) if tp == 1 else []
     assert len(idle) == (tp == 1 and rank == 0)
     evaluated = [evaluations(generator, cfg, slow) for slow in ((0, 1) if tp == 1 else (-1,))]
+    if tp > 1:
+        deadline_of_the_first_rank(generator, [Job(p) for p in prompts], store)
     write_weights(engine, other, tp=tp, tp_rank=rank % tp)
     scores = engine.score(prompts[0].tokens, 0.7)
     total = torch.ones(1)

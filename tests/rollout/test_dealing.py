@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from treepo_mega.data.prompts import Prompt
-from treepo_mega.rollout.dealing import CostModel, DealingTimeout, LocalQueue, SharedQueue, deal_by_cost
+from treepo_mega.rollout.dealing import (
+    DEADLINE_STEPS,
+    CostModel,
+    DealingTimeout,
+    LocalQueue,
+    SharedQueue,
+    deal_by_cost,
+)
 from treepo_mega.tree.node import Tree
 
 costs = st.lists(st.floats(0, 1000), max_size=40)
@@ -86,6 +93,41 @@ def test_a_leader_that_never_takes_is_noticed_within_the_deadline():
     follower = SharedQueue(dist.HashStore(), "r", [[0], []], [1.0], 0, rank=1, ranks=2, timeout_s=0.2)
     with pytest.raises(DealingTimeout, match="engine 0 waited 0 s for its first rank to take a prompt"):
         follower.take()
+
+
+def test_the_first_rank_decides_about_the_deadline_and_all_leave_at_the_same_step():
+    store = dist.HashStore()
+    leader, follower = (SharedQueue(store, "r", [[0]], [1.0], 0, rank=r, ranks=2, timeout_s=20) for r in (0, 1))
+    step_of_the_engine = threading.Barrier(2, timeout=20)
+
+    def sample(queue: SharedQueue, late_from: int) -> list[bool]:
+        said = []
+        for step in range(2 * DEADLINE_STEPS + 1):
+            step_of_the_engine.wait()
+            said.append(queue.deadline_passed(step >= late_from))
+        return said
+
+    theirs: list[bool] = []
+    # The follower's clock says at once that time is up, the leader's only in the middle of an interval.
+    thread = threading.Thread(target=lambda: theirs.extend(sample(follower, 0)))
+    thread.start()
+    mine = sample(leader, DEADLINE_STEPS + 3)
+    thread.join(timeout=30)
+    assert mine == theirs == [False] * 2 * DEADLINE_STEPS + [True]
+
+
+def test_words_about_the_deadline_do_not_pile_up_in_the_store():
+    store = dist.HashStore()
+    leader = SharedQueue(store, "r", [[0]], [1.0], 0, rank=0, ranks=2)
+    for _ in range(50 * DEADLINE_STEPS):
+        leader.deadline_passed(False)
+    assert store.num_keys() <= 2
+
+
+def test_an_engine_of_one_rank_keeps_to_its_own_clock():
+    alone = SharedQueue(dist.HashStore(), "r", [[0], []], [1.0], 0)
+    for queue in (alone, LocalQueue([0])):
+        assert [queue.deadline_passed(passed) for passed in (False, False, True)] == [False, False, True]
 
 
 def test_a_local_queue_is_its_order():

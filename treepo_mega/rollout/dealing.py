@@ -92,6 +92,14 @@ class Queue(Protocol):
         """Index of the next prompt; None when there are no more of this engine's, or, when it is `dry`, of anyone's."""
         ...
 
+    def deadline_passed(self, passed: bool) -> bool:
+        """What the engine's first rank says of its own `passed`. The ranks of an engine ask at the same steps."""
+        ...
+
+
+DEADLINE_STEPS = 16
+"""Engine steps between two words of an engine's first rank about the deadline."""
+
 
 class LocalQueue:
     """All of `order`, one after the other."""
@@ -104,6 +112,10 @@ class LocalQueue:
         """The next of `order`."""
         return next(self._rest, None)
 
+    def deadline_passed(self, passed: bool) -> bool:
+        """`passed`: this process has the engine for itself."""
+        return passed
+
 
 class Store(Protocol):
     """What of torch.distributed's stores is used (a PrefixStore over the launcher's TCPStore)."""
@@ -111,6 +123,7 @@ class Store(Protocol):
     def add(self, key: str, amount: int) -> int: ...
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
+    def delete_key(self, key: str) -> bool: ...
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
 
 
@@ -141,6 +154,7 @@ class SharedQueue:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._taken = 0
+        self._asked = 0
         self._own_done = not deal[engine]
         self._left = [self._remaining(owner, 0) for owner in range(len(deal))]
         self.stolen = 0
@@ -160,6 +174,27 @@ class SharedQueue:
             self._own_done = True
         return found
 
+    def deadline_passed(self, passed: bool) -> bool:
+        """What the engine's first rank says, in every DEADLINE_STEPS-th call; False in the others.
+
+        Raises DealingTimeout when the first rank says nothing in time.
+        """
+        if self._ranks == 1:
+            return passed
+        # A rank that left on its own clock would leave the others in a collective of the engine's next step.
+        number, between = divmod(self._asked, DEADLINE_STEPS)
+        self._asked += 1
+        if between:
+            return False
+        key = f"{self._name}/engine {self._engine}/deadline {{}}"
+        if self._rank == 0:
+            self._store.set(key.format(number), "passed" if passed else "goes on")
+            # The engine keeps its ranks within a few steps of each other: all have read the one before the last.
+            if number >= 2:
+                self._store.delete_key(key.format(number - 2))
+            return passed
+        return self._told(key.format(number), "say whether the deadline has passed") == "passed"
+
     def _claim(self, key: str) -> int | None:
         """Take, and tell the other ranks of the engine."""
         found = self._steal() if self._own_done else self._advance(self._engine)
@@ -169,15 +204,19 @@ class SharedQueue:
 
     def _hear(self, key: str) -> int | None:
         """What the engine's first rank took."""
+        text = self._told(key, "take a prompt")
+        return None if text == "none" else int(text)
+
+    def _told(self, key: str, what: str) -> str:
+        """What the engine's first rank set `key` to."""
         try:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
         except RuntimeError as e:
             raise DealingTimeout(
-                f"engine {self._engine} waited {self._timeout_s:.0f} s for its first rank to take a prompt ({key}): {e}"
+                f"engine {self._engine} waited {self._timeout_s:.0f} s for its first rank to {what} ({key}): {e}"
                 "; look at that rank's log, or raise rollout.timeout_s"
             ) from e
-        text = self._store.get(key).decode()
-        return None if text == "none" else int(text)
+        return self._store.get(key).decode()
 
     def _advance(self, owner: int) -> int | None:
         """The next of `owner`'s list; None when it has none any more."""

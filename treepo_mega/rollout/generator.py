@@ -267,7 +267,7 @@ class _Run:
             self._fill()
             if not self.room.running:
                 return
-            if time.monotonic() > deadline:
+            if self.queue.deadline_passed(time.monotonic() > deadline):
                 raise GenerationTimeout(self._unfinished())
             finished = self.engine.step()
             self.steps += 1

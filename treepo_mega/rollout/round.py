@@ -110,7 +110,7 @@ def open_round(cfg: Config, costs: Sequence[float], name: str) -> Queue:
     engines = max(1, dist.world_size() // tp)
     deal = deal_by_cost(costs, engines)
     key = f"round {next(_rounds())}, {name}"
-    if engines == 1:
+    if engines == tp == 1:
         return LocalQueue(deal[0])
     engine, rank = divmod(dist.rank(), tp)
     timeout_s = cfg.rollout.timeout_s
