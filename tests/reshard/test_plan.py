@@ -138,3 +138,16 @@ def test_70b_on_thousands_of_ranks(pp, dp, tp_v):
     assert t.moved == t.bound and t.by_link["network"] == t.bound_network
     assert sum(t.by_link.values()) >= world // tp_v * 2 * sum(map(np.prod, hf_shapes(spec).values()))
     assert len(plan.routes) <= 8 * (2 * pp + 2), "work grows with coordinates, not with ranks squared"
+
+
+@pytest.mark.parametrize(
+    "shape, tp, dp, tp_v, idle",
+    [("qwen25_7b", 2, 2, 4, [3]), ("qwen25_7b", 2, 4, 4, [4, 7]), ("llama3_70b", 4, 2, 8, [7])],
+)
+def test_some_layouts_leave_ranks_without_a_message(shape, tp, dp, tp_v, idle):
+    """NCCL's first call needs all ranks of a group, so these need the collective with which `dist.initialize` ends."""
+    spec, world = ModelSpec.from_hf(EXAMPLES / shape), tp * dp
+    source, target = mcore_side(spec, Grid(tp=tp), world), vllm_side(spec, tp_v, world)
+    plan = plan_reshard(source, target, Cluster(world, 8), itemsize=2, bucket_bytes=64 << 20)
+    silent = [rank for rank in range(world) if not any(r.sends or r.receives for r in plan.for_rank(rank))]
+    assert silent == idle

@@ -21,6 +21,14 @@ def exchange() -> None:
     told = dist.gather_objects(mine)
     assert told == [{"rank": r, "text": "ü" * (r * 1000), "list": list(range(r))} for r in range(2)], told
     assert dist.gather_objects(None if rank else [0.1]) == [[0.1], None]
+    received: list[int] = []
+    gather, broadcast = torch.distributed.all_gather, torch.distributed.broadcast
+    torch.distributed.all_gather = lambda parts, own: (received.extend(p.nbytes for p in parts), gather(parts, own))[1]
+    torch.distributed.broadcast = lambda part, src: (received.append(part.nbytes), broadcast(part, src))[1]
+    long = ["x" * 300_000 if rank else None for rank in range(2)]
+    assert dist.gather_objects(long[rank]) == long
+    assert sum(received) < 301_000, "a rank with nothing to say adds no padding"
+    torch.distributed.all_gather, torch.distributed.broadcast = gather, broadcast
     assert dist.sum_over_ranks({"b": rank + 1.0, "a": 1e-9}) == {"a": 2e-9, "b": 3.0}
     assert dist.max_over_ranks({"x": -float(rank)}) == {"x": 0.0}
     assert (dist.is_main(), dist.world_size()) == (rank == 0, 2)

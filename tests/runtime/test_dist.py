@@ -48,6 +48,31 @@ def test_a_world_that_does_not_fit_is_refused_before_anything_starts(monkeypatch
         dist.initialize(cfg)
 
 
+def test_the_default_group_is_whole_before_anyone_uses_it(monkeypatch):
+    """A rank that a refit leaves out would otherwise be missing from NCCL's first call."""
+    calls: list[tuple[str, object]] = []
+
+    def note(name):
+        return lambda *args, **kwargs: calls.append((name, kwargs.get("group", args)))
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist.ps, "model_parallel_is_initialized", lambda: False)
+    for owner, name in (
+        (dist.dist, "init_process_group"),
+        (dist.dist, "all_reduce"),
+        (dist, "_cpu_group"),
+        (dist.ps, "initialize_model_parallel"),
+        (dist, "seed_everything"),
+    ):
+        monkeypatch.setattr(owner, name, note(name))
+    dist.initialize(parse_config({"model": {"hf_checkpoint": "unused"}, "data": {"train": [{"path": "x"}]}}))
+    assert [name for name, _ in calls[:3]] == ["init_process_group", "all_reduce", "_cpu_group"]
+    (tensor,) = calls[1][1]
+    assert tensor.device == dist.device(), "on the device: gloo's part of the group is another one"
+
+
 def test_leave_ends_helpers_and_keeps_the_exit_status():
     # A child that would sleep past the deadline below, and holds the console open.
     code = (

@@ -29,7 +29,7 @@ from megatron.core import tensor_parallel
 from treepo_mega.config import Config, check
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.cpu_megatron import require_retargeted
-from treepo_mega.runtime.device import backend, bind, has_cuda
+from treepo_mega.runtime.device import backend, bind, device, has_cuda
 from treepo_mega.runtime.files import atomic_directory
 from treepo_mega.runtime.seeding import derive_seed
 
@@ -74,6 +74,7 @@ def initialize(cfg: Config, hf: dict[str, Any] | None = None) -> list[str]:
     timeout = timedelta(seconds=cfg.distributed.timeout_s)
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timeout)
+    _connect_all()
     _cpu_group()
     p = cfg.parallel
     if not ps.model_parallel_is_initialized():
@@ -95,6 +96,14 @@ def seed_everything(seed: int, step: int = 0) -> None:
     np.random.seed(value)
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def _connect_all() -> None:
+    """The first collective of the default group on this rank's device. Collective over all ranks."""
+    # NCCL builds a group's communicator in its first call, for which it waits for every rank. A refit's point-to-point
+    # batches leave out a rank that neither sends nor receives: as the first call they would wait for it until the
+    # deadline.
+    dist.all_reduce(torch.zeros(1, device=device()))
 
 
 @functools.cache
@@ -181,22 +190,34 @@ def shared_directory(target: str | Path, timeout_s: float, *, replace: bool = Fa
     return atomic_directory(target, replace=replace, leads=is_main(), meet=lambda what: barrier(what, timeout_s))
 
 
+PADDED_BYTES = 1 << 16
+"""Values up to this many bytes travel padded to the longest of them."""
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's JSON-able `value`, in rank order, on every rank. Collective over all ranks (CPU tensors).
 
-    Moves bytes padded to the longest: an all_gather of sizes, then one of the data.
+    An all_gather of sizes; one of all values up to PADDED_BYTES, padded to the longest of them; then each rank with more
+    broadcasts its own. A rank receives about what was said, however many ranks have nothing to say.
     """
     if world_size() == 1:
         return [json.loads(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([data.numel()]))
-    longest = int(max(s.item() for s in sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: data.numel()] = data
-    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return [json.loads(bytes(p[: int(s)].numpy())) for p, s in zip(parts, sizes, strict=True)]
+    lengths = [int(size) for size in sizes]
+    longest = max((length for length in lengths if length <= PADDED_BYTES), default=0)
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+    if longest:
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        if data.numel() <= longest:
+            padded[: data.numel()] = data
+        dist.all_gather(parts, padded)
+    for speaker, length in enumerate(lengths):
+        if length > PADDED_BYTES:
+            parts[speaker] = data if speaker == rank() else torch.empty(length, dtype=torch.uint8)
+            dist.broadcast(parts[speaker], src=speaker)
+    return [json.loads(bytes(part[:length].numpy())) for part, length in zip(parts, lengths, strict=True)]
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
