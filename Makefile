@@ -3,6 +3,7 @@
 #   make demo [TP=2 PP=1]   train the tiny model that ships with the project, on this machine, without a GPU
 #   make test               the test suite, without the slow lane; says what it skipped and why
 #   make test-slow          the slow lane
+#   make test-cuda-profile  the engine's tests on the scheduler and model runner that CUDA gets, without a GPU
 #   make test-matrix        what the slow lane leaves out of its full product of layouts: for the night
 #   make lint               ruff, mypy, import contracts
 #   make docs               the documentation site, into build/site
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix lint docs clean
+.PHONY: help setup demo test test-slow test-cuda-profile test-matrix lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -40,6 +41,12 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
+
+# Async scheduling on both; model runner V2 runs in Triton's interpreter, too slow for the generator's tests.
+test-cuda-profile: setup
+	TREEPO_ENGINE_PROFILE=cuda $(BIN)/pytest tests/engine/test_engine.py tests/engine/test_branch_cache.py -rs $(ARGS)
+	TREEPO_ENGINE_PROFILE=async $(BIN)/pytest tests/rollout/test_generator.py tests/rollout/test_eval.py \
+	    tests/rollout/test_ranks.py tests/sync/test_refit.py -rs $(ARGS)
 
 test-matrix: setup
 	$(PYTEST) -m matrix $(ARGS)

@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         place(items)
 
 
+if os.environ.get("TREEPO_ENGINE_PROFILE"):
+    from treepo_mega.engine import cuda_profile
+
+    # Before a test module imports vLLM, which looks for Triton only then.
+    cuda_profile.apply()
+
 TINY_SYMBOLS = [
     "<pad>",
     "<bos>",

@@ -16,12 +16,12 @@ from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
+from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.monitor.progress import Progress
+from treepo_mega.reshard.sides import vllm_side
 from treepo_mega.runtime import dist
 from treepo_mega.sync.actor_memory import handover_backend
-from treepo_mega.sync.handover import Handover
-from treepo_mega.sync.memory import Memory
-from treepo_mega.sync.refit import Refit
+from treepo_mega.sync.handover import DeviceMemory, Handover
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,29 @@ def build_reference(cfg: Config, actor: Actor) -> Policy | None:
     return reference
 
 
-def build_memory(cfg: Config, actor: Actor, engine: Engine, weights: Refit) -> Memory:
-    """Gradients and optimizer state make room for the engine; the canary needs the actor's weights beside it."""
-    wanted = weights.wanted.of(dist.rank())[0].values()
-    sizes = {
-        "weights": sum(math.prod(param.shape) for param in wanted) * weights.target.dtype.itemsize,
+def build_engine(cfg: Config, actor: Actor) -> tuple[Engine, Handover]:
+    """The engine, asleep and without weights, and the hand-over of memory to it. Collective over all ranks.
+
+    Gradients and optimizer state make room for the engine; the canary needs the actor's weights beside it.
+    """
+    backend = handover_backend(actor, engine_bytes(cfg, actor.spec), cfg.rollout.engine.sleep_level)
+    handover = Handover(backend, offload=("grads", "optimizer"))
+    with handover.room_for_a_new_engine():
+        # The first refit writes every weight: no rank reads the checkpoint for an engine.
+        engine = Engine(cfg.model.hf_checkpoint, cfg, seed=cfg.train.seed, weights_follow=True)
+        if isinstance(backend, DeviceMemory):
+            backend.engine = engine
+    return engine, handover
+
+
+def engine_bytes(cfg: Config, spec: ModelSpec) -> dict[str, int]:
+    """Bytes of this rank's part of the engine: "weights" before packing, "kv_cache" as it is on a CPU."""
+    wanted = vllm_side(spec, cfg.rollout.engine.tensor_parallel_size, dist.world_size()).of(dist.rank())[0]
+    itemsize = 4 if cfg.rollout.engine.dtype == "fp32" else 2
+    return {
+        "weights": sum(math.prod(param.shape) for param in wanted.values()) * itemsize,
         "kv_cache": cfg.rollout.engine.kv_cache_memory_mb << 20,
     }
-    backend = handover_backend(actor, engine.sleeper, sizes)
-    backend.sleep()
-    return Memory(Handover(backend, offload=("grads", "optimizer")), weights, engine)
 
 
 def checkpoint_to_resume(cfg: Config) -> Path | None:

@@ -24,7 +24,6 @@ from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.export import export_hf
 from treepo_mega.config import Config, ConfigError, read_hf_config
 from treepo_mega.data.rewards import RewardPool
-from treepo_mega.engine.engine import Engine
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
@@ -34,7 +33,8 @@ from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.signals import StopRequest
-from treepo_mega.sync.refit import Refit
+from treepo_mega.sync.memory import Memory
+from treepo_mega.sync.refit import Refit, check_canary_limits
 from treepo_mega.tree.pack import Pack, StepPlan
 
 
@@ -45,6 +45,7 @@ class Trainer:
         started = time.time()
         self.cfg = cfg
         hf_dir = cfg.model.hf_checkpoint
+        check_canary_limits(cfg)
         notes = dist.initialize(cfg, read_hf_config(hf_dir))
         self.stop = StopRequest().install()
         self.timers = Timers()
@@ -54,12 +55,12 @@ class Trainer:
         self.inputs = build.load_inputs(cfg, self.progress)
         self.actor = build.build_actor(cfg)
         self.reference = build.build_reference(cfg, self.actor)
-        self.engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
+        self.engine, handover = build.build_engine(cfg, self.actor)
         self.generator = Generator(self.engine, cfg, self.inputs.tokenizer, progress=self.progress.leaves)
         self.collector = Collector(cfg, self.generator, self.pool, self.inputs.cursor, self.timers)
         self.evaluator = Evaluator(self.generator, self.pool, cfg)
         weights = Refit(cfg, self.actor.spec, self.actor.models, self.engine, self.score)
-        self.memory = build.build_memory(cfg, self.actor, self.engine, weights)
+        self.memory = Memory(handover, weights, self.engine)
         self.step = self._resume()
         self.records = Records(cfg, self.progress, started=started, resume_step=self.step)
 

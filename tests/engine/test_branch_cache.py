@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine_weights import write_weights
 from treepo_mega.config import parse_config
+from treepo_mega.engine import cuda_profile
 from treepo_mega.engine.engine import Engine
 from treepo_mega.engine.stream import Finished, SegmentRequest
 
@@ -100,7 +101,10 @@ def test_children_of_a_running_request(engine, oracle):
             name="run", prefix=(start := prompt(1, 41)), max_tokens=9, seed=3, borders=borders, min_tokens=9, run=40
         )
     )
-    (x,) = [x for _ in range(9) for x in engine.step()]
+    delivered: list[Finished] = []
+    while not delivered:
+        delivered += engine.step()
+    (x,) = delivered
     path = start + x.tokens
     stream.extend("rest", 31, min_tokens=31)
     for k in range(3):
@@ -142,16 +146,17 @@ def test_nobody_is_given_a_block_that_was_given_out_again(engine, oracle, connec
     asked: dict[str, list[int]] = {}
     copied = recomputed = 0
     preempted: list[object] = []
-    scheduler = engine.sleeper.llm_engine.engine_core.engine_core.scheduler
+    scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
     preempt = scheduler._preempt_request
     monkeypatch.setattr(scheduler, "_preempt_request", lambda r, *a, **k: (preempted.append(r), preempt(r, *a, **k))[1])
-    for k in range(240):
+    requests = 80 if cuda_profile.profile() == "cuda" else 240  # an interpreter runs the steps there
+    for k in range(requests):
         path = rng.choice(known)
         cut = path[: rng.randrange(max(2, len(path) // 2), len(path) + 1)]
         n = min(rng.randrange(1, 40), 160 - len(cut))
         asked[f"r{k}"] = cut
         engine.submit(SegmentRequest(name=f"r{k}", prefix=cut, max_tokens=n, seed=k))
-        if k == 120:
+        if k == requests // 2:
             engine.abort()
         for _ in range(rng.randrange(3)):
             for x in engine.step():
@@ -162,7 +167,7 @@ def test_nobody_is_given_a_block_that_was_given_out_again(engine, oracle, connec
                 recomputed += len(asked[x.request_id]) - x.num_cached_tokens > BLOCK
     for x in finish(engine).values():
         agrees(oracle, asked[x.request_id], x)
-    assert copied > 30 and recomputed > 10, "both a partial block found and one that was gone have to occur"
+    assert copied > requests / 8 and recomputed > requests / 24, "a partial block found, and one that was gone"
     assert preempted
 
 
@@ -198,6 +203,6 @@ def test_vllm_alone_computes_the_rest_of_the_block_again(engine, connector, monk
 
 def test_what_is_remembered_is_bounded_by_the_blocks(engine, connector):
     for k in range(100):
-        sample(engine, prompt(200 + k, 30), 20, seed=k)
+        sample(engine, prompt(200 + k, 30), 5, seed=k)
     assert len(connector._left) == sum(map(len, connector._behind.values())) <= engine.kv_blocks + 1
     assert not connector._running and not connector._found and not connector._pairs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine_weights import write_weights
 from treepo_mega.config import Config, parse_config
+from treepo_mega.engine import engine as engine_module
 from treepo_mega.engine.engine import Engine
 from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest
 from treepo_mega.engine.vllm_target import VllmTargetError
@@ -113,6 +116,26 @@ def test_a_stop_token_ends_the_segment_and_is_kept(engine):
     assert x.finish_reason == "stop" and x.tokens == free.tokens[: free.tokens.index(stop) + 1]
 
 
+@pytest.mark.parametrize("ending", ["stop token", "border", "abort"])
+def test_steps_in_flight_end_before_the_cache_is_reset_and_before_sleep(engine, ending):
+    """With a queue of two the step after a request's end is in flight: vLLM refuses both until it is over."""
+    free = run(engine, prompts())
+    common = Counter(token for x in free for token in x.tokens).most_common(4)
+    ends = [token for token, _ in common]
+    for attempt in range(3):
+        for k, prefix in enumerate(prompts()):
+            more = {"stop_token_ids": ends} if ending == "stop token" else {"borders": frozenset(ends)}
+            engine.submit(SegmentRequest(name=f"r{k}", prefix=prefix, max_tokens=24, seed=10 * attempt + k, **more))
+        while engine.busy:
+            if engine.step() and ending == "abort":
+                engine.abort()
+        engine.reset_prefix_cache()
+    engine.sleep(1)
+    engine.wake_up(["weights"])
+    engine.wake_up(["kv_cache"])
+    assert [x.tokens for x in run(engine, prompts())] == [x.tokens for x in free]
+
+
 def test_a_resubmitted_prefix_is_reused(engine):
     prefix = [9] * 65
     run(engine, [prefix], n=4)
@@ -138,6 +161,43 @@ def test_weights_written_in_place_equal_a_freshly_loaded_engine(engine, tiny_lla
     assert np.allclose([x.logprobs for x in back], [x.logprobs for x in old], atol=1e-5)
 
 
+def contents(engine: Engine) -> dict[str, bytes]:
+    """Every parameter and buffer that the model computes with, by name, as bytes."""
+    (model,) = engine._llm.apply_model(lambda model: model)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors}
+
+
+def spoil(engine: Engine) -> None:
+    """What sleep level 2 leaves of the parameters: memory that anyone may have written. (vLLM keeps the buffers.)"""
+    (model,) = engine._llm.apply_model(lambda model: model)
+    for parameter in model.parameters():
+        torch.empty(0, dtype=torch.uint8).set_(parameter.untyped_storage()).fill_(0xFF)
+
+
+@pytest.mark.parametrize("quantization", [None, pytest.param("fp8_per_channel", marks=pytest.mark.slow)])
+def test_an_engine_that_reads_no_checkpoint_is_the_loaded_one_after_an_update(
+    tiny_llama, keep_alive, tmp_path, monkeypatch, quantization
+):
+    """Without weights at the start, and after a sleep that drops them: padding and FP8 scales are written too."""
+    cfg = config(tiny_llama)
+    if quantization:
+        cfg.rollout.engine.dtype, cfg.rollout.engine.quantization = "bf16", quantization
+    loaded = Engine(tiny_llama, cfg, seed=0)
+    bare = shutil.copytree(tiny_llama, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(engine_module, "check_files", lambda directory: None)
+    empty = Engine(bare, cfg, seed=0, weights_follow=True)
+    keep_alive += [loaded, empty]
+    with pytest.raises(EngineError, match=r"built without weights: write all weights \(Engine\.update_weights_by\)"):
+        empty.score([5, 6])
+    expected = run(loaded, prompts())
+    for _ in range(2):
+        write_weights(empty, tiny_llama)
+        assert contents(empty) == contents(loaded)
+        assert run(empty, prompts()) == expected
+        spoil(empty)
+
+
 def test_an_untied_head_is_updated_too(make_tiny_llama, keep_alive):
     first, second = (make_tiny_llama(tie_word_embeddings=False, seed=s) for s in (0, 1))
     engine = Engine(first, config(first), seed=0)
@@ -152,7 +212,7 @@ def test_an_untied_head_is_updated_too(make_tiny_llama, keep_alive):
 def test_an_incomplete_update_is_refused_and_blocks_sampling(engine, tiny_llama):
     with pytest.raises(VllmTargetError, match=r"1 parameters missing, such as .*down_proj"):
         write_weights(engine, tiny_llama, without=["model.layers.0.mlp.down_proj.weight"])
-    with pytest.raises(EngineError, match="did not complete: write all weights again"):
+    with pytest.raises(EngineError, match="did not complete: write all weights"):
         engine.submit(SegmentRequest(name="x", prefix=[5], max_tokens=4, seed=0))
     with pytest.raises(EngineError, match="did not complete"):
         engine.score([5, 6])

@@ -10,19 +10,25 @@ from types import SimpleNamespace
 import pytest
 
 from treepo_mega.checkpoint.hf import HfCheckpointError
-from treepo_mega.config import ConfigError, parse_config
+from treepo_mega.config import Config, ConfigError, EngineConfig, parse_config
 from treepo_mega.data.end_tokens import EndTokenError, find_eos_token_ids
+from treepo_mega.engine import cuda_profile, vllm_setup
 from treepo_mega.engine.engine import Engine, EngineError
+from treepo_mega.engine.vllm_setup import Execution, choose_execution
 from treepo_mega.runtime.device import has_cuda
 
 
-def start(hf: Path, **rollout: object) -> Engine:
+def configuration(hf: Path, **rollout: object) -> Config:
     raw = {
         "model": {"hf_checkpoint": str(hf)},
         "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
         "rollout": {"max_response_len": 64, "segment": {"length": 16}, **rollout},
     }
-    return Engine(hf, parse_config(raw))
+    return parse_config(raw)
+
+
+def start(hf: Path, **rollout: object) -> Engine:
+    return Engine(hf, configuration(hf, **rollout))
 
 
 @pytest.fixture
@@ -69,6 +75,68 @@ def test_a_window_or_layout_that_does_not_fit_is_refused(copy, monkeypatch):
         start(copy, max_response_len=600)
     with pytest.raises(EngineError, match="start with torchrun"):
         start(copy, engine={"tensor_parallel_size": 2})
+
+
+@pytest.mark.skipif(has_cuda(), reason="CUDA runs all of them")
+@pytest.mark.parametrize(
+    "engine, message",
+    [
+        ({"async_scheduling": True}, "async_scheduling true needs CUDA"),
+        ({"model_runner": "v2"}, "model_runner v2 needs CUDA"),
+        ({"cuda_graphs": "piecewise"}, "cuda_graphs piecewise needs CUDA; none runs everywhere"),
+    ],
+)
+def test_what_only_cuda_runs_is_refused_on_a_cpu(copy, monkeypatch, engine, message):
+    monkeypatch.delenv(cuda_profile.VARIABLE, raising=False)
+    with pytest.raises(EngineError, match=message):
+        start(copy, engine=engine)
+
+
+def test_auto_is_cudas_engine_on_cuda_and_under_its_profile(monkeypatch):
+    def chosen(profile: str, **engine: object) -> Execution:
+        monkeypatch.setenv(cuda_profile.VARIABLE, profile)
+        return choose_execution(EngineConfig(**engine))
+
+    with monkeypatch.context() as patch:
+        for module in (vllm_setup, cuda_profile):
+            patch.setattr(module, "has_cuda", lambda: True)
+        assert chosen("") == Execution(True, "v2")
+        assert chosen("", async_scheduling=False, model_runner="v1") == Execution(False, "v1")
+    if not has_cuda():
+        assert chosen("") == Execution(False, "v1")
+        assert chosen("async") == Execution(True, "v1")
+        assert chosen("cuda") == Execution(True, "v2")
+        assert chosen("cuda", model_runner="v1") == Execution(True, "v1")
+    with pytest.raises(EngineError, match=r"TREEPO_ENGINE_PROFILE=cud: expected cuda or async.*did you mean 'cuda'"):
+        chosen("cud")
+
+
+def arguments_on_cuda(hf: Path, monkeypatch: pytest.MonkeyPatch, **engine: object) -> dict[str, object]:
+    for module in (vllm_setup, cuda_profile):
+        monkeypatch.setattr(module, "has_cuda", lambda: True)
+    cfg = configuration(hf, engine=engine)
+    return vllm_setup.engine_arguments(cfg, choose_execution(cfg.rollout.engine), 129)
+
+
+def test_cuda_gets_graphs_sleep_and_chunks(tiny_llama, monkeypatch):
+    eager = arguments_on_cuda(tiny_llama, monkeypatch, gpu_memory_utilization=0.85)
+    assert eager["enforce_eager"] and "compilation_config" not in eager and eager["enable_sleep_mode"]
+    assert eager["gpu_memory_utilization"] == 0.85 and "kv_cache_memory_bytes" not in eager
+    assert eager["enable_chunked_prefill"], "v2 draws by (seed, position)"
+    assert not arguments_on_cuda(tiny_llama, monkeypatch, model_runner="v1")["enable_chunked_prefill"]
+    graphs = arguments_on_cuda(tiny_llama, monkeypatch, cuda_graphs="full_and_piecewise")
+    assert not graphs["enforce_eager"] and graphs["compilation_config"] == {"cudagraph_mode": "FULL_AND_PIECEWISE"}
+    assert graphs["kv_transfer_config"].kv_connector == "BranchCache", "branch copies stay on beside graphs"
+
+
+def test_vllm_knows_the_graph_modes_and_the_connector_allows_whole_graphs():
+    from vllm.config import CUDAGraphMode
+
+    from treepo_mega.engine.branch_cache import BranchCache
+
+    modes = EngineConfig.model_fields["cuda_graphs"].annotation.__args__
+    assert {mode.upper() for mode in modes} <= set(CUDAGraphMode.__members__)
+    assert BranchCache.requires_piecewise_for_cudagraph({}) is False
 
 
 def test_multiprocessing_mode_is_refused(copy, monkeypatch):

@@ -27,6 +27,7 @@ FUNCTIONS = {
     "vllm.v1.core.kv_cache_utils.make_block_hash_with_group_id": ["block_hash", "group_id"],
     "vllm.v1.worker.utils.copy_kv_cache_blocks_inplace": ["kv_caches", "num_blocks"],
     "vllm.v1.sample.sampler.batched_count_greater_than": ["x", "values"],
+    "vllm.platforms.cpu.CpuPlatform.check_and_update_config": ["vllm_config"],
 }
 OTHERS = [
     f"{RELOAD}.meta.SKIP_TENSORS",
@@ -40,7 +41,9 @@ ATTRIBUTES = {
     "vllm.v1.core.sched.scheduler.Scheduler.__init__": "bind_kv_cache_manager",
     f"{RELOAD}.layerwise._place_kernel_tensors": "kernel_tensors",
     "vllm.v1.engine.core_client.InprocClient.__init__": "self.engine_core",
-    "vllm.v1.engine.core.EngineCore.__init__": "self.scheduler",
+    "vllm.v1.engine.core.EngineCore.__init__": "self.batch_queue",
+    "vllm.v1.engine.core.EngineCore.step_with_batch_queue": "self.scheduler",
+    "vllm.config.VllmConfig.use_v2_model_runner.fget": "VLLM_USE_V2_MODEL_RUNNER",
 }
 
 

@@ -12,6 +12,7 @@ from treepo_mega.sync.handover import (
     DeviceMemory,
     Handover,
     HandoverError,
+    HostBlocks,
     State,
 )
 
@@ -203,4 +204,46 @@ def test_storages_are_really_emptied_and_views_come_back_with_their_values():
     assert torch.equal(views[0], torch.arange(4.0).view(2, 2))
     assert torch.equal(parts["optimizer"][0], torch.full((3,), 7.0))
     assert torch.equal(parts["grads"][0], torch.zeros(5)), "gradients are not worth a copy"
-    assert engine.calls == [("sleep", 1), ("wake_up", "weights"), ("wake_up", "kv_cache"), ("sleep", 1)]
+    assert engine.calls == [("sleep", 2), ("wake_up", "weights"), ("wake_up", "kv_cache"), ("sleep", 2)]
+
+
+def test_host_memory_is_taken_once_and_in_blocks_that_are_not_padded(monkeypatch):
+    """Three rounds of three storages, one of which is larger than a block: by count, and no copy is another's."""
+    monkeypatch.setattr(HostBlocks, "BLOCK", 1 << 10)
+    size = 5 * (1 << 10) + 64
+    parts = {"grads": [torch.ones(9)], "optimizer": [torch.randn(size // 4), torch.randn(7)], "params": [torch.ones(3)]}
+    before = [t.clone() for t in parts["optimizer"]]
+    memory = DeviceMemory(parts.__getitem__)
+    for _ in range(3):
+        for part in PARTS:
+            memory.offload(part)
+        assert not any(t.untyped_storage().nbytes() for tensors in parts.values() for t in tensors)
+        for part in reversed(PARTS):
+            memory.restore(part)
+    assert all(torch.equal(now, then) for now, then in zip(parts["optimizer"], before, strict=True))
+    assert memory.host.taken == 5 * (1 << 10) + 64 + 32 + 16, "a single block of 5,184 bytes would take 8,192"
+
+
+def test_the_engine_is_built_while_the_trainers_state_is_away_and_then_sleeps():
+    parts = {"grads": [torch.ones(5)], "optimizer": [torch.full((3,), 7.0)], "params": [torch.ones(2)]}
+    memory = DeviceMemory(parts.__getitem__)
+    handover = Handover(memory, offload=("grads", "optimizer"))
+    with handover.room_for_a_new_engine():
+        here = [sum(t.untyped_storage().nbytes() for t in parts[part]) for part in PARTS]
+        memory.engine = engine = Engine()
+    assert here == [0, 0, 8], "what is free now is what vLLM sizes its KV cache by"
+    assert engine.calls == [("sleep", 2)] and handover.state is State.TRAIN
+    assert torch.equal(parts["optimizer"][0], torch.full((3,), 7.0))
+    handover.offload()
+    handover.wake_weights()
+    assert engine.calls[1:] == [("wake_up", "weights")], "from here on as after any other sleep"
+    with pytest.raises(HandoverError, match="needs the state TRAIN"), handover.room_for_a_new_engine():
+        pass
+
+
+def test_an_engine_that_cannot_be_built_leaves_the_trainer_its_state():
+    parts = {"grads": [torch.ones(5)], "optimizer": [torch.full((3,), 7.0)], "params": []}
+    handover = Handover(DeviceMemory(parts.__getitem__))
+    with pytest.raises(ValueError, match="no room"), handover.room_for_a_new_engine():
+        raise ValueError("no room")
+    assert torch.equal(parts["optimizer"][0], torch.full((3,), 7.0)) and handover.state is State.TRAIN

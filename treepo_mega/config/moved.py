@@ -27,6 +27,7 @@ MOVED: dict[str, str] = {
     "rollout.fallback_cut": "rollout.fallback.cut",
     "rollout.engine.canary_max_abs_diff": "reshard.canary.max_abs_diff",
     "rollout.engine.canary_mean_abs_diff": "reshard.canary.mean_abs_diff",
+    "rollout.engine.enforce_eager": "rollout.engine.cuda_graphs",
     "reshard.canary_prompts": "reshard.canary.prompts",
     "reshard.canary_failure": "reshard.canary.on_failure",
     "loss.head.precision": "loss.precision",

@@ -30,8 +30,19 @@ class EngineConfig(Section):
     kv_cache_memory_mb: int = Field(64, ge=1)
     """KV-cache size on CPU, MiB per engine."""
     gpu_memory_utilization: float = Field(0.6, gt=0, lt=1)
-    """Share of a GPU's memory for the engine (CUDA only)."""
-    enforce_eager: bool = True
+    """Share of a GPU's memory for the engine (CUDA only). While the engine is built, only the weights of actor and
+    reference are on the GPU beside it."""
+    cuda_graphs: Literal["none", "piecewise", "full_decode_only", "full_and_piecewise"] = "none"
+    """vLLM's CUDA graph mode. none: eager, the fall-back where graphs do not work. CUDA only."""
+    sleep_level: Literal[1, 2] = 2
+    """What the engine's weights do while it sleeps (CUDA only). 2: they are dropped, and the refit writes them anew. 1:
+    they wait in pinned host memory, and after a checkpoint no refit is needed."""
+    async_scheduling: Literal["auto"] | bool = "auto"
+    """Schedule the next step while one runs (a queue of two). auto: true on CUDA, false on a CPU, whose build of vLLM
+    has no such scheduler."""
+    model_runner: Literal["auto", "v1", "v2"] = "auto"
+    """vLLM's model runner. auto: v2 on CUDA, v1 on a CPU, where v2 needs a Triton that no wheel has. The key replaces
+    VLLM_USE_V2_MODEL_RUNNER, which is not read."""
 
 
 class StopConfig(Section):

@@ -6,4 +6,5 @@ that are touched here: a version bump must re-check each, and `tests/engine/test
     vllm_setup.py     vLLM's settings; what building it does to the process is put right
     vllm_target.py    a worker's parameters as the destination of a reshard
     branch_cache.py   branches that begin inside a KV block
+    cuda_profile.py   CUDA's scheduler and model runner on a CPU, for tests
 """

@@ -183,6 +183,11 @@ class BranchCache(KVConnectorBase_V1):
 
     # The worker's side.
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """False: all copies are made before the forward pass, so whole-model CUDA graphs replay without them."""
+        return False
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Copy, in every layer."""
         copies = self._get_connector_metadata()

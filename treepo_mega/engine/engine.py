@@ -42,8 +42,8 @@ from treepo_mega.engine.vllm_target import VllmTarget
 class Engine:
     """One vLLM engine (or this rank's part of one). See the module docstring."""
 
-    def __init__(self, hf_dir: str | Path, cfg: Config, *, seed: int = 0) -> None:
-        """Load the checkpoint at `hf_dir`.
+    def __init__(self, hf_dir: str | Path, cfg: Config, *, seed: int = 0, weights_follow: bool = False) -> None:
+        """Load the checkpoint at `hf_dir`; with `weights_follow` only its shapes, and all weights must be written.
 
         Raises EngineError for a model or layout that vLLM cannot take, HfCheckpointError for missing or broken files.
         """
@@ -56,9 +56,9 @@ class Engine:
         check_files(self.hf_dir)
         self._open: dict[str, SegmentStream] = {}  # by vLLM's id
         self._next = 0
-        self._broken = ""
+        self._broken = "the engine was built without weights" if weights_follow else ""
         with process_left_alone():
-            self._llm = build(self.hf_dir, cfg, self.max_model_len, seed)
+            self._llm = build(self.hf_dir, cfg, self.max_model_len, seed, weights_follow=weights_follow)
         produced = self._llm.collective_rpc("engine_vocab_size")[0]
         if produced != self.vocab_size:
             raise EngineError(
@@ -145,13 +145,33 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Raises EngineError while requests run."""
+        if not self._open:
+            self._drain()
         if self._open or not self._llm.reset_prefix_cache():
             raise EngineError(f"the prefix cache cannot be reset; unfinished requests: {self.unfinished[:5]}")
 
-    @property
-    def sleeper(self) -> Any:
-        """vLLM's LLM, whose sleep(level) and wake_up(tags) give memory away and take it back (CUDA)."""
-        return self._llm
+    def _drain(self) -> None:
+        """Finish the steps in flight of an engine that nobody waits for."""
+        # Under async scheduling a request that a stop token ends has a step in flight, and vLLM frees its blocks only
+        # after that step: until then the prefix cache cannot be reset, and the engine can neither sleep nor change.
+        core = self._llm.llm_engine.engine_core.engine_core
+        while core.batch_queue:
+            self._llm.llm_engine.step()
+
+    def sleep(self, level: int = 1) -> None:
+        """Give device memory away: vLLM's sleep level 1 keeps the weights on the host, 2 drops them.
+
+        Raises EngineError while requests run. No memory moves on a CPU.
+        """
+        if self._open:
+            raise EngineError(f"the engine cannot sleep while requests run: {self.unfinished[:5]}")
+        self._drain()
+        self._llm.sleep(level=level)
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """Take the memory of these tags back: "weights", "kv_cache"."""
+        self._drain()
+        self._llm.wake_up(tags=list(tags))
 
     @property
     def branch_cache(self) -> Any:
@@ -175,6 +195,7 @@ class Engine:
     def _weights_changing(self) -> Iterator[None]:
         if self._open:
             raise EngineError(f"weights cannot change while requests run: {self.unfinished[:5]}")
+        self._drain()
         self._broken = "the last weight update did not complete"
         yield
         self.reset_prefix_cache()  # the KV of the old weights would be reused
@@ -189,6 +210,7 @@ class Engine:
 
         if self._open:
             raise EngineError(f"scoring needs an idle engine; running: {self.unfinished[:5]}")
+        self._drain()
         self._check_prefix(token_ids, 1, "score")
         old = self._llm.collective_rpc("scale_logits", args=(1.0 / temperature,))[0]
         try:
@@ -218,7 +240,7 @@ class Engine:
 
     def _check_prefix(self, prefix: Sequence[int], max_tokens: int, request_id: str) -> None:
         if self._broken:
-            raise EngineError(f"{self._broken}: write all weights again (Engine.update_weights_by) before sampling")
+            raise EngineError(f"{self._broken}: write all weights (Engine.update_weights_by) before sampling")
         if not prefix or max_tokens < 1:
             raise EngineError(f"request {request_id!r}: needs at least one token before and one to sample")
         if len(prefix) + max_tokens > self.max_model_len:

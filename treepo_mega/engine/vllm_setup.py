@@ -9,8 +9,8 @@ Traps of vLLM 0.32 on the CPU that this module exists to hide:
   LOCAL_WORLD_SIZE and LD_PRELOAD: all restored here.
 - Linear weights are repacked at load; with tied embeddings a reload leaves the packed LM head stale, without an
   error (`VllmTarget` packs it again).
-- A per-request seed and chunked prefill crash together: chunked prefill is off, so a whole sequence must fit into
-  `max_num_batched_tokens`.
+- A per-request seed and chunked prefill crash together under runner v1: chunked prefill is off there, so a whole
+  sequence must fit into `max_num_batched_tokens`.
 - The first sampled token of a process waits for torch.compile, which builds the kernel that counts a token's rank
   (nobody reads it): a second, or many with a cold cache. On the CPU it is counted without (`_count_ranks_eagerly`).
 - VLLM_CPU_KVCACHE_SPACE, when set in the environment, wins over `kv_cache_memory_mb`.
@@ -26,6 +26,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from treepo_mega.config import Config
+from treepo_mega.config import Config, EngineConfig
+from treepo_mega.engine import cuda_profile
 from treepo_mega.engine.stream import EngineError
 from treepo_mega.engine.vllm_target import VllmTarget
 from treepo_mega.runtime.device import device, has_cuda
@@ -134,53 +136,113 @@ def _count_ranks_eagerly() -> None:
     sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
-def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int) -> Any:
-    """vLLM's LLM with the settings that the module docstring explains."""
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How vLLM runs a step: what `async_scheduling` and `model_runner` of rollout.engine come to on this machine."""
+
+    async_scheduling: bool
+    model_runner: str
+
+
+def choose_execution(engine: EngineConfig) -> Execution:
+    """What `auto` chooses: as CUDA has it, or under the engine profile of the environment; else as the CPU has it.
+
+    Raises EngineError for what vLLM's CPU build cannot run.
+    """
+    profile = cuda_profile.profile()
+    asynchronous = has_cuda() or profile != ""
+    second = has_cuda() or profile == "cuda"
+    chosen = Execution(
+        asynchronous if engine.async_scheduling == "auto" else engine.async_scheduling,
+        ("v2" if second else "v1") if engine.model_runner == "auto" else engine.model_runner,
+    )
+    if chosen.async_scheduling and not asynchronous:
+        raise EngineError("rollout.engine.async_scheduling true needs CUDA: vLLM's CPU build schedules step by step")
+    if chosen.model_runner == "v2" and not second:
+        raise EngineError("rollout.engine.model_runner v2 needs CUDA: vLLM's CPU build runs it with no released Triton")
+    if engine.cuda_graphs != "none" and not has_cuda():
+        raise EngineError(f"rollout.engine.cuda_graphs {engine.cuda_graphs} needs CUDA; none runs everywhere")
+    return chosen
+
+
+def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int, *, weights_follow: bool = False) -> Any:
+    """vLLM's LLM with the settings that the module docstring explains.
+
+    `weights_follow`: whoever builds it writes all weights before the first sample, so the checkpoint is not read.
+    """
+    execution = choose_execution(cfg.rollout.engine)
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(execution.model_runner == "v2"))
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise EngineError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the engine lives in the trainer's process")
     # It reports once a process, before its logging has a level, that Triton (our kernels' compiler) has no CPU backend.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    cuda_profile.apply()
     from vllm import LLM
 
     if not has_cuda():
         _count_ranks_eagerly()
-    e = cfg.rollout.engine
-    more: dict[str, Any] = (
-        {"gpu_memory_utilization": e.gpu_memory_utilization}
-        if has_cuda()
-        else {"kv_cache_memory_bytes": e.kv_cache_memory_mb << 20}
+    llm = LLM(
+        str(hf_dir),
+        max_model_len=max_model_len,
+        seed=seed,
+        load_format="dummy" if weights_follow else "auto",
+        **engine_arguments(cfg, execution, max_model_len),
     )
+    check_execution(llm, execution)
+    return llm
+
+
+def engine_arguments(cfg: Config, execution: Execution, max_model_len: int) -> dict[str, Any]:
+    """What `rollout.engine` comes to in vLLM's own arguments on this machine."""
+    engine = cfg.rollout.engine
+    arguments: dict[str, Any] = {
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[engine.dtype or cfg.model.params_dtype],
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": max(engine.max_num_batched_tokens, max_model_len),
+        "block_size": engine.block_size,
+        "enforce_eager": engine.cuda_graphs == "none",
+        "async_scheduling": execution.async_scheduling,
+        "quantization": engine.quantization,
+        # Runner v1 rewinds a request's generator after a part of a prompt, which a CPU generator cannot. v2 draws by
+        # (seed, position), and on CUDA vLLM warns of wrong samples without chunks.
+        "enable_chunked_prefill": execution.model_runner == "v2",
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "worker_extension_cls": f"{WeightSync.__module__}.{WeightSync.__qualname__}",
+        "enable_sleep_mode": has_cuda(),  # the hand-over of device memory
+    }
+    if engine.cuda_graphs != "none":
+        arguments["compilation_config"] = {"cudagraph_mode": engine.cuda_graphs.upper()}
+    if has_cuda():
+        arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
+    else:
+        arguments["kv_cache_memory_bytes"] = engine.kv_cache_memory_mb << 20
     if cfg.debug.copy_partial_blocks:
         from vllm.config import KVTransferConfig
 
         from treepo_mega.engine import branch_cache
 
-        more["kv_transfer_config"] = KVTransferConfig(
+        arguments["kv_transfer_config"] = KVTransferConfig(
             kv_connector=branch_cache.BranchCache.__name__,
             kv_connector_module_path=branch_cache.__name__,
             kv_role="kv_consumer",
         )
     if launched():
-        more["distributed_executor_backend"] = "external_launcher"
-    return LLM(
-        str(hf_dir),
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[e.dtype or cfg.model.params_dtype],
-        tensor_parallel_size=e.tensor_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=e.max_num_seqs,
-        max_num_batched_tokens=max(e.max_num_batched_tokens, max_model_len),
-        block_size=e.block_size,
-        enforce_eager=e.enforce_eager,
-        quantization=e.quantization,
-        enable_chunked_prefill=False,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        skip_tokenizer_init=True,
-        use_tqdm_on_load=False,
-        worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
-        seed=seed,
-        enable_sleep_mode=has_cuda(),  # the hand-over of device memory
-        **more,
-    )
+        arguments["distributed_executor_backend"] = "external_launcher"
+    return arguments
+
+
+def check_execution(llm: Any, wanted: Execution) -> None:
+    """Raises EngineError unless `llm` runs as wanted: vLLM reads some settings once a process."""
+    core = llm.llm_engine.engine_core.engine_core
+    found = Execution(core.async_scheduling, "v2" if llm.llm_engine.vllm_config.use_v2_model_runner else "v1")
+    if found != wanted:
+        raise EngineError(
+            f"vLLM runs with async_scheduling {found.async_scheduling} and model_runner {found.model_runner}, not "
+            f"{wanted.async_scheduling} and {wanted.model_runner}: the first engine of a process decides for all"
+        )

@@ -47,6 +47,7 @@ class VllmTarget:
         self._layout: Mapping[str, ParamLayout] | None = None
         self._modules: dict[str, tuple[nn.Module, str]] = {}
         self._padded: set[str] = set()
+        self._stale_padding: set[str] = set()
         self._left: dict[nn.Module, set[str]] = {}
         self._open: set[nn.Module] = set()
         self._whole: set[nn.Module] = set()
@@ -83,6 +84,8 @@ class VllmTarget:
         if self._updating:
             raise VllmTargetError("start_weight_update: the update before has neither finished nor been aborted")
         self._updating = True
+        # A sleep of level 2 leaves anything in the rows that no checkpoint fills.
+        self._stale_padding = set(self._padded)
         self._left = {}
         for name in self._layout:
             module, short = self._modules[name]
@@ -93,9 +96,11 @@ class VllmTarget:
         module, short = self._modules[name]
         if _is_packed(module) and module not in self._open:
             self._unpack(module)
-            if name in self._padded:
-                getattr(module, short).data.zero_()
-        return getattr(module, short).data
+        data: Tensor = getattr(module, short).data
+        if name in self._stale_padding:
+            self._stale_padding.discard(name)
+            data.zero_()
+        return data
 
     def update_weight(self, chunk: int, name: str) -> None:
         """One parameter is whole; with its last one a module packs itself."""

@@ -197,8 +197,8 @@ PADDED_BYTES = 1 << 16
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's JSON-able `value`, in rank order, on every rank. Collective over all ranks (CPU tensors).
 
-    An all_gather of sizes; one of all values up to PADDED_BYTES, padded to the longest of them; then each rank with more
-    broadcasts its own. A rank receives about what was said, however many ranks have nothing to say.
+    An all_gather of sizes; one of all values up to PADDED_BYTES, padded to the longest of them; then each rank with
+    more broadcasts its own. A rank receives about what was said, however many ranks have nothing to say.
     """
     if world_size() == 1:
         return [json.loads(json.dumps(value))]

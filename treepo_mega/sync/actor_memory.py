@@ -1,6 +1,6 @@
 """What of the trainer's memory can be handed over: Megatron's buffers and the optimizer's state, by part.
 
-    Handover(handover_backend(actor, engine_llm, cfg, engine_bytes), offload=("grads", "optimizer"))
+    Handover(handover_backend(actor, engine_bytes, sleep_level), offload=("grads", "optimizer"))
 
 Parts are those of `sync/handover.py`. Storages that also hold parameters (the fp32 optimizer's main parameters are
 views of them) belong to "params" alone.
@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from treepo_mega.engine import cuda_profile
 from treepo_mega.runtime.device import has_cuda
-from treepo_mega.sync.handover import PARTS, Backend, Bookkeeping, DeviceMemory
+from treepo_mega.sync.handover import PARTS, Bookkeeping, DeviceMemory
 
 
 def part_tensors(actor: Any, part: str) -> list[Tensor]:
@@ -44,12 +45,12 @@ def _optimizer_state(optimizer: Any) -> Iterator[Tensor]:
             yield from (v for v in state.values() if isinstance(v, Tensor) and v.dim())
 
 
-def handover_backend(actor: Any, llm: Any, engine_bytes: dict[str, int]) -> Backend:
-    """Real memory on CUDA; on the CPU the books, with the sizes of the same tensors.
+def handover_backend(actor: Any, engine_bytes: dict[str, int], sleep_level: int) -> DeviceMemory | Bookkeeping:
+    """Real memory on CUDA and under an engine profile; else, on the CPU, the books, with the sizes of the same tensors.
 
     `engine_bytes`: "weights" and "kv_cache", for the books.
     """
-    if has_cuda():
-        return DeviceMemory(lambda part: part_tensors(actor, part), llm)
+    if has_cuda() or cuda_profile.profile():
+        return DeviceMemory(lambda part: part_tensors(actor, part), level=sleep_level)
     sizes = {part: sum(t.untyped_storage().nbytes() for t in part_tensors(actor, part)) for part in PARTS}
     return Bookkeeping(sizes | engine_bytes)

@@ -18,31 +18,32 @@ does nothing. Each is logged with the bytes that it freed and took (`log`).
 
 Saving a checkpoint between two rollouts needs the optimizer state, hence TRAIN, but no weight changes: an engine that
 keeps its weights while it sleeps (vLLM's level 1 copies them to the host; on the CPU nothing moves) wakes up with those
-of the last refit. `weights_current` says so, and `keep_weights()` then stands for the refit. The trainer reports every
-update with `weights_changed()`.
+of the last refit. `weights_current` says so, and `keep_weights()` then stands for the refit. Level 2 drops them, and
+every wake is followed by a refit. The trainer reports every update with `weights_changed()`.
 
 A transition that fails is undone: the engine is put to sleep, whatever the trainer had given away comes back, the state
 is TRAIN, and HandoverError tells what happened. If even that fails, the state is BROKEN and every call says so.
 
 Backends do the work. `DeviceMemory` frees real memory: it empties the storages under the trainer's tensors (views of
-them stay valid) after copying what must be kept to host memory, pinned on CUDA, and puts vLLM to sleep and wakes it
-by tag. `Bookkeeping` counts the same bytes and checks the same rules, but leaves memory where it is: on the CPU,
+them stay valid) after copying what must be kept to host memory, pinned on CUDA, and puts the engine to sleep and wakes
+it by tag. `Bookkeeping` counts the same bytes and checks the same rules, but leaves memory where it is: on the CPU,
 trainer and engine share one memory and there is nothing to gain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from treepo_mega.errors import TreepoError
-from treepo_mega.runtime.device import free_memory_bytes, release_cached_memory
+from treepo_mega.runtime.device import free_memory_bytes, has_cuda, release_cached_memory
 
 T = TypeVar("T")
 
@@ -90,6 +91,16 @@ class Transition:
     seconds: float
 
 
+class SleepingEngine(Protocol):
+    """What gives device memory away and takes it back (`engine.engine.Engine`)."""
+
+    def sleep(self, level: int) -> None:
+        """Give all memory away."""
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """Take the memory of these tags back."""
+
+
 class Backend(Protocol):
     """Moves memory. Every method returns bytes of device memory and does nothing when there is nothing to do."""
 
@@ -120,6 +131,20 @@ class Handover:
         self.state, self.log = State.TRAIN, list[Transition]()
         self._backend, self._why = backend, ""
         self._moved = False  # since the actor's weights last changed
+
+    @contextlib.contextmanager
+    def room_for_a_new_engine(self) -> Iterator[None]:
+        """In TRAIN: an engine is built in this context, which then sleeps; the trainer's state is away meanwhile.
+
+        vLLM sizes its KV cache once and for all, by the memory that is free while it is built.
+        """
+        self.require(State.TRAIN)
+        try:
+            self._give("grads", "optimizer")
+            yield
+            self._backend.sleep()
+        finally:
+            self._take_back()
 
     def offload(self) -> None:
         """TRAIN -> OFFLOADED."""
@@ -269,16 +294,57 @@ class Bookkeeping:
         return self.sizes.get(name, 0)
 
 
-class DeviceMemory:
-    """Frees and takes real memory. `tensors(part)` lists the trainer's tensors; `engine` is vLLM's LLM, or None.
+class HostBlocks:
+    """Host memory for what has left the device: blocks that are taken once and used again by every later offload.
 
-    "grads" come back as zeros; the other parts are kept on the host. `level` is vLLM's sleep level: 1 keeps weights on
-    the host, 2 drops them, and the model's buffers with them: only for models whose canary passes after it.
+    `pinned` for a CUDA device. The allocator of pinned memory rounds up to a power of two, so bytes are kept in blocks
+    of BLOCK and one smaller block: half of a large allocation would else be padding.
     """
 
-    def __init__(self, tensors: Callable[[str], Iterable[Tensor]], engine: Any = None, level: int = 1) -> None:
-        self._tensors, self._engine, self._level = tensors, engine, level
-        self._away: dict[str, list[tuple[torch.UntypedStorage, int, Tensor | None]]] = {}
+    BLOCK = 64 << 20
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._free: dict[int, list[Tensor]] = {}
+        self.taken = 0
+        """Bytes that were ever allocated, as a power-of-two allocator counts them."""
+
+    def keep(self, flat: Tensor) -> list[Tensor]:
+        """Copy the bytes `flat` [n] to the host; the blocks that hold them."""
+        blocks = []
+        for values in flat.split(self.BLOCK):
+            size = values.numel()
+            free = self._free.get(size)
+            blocks.append(free.pop() if free else self._allocate(size))
+            blocks[-1].copy_(values)
+        return blocks
+
+    def give_back(self, blocks: list[Tensor], flat: Tensor) -> None:
+        """Copy what `keep` kept into `flat` [n]; the blocks are free again."""
+        for values, block in zip(flat.split(self.BLOCK), blocks, strict=True):
+            values.copy_(block)
+            self._free.setdefault(block.numel(), []).append(block)
+
+    def _allocate(self, size: int) -> Tensor:
+        self.taken += 1 << (size - 1).bit_length()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+
+
+class DeviceMemory:
+    """Frees and takes real memory. `tensors(part)` lists the trainer's tensors; `engine` sleeps and wakes up, or None.
+
+    "grads" come back as zeros; the other parts are kept on the host. `level` is vLLM's sleep level: 1 keeps the
+    engine's weights on the host, 2 drops them (vLLM restores the model's buffers itself).
+    """
+
+    def __init__(
+        self, tensors: Callable[[str], Iterable[Tensor]], engine: SleepingEngine | None = None, level: int = 2
+    ) -> None:
+        self.engine = engine
+        self.host = HostBlocks(pinned=has_cuda())
+        self._tensors = tensors
+        self._level = level
+        self._away: dict[str, list[tuple[torch.UntypedStorage, int, list[Tensor] | None]]] = {}
         self._awake = {"weights", "kv_cache"}
 
     @property
@@ -298,10 +364,7 @@ class DeviceMemory:
                 continue
             seen.add(storage.data_ptr())
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            kept = None
-            if part != "grads":
-                kept = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.device.type == "cuda")
-                kept.copy_(flat)
+            kept = None if part == "grads" else self.host.keep(flat)
             gone.append((storage, storage.nbytes(), kept))
             storage.resize_(0)
         release_cached_memory()
@@ -313,24 +376,27 @@ class DeviceMemory:
         for storage, size, kept in self._away.pop(part, ()):
             storage.resize_(size)
             flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            flat.zero_() if kept is None else flat.copy_(kept)
+            if kept is None:
+                flat.zero_()
+            else:
+                self.host.give_back(kept, flat)
             taken += size
         return taken
 
     def wake(self, tag: str) -> int:
-        """vLLM's wake_up for one tag; bytes taken from the device as it counts them."""
-        if tag in self._awake or self._engine is None:
+        """The engine's wake_up for one tag; bytes taken from the device as it counts them."""
+        if tag in self._awake or self.engine is None:
             return 0
         before = free_memory_bytes()
-        self._engine.wake_up(tags=[tag])
+        self.engine.wake_up(tags=[tag])
         self._awake.add(tag)
         return before - free_memory_bytes()
 
     def sleep(self) -> int:
-        """vLLM's sleep; bytes freed on the device as it counts them."""
-        if not self._awake or self._engine is None:
+        """The engine's sleep; bytes freed on the device as it counts them."""
+        if not self._awake or self.engine is None:
             return 0
         before = free_memory_bytes()
-        self._engine.sleep(level=self._level)
+        self.engine.sleep(level=self._level)
         self._awake.clear()
         return free_memory_bytes() - before

@@ -33,6 +33,7 @@ from treepo_mega.reshard.checksums import differing_groups
 from treepo_mega.reshard.execute import Resharder, ReshardStats
 from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.device import has_cuda
 from treepo_mega.runtime.seeding import derive_seed
 
 CANARY_TOKENS = 24
@@ -48,6 +49,18 @@ class Difference:
 
     largest: float
     mean: float
+
+
+def check_canary_limits(cfg: Config) -> None:
+    """Raises RefitError for limits that the canary cannot keep on this machine."""
+    engine = cfg.rollout.engine
+    keys = [key for key in ("reshard.canary.max_abs_diff", "reshard.canary.mean_abs_diff") if key in cfg.derived]
+    # vLLM's fp32 attention on CUDA multiplies in TF32, about 1e-3 relative: no refit would pass the limits of fp32.
+    if has_cuda() and engine.dtype == cfg.model.params_dtype == "fp32" and not engine.quantization and keys:
+        raise RefitError(
+            f"rollout.engine.dtype fp32 on CUDA: vLLM's attention multiplies in TF32, and the fp32 default of "
+            f"{keys[0]} would stop the run; set model.params_dtype=bf16, or set {' and '.join(keys)} yourself"
+        )
 
 
 class Refit:

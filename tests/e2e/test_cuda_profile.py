@@ -1,0 +1,82 @@
+"""A short training run on the scheduler and model runner that CUDA gets, with a real hand-over, on one CPU rank.
+
+`async`: async scheduling and the hand-over of CUDA, whose trees must be those of the CPU's own engine. `cuda`: model
+runner V2 as well, which draws its samples from another source of noise, so that its trees are others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import launch_once, launch_ranks
+from treepo_mega.engine.cuda_profile import VARIABLE
+from treepo_mega.monitor.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+RECIPE = [
+    "rollout.rollout_batch_size=2",
+    "rollout.n_samples_per_prompt=4",
+    "rollout.max_response_len=24",
+    "rollout.dynamic_sampling=false",
+    "train.num_rollouts=2",
+    "train.num_steps_per_rollout=1",
+    "train.lr_warmup_iters=0",
+    "eval.at_start=true",
+    "eval.at_end=false",
+    "eval.max_prompts=2",
+    "eval.n_samples_per_prompt=1",
+    "checkpoint.save_interval=1",
+    "checkpoint.save_hf=false",
+    "logging.trees_interval=1",
+    "logging.tensorboard=false",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a finished run under an engine profile."""
+
+    @launch_once
+    def train(profile: str) -> Path:
+        directory = tmp_path_factory.mktemp("profile") / "run"
+        command = ("-m", "treepo_mega.cli", "train", "examples/tiny_cpu.yaml", *RECIPE, f"logging.run_dir={directory}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(VARIABLE, profile)
+            # Megatron looks for Triton before the engine is built.
+            patch.setenv("TRITON_INTERPRET", "1" if profile == "cuda" else "0")
+            launch_ranks(1, *command, timeout=280)
+        return directory
+
+    return train
+
+
+def trees(directory: Path) -> list[object]:
+    files = sorted((directory / "trees").iterdir())
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def rounded(value: object) -> object:
+    """Numbers to five digits: another order of summation in a batch shows behind them."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("profile", ["async", "cuda"])
+def test_two_steps_with_checkpoints_between_them(run, profile):
+    rows = {row["step"]: row for row in read_metrics(run(profile) / "metrics.jsonl")}
+    assert sorted(rows) == [0, 1, 2]
+    assert all(rows[step]["rollout/logprob_abs_diff_max"] <= 1e-4 for step in (1, 2))
+    assert all(row["reshard/canary_abs_diff"] <= 1e-3 for row in rows.values()), "after sleeps that drop the weights"
+    assert rows[1]["tree/leaves"] == 8
+
+
+def test_async_scheduling_and_the_real_hand_over_change_no_tree(run):
+    assert rounded(trees(run("async"))) == rounded(trees(run("")))
