@@ -143,7 +143,7 @@ def test_the_dry_run_names_every_problem_that_needs_no_weights(capsys, tmp_path)
     for part in (
         "eval.at_end: there are no prompts to evaluate; set data.eval",
         "unknown verifier 'nosuch'",
-        "did you mean examples/tiny_reasoner/train.jsonl?",
+        "examples/tiny_reasoner/trian.jsonl: no such file (did you mean 'train.jsonl'?)",
         f"logging.run_dir '{tmp_path}/file': {tmp_path}/file is a file",
     ):
         assert part in err

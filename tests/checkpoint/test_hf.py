@@ -101,7 +101,7 @@ def test_missing_unexpected_and_misshapen_tensors(tiny_hf):
 
     cases = [
         (lambda t: t.pop(name), ["1 tensors missing", name]),
-        (misspell, ["1 tensors missing", "k_porj.weight (nearest expected: " + name]),
+        (misspell, ["1 tensors missing", f"k_porj.weight (did you mean {name!r}?)"]),
         (lambda t: t.update({name: torch.zeros(16, 31)}), [str(original), name, "[16, 31]", "[16, 32]"]),
         (lambda t: t.update({name: torch.zeros(16, 32, dtype=torch.int8)}), [name, "I8", "BF16"]),
     ]

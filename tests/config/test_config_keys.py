@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from treepo_mega.config import Config, ConfigError, check, parse_config
+from treepo_mega.config import Config, ConfigError, check, load_config, parse_config
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.search import Segment, TreeSearch
 from treepo_mega.tree.stop import StopRules
@@ -134,3 +134,12 @@ def leaves_without_a_stop(cfg: Config, seed: int) -> int:
 )
 def test_keys_that_contradict_one_another_are_named(changes, says):
     assert says in complaint(**changes)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "segment"])
+def test_subgroups_can_only_be_rejected_by_an_estimator_that_has_them(estimator):
+    keys = {"model.hf_checkpoint": "m", "data.train": "[{path: t}]", "algo.reject_zero_std_subgroups": "true"}
+    overrides = [f"{key}={value}" for key, value in keys.items()]
+    assert check(load_config(None, overrides), 1)
+    with pytest.raises(ConfigError, match=f"needs algo.advantage_estimator treepo or .*: {estimator} has no subgroups"):
+        check(load_config(None, [*overrides, f"algo.advantage_estimator={estimator}"]), 1)

@@ -9,7 +9,7 @@ WORKER = Path(__file__).with_name("damage_worker.py")
 UP = "model.layers.1.mlp.up_proj.weight"
 WORDS = {
     "missing tensor": [f"1 tensors missing: {UP}"],
-    "renamed tensor": [f"1 tensors missing: {UP}", "upp_proj.weight (nearest expected: " + UP],
+    "renamed tensor": [f"1 tensors missing: {UP}", f"upp_proj.weight (did you mean {UP!r}?)"],
     "padded vocabulary": ["model.safetensors: tensor lm_head.weight has shape [304, 32]", "asks for [301, 32]"],
     "padded width": [f"model.safetensors: tensor {UP} has shape [64, 32]", "asks for [48, 32]"],
     "integers": [f"tensor {UP} has dtype I8"],
@@ -23,7 +23,7 @@ WORDS = {
     "flipped bit in the metadata": [".metadata: SHA-256 is"],
     "truncated": ["__0_1.distcp: expected", "is damaged"],
     "missing file": ["__0_1.distcp: expected", "found nothing"],
-    "renamed": ["decoder.final_layernorm.weight [32] is missing (nearest stored: decoder.final_norm.weight)"],
+    "renamed": ["decoder.final_layernorm.weight [32] is missing (did you mean 'decoder.final_norm.weight'?)"],
     "one layer more": ["has shape [4, 32]; expected [5, 32]"],
     "another vocabulary, padded alike": [
         "[384, 32] for a vocabulary of 301; expected [384, 32] for a vocabulary of 300"

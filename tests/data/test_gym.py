@@ -71,7 +71,8 @@ def test_items_do_not_depend_on_the_hash_seed_of_the_rank() -> None:
 
 
 def test_bad_tasks_are_named() -> None:
-    with pytest.raises(GymError, match=r"reasoning_gym: chain_sums: unknown task 'chain_sums'; nearest: .*chain_sum"):
+    unknown = r"reasoning_gym: chain_sums: unknown task 'chain_sums' \(did you mean 'chain_sum'\?\)"
+    with pytest.raises(GymError, match=unknown):
         make_items("chain_sums", {}, seed=0, size=1)
     with pytest.raises(GymError, match=r"params \{'min_term': 2\}: .*unexpected keyword argument 'min_term'"):
         make_items("chain_sum", {"min_term": 2}, seed=0, size=1)

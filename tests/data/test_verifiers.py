@@ -147,14 +147,15 @@ def test_math_says_when_an_answer_could_not_be_read_in_time() -> None:
 
 
 def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(VerifierError, match=r"unknown verifier 'maths': did you mean 'math'\? expected math, boxed"):
+    unknown = r"unknown verifier 'maths' \(did you mean 'math'\?\): expected math, boxed"
+    with pytest.raises(VerifierError, match=unknown):
         check_verifier("maths")
     file = tmp_path / "mine.py"
     with pytest.raises(VerifierError, match=r"cannot read .*mine.py: No such file"):
         check_verifier(f"{file}:compute_score")
     file.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n")
     check_verifier(f"{file}:compute_score")
-    with pytest.raises(VerifierError, match=r"defines no 'compute_scores'; did you mean 'compute_score'\?"):
+    with pytest.raises(VerifierError, match=r"defines no 'compute_scores' \(did you mean 'compute_score'\?\)"):
         check_verifier(f"{file}:compute_scores")
     file.write_text("def compute_score(:\n")
     with pytest.raises(VerifierError, match=r"mine.py is not valid Python"):

@@ -25,7 +25,7 @@ from treepo_mega.loss import quantize
 from treepo_mega.loss.logprobs import logprob_entropy
 from treepo_mega.loss.operands import Numerics, WeightCache
 from treepo_mega.loss.policy import policy_loss
-from treepo_mega.loss.shard import Shard
+from treepo_mega.loss.shard import Shard, TargetError
 from treepo_mega.loss.triton import launch
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -250,7 +250,7 @@ def a_row_that_is_not_finite_spoils_no_other_or_is_refused() -> None:
     with pytest.raises(quantize.QuantizeError, match="row 5, column 140"):
         logprob_entropy(broken, weight, target, fp8)
     target[3] = VOCAB
-    with pytest.raises(ValueError, match="row 3: the target 300 is no token of 300"):
+    with pytest.raises(TargetError, match="row 3: the target 300 is no token of 300"):
         logprob_entropy(hidden, weight, target, shard)
 
 

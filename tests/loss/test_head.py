@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 from treepo_mega.loss import logprobs
 from treepo_mega.loss.logprobs import Tiles
 from treepo_mega.loss.operands import Numerics
-from treepo_mega.loss.shard import MIN_TILE_ROWS, Shard
+from treepo_mega.loss.shard import MIN_TILE_ROWS, Shard, TargetError
 
 WORKER = Path(__file__).with_name("head_worker.py")
 
@@ -117,7 +117,7 @@ def test_a_target_that_no_shard_has_is_refused_with_its_row(token):
     """11 to 15 are columns of padding: their logit would be taken for 0."""
     hidden, weight, target = inputs(vocab=11, padded=16)
     target[3] = token
-    with pytest.raises(ValueError, match=f"row 3: the target {token} is no token of 11"):
+    with pytest.raises(TargetError, match=f"row 3: the target {token} is no token of 11"):
         logprob_entropy(hidden, weight, target)
 
 

@@ -53,7 +53,7 @@ def test_old_and_new_rope_keys_mean_the_same():
     [
         (
             {"architectures": ["LLamaForCausalLM"]},
-            ["LLamaForCausalLM", "Qwen3ForCausalLM", "nearest: LlamaForCausalLM"],
+            ["LLamaForCausalLM", "Qwen3ForCausalLM", "did you mean 'LlamaForCausalLM'?"],
         ),
         ({"architectures": None}, ["architectures", "LlamaForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from tests.tree.forests import forests
+from treepo_mega.config import ConfigError
 from treepo_mega.tree.credit import fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch, Trajectory, own_part, plan_step, split_steps
@@ -229,7 +230,7 @@ def test_attention_pairs_count_when_ranks_are_balanced():
 
 def test_what_cannot_be_trained_on_is_an_error():
     long = Trajectory(0, list(range(9)), 2, 1.0, [0.0] * 7)
-    with pytest.raises(ValueError, match="a trajectory of 9 tokens does not fit max_tokens_per_gpu=8"):
+    with pytest.raises(ConfigError, match=r"a trajectory of 9 tokens does not fit train\.max_tokens_per_gpu=8"):
         plan_step([long], dp_size=1, dp_rank=0, max_tokens=8)
     tree = Tree.start("p", [])
     tree.add_child(0).tokens.append(1)

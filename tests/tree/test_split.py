@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from tests.tree.forests import forests
+from treepo_mega.config import ConfigError
 from treepo_mega.tree.segments import Segments
 from treepo_mega.tree.split import cut, pieces
 
@@ -61,5 +62,5 @@ def test_a_path_that_does_not_fit_is_named_by_its_length():
     from treepo_mega.tree.pack import Trajectory
 
     s = Segments.from_paths([Trajectory(0, [1] * 9, 1, 0.0, [0.0] * 8)])
-    with pytest.raises(ValueError, match="a trajectory of 9 tokens does not fit max_tokens_per_gpu=8"):
+    with pytest.raises(ConfigError, match=r"a trajectory of 9 tokens does not fit train\.max_tokens_per_gpu=8"):
         pieces(s, 8)

@@ -14,7 +14,6 @@ A safetensors file is 8 bytes with the length of a JSON header, the header, and 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.mcore_layout import EMBEDDING, LM_HEAD, ModelSpec, hf_shapes
 
 INDEX = "model.safetensors.index.json"
@@ -270,10 +269,7 @@ def key_problems(expected: set[str], present: set[str], shown: int = 4) -> list[
     if missing:
         out.append(f"{len(missing)} tensors missing: {_some(missing, shown)}")
     if extra:
-        names = []
-        for name in extra[:shown]:
-            near = difflib.get_close_matches(name, missing or sorted(expected), n=1)
-            names.append(f"{name} (nearest expected: {near[0]})" if near else name)
+        names = [f"{name}{nearest(name, missing or expected)}" for name in extra[:shown]]
         more = f" and {len(extra) - shown} more" if len(extra) > shown else ""
         out.append(f"{len(extra)} tensors unexpected: {', '.join(names)}{more}")
     return out

@@ -20,7 +20,6 @@ and after loading every parameter shares one `step` tensor, which then advances 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import shutil
@@ -34,7 +33,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
 from treepo_mega.runtime.files import atomic_file
@@ -300,8 +299,8 @@ def _check_tensors(
     vocabulary, stored_vocabulary = _vocab_size(models), manifest.get("vocab_size", _vocab_size(models))
     for name, (shape, padded) in wanted.items():
         if name not in stored:
-            near = (*difflib.get_close_matches(name, sorted(set(stored) - set(wanted)) or stored, n=1), "none")[0]
-            raise CheckpointError(f"{directory}: tensor {name} {shape} is missing (nearest stored: {near})")
+            near = nearest(name, set(stored) - set(wanted) or stored)
+            raise CheckpointError(f"{directory}: tensor {name} {shape} is missing{near}")
         padding = padded and stored[name][1:] == shape[1:] and stored[name][0] >= vocabulary
         if (stored[name] != shape and not padding) or (padded and vocabulary != stored_vocabulary):
             rows, need = (f" for a vocabulary of {n}" if padded else "" for n in (stored_vocabulary, vocabulary))

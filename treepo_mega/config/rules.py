@@ -146,8 +146,14 @@ def check_parallel(cfg: Config) -> list[str]:
 
 
 def check_loss(cfg: Config) -> list[str]:
-    """The precisions of head and layers do not contradict one another. Whether the machine has them: loss/te.py."""
+    """Objective and precisions do not contradict one another. Whether the machine has the latter: loss/te.py."""
     m, h, bad = cfg.model, cfg.loss, []
+    estimator = cfg.algo.advantage_estimator
+    if cfg.algo.reject_zero_std_subgroups and not estimator.startswith("treepo"):
+        bad.append(
+            "algo.reject_zero_std_subgroups needs algo.advantage_estimator treepo or treepo_size_weighted: "
+            f"{estimator} has no subgroups"
+        )
     fp8 = "fp8" in (h.precision, h.logprob_precision)
     if h.fp8_grads and h.precision != "fp8":
         bad.append(f"loss.fp8_grads needs loss.precision fp8, which is {h.precision}")

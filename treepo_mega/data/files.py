@@ -12,7 +12,6 @@ directory whose files stand in several subdirectories. A list of paths says plai
 
 from __future__ import annotations
 
-import difflib
 import glob
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from treepo_mega.config.source import expand_path
 from treepo_mega.data.rows import COMPRESSIONS, FORMATS, PromptError, Row, count_rows, file_format, file_stem, read_file
+from treepo_mega.errors import nearest
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -132,9 +132,7 @@ def find_files(text: str) -> list[Path]:
     if path.suffix and not file_format(path)[0] and path.parent.is_dir():
         raise PromptError(f"{path}: unknown kind of file; expected {_kinds()}")
     siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise PromptError(f"{path}: no such file{hint}")
+    raise PromptError(f"{path}: no such file{nearest(path.name, siblings, cutoff=0.6)}")
 
 
 def _kinds() -> str:

@@ -12,7 +12,6 @@ the graders do. It also keeps 3 s of imports and their side effects out of the t
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ import sys
 from typing import Any
 
 from treepo_mega.data.rewards.pool import worker_environment
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import TreepoError, nearest
 
 TIMEOUT_S, TIMEOUT_PER_ITEM_S = 300.0, 0.1
 """Deadline for making one source's items: a fixed part, and a part per item (slow tasks take 0.02 s an item)."""
@@ -66,9 +65,7 @@ def _make(request: dict[str, Any]) -> list[dict[str, Any]]:
 
     name = request["name"]
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, sorted(DATASETS), n=3, cutoff=0.4)
-        hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(DATASETS))}"
-        raise GymError(f"unknown task {name!r}; {hint}")
+        raise GymError(f"unknown task {name!r}{nearest(name, DATASETS) or '; known: ' + ', '.join(sorted(DATASETS))}")
     try:
         task = reasoning_gym.create_dataset(name, **request["params"], seed=request["seed"], size=request["size"])
     except (TypeError, ValueError, AssertionError) as e:

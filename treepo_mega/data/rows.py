@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import difflib
 import gzip
 import io
 import json
@@ -21,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import TreepoError, nearest
 
 FORMATS = (".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".zstd")
@@ -110,8 +109,7 @@ def describe_missing(row: Row, what: str, key: str, aliases: tuple[str, ...]) ->
     present = _all_keys(row.values)
     if empty := [k for k in dict.fromkeys((key, *aliases)) if lookup(row.values, k) is not MISSING]:
         return f"{row.where}: no {what}: {empty[0]!r} is empty ({option} says which key holds it)"
-    near = [k for k in (difflib.get_close_matches(key, present, n=1, cutoff=0.5)) if k != key]
-    hint = f"; nearest: {near[0]!r}" if near else ""
+    hint = nearest(key, (name for name in present if name != key), cutoff=0.5)
     tried = ", ".join(dict.fromkeys((key, *aliases)))
     return f"{row.where}: no {what}: tried {tried}; keys here: {', '.join(present) or 'none'}{hint} (set {option})"
 

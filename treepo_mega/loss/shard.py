@@ -15,11 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from treepo_mega.errors import TreepoError
 from treepo_mega.loss.operands import Numerics, WeightCache
 
 TILE_BYTES = 48 * 2**20
 """Logits alive at a time. Products of few rows are slow, hence at least MIN_TILE_ROWS whatever that takes."""
 MIN_TILE_ROWS = 128
+
+
+class TargetError(TreepoError):
+    """A token to score is not in the model's vocabulary; the message names its row."""
 
 
 @dataclass(slots=True)
@@ -66,14 +71,17 @@ class Shard:
     def owned(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """(is the target one of this shard's columns, and which; 0 or the last where it is not), both [N].
 
-        Raises ValueError on a CPU, and fails on a GPU, for a target that no shard has: its logit would be taken for 0.
+        Raises TargetError on a CPU, and fails on a GPU, for a target that no shard has: its logit would be taken for 0.
         """
         known = (target >= 0) & (target < self.vocab_size)
         if target.is_cuda:
             torch._assert_async(known.all(), "a target is no token of the vocabulary")
         elif not bool(known.all()):
             row = int((~known).nonzero()[0, 0])
-            raise ValueError(f"row {row}: the target {int(target[row])} is no token of {self.vocab_size}")
+            raise TargetError(
+                f"row {row}: the target {int(target[row])} is no token of {self.vocab_size}: the text was tokenized "
+                "for another model"
+            )
         local = target - self.first
         mine = (local >= 0) & (local < self.valid)
         return mine, local.clamp(0, max(self.valid - 1, 0))

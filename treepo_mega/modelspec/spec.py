@@ -18,7 +18,6 @@ projection, another activation, partial rotary) is refused rather than ignored.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.architectures import Architecture, discover
 
 ROTARY_TYPES = ("default", "linear", "llama3")
@@ -157,9 +156,9 @@ def _architecture(config: Mapping[str, Any], where: str) -> tuple[str, Architect
         )
     name = names[0]
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise ModelSpecError(
-            f"{where}: architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)} (nearest: {near})"
+            f"{where}: architecture {name} is not supported{nearest(name, ARCHITECTURES, cutoff=0.0)}; supported: "
+            + ", ".join(ARCHITECTURES)
         )
     return name, ARCHITECTURES[name]
 

@@ -11,9 +11,10 @@ both a metric and the folder of another (`a` and `a/b`): loggers that map names 
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
+
+from treepo_mega.errors import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +170,7 @@ def check_known(name: str) -> Metric:
     """The documentation of `name`; KeyError names the nearest documented metric when there is none."""
     names = known_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        raise KeyError(f"metric {name!r} is not documented in monitor/registry.py; nearest: {near[0] if near else '-'}")
+        raise KeyError(f"metric {name!r} is not documented in monitor/registry.py{nearest(name, names)}")
     return names[name]
 
 

@@ -14,13 +14,14 @@ import itertools
 
 import numpy as np
 
+from treepo_mega.config import ConfigError
 from treepo_mega.tree.segments import Ints, Segments
 
 
 def pieces(s: Segments, max_tokens: int) -> Ints:
     """[P, 3] (group, first leaf, one past the last): whole trees, and the pieces of trees above `max_tokens`.
 
-    Leaves in the forest's depth-first order; pieces cover every leaf once, in order. Raises ValueError naming the
+    Leaves in the forest's depth-first order; pieces cover every leaf once, in order. Raises ConfigError naming the
     longest trajectory when one alone exceeds `max_tokens`.
     """
     groups = len(s.prompt)
@@ -28,7 +29,7 @@ def pieces(s: Segments, max_tokens: int) -> Ints:
     whole = np.stack([np.arange(groups), bounds[:-1], bounds[1:]], 1).astype(np.int64)
     path = (s.position + s.length)[s.leaf_segment]
     if len(path) and path.max() > max_tokens:
-        raise ValueError(f"a trajectory of {path.max()} tokens does not fit max_tokens_per_gpu={max_tokens}")
+        raise ConfigError(f"a trajectory of {path.max()} tokens does not fit train.max_tokens_per_gpu={max_tokens}")
     large = s.tokens_per_group() > max_tokens
     if not large.any():
         return whole

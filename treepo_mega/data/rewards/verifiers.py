@@ -21,7 +21,6 @@ its question compared.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import json
 import os
@@ -35,7 +34,7 @@ from typing import Any
 
 from treepo_mega.data.rewards.answers import accepted, after_thinking, as_number, find_answer, plain
 from treepo_mega.data.rewards.truths import check_truth
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.text.boxes import last_box
 
 Verifier = Callable[..., Any]
@@ -141,10 +140,9 @@ def check_verifier(name: str) -> None:
         return
     user = _split_user(name)
     if user is None:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise VerifierError(
-            f"unknown verifier {name!r}: {hint}expected {', '.join(BUILT_IN)} or path/to/file.py:function"
+            f"unknown verifier {name!r}{nearest(name, BUILT_IN)}: expected {', '.join(BUILT_IN)} or "
+            "path/to/file.py:function"
         )
     path, function = user
     try:
@@ -155,9 +153,8 @@ def check_verifier(name: str) -> None:
         raise VerifierError(f"verifier {name!r}: {path} is not valid Python: {e}") from None
     defined = _top_level_names(tree)
     if function not in defined:
-        near = difflib.get_close_matches(function, sorted(defined), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"it defines: {', '.join(sorted(defined)) or 'nothing'}"
-        raise VerifierError(f"verifier {name!r}: {path} defines no {function!r}; {hint}")
+        hint = nearest(function, defined) or f"; it defines: {', '.join(sorted(defined)) or 'nothing'}"
+        raise VerifierError(f"verifier {name!r}: {path} defines no {function!r}{hint}")
 
 
 def _top_level_names(tree: ast.Module) -> set[str]:
