@@ -22,13 +22,14 @@ from treepo_mega.reshard.sides import vllm_side
 from treepo_mega.runtime import dist
 from treepo_mega.sync.actor_memory import handover_backend
 from treepo_mega.sync.handover import DeviceMemory, Handover
+from treepo_mega.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Tokenizer and prompts. `references`: tokens of the evaluation prompts that have a reference text."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     cursor: PromptCursor
     eval_prompts: list[Prompt]
     references: list[Any]

@@ -104,11 +104,11 @@ class Trainer:
             "costs": self.generator.costs.state_dict(),
         }
         self._set_aside_others()
-        directory = Path(self.cfg.checkpoint.save) / f"step_{step:06d}"
+        directory = self.cfg.checkpoint.directory / f"step_{step:06d}"
         actor = self.actor
         timeout_s = self.cfg.distributed.timeout_s
         checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s)
-        checkpoint.prune(self.cfg.checkpoint.save, self.cfg.checkpoint.keep_last)
+        checkpoint.prune(self.cfg.checkpoint.directory, self.cfg.checkpoint.keep_last)
 
     def _set_aside_others(self) -> None:
         """Before the first checkpoint: those of other runs in the same directory must not outrank it."""
@@ -117,7 +117,7 @@ class Trainer:
         self.saved_before = True
         # Only now, not at the start: a run that fails before it saves leaves the directory as it was.
         if dist.is_main():
-            aside = checkpoint.set_aside_others(self.cfg.checkpoint.save, self.resumed_from)
+            aside = checkpoint.set_aside_others(self.cfg.checkpoint.directory, self.resumed_from)
             if aside is not None:
                 self.progress.say(f"checkpoints of another run were in the way; they are in {aside} now")
         dist.barrier("setting older checkpoints aside", self.cfg.distributed.timeout_s)

@@ -178,7 +178,12 @@ def _batch(parts: list[tuple[np.ndarray, np.ndarray]], width: int, end: np.ndarr
     real = np.arange(width)[None] < np.array([len(k) for _, k in parts])[:, None]
     q, k = query[:, :, None], key[:, None, :]
     visible = (k <= q) & (q < end[k]) & real[:, None, :]
-    return Gathered(*(torch.from_numpy(x) for x in (here[query], key, inside, visible[:, None])))
+    return Gathered(
+        query=torch.from_numpy(here[query]),
+        key=torch.from_numpy(key),
+        inside=torch.from_numpy(inside),
+        visible=torch.from_numpy(visible[:, None]),
+    )
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -261,12 +266,12 @@ def _run_backward(
         d_query[at] = dq[0].transpose(0, 1)
         total_k[:seen] += dk[0].transpose(0, 1)
         total_v[:seen] += dv[0].transpose(0, 1)
-    at = 0
+    start = 0
     for part in [] if single else r.keys:
         size = part.stop - part.start
-        d_key[part] += total_k[at : at + size]
-        d_value[part] += total_v[at : at + size]
-        at += size
+        d_key[part] += total_k[start : start + size]
+        d_value[part] += total_v[start : start + size]
+        start += size
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: CpuLayout, scale: float | None) -> Tensor:

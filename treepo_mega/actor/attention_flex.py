@@ -72,7 +72,13 @@ class FlexLayout:
         own = None if local is None else torch.from_numpy(local).to(device)
         queries = len(subtree_end) if local is None else len(local)
         mask = BlockMask.from_kv_blocks(
-            *tensors, BLOCK_SIZE=block, mask_mod=mask_function(end, own), seq_lengths=(queries, len(subtree_end))
+            tensors[0],
+            tensors[1],
+            tensors[2],
+            tensors[3],
+            BLOCK_SIZE=block,
+            mask_mod=mask_function(end, own),
+            seq_lengths=(queries, len(subtree_end)),
         )
         return cls(mask)
 

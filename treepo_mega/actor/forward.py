@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from treepo_mega.actor.attention_flex import SHAPE_BUCKET
 from treepo_mega.actor.losses import PackLoss, on_device
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.config import Config
+from treepo_mega.loss.guard import Sample
 from treepo_mega.loss.head import LossHead
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.stats import Stats
@@ -69,7 +70,8 @@ def rows_of(pack: Pack, part: slice) -> Pack:
     if part.indices(len(pack.target)) == (0, len(pack.target), 1):
         return pack
     arrays = {f.name: getattr(pack, f.name) for f in fields(pack) if f.name not in TOKEN_FIELDS}
-    return replace(pack, **{k: v[part] for k, v in arrays.items() if isinstance(v, np.ndarray)})
+    cut: dict[str, Any] = {name: array[part] for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    return replace(pack, **cut)
 
 
 def predicting_rows(model: PolicyModel, hidden: Tensor, pack: Pack) -> Tensor:
@@ -106,7 +108,7 @@ def _loss_of(
 
     total, stats = head.loss(rows, target, of_rows, whole=loss.needs_whole_packs)
     if gates is not None:
-        head.count_flips(pack.watched, rows, target, partial(gates, pack))
+        head.count_flips(cast("Sample | None", pack.watched), rows, target, partial(gates, pack))
     # Megatron scales `total` in place; the statistics are separate tensors.
     return total.clone(), torch.tensor(pack.pairs, dtype=torch.int, device=total.device), stats
 

@@ -53,7 +53,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        # Megatron marks a parameter so when its gradient is to be summed over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
@@ -131,7 +132,7 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> int:
 
     Raises RuntimeError when there is none: the version of Transformer Engine then calls its switch otherwise.
     """
-    linears = [m for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    linears: list[Any] = [m for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
     if not linears:
         raise RuntimeError(
             "no layer has Transformer Engine's switch fuse_wgrad_accumulation; set "

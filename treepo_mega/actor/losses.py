@@ -6,7 +6,7 @@ and says so with `needs_whole_packs`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,15 +56,13 @@ class PolicyLoss:
         """As `PackLoss`. Raises LossError for a pack without old logprobs, or without the reference's for a KL term."""
         if pack.old_logprobs is None:
             raise LossError("the pack has no old logprobs: run actor.logprobs before actor.update")
-        terms: dict[str, Tensor | None] = {name: on_device(getattr(pack, name), logp.dtype) for name in ROW_TERMS}
+        terms: dict[str, Any] = {name: on_device(getattr(pack, name), logp.dtype) for name in ROW_TERMS}
         terms["ref_logprobs"] = None if pack.ref_logprobs is None else on_device(pack.ref_logprobs, logp.dtype)
         if self.needs_whole_packs:
             return self._sequence_level(logp, entropy, pack, terms)
         return policy_loss(logp, entropy, **terms, algo=self.algo, kernel=self.kernel)
 
-    def _sequence_level(
-        self, logp: Tensor, entropy: Tensor, pack: Pack, terms: dict[str, Tensor | None]
-    ) -> tuple[Tensor, Stats]:
+    def _sequence_level(self, logp: Tensor, entropy: Tensor, pack: Pack, terms: dict[str, Any]) -> tuple[Tensor, Stats]:
         """GSPO on a flat pack, which holds trajectories whole: each token has its trajectory's geometric mean ratio.
 
         The KL term stays per token. Source: Zheng et al., "Group Sequence Policy Optimization" (2025), eq. 5-7.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.update import Policy
@@ -24,11 +23,12 @@ from treepo_mega.data.columns import REFERENCE_KEYS
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rows import PromptError
 from treepo_mega.runtime import dist
+from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.pack import Batch, Trajectory
 
 
 def reference_texts(
-    prompts: Sequence[Prompt], tokenizer: Any, max_len: int, vocab_size: int | None = None
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, max_len: int, vocab_size: int | None = None
 ) -> list[Trajectory]:
     """The prompts that have a reference text, each followed by at most `max_len` tokens of it and its end mark.
 

@@ -21,6 +21,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PackLoss, clip_gates
@@ -51,7 +52,7 @@ class Policy:
         self.spec = ModelSpec.from_hf(hf_dir)
         self.models: list[PolicyModel] = build_model(cfg, hf_dir)
         load_from_hf(self.models, self.spec, cfg, hf_dir)
-        self.chunks: list[torch.nn.Module] = list(self.models)
+        self.chunks: list[MegatronModule] = list(self.models)
         self.head = LossHead(
             # Only the last stage's last chunk has the output matrix; only it is asked.
             self.models[-1].head_weight,
@@ -118,7 +119,7 @@ class Actor(Policy):
             overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
         )
         config = self.models[0].config
-        self.chunks = [
+        self.chunks: list[DistributedDataParallel] = [
             DistributedDataParallel(config=config, ddp_config=ddp, module=m, disable_bucketing=i > 0)
             for i, m in enumerate(self.models)
         ]

@@ -144,7 +144,8 @@ def _complete(partial: Path, written: list[Any], spec: ModelSpec, like: Path, dt
     names = [name for _, tensors, _ in written for name in tensors]
     if sorted(names) != sorted(hf_shapes(spec)):
         raise HfCheckpointError(f"{partial}: {len(set(hf_shapes(spec)) - set(names))} tensors were not written")
-    total, weight_map = len(written), {}
+    total = len(written)
+    weight_map: dict[str, str] = {}
     for i, (file, tensors, _) in enumerate(written, 1):
         final = SINGLE if total == 1 else shard_name(i, total)
         (partial / file).rename(partial / final)

@@ -23,9 +23,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -46,7 +46,21 @@ class CheckpointError(TreepoError):
     """A checkpoint is missing, incomplete or does not fit; the message names the directory and what to do."""
 
 
-def _model_state(models: list[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+class ModelChunk(Protocol):
+    """What saving and loading need of a chunk of a model; `actor.model.PolicyModel` has it."""
+
+    @property
+    def unpadded_vocab_size(self) -> int:
+        """Rows of the embedding that stand for a token."""
+
+    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Megatron's sharded tensors by their global names."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool) -> Any:
+        """Fill the parameters, in place."""
+
+
+def _model_state(models: Sequence[ModelChunk], metadata: dict[str, Any]) -> dict[str, Any]:
     """Sharded state of all chunks of this rank; keys are global names, so the chunk count may differ on load."""
     return {f"model{i}": m.sharded_state_dict(metadata=metadata) for i, m in enumerate(models)}
 
@@ -112,14 +126,14 @@ def _separate_steps(optimizer: Any) -> None:
                 state["step"] = state["step"].clone()
 
 
-def write_model_weights(models: list[torch.nn.Module], directory: Path, timeout_s: float) -> None:
+def write_model_weights(models: Sequence[ModelChunk], directory: Path, timeout_s: float) -> None:
     """Write weights only (for converters) into an empty directory that the caller publishes. Collective over all
     ranks, within the block of a `dist.shared_directory`."""
     state = _model_state(models, _metadata())
     _write(state, directory, {"kind": "weights", "vocab_size": _vocab_size(models)}, timeout_s)
 
 
-def load_model_weights(models: list[torch.nn.Module], directory: str | Path) -> None:
+def load_model_weights(models: Sequence[ModelChunk], directory: str | Path) -> None:
     """Load weights saved in any layout into `models`, in place. Collective over all ranks.
 
     Raises CheckpointError, the same on every rank and before anything is loaded, for damaged files and for tensors
@@ -136,7 +150,7 @@ def load_model_weights(models: list[torch.nn.Module], directory: str | Path) -> 
 
 def save_training(
     directory: Path,
-    models: list[torch.nn.Module],
+    models: Sequence[ModelChunk],
     optimizer: Any,
     scheduler: Any,
     trainer: dict[str, Any],
@@ -159,7 +173,7 @@ def save_training(
 
 
 def load_training(
-    directory: Path, models: list[torch.nn.Module], optimizer: Any, scheduler: Any, *, known_whole: bool = False
+    directory: Path, models: Sequence[ModelChunk], optimizer: Any, scheduler: Any, *, known_whole: bool = False
 ) -> dict[str, Any]:
     """Restore what `save_training` saved, in place; returns its `trainer` dict. Collective over all ranks.
 
@@ -265,9 +279,9 @@ def check_digests(directory: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def _vocab_size(models: list[torch.nn.Module]) -> int:
+def _vocab_size(models: Sequence[ModelChunk]) -> int:
     """The vocabulary without its padding."""
-    return int(models[0].unpadded_vocab_size)  # type: ignore[arg-type]
+    return models[0].unpadded_vocab_size
 
 
 def _sharded(state: dict[str, Any]) -> Iterator[ShardedTensor]:
@@ -280,7 +294,7 @@ def _sharded(state: dict[str, Any]) -> Iterator[ShardedTensor]:
 
 
 def _check_tensors(
-    directory: Path, manifest: dict[str, Any], state: dict[str, Any], models: list[torch.nn.Module]
+    directory: Path, manifest: dict[str, Any], state: dict[str, Any], models: Sequence[ModelChunk]
 ) -> None:
     """Hold the stored tensors against the model's, by name and global shape, without reading them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -108,6 +109,12 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, ge=1)
     save_hf: bool = False
     """Also export Hugging Face safetensors at the end of the run, under <run_dir>/hf."""
+
+    @property
+    def directory(self) -> Path:
+        """`save` as a path; `derive` has filled it in when it was null."""
+        assert self.save is not None, "a Config derives checkpoint.save"
+        return Path(self.save)
 
     @field_validator("save", "load")
     @classmethod

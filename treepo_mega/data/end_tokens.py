@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.text.tokenizer import Tokenizer
 
 
 class EndTokenError(TreepoError):
     """A checkpoint names no end token and the configuration names none either."""
 
 
-def find_eos_token_ids(hf_dir: str | Path, tokenizer: Any = None, named: Sequence[int] | None = None) -> list[int]:
+def find_eos_token_ids(
+    hf_dir: str | Path, tokenizer: Tokenizer | None = None, named: Sequence[int] | None = None
+) -> list[int]:
     """End-of-sequence ids: `named` (rollout.stop.eos_token_ids), else the checkpoint's.
 
     Those are the union of generation_config.json, config.json and the tokenizer. Each may hold an int or a list; the
@@ -22,7 +24,7 @@ def find_eos_token_ids(hf_dir: str | Path, tokenizer: Any = None, named: Sequenc
     """
     if named is not None:
         return list(named)
-    found: list[int] = []
+    found: list[object] = []
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_dir) / name
         if path.is_file():

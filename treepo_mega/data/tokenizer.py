@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from treepo_mega.config import DataConfig
 from treepo_mega.data.chat import read_template
 from treepo_mega.errors import TreepoError
+from treepo_mega.text.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Files of which a model directory has at least one if it has a tokenizer at all."""
@@ -28,7 +29,7 @@ def require_tokenizer_files(hf_dir: str | Path) -> None:
     )
 
 
-def load_tokenizer(hf_dir: str | Path, data: DataConfig) -> Any:
+def load_tokenizer(hf_dir: str | Path, data: DataConfig) -> Tokenizer:
     """transformers' tokenizer of `hf_dir`, with the chat template of the configuration if it names one.
 
     Raises TokenizerError for missing or broken files, PromptError for a template that cannot be read.
@@ -42,7 +43,8 @@ def load_tokenizer(hf_dir: str | Path, data: DataConfig) -> Any:
         raise TokenizerError(f"{hf_dir}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from None
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(data.chat_template)
-    return tokenizer
+    # transformers annotates decode() as a text or a list of texts, whatever it is given.
+    return cast(Tokenizer, tokenizer)
 
 
 def describe_size(tokens: int, vocab_size: int) -> str | None:

@@ -31,7 +31,12 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    KVCacheBlock,
+    KVCacheBlockCopy,
+    make_block_hash_with_group_id,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
@@ -45,7 +50,7 @@ class Copies(KVConnectorMetadata):
     """What the worker does before the forward pass: whole blocks, by id (from, to), of a cache of `num_blocks`."""
 
     num_blocks: int
-    pairs: list[tuple[int, int]] = field(default_factory=list)
+    pairs: list[KVCacheBlockCopy] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class Left:
     block: KVCacheBlock
     parent: bytes
     tokens: Sequence[int]
-    vouched_by: bytes
+    vouched_by: bytes | None
 
     @property
     def valid(self) -> bool:
@@ -87,7 +92,7 @@ class BranchCache(KVConnectorBase_V1):
         self._left: dict[int, Left] = {}  # by block id
         self._behind: dict[bytes, set[int]] = {}  # hash of the prefix -> ids of the blocks left behind it
         self._found: dict[str, tuple[KVCacheBlock, int]] = {}  # request -> source, index of the block it goes to
-        self._pairs: list[tuple[int, int]] = []
+        self._pairs: list[KVCacheBlockCopy] = []
 
     # The scheduler's side.
 
@@ -139,7 +144,7 @@ class BranchCache(KVConnectorBase_V1):
         self._new.add(request.request_id)
         if num_external_tokens:
             source, k = self._found[request.request_id]
-            self._pairs.append((source.block_id, blocks.blocks[GROUP][k].block_id))
+            self._pairs.append(KVCacheBlockCopy(source.block_id, blocks.blocks[GROUP][k].block_id))
 
     def build_connector_meta(self, scheduler_output: Any) -> Copies:
         """This pass's copies."""

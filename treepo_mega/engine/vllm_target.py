@@ -144,8 +144,9 @@ class VllmTarget:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
 
-        if not has_cuda() and getattr(module.quant_method, "moe_kernel", None) is not None:
-            module.quant_method.moe_kernel = None  # the CPU's experts are packed only while their kernel is built
+        method: Any = module.quant_method
+        if not has_cuda() and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # the CPU's experts are packed only while their kernel is built
         with set_current_vllm_config(self._worker.vllm_config):
             _layerwise_process(module, get_layerwise_info(module))
         self._open.discard(module)
@@ -172,7 +173,9 @@ def repack_tied_head(model: nn.Module) -> None:
     """vLLM's CPU LM head computes with a packed copy, which nothing but this renews when the embedding changes."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+    head = model.lm_head
+    assert isinstance(head, nn.Module)
+    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
 def _unpacked(module: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:

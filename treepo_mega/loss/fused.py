@@ -47,7 +47,7 @@ class _RowLoss(torch.autograd.Function):
         tiles = Tiles(hidden, weight, target, shard)
         dtype = tiles.ops.dtype
         d_hidden = torch.empty_like(hidden)
-        kept = torch.zeros_like(weight, dtype=dtype) if buffer is None else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if buffer is None else buffer
         logp, entropy = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         for part in tiles.parts():
@@ -63,11 +63,11 @@ class _RowLoss(torch.autograd.Function):
             if z.shape[1]:
                 z.mul_((peak - lse).exp()[:, None])
             dz = tiles.to_gradient_(part, z, g_logp, g_entropy, entropy[part])
-            tiles.ops.add_gradients(part, dz, d_hidden, kept if buffer is None else buffer)
+            tiles.ops.add_gradients(part, dz, d_hidden, d_weight)
         if not hidden.shape[0]:
             value, _, _ = _slopes(loss, logp, entropy, slice(0, 0), reports)
             total += value
-        ctx.save_for_backward(d_hidden, *([] if kept is None else [kept]))
+        ctx.save_for_backward(d_hidden, *([d_weight] if buffer is None else []))
         ctx.loss_scale, ctx.dtype = loss_scale, weight.dtype
         ctx.mark_non_differentiable(logp, entropy)
         return total, logp, entropy

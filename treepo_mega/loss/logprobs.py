@@ -144,7 +144,7 @@ def logprob_entropy(hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard
     hidden [N, K]; weight [V/tp, K], the rows of the output matrix that `shard` says. Collectives: two
     all-reduces of [N] and [3, N] over the shard's group in forward, none in backward.
     """
-    function = _LogProbEntropy
+    function: type[torch.autograd.Function] = _LogProbEntropy
     if shard.kernels and hidden.shape[0]:
         from treepo_mega.loss.triton.head import TritonLogProbEntropy
 

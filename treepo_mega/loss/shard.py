@@ -144,5 +144,5 @@ class Arrived(NamedTuple):
 def arrived(ctx: Any, grads: tuple[Tensor | None, ...]) -> Arrived:
     """The beginning of a backward pass. Zeros for a logp nobody asked about; None for such an entropy."""
     g_logp, g_entropy = (g if g is None else g.contiguous() for g in grads)
-    kept = ctx.saved_tensors
-    return Arrived(*kept, torch.zeros_like(kept[3]) if g_logp is None else g_logp, g_entropy)
+    hidden, weight, target, lse, entropy = ctx.saved_tensors
+    return Arrived(hidden, weight, target, lse, entropy, torch.zeros_like(lse) if g_logp is None else g_logp, g_entropy)

@@ -1,20 +1,31 @@
-"""What sampling needs of a tokenizer: any of transformers' has it."""
+"""What the project needs of a tokenizer: any of transformers' has it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """The part of `transformers.PreTrainedTokenizerBase` that rollouts use."""
+    """The part of `transformers.PreTrainedTokenizerBase` that prompts, rollouts and evaluation use."""
 
     @property
     def all_special_ids(self) -> list[int]:
         """Ids of tokens such as EOS and padding."""
 
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the mark that ends a text; None: the tokenizer names none."""
+
+    @property
+    def eos_token(self) -> str | None:
+        """That mark as text."""
+
     def __len__(self) -> int:
         """Number of ids, added tokens included."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        """Encode several texts; `input_ids` holds a list of ids each."""
 
     def decode(
         self, token_ids: list[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
@@ -23,3 +34,8 @@ class Tokenizer(Protocol):
 
     def batch_decode(self, sequences: Sequence[list[int]], *, clean_up_tokenization_spaces: bool = False) -> list[str]:
         """Texts of several sequences."""
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, str]], *, tokenize: bool, add_generation_prompt: bool, **kwargs: Any
+    ) -> str:
+        """The messages as the model's chat template writes them, when `tokenize` is false."""
