@@ -5,7 +5,7 @@
 #   make test-slow          the slow lane
 #   make test-cuda-profile  the engine's tests on the scheduler and model runner that CUDA gets, without a GPU
 #   make test-matrix        what the slow lane leaves out of its full product of layouts: for the night
-#   make lint               ruff, mypy, import contracts
+#   make lint               ruff, mypy, import contracts, the share of typed lines, the figures of style
 #   make docs               the documentation site, into build/site
 #   make clean              remove caches and build leftovers (runs/ and .venv stay)
 
@@ -56,6 +56,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/lint/typed_share.py
+	$(BIN)/python tools/lint/style_report.py
 
 # The site's tools come with the first `make docs`; nothing else needs them.
 docs: setup
