@@ -179,7 +179,8 @@ def test_help_config_names_every_key():
     def keys(section, prefix=""):
         for name, field in section.model_fields.items():
             inner = getattr(field.annotation, "model_fields", None)
-            yield from keys(field.annotation, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+            written = f"{prefix}{field.alias or name}"
+            yield from keys(field.annotation, f"{written}.") if inner else [written]
 
     missing = [k for k in keys(Config) if k not in text]
     assert not missing

@@ -23,14 +23,13 @@ import json
 import os
 import re
 import sys
-import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from treepo_mega import __version__
-from treepo_mega.config import Config, ConfigError, Section, check, dump_text, load_config, read_hf_config
-from treepo_mega.config.load import section_in
+from treepo_mega.config import Config, ConfigError, check, dump_text, load_config, read_hf_config
+from treepo_mega.config.describe import help_config
 from treepo_mega.convert.cli import add_verbs, convert
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.monitor.progress import quieten_libraries
@@ -236,41 +235,6 @@ def _report(runs: list[Path], output: Path | None) -> int:
     for path in write_report(runs, output or runs[0]):
         print(f"wrote {path}")
     return 0
-
-
-def help_config() -> list[str]:
-    """Every configuration key as lines: dotted name, type, default, and its documentation indented below."""
-    return list(_describe(Config, ""))
-
-
-def _describe(section: type[Section], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        if section_in(field.annotation) is not None:
-            continue
-        key = f"{prefix}{name}"
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        yield f"  {key}: {_type_name(field.annotation)}, {default}"
-        if field.description:
-            yield f"      {' '.join(field.description.split())}"
-    # Sections inside this one come after its own keys, so that each block of keys stays together.
-    for name, field in section.model_fields.items():
-        inner = section_in(field.annotation)
-        if inner is not None:
-            key = f"{prefix}{name}" + (".<i>" if typing.get_origin(field.annotation) is list else "")
-            yield f"\n{key}: {(inner.__doc__ or '').splitlines()[0]}"
-            yield from _describe(inner, f"{key}.")
-
-
-def _type_name(annotation: object) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return " | ".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " | ".join(map(_type_name, typing.get_args(annotation)))
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
 
 
 if __name__ == "__main__":

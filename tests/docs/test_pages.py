@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import typing
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
 
-from treepo_mega.config import Config, Section, check, parse_config
+from tests.keys import ALL_KEYS, KEY, is_key
+from treepo_mega.config import check, parse_config
 from treepo_mega.monitor.registry import METRICS, known_names
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = ("configuration.md", "metrics.md")
 WRITTEN = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name not in GENERATED)]
 MINIMAL = {"model": {"hf_checkpoint": "DIR"}, "data": {"train": [{"path": "my.jsonl"}]}}
-SECTIONS = list(Config.model_fields)
-KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?![\w/(])")
-NOT_KEYS = re.compile(r"\.(py|json|jsonl|html|yaml)$|^train\.lrr$|^rollout\.segment_length$")
+NOT_KEYS = re.compile(r"\.(py|json|jsonl|html|yaml|safetensors)$|^train\.lrr$|^rollout\.segment_length$")
 """Files that are named like keys, and the mistakes that the page of errors explains."""
 
 every_page = pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
@@ -36,27 +34,6 @@ def load_generator() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def section_of(annotation: object) -> type[Section] | None:
-    """The section that a field's type is, or is a list of; None for a plain value."""
-    candidates = [annotation, *typing.get_args(annotation)]
-    return next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), None)
-
-
-def fields_of(section: type[Section]) -> dict[str, object]:
-    """The name that people write -> the type of each field."""
-    return {field.alias or name: field.annotation for name, field in section.model_fields.items()}
-
-
-def is_key(dotted: str) -> bool:
-    """Whether `dotted` names a key or a section of the configuration."""
-    section: type[Section] | None = Config
-    for part in dotted.split("."):
-        if section is None or part not in fields_of(section):
-            return False
-        section = section_of(fields_of(section)[part])
-    return True
 
 
 def merged(base: dict[str, object], change: dict[str, object]) -> dict[str, object]:
@@ -97,14 +74,7 @@ def test_every_metric_stands_on_the_page_once():
 def test_every_configuration_key_stands_on_the_page():
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
-    def leaves(section: type[Section], prefix: str) -> list[str]:
-        out = []
-        for name, annotation in fields_of(section).items():
-            inner = section_of(annotation)
-            out += [f"{prefix}{name}"] if inner is None else leaves(inner, f"{prefix}{name}.")
-        return out
-
-    names = [key.rpartition(".")[2] for key in leaves(Config, "")]
+    names = [key.rpartition(".")[2] for key in ALL_KEYS]
     assert [name for name in names if name not in text] == []
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from treepo_mega.config import Config, Section
+from treepo_mega.config.describe import type_name
 from treepo_mega.config.load import section_in
 from treepo_mega.monitor.registry import METRICS, Metric
 
@@ -87,19 +87,6 @@ def render_metrics_markdown(metrics: Sequence[Metric] = METRICS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def type_name(annotation: object) -> str:
-    """A field's type as people write its values: `str`, `null`, or the words that are allowed."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(map(type_name, typing.get_args(annotation)))
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
-
-
 def default_of(field: typing.Any) -> str:
     """A field's default as YAML shows it."""
     if field.is_required():
@@ -116,7 +103,7 @@ def section_tables(section: type[Section], prefix: str, level: int) -> Iterator[
         yield from ("| key | values | default | meaning |", "|---|---|---|---|")
     for name, field in plain.items():
         meaning = " ".join((field.description or "").split())
-        columns = (type_name(field.annotation), default_of(field), meaning)
+        columns = (type_name(field.annotation, " or "), default_of(field), meaning)
         yield f"| `{prefix}{field.alias or name}` | {' | '.join(map(cell, columns))} |"
     for name, field in section.model_fields.items():
         inner = section_in(field.annotation)

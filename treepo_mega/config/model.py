@@ -45,18 +45,27 @@ class ParallelConfig(Section):
     """Megatron-Core layout; data-parallel size is what is left of the world size."""
 
     tensor_model_parallel_size: int = Field(1, ge=1)
+    """Ranks that share each matrix (TP). It divides the model's key/value heads; best within a node."""
     pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Stages that the layers are divided into (PP), evenly."""
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     """Model chunks per pipeline rank (interleaved schedule); None: one chunk."""
     context_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the tokens of a micro-batch (CP): for trajectories too long for one rank's activations."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions (needs TP > 1)."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks while the backward pass still runs."""
     recompute_granularity: Literal["full", "selective"] | None = None
+    """Activations that are computed again in the backward pass instead of kept. full: whole layers, as
+    recompute_method says. selective: attention only. None: all are kept."""
     recompute_method: Literal["uniform", "block"] | None = None
+    """With full: uniform recomputes all layers in groups of recompute_num_layers. block: only the first
+    recompute_num_layers of a stage."""
     recompute_num_layers: int | None = Field(None, ge=1)
+    """Layers of a group (uniform) or of a stage (block)."""
 
     @property
     def model_parallel_size(self) -> int:
