@@ -2,8 +2,9 @@
 #
 #   make demo [TP=2 PP=1]   train the tiny model that ships with the project, on this machine, without a GPU
 #   make test               the test suite, without the slow lane; says what it skipped and why
-#   make test-slow          the slow lane
+#   make test-slow [SHARD=1/3]  the slow lane, or a part of it
 #   make test-cuda-profile  the engine's tests on the scheduler and model runner that CUDA gets, without a GPU
+#   make coverage           the lines that `make test` runs, as a table and as pages in build/coverage
 #   make test-matrix        what the slow lane leaves out of its full product of layouts: for the night
 #   make lint               ruff, mypy, import contracts, the share of typed lines, the figures of style
 #   make docs               the documentation site, into build/site
@@ -12,7 +13,7 @@
 VENV ?= .venv
 TP ?= 2
 PP ?= 1
-# The first interpreter found; tools/setup_env.py refuses one that is too old and says so.
+# The first interpreter found; tools/setup_env.py refuses one that is too old or too new.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
 BIN := $(VENV)/bin
 # Test processes. Tests that share an engine or ranks stay together (tests/groups.py). ARGS="-n 0" is one process.
@@ -24,13 +25,13 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cuda-profile test-matrix lint docs clean
+.PHONY: help setup demo test test-slow test-cuda-profile test-matrix coverage lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 setup:
-	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or newer, or run make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or 3.12, or run make PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
 demo: setup
@@ -40,7 +41,7 @@ test: setup
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
 test-slow: setup
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m slow $(if $(SHARD),--shard $(SHARD)) $(ARGS)
 
 # Async scheduling on both; model runner V2 runs in Triton's interpreter, too slow for the generator's tests.
 test-cuda-profile: setup
@@ -50,6 +51,10 @@ test-cuda-profile: setup
 
 test-matrix: setup
 	$(PYTEST) -m matrix $(ARGS)
+
+# Apart from `make test`: Python 3.11 traces every line for it, which takes pure-Python tests nearly twice the time.
+coverage: setup
+	$(PYTEST) -m "not slow and not matrix" --cov --cov-report=term:skip-covered --cov-report=html:build/coverage $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

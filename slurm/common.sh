@@ -108,7 +108,7 @@ run_job() {
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" \
         bash "$TREEPO_HOME/slurm/common.sh" task &
     step=$!
-    # shellcheck disable=SC2317 # called by the traps
+    # shellcheck disable=SC2317,SC2329 # called by the traps
     hand_on() {
         asked=1
         log "asked to stop: the ranks save and leave"

@@ -23,6 +23,7 @@ import pytest
 from tests.groups import place
 from tests.hf_fixtures import run_ranks, tiny_hf
 from tests.properties import register_profiles
+from tests.shards import keep_shard, parse_shard
 from tests.starts import count_children
 
 __all__ = ["run_ranks", "tiny_hf"]
@@ -31,10 +32,17 @@ count_children()
 register_profiles()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--shard 1/3`: the first of three parts of the tests, for machines that share a lane."""
+    parser.addoption("--shard", type=parse_shard, metavar="I/N", help="only the I-th of N parts of the test files")
+
+
 # First: xdist reads the groups in the same hook.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Place tests in groups, in the processes that xdist starts; one process runs them in the order of their files."""
+    if (shard := config.getoption("shard")) is not None:
+        keep_shard(config, items, shard)
     if hasattr(config, "workerinput"):
         place(items)
 

@@ -4,7 +4,7 @@
     python3 tools/setup_env.py --venv .venv --dry-run  (say what would be done)
 
 Steps, each run once:
- 1. check Python (3.11 or newer), the venv module and free disk space;
+ 1. check Python (3.11 or 3.12), the venv module and free disk space;
  2. make the virtual environment;
  3. install torch first and alone, as the CPU build that the engine was compiled against: from pip's own
     configured sources if they have it, else from PyTorch's CPU wheel index. Nothing else is ever asked for
@@ -64,9 +64,9 @@ def python_of(venv: Path) -> Path:
 
 def check_machine(venv: Path, need_gb: float) -> None:
     """Raise SetupError when this Python or this disk cannot carry the environment."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - this is the one place an older Python gets to
+    if not (3, 11) <= sys.version_info < (3, 13):
         raise SetupError(
-            f"Python 3.11 or newer is needed, and {sys.executable} is {sys.version.split()[0]}. Install one, then name "
+            f"Python 3.11 or 3.12 is needed, and {sys.executable} is {sys.version.split()[0]}. Install one, then name "
             "it: make PYTHON=/path/to/python3.11 setup"
         )
     try:
