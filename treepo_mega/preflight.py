@@ -9,6 +9,7 @@ a sentence that names the key or file. Nothing here needs torch, vLLM or Megatro
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from treepo_mega.checkpoint.headers import (
@@ -20,14 +21,10 @@ from treepo_mega.checkpoint.headers import (
 )
 from treepo_mega.config import Config, check, read_hf_config
 from treepo_mega.config.rules import check_directories
-from treepo_mega.data.files import find_parts
-from treepo_mega.data.hub import hub_id, require_datasets
 from treepo_mega.data.rewards.verifiers import check_verifier
+from treepo_mega.data.trial import try_sources
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.spec import ROTARY_TYPES, ModelSpec
-
-FIRST_ROWS = 20
-"""Rows of a prompt file that are read here: enough to see that it is one, cheap for a large one."""
 
 
 def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[list[str], list[str]]:
@@ -64,11 +61,15 @@ def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[
             )
     problems += check_directories(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
-    for source in [*cfg.data.train, *cfg.data.eval]:
-        if source.verifier is not None:
-            attempt(lambda name=source.verifier: check_verifier(name))  # type: ignore[misc]  # mypy infers no default
-        for path in source.paths:
-            attempt(lambda path=path: _try_rows(path))  # type: ignore[misc]  # as above
+    tried, said = try_sources(
+        [*cfg.data.train, *cfg.data.eval],
+        cfg.data,
+        hf_dir,
+        hf["vocab_size"] if hf is not None else None,
+        tokenizer_needed=starting or any(Path(hf_dir).glob("*.safetensors")),
+    )
+    problems += [problem for problem in tried if problem not in problems]
+    notes += said
     return problems, notes
 
 
@@ -87,14 +88,3 @@ def check_weights(hf_dir: str, spec: ModelSpec | None, *, needed: bool) -> list[
     if spec is not None:
         check_against(hf_dir, stored, spec)
     return missing_index_note(hf_dir, stored)
-
-
-def _try_rows(spec: str) -> None:
-    """Read the first rows of every file of `spec`; of a Hub data set only whether the package is there."""
-    name = hub_id(spec)
-    if name is not None:
-        require_datasets(name)
-        return
-    for part in find_parts(spec):
-        for _ in part.rows(FIRST_ROWS):
-            pass

@@ -33,7 +33,9 @@ def configure(directory, **changes):
 
 
 def dry_run(capsys, directory) -> tuple[int, str]:
-    """Exit status and all output of a dry run of the CPU example with this model."""
+    """Exit status and all output of a dry run of the CPU example with this model and the example's tokenizer."""
+    for path in (REPO / "examples/tiny_reasoner").glob("tokenizer*"):
+        shutil.copyfile(path, Path(directory) / path.name)
     status = main(["train", str(REPO / "examples/tiny_cpu.yaml"), f"model.hf_checkpoint={directory}", "--dry-run"])
     captured = capsys.readouterr()
     return status, captured.out + captured.err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -65,6 +67,19 @@ def test_a_changed_data_set_is_noticed(other: PromptCursor, message: str) -> Non
     state = PromptCursor(make(5), seed=1, shuffle=True).state_dict()
     with pytest.raises(PromptError, match=message):
         other.load_state_dict(state)
+
+
+def test_the_fingerprint_is_that_of_earlier_versions() -> None:
+    """Checkpoints hold it: the hash of one JSON list a prompt, however often the prompts share their tokens."""
+    prompts = [
+        Prompt(f"a:{i}", "x", tokens, 'say "\u00e9"', "exact", "a") for i, tokens in enumerate([[3, 4], [5]] * 2)
+    ]
+    shared = [replace(p, tokens=prompts[i % 2].tokens) for i, p in enumerate(prompts)]
+    h = hashlib.blake2b(digest_size=8)
+    for p in prompts:
+        h.update(json.dumps([p.id, p.tokens, p.answer, p.verifier]).encode())
+    for made in (prompts, shared):
+        assert PromptCursor(made, seed=3, shuffle=True).fingerprint == f"4:seed 3:{h.hexdigest()}"
 
 
 def test_no_prompts() -> None:

@@ -129,7 +129,7 @@ def write_hf(
     stats = resharder([local_params(m) for m in models], shards)
     written = [s for told in dist.gather_objects(shards.shards) for s in told]
     if dist.is_main():
-        _complete(directory, written, spec, Path(like), dtype)
+        _complete(directory, written, spec, Path(like), dtype, cfg.data.chat_template)
         HfReader(directory, spec).close()  # key set and shapes, as the next reader will see them
     dist.barrier(f"completing {directory}", cfg.distributed.timeout_s)
     return {
@@ -139,7 +139,9 @@ def write_hf(
     }
 
 
-def _complete(partial: Path, written: list[Any], spec: ModelSpec, like: Path, dtype: torch.dtype) -> None:
+def _complete(
+    partial: Path, written: list[Any], spec: ModelSpec, like: Path, dtype: torch.dtype, chat_template: str | None
+) -> None:
     """Final names, index, configuration and tokenizer."""
     names = [name for _, tensors, _ in written for name in tensors]
     if sorted(names) != sorted(hf_shapes(spec)):
@@ -153,5 +155,5 @@ def _complete(partial: Path, written: list[Any], spec: ModelSpec, like: Path, dt
     if total > 1:
         index = {"metadata": {"total_size": sum(size for _, _, size in written)}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    copy_companions(like, partial)
+    copy_companions(like, partial, chat_template)
     set_config_dtype(partial / "config.json", dtype)

@@ -226,14 +226,20 @@ def shard_name(i: int, total: int) -> str:
     return f"model-{i:05d}-of-{total:05d}.safetensors"
 
 
-def copy_companions(source: str | Path, target: str | Path) -> list[str]:
-    """Copy configuration, tokenizer and licence files (no weights) between directories; returns their names."""
+def copy_companions(source: str | Path, target: str | Path, chat_template: str | None = None) -> list[str]:
+    """Copy configuration, tokenizer and licence files (no weights) between directories; returns their names.
+
+    `chat_template`: a Jinja file that becomes the copy's template, because the model was trained with it.
+    """
     source, target = Path(source), Path(target)
     names = sorted({p.name for pattern in _COMPANIONS for p in source.glob(pattern) if p.is_file()})
     if "config.json" not in names:
         raise HfCheckpointError(f"{source / 'config.json'}: no such file")
     for name in names:
         shutil.copyfile(source / name, target / name)
+    if chat_template is not None:
+        # transformers prefers this file to a template in tokenizer_config.json.
+        shutil.copyfile(chat_template, target / "chat_template.jinja")
     return names
 
 

@@ -33,7 +33,7 @@ class Columns:
     def __init__(self, input_key: str, label_key: str) -> None:
         self.input_key = input_key
         self.label_key = label_key
-        self._spellings: dict[tuple[str, ...], dict[str, str]] = {}
+        self._present: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[str, str]]] = {}
 
     def prompt(self, row: Row) -> tuple[Any, str | None]:
         """(text or list of messages, what to say about the choice). Raises PromptError without one, or with several."""
@@ -92,17 +92,10 @@ class Columns:
     def _filled(self, row: Row, keys: tuple[str, ...]) -> dict[str, Any]:
         """The non-empty values under `keys`, whatever the case of a column's letters, in the order of `keys`."""
         names = tuple(row.values)
-        spelling = self._spellings.get(names)
-        if spelling is None:
-            spelling = self._spellings[names] = {name.casefold(): name for name in reversed(names)}
-        found = {}
-        for key in keys:
-            value = lookup(row.values, key)
-            if value is MISSING and key in spelling:
-                value = row.values[spelling[key]]
-            if not _is_empty(value):
-                found[key] = value
-        return found
+        present = self._present.get((names, keys))
+        if present is None:
+            present = self._present[names, keys] = _present(names, keys)
+        return {key: value for key, name in present if not _is_empty(value := lookup(row.values, name))}
 
 
 def reference(row: Row, key: str, truth: Any) -> str:
@@ -116,6 +109,20 @@ def reference(row: Row, key: str, truth: Any) -> str:
             raise PromptError(f"{row.where}: {k} is {type(value).__name__}, expected a text (data.reference_key)")
     has_reasoning = isinstance(truth, str) and "#### " in truth and truth_text(truth, "", row.where) != truth
     return truth if has_reasoning and not chosen else ""
+
+
+def _present(names: tuple[str, ...], keys: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(key, column or dotted path) of the keys that a row with these columns may have a value for."""
+    spelling = {name.casefold(): name for name in reversed(names)}
+    out = []
+    for key in keys:
+        if key in names:
+            out.append((key, key))
+        elif key in spelling:
+            out.append((key, spelling[key]))
+        elif key.partition(".")[0] in names and "." in key:
+            out.append((key, key))
+    return out
 
 
 def _is_empty(value: Any) -> bool:

@@ -24,6 +24,9 @@ from treepo_mega.data.prompts import Prompt, PromptSet
 from treepo_mega.data.rows import PromptError
 from treepo_mega.runtime.seeding import derive_seed
 
+MAX_TEXTS = 100_000
+"""Distinct prompts whose tokens are held as text at once, while the fingerprint is made."""
+
 
 class PromptCursor:
     """Hands out prompts. The position is (epoch, index), whatever the world size.
@@ -122,8 +125,16 @@ class PromptCursor:
     def _make_fingerprint(self) -> str:
         """`<n>:<order>:<hash>`: the number of prompts, the rule of their order, and what they say."""
         h = hashlib.blake2b(digest_size=8)
+        # Repeated prompts share one list of tokens: its text, the longest part by far, is written once.
+        texts: dict[int, str] = {}
         for p in self._prompts:
-            h.update(json.dumps([p.id, p.tokens, p.answer, p.verifier]).encode())
+            tokens = texts.get(id(p.tokens))
+            if tokens is None:
+                if len(texts) >= MAX_TEXTS:
+                    texts.clear()
+                tokens = texts[id(p.tokens)] = json.dumps(p.tokens)
+            # As json.dumps of the list [id, tokens, answer, verifier], which checkpoints hold a hash of.
+            h.update(f"[{json.dumps(p.id)}, {tokens}, {json.dumps(p.answer)}, {json.dumps(p.verifier)}]".encode())
         if self._weights:
             h.update(json.dumps(self._weights).encode())
         rule = f"seed {self._seed}" if self._shuffle else "unshuffled"

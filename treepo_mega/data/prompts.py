@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from treepo_mega.config import DataConfig, PromptSource
 from treepo_mega.data.chat import SOLUTION_DROPPED, Renderer, Said, looks_like_messages
@@ -114,17 +114,27 @@ def source_parts(source: PromptSource) -> list[Part]:
         raise PromptError("a prompt source needs exactly one of path and reasoning_gym")
     if source.reasoning_gym is not None:
         return [_gym_part(source)]
+    refuse_hub_keys(source)
     parts = []
-    from_hub = False
     for spec in source.paths:
         name = hub_id(spec)
-        from_hub = from_hub or name is not None
         parts += find_parts(spec) if name is None else find_hub_parts(spec, name, source.subset, source.split)
-    if not from_hub and (source.subset is not None or source.split != "train"):
-        raise PromptError(
-            f"{name_of(source)}: subset and split choose from a Hub data set, and this is files; leave them out"
-        )
     return parts
+
+
+def refuse_hub_keys(source: PromptSource) -> None:
+    """Raises PromptError for keys of a Hub data set on a source that is none: they would have no effect."""
+    if source.subset is None and source.split == "train":
+        return
+    if not any(hub_id(spec) for spec in source.paths):
+        raise PromptError(
+            f"{name_of(source)}: subset and split choose from a Hub data set, and these are files; leave them out"
+        )
+
+
+def refuse_empty(name: str) -> NoReturn:
+    """Raises PromptError for a source, or one path of it, without rows."""
+    raise PromptError(f"{name}: {'the slice has no rows' if '@[' in name else 'no rows'}")
 
 
 def _gym_part(source: PromptSource) -> Part:
@@ -316,8 +326,7 @@ class _Loader:
                     truths.add(draft.row.where, draft.answer)
                     self._take(draft, verifier)
         if not rows_read:
-            cut = any("@[" in spec for spec in source.paths)
-            raise PromptError(f"{name_of(source)}: {'the slice has no rows' if cut else 'no rows'}")
+            refuse_empty(name_of(source))
         self.total += rows_read
         truths.check()
 

@@ -114,16 +114,19 @@ class Truths:
         elif count < MAX_NAMED:
             self._places[truth].append(where)
 
-    def check(self) -> None:
+    def check(self, *, read_formulas: bool = True) -> None:
         """Refuse the source when the verifier cannot grade some of its truths.
 
-        Raises PromptError that names the first places, the reasons and what to set.
+        `read_formulas` false: only what needs no worker process with math-verify. Raises PromptError that names the
+        first places, the reasons and what to set.
         """
         verifier = self._verifier
         if verifier == "reasoning_gym":  # its truths come from the task, and its scorer does not read them
             return
         reasons = {truth: check_truth(verifier, truth) for truth in self._counts}
-        formulas = [t for t, reason in reasons.items() if reason is None and not truth_is_settled(verifier, t)]
+        formulas = []
+        if read_formulas:
+            formulas = [t for t, reason in reasons.items() if reason is None and not truth_is_settled(verifier, t)]
         if len(formulas) > MAX_READ:
             logger.info("%s: math-verify reads %d of %d formulas at load", self._source, MAX_READ, len(formulas))
         if formulas:
