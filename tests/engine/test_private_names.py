@@ -26,6 +26,7 @@ FUNCTIONS = {
     "vllm.v1.core.block_pool.BlockPool._insert_block_hash": ["self", "block_hash_with_group_id", "block", "num_tokens"],
     "vllm.v1.core.kv_cache_utils.make_block_hash_with_group_id": ["block_hash", "group_id"],
     "vllm.v1.worker.utils.copy_kv_cache_blocks_inplace": ["kv_caches", "num_blocks"],
+    "vllm.distributed.device_communicators.cpu_communicator._CPUSHMDistributed.make_group_name": ["communicator"],
     "vllm.v1.sample.sampler.batched_count_greater_than": ["x", "values"],
     "vllm.platforms.cpu.CpuPlatform.check_and_update_config": ["vllm_config"],
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +21,27 @@ from tests.engine_weights import write_weights
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.engine.cpu_segments import SHARED_MEMORY
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout import generator as generator_module
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator, Job
+
+
+@contextlib.contextmanager
+def a_segment_left_over(rank: int) -> Iterator[None]:
+    """What another run of two ranks has, or left behind, under the name that vLLM gives to both."""
+    plain = SHARED_MEMORY / f"-tp:0-[0-1]-cpushm_{rank}"
+    planted = not plain.exists()
+    if planted:
+        plain.touch()
+    try:
+        yield
+        assert plain.exists(), "it is another run's"
+    finally:
+        if planted:
+            plain.unlink(missing_ok=True)
 
 
 def evaluations(generator: Generator, cfg: Config, slow: int) -> dict[str, object]:
@@ -81,7 +99,11 @@ def main(hf: Path, other: Path, tp: int) -> None:
             },
         }
     )
-    engine = Engine(hf, cfg)
+    with a_segment_left_over(rank) if tp > 1 else contextlib.nullcontext():
+        engine = Engine(hf, cfg)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "cpushm" in line]
+    assert bool(mapped) == (tp > 1)
+    assert all("treepo-" in line and line.endswith("(deleted)") for line in mapped), "a killed run leaves no name"
     assert os.environ["LOCAL_WORLD_SIZE"] == str(world)
     generator = Generator(engine, cfg, AutoTokenizer.from_pretrained(hf))
     prompts = [SimpleNamespace(id=f"p{k}", tokens=[3 + k] * 33, data_source="test") for k in range(3)]

@@ -36,6 +36,7 @@ import torch.distributed as dist
 
 from treepo_mega.config import Config, EngineConfig
 from treepo_mega.engine import cuda_profile
+from treepo_mega.engine.cpu_segments import private_segments
 from treepo_mega.engine.stream import EngineError
 from treepo_mega.engine.vllm_target import VllmTarget
 from treepo_mega.runtime.device import device, has_cuda
@@ -183,13 +184,14 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int, *, weights_f
 
     if not has_cuda():
         _count_ranks_eagerly()
-    llm = LLM(
-        str(hf_dir),
-        max_model_len=max_model_len,
-        seed=seed,
-        load_format="dummy" if weights_follow else "auto",
-        **engine_arguments(cfg, execution, max_model_len),
-    )
+    with private_segments() if launched() and not has_cuda() else contextlib.nullcontext():
+        llm = LLM(
+            str(hf_dir),
+            max_model_len=max_model_len,
+            seed=seed,
+            load_format="dummy" if weights_follow else "auto",
+            **engine_arguments(cfg, execution, max_model_len),
+        )
     check_execution(llm, execution)
     return llm
 
