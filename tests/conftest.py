@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.groups import place
+from tests import world
+from tests.groups import need_engines, place
 from tests.hf_fixtures import run_ranks, tiny_hf
 from tests.properties import register_profiles
 from tests.shards import keep_shard, parse_shard
@@ -43,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Place tests in groups, in the processes that xdist starts; one process runs them in the order of their files."""
     if (shard := config.getoption("shard")) is not None:
         keep_shard(config, items, shard)
+    if need_engines(items):
+        world.PRELOAD.append("tests.engine_imports")
     if hasattr(config, "workerinput"):
         place(items)
 

@@ -9,5 +9,9 @@ import os
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
+from treepo_mega.engine import cuda_profile  # noqa: E402
+
+cuda_profile.apply()
+
 import vllm.entrypoints.llm  # noqa: E402
 import vllm.v1.worker.cpu_worker  # noqa: E402, F401

@@ -13,49 +13,47 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 GROUPS: dict[str, tuple[str, ...]] = {
-    # Ranks that compare layouts: the longest worlds of both lanes.
-    "layouts": ("actor/test_trees.py",),
+    # Whole runs.
+    "runs": ("e2e", "rollout/test_lost_rank.py", "test_evaluate.py"),
+    # Ranks that compare layouts: the longest worlds.
+    "layouts": ("actor/test_trees.py", "actor/test_layers.py"),
+    # Other engines inside ranks.
+    "refits": ("sync/test_refit.py", "rollout/test_ranks.py", "engine/test_moe_engine.py"),
     # Engines in the test process. One after the other: each keeps its cache until the process ends.
     "engine": (
-        "rollout/test_generator.py",
-        "rollout/test_eval.py",
-        "engine/test_engine.py",
-        "engine/test_branch_cache.py",
+        *("rollout/test_generator.py", "rollout/test_eval.py"),
+        *("engine/test_engine.py", "engine/test_branch_cache.py"),
     ),
-    # Whole runs, and engines inside ranks.
-    "runs": (
-        "e2e",
-        "sync/test_refit.py",
-        "rollout/test_ranks.py",
-        "rollout/test_lost_rank.py",
-        "engine/test_moe_engine.py",
-    ),
-    # All other ranks: one fork server for them.
+    # All other ranks.
     "ranks": (
-        *(
-            "checkpoint/test_mcore.py",
-            "checkpoint/test_load.py",
-            "convert",
-            "loss/test_head.py",
-            "loss/test_training.py",
-        ),
-        *("reshard/test_execute.py", "runtime/test_dist.py", "test_world.py"),
+        *("checkpoint/test_mcore.py", "checkpoint/test_load.py", "convert", "loss/test_head.py"),
+        *("loss/test_training.py", "reshard/test_execute.py", "runtime/test_dist.py", "test_tiny_model.py"),
+        "test_world.py",
     ),
+    # Compiles every kernel in the slow lane.
+    "kernels": ("loss/test_triton.py",),
     # Mostly waiting: deadlines of graders that hang, jobs that are signalled.
     "waiting": ("data/test_reward_pool.py", "slurm"),
     # Fresh interpreters that import torch and Megatron.
-    "interpreters": ("runtime/test_cpu_megatron.py", "test_tiny_model.py", "test_evaluate.py", "examples"),
+    "interpreters": ("runtime/test_cpu_megatron.py", "examples"),
 }
 
 
 def group_of(path: Path) -> str:
     """The group of the test file at `path`: one of GROUPS, or its own."""
+    if not path.is_relative_to(TESTS):
+        return path.as_posix()
     relative = path.relative_to(TESTS)
     names = {relative.as_posix(), *(folder.as_posix() for folder in relative.parents)}
     for group, members in GROUPS.items():
         if names.intersection(members):
             return group
     return relative.as_posix()
+
+
+def need_engines(items: list[pytest.Item]) -> bool:
+    """Whether ranks of these tests build engines, so that their fork server had better import vLLM."""
+    return any(group_of(item.path) in ("runs", "refits") for item in items)
 
 
 def place(items: list[pytest.Item]) -> None:

@@ -17,6 +17,9 @@ import pytest
 
 from tests.world import LAUNCHER_VARIABLES, REPO, run_world
 
+CLI = REPO / "treepo_mega" / "cli.py"
+"""The command `treepo-mega`, as a script for `run_ranks`."""
+
 
 def start_ranks(n: int, *command: object) -> subprocess.Popen[str]:
     """Start `command` (a script, or "-m" and a module, with arguments) on `n` ranks, in a process group of its own."""

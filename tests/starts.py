@@ -1,15 +1,24 @@
-"""Counts what tests start: Python children, groups of forked ranks, fork servers. `.ci/run` has a ceiling of them.
+"""Counts what tests start, and holds the counts against a ceiling: `python tests/starts.py FILE` in `.ci/run`.
 
 The file that `TREEPO_TEST_STARTS` names gets a line a start, `KIND WHAT`; without the variable nothing is counted.
+Seconds depend on the machine, so no check is about them. A start of Python with torch is what costs a lane its time,
+and a count is the same everywhere.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 VARIABLE = "TREEPO_TEST_STARTS"
+GRADER = "-P -m treepo_mega.data.rewards.worker"
+CEILING = {"python": 85, "grader": 130, "rank-group": 65}
+"""Starts of both lanes together: Python children, the reward pool's light ones, and groups of forked ranks.
+
+A new test shares what is started already (tests/README.md). Raise a number only with the reason in the commit.
+"""
 
 
 def count_start(kind: str, what: str, times: int = 1) -> None:
@@ -39,3 +48,29 @@ def count_children() -> None:
     """Count this process's Python children from now on."""
     if os.environ.get(VARIABLE):
         sys.addaudithook(_audit)
+
+
+def kind_of(line: str) -> str:
+    """Which ceiling a line of the file counts against."""
+    kind, _, what = line.partition(" ")
+    return "grader" if kind == "python" and what.startswith(GRADER) else kind
+
+
+def report(path: Path) -> list[str]:
+    """Print the counts of the file at `path`; what is above its ceiling, as one message each."""
+    lines = path.read_text().splitlines()
+    counts = Counter(map(kind_of, lines))
+    for kind, ceiling in CEILING.items():
+        print(f"{counts[kind]:4d} of at most {ceiling} starts of kind {kind}")
+    return [
+        f"tests start {counts[kind]} of kind {kind}; the ceiling is {ceiling}. Share a start that is there already: "
+        "tests/README.md says how"
+        for kind, ceiling in CEILING.items()
+        if counts[kind] > ceiling
+    ]
+
+
+if __name__ == "__main__":
+    problems = report(Path(sys.argv[1]))
+    print("\n".join(problems), file=sys.stderr)
+    sys.exit(bool(problems))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import LAUNCHER_VARIABLES, REPO
+from tests.ranks import CLI, REPO, run_ranks
 from treepo_mega.cli import main
 from treepo_mega.evaluate import Plan, Point, best_within, page
 
@@ -23,12 +20,8 @@ def point(sampler: str, k: int, tokens: float, majority: float) -> Point:
 def run(tmp_path_factory) -> tuple[Path, str]:
     """One start of the engine: both samplers, three numbers of samples, cut by a compute budget."""
     output = tmp_path_factory.mktemp("eval")
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {"OMP_NUM_THREADS": "1"}
     options = ["--samples", "1,4,2,32", "--branch-factor", "2,4", "--compute-budget", "700", "--output", str(output)]
-    command = [sys.executable, "-m", "treepo_mega.cli", "eval", "examples/tiny_cpu.yaml", "eval.max_prompts=24"]
-    done = subprocess.run([*command, *options], cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return output, done.stdout
+    return output, run_ranks(1, CLI, "eval", "examples/tiny_cpu.yaml", "eval.max_prompts=24", *options)
 
 
 def test_every_sampler_has_its_series_up_to_the_compute_budget(run):

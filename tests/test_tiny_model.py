@@ -3,13 +3,12 @@
 import argparse
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.world import run_world
 from treepo_mega.config import check, load_config
 from treepo_mega.data.tasks import chain as task
 from treepo_mega.modelspec.mcore_layout import ModelSpec
@@ -117,17 +116,11 @@ def test_the_gate_wants_both_accuracies_inside():
 
 
 def test_the_tool_trains_through_the_actor_and_leaves_nothing_when_the_gate_is_not_met(tmp_path):
-    """A real run of two optimizer steps, in a process of its own because it owns torch.distributed."""
-    command = [sys.executable, str(ROOT / "tools" / "make_tiny_model.py"), "--out", str(tmp_path / "m")]
-    run = subprocess.run(
-        [*command, "--steps", "2", "--eval-interval", "1", "--eval-prompts", "4"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 1, run.stderr
-    assert "after 2 steps accuracy is" in run.stderr
+    """A real run of two optimizer steps, in a rank of its own because it owns torch.distributed."""
+    command = [str(ROOT / "tools" / "make_tiny_model.py"), "--out", str(tmp_path / "m")]
+    code, out, _ = run_world(1, [*command, "--steps", "2", "--eval-interval", "1", "--eval-prompts", "4"], 280)
+    assert code == 1, out
+    assert "after 2 steps accuracy is" in out
     assert list(tmp_path.iterdir()) == []
 
 

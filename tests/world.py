@@ -34,13 +34,13 @@ PRELOAD = [
     "treepo_mega.convert.convert",
     "treepo_mega.trainer",
     "treepo_mega.evaluate",
-    "tests.engine_imports",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen3.modeling_qwen3",
     "tests.world",
 ]
-"""What the server imports. None of them starts a thread, which a fork would lose."""
+"""What the server imports; conftest.py adds vLLM where ranks build engines. None of them starts a thread, which a fork
+would lose."""
 GRACE_S = 10.0
 """Seconds that the other ranks have to end, after one of them failed."""
 PR_SET_PDEATHSIG = 1

@@ -5,6 +5,7 @@ Long trees are carried over from step to step, so that a checkpoint has unfinish
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.ranks import finish, launch_ranks, start_ranks
+from tests.ranks import CLI, finish, run_ranks, start_ranks
 from treepo_mega.checkpoint.mcore import check_complete
 from treepo_mega.monitor.metrics import read_metrics
 from treepo_mega.monitor.registry import depends_on_time
@@ -25,7 +26,7 @@ STEPS = 12
 def command(run_dir: Path) -> list[str]:
     """Two ranks, tensor parallel, with a reference model, two optimizer steps a rollout and carried-over trees."""
     return [
-        *("-m", "treepo_mega.cli", "train", "examples/tiny_cpu.yaml", f"logging.run_dir={run_dir}"),
+        *("train", "examples/tiny_cpu.yaml", f"logging.run_dir={run_dir}"),
         *("parallel.tensor_model_parallel_size=2", "rollout.rollout_batch_size=8", "rollout.n_samples_per_prompt=8"),
         *(
             "rollout.partial_rollout=24",
@@ -53,7 +54,7 @@ def numbers(run_dir: Path) -> list[dict[str, float]]:
 @pytest.mark.timeout(900)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    process = start_ranks(2, *command(stopped))
+    process = start_ranks(2, "-m", "treepo_mega.cli", *command(stopped))
     metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
@@ -66,9 +67,12 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     done = check_complete(saved)["step"]
     assert 1 <= done < STEPS and done == len(numbers(stopped))
 
-    resumed = launch_ranks(2, *command(stopped), timeout=280)
-    assert f"next step {done}" in resumed
-    launch_ranks(2, *command(whole), timeout=280)
+    before = metrics.read_text().splitlines()
+    resumed = run_ranks(2, CLI, *command(stopped), timeout=280)
+    assert "resumed from" in resumed and f"next step {done}" in resumed
+    after = metrics.read_text().splitlines()
+    assert after[:done] == before and json.loads(after[done])["step"] == done + 1, "the first lines are kept as written"
+    run_ranks(2, CLI, *command(whole), timeout=280)
     assert numbers(stopped) == numbers(whole)
     assert len(numbers(whole)) == STEPS
     assert sum(row["rollout/trees_carried_over"] for row in numbers(whole)) > STEPS, "checkpoints keep unfinished trees"

@@ -1,6 +1,6 @@
 """The command people type, on two ranks: train, log, evaluate, save, export; then resume; everything real.
 
-Two starts of the engine in all: the first run (3 steps) and the resumed one (a 4th).
+Two starts of the engine in all: the first run (3 steps) under torchrun, and the resumed one (a 4th) in forked ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.actor.oracle import perplexity
-from tests.ranks import REPO, launch_ranks
+from tests.ranks import CLI, REPO, launch_ranks, run_ranks
 from treepo_mega.actor.perplexity import reference_texts
 from treepo_mega.checkpoint.mcore import check_complete
 from treepo_mega.config import load_config
@@ -36,23 +36,15 @@ RECIPE = [
 ]
 
 
-def train(run: Path, *overrides: str) -> str:
-    command = (
-        "-m",
-        "treepo_mega.cli",
-        "train",
-        "examples/tiny_cpu.yaml",
-        *RECIPE,
-        f"logging.run_dir={run}",
-        *overrides,
-    )
-    return launch_ranks(2, *command, timeout=280)
+def arguments(run: Path, *overrides: str) -> tuple[str, ...]:
+    """Of the command, for a run in the directory `run`."""
+    return ("train", "examples/tiny_cpu.yaml", *RECIPE, f"logging.run_dir={run}", *overrides)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("train") / "run"
-    train(directory, "train.num_rollouts=3")
+    launch_ranks(2, "-m", "treepo_mega.cli", *arguments(directory, "train.num_rollouts=3"), timeout=280)
     return directory
 
 
@@ -127,7 +119,7 @@ def test_transformers_loads_the_export_and_finds_the_same_accuracy(run, rows):
 
 def test_the_same_command_goes_on_where_it_stopped(run):
     before = (run / "metrics.jsonl").read_text().splitlines()
-    out = train(run, "train.num_rollouts=4", "checkpoint.save_hf=false")
+    out = run_ranks(2, CLI, *arguments(run, "train.num_rollouts=4", "checkpoint.save_hf=false"), timeout=280)
     assert "resumed from" in out and "next step 3" in out
     after = (run / "metrics.jsonl").read_text().splitlines()
     assert after[:4] == before and json.loads(after[4])["step"] == 4

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from treepo_mega.config import RewardConfig, parse_config
+from tests.rollout.conftest import config
+from tests.rollouts import rollout_config
+from treepo_mega.config import RewardConfig
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.engine.engine import Engine
@@ -46,15 +48,10 @@ def test_what_a_rank_tells_is_json_and_no_prompts_have_no_score():
     assert metrics([], 2)["avg@2"] == metrics([], 2)["pass@2"] == 0.0
 
 
-def test_through_the_engine_and_the_graders(tiny_llama: Path, keep_alive: list[object]):
-    raw = {
-        "model": {"hf_checkpoint": str(tiny_llama)},
-        "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
-        "rollout": {"max_response_len": 24, "segment": {"length": 8}, "engine": {"max_num_batched_tokens": 1024}},
-    }
-    cfg = parse_config(raw)
-    engine = Engine(tiny_llama, cfg)
-    keep_alive.append(engine)
+def test_through_the_engine_and_the_graders(engine: Engine, tiny_llama: Path):
+    cfg = config(tiny_llama)
+    cfg.rollout = rollout_config(cfg.rollout, n_samples_per_prompt=4, max_response_len=24, segment__length=8)
+    engine.reset_prefix_cache()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     generator = Generator(engine, cfg, tokenizer)
     greedy = cfg.rollout.model_copy(update={"mode": "sequential", "n_samples_per_prompt": 1})

@@ -12,14 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.rollout.conftest import BLOCK, config
 from tests.rollouts import rollout_config
-from treepo_mega.config import Config, RolloutConfig, parse_config
+from treepo_mega.config import RolloutConfig
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.dealing import LocalQueue
 from treepo_mega.rollout.generator import GenerationTimeout, Generator, Grown, Job, PromptError
 from treepo_mega.tree.node import Tree
-
-BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -29,27 +28,6 @@ class FakePrompt:
     id: str
     tokens: list[int]
     data_source: str = "test"
-
-
-def config(hf: Path) -> Config:
-    raw = {
-        "model": {"hf_checkpoint": str(hf)},
-        "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 64},
-        "rollout": {
-            "n_samples_per_prompt": 8,
-            "max_response_len": 64,
-            "segment": {"length": 16},
-            "engine": {"max_num_batched_tokens": 1024, "block_size": BLOCK},
-        },
-    }
-    return parse_config(raw)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_llama: Path, keep_alive: list[object]) -> Engine:
-    made = Engine(tiny_llama, config(tiny_llama))
-    keep_alive.append(made)
-    return made
 
 
 @pytest.fixture

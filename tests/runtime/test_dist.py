@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import REPO, launch_ranks, run_ranks
+from tests.ranks import REPO, run_ranks
 from treepo_mega.config import ConfigError, parse_config
 from treepo_mega.runtime import dist
 
@@ -22,7 +22,7 @@ def test_exchange_between_two_ranks():
 
 
 def test_a_barrier_names_what_it_waits_for_and_the_missing_rank():
-    out = launch_ranks(2, WORKER, "missing", timeout=120)
+    out = run_ranks(2, WORKER, "missing", timeout=120)
     message = next(line for line in out.splitlines() if "MESSAGE" in line)
     assert "rank 0 waited for all ranks to finish generation (deadline 2 s); missing: rank 1." in message
     assert "Ranks 1 failed to pass monitoredBarrier" in message or "Rank 1 failed to pass" in message
