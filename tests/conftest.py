@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch is first imported: several OpenMP threads on shared cores cost far more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from tests import world
-from tests.groups import need_engines, place
+from tests.groups import make_scheduler, need_engines, sort_by_group
 from tests.hf_fixtures import run_ranks, tiny_hf
 from tests.properties import register_profiles
 from tests.shards import keep_shard, parse_shard
@@ -38,16 +39,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", type=parse_shard, metavar="I/N", help="only the I-th of N parts of the test files")
 
 
-# First: xdist reads the groups in the same hook.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Place tests in groups, in the processes that xdist starts; one process runs them in the order of their files."""
+    """Sort groups in the processes that xdist starts; a single process keeps the order of the files."""
     if (shard := config.getoption("shard")) is not None:
         keep_shard(config, items, shard)
     if need_engines(items):
         world.PRELOAD.append("tests.engine_imports")
     if hasattr(config, "workerinput"):
-        place(items)
+        sort_by_group(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups of groups.py for `--dist loadgroup`; xdist's own schedulers for its other words."""
+    return make_scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 if os.environ.get("TREEPO_ENGINE_PROFILE"):
