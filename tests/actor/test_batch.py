@@ -8,8 +8,8 @@ import pytest
 from treepo_mega.actor.batch import advantages, pair_cost
 from treepo_mega.config import Config, ConfigError, check, load_config
 from treepo_mega.modelspec.spec import ModelSpec
-from treepo_mega.tree.advantage import segment_advantages
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.node_advantage import node_advantages
 
 
 def config(*overrides: str) -> Config:
@@ -38,11 +38,47 @@ def test_whitening_weighs_every_trajectory_and_token_once():
 
 def test_segment_advantages_are_per_node_and_can_be_whitened():
     plain = advantages(forest(), config("algo.advantage_estimator=segment"))
-    assert [v.tolist() for v in plain] == [segment_advantages(t) for t in forest()]
+    assert [v.tolist() for v in plain] == [node_advantages(tree, "segment") for tree in forest()]
     white = advantages(forest(), config("algo.advantage_estimator=segment", "algo.whiten_advantages=true"))
     # Node 1 is shared by two trajectories of 3 tokens each; the prompt carries nothing.
     repeated = np.concatenate([np.repeat(v[1:], [6, 1, 5]) for v in white])
     assert repeated.mean() == pytest.approx(0, abs=1e-12) and repeated.std(ddof=1) == pytest.approx(1)
+
+
+def test_trees_without_signal_get_nothing_and_change_nothing():
+    """Whitening takes off a mean; a tree that compares nothing must not receive it."""
+    alone = advantages(forest(), config())
+    flat = forest()[0]
+    for reward in (0.0, 1.0):
+        flat.rewards = [reward, reward]
+        got = advantages([*forest(), flat], config())
+        assert [values.tolist() for values in got[:2]] == [values.tolist() for values in alone]
+        assert got[2].tolist() == [0.0, 0.0]
+    # REINFORCE++ compares with the batch: there an all-right prompt is better than the others.
+    assert advantages([*forest(), flat], config("algo.advantage_estimator=reinforce_pp"))[2].min() > 0
+
+
+def test_descent_counts_a_leaf_by_its_chance():
+    """In whitening, each (trajectory, token) pair counts its trajectory's share; advantages can be bounded."""
+    trees = forest()
+    third = trees[0].add_child(0)
+    third.tokens = [3] * 2
+    trees[0].leaves.append(third.id)
+    trees[0].rewards.append(0.0)
+    first, second = advantages(trees, config("algo.leaf_weight=descent"))
+    # Chances: 1/4, 1/4 behind the shared segment, 1/2 for the new leaf; the tree counts as three trajectories.
+    pairs = np.array([3 / 4 * 4, 3 / 4 * 8, 3 / 2 * 2, 4, 8])
+    values = np.concatenate([first, second])
+    assert (values * pairs).sum() == pytest.approx(0, abs=1e-12)
+    assert (values**2 * pairs).sum() / (pairs.sum() - 1) == pytest.approx(1)
+    bounded = advantages(trees, config("algo.leaf_weight=descent", "algo.advantage_clip=0.5"))
+    assert np.abs(np.concatenate(bounded)).max() == 0.5
+
+
+def test_descent_refuses_to_pay_for_leaves_that_count_nothing():
+    with pytest.raises(ConfigError, match=r"set rollout\.fallback\.from=none"):
+        check(config("algo.leaf_weight=descent", "train.max_tokens_per_gpu=8192"), 1)
+    check(config("algo.leaf_weight=descent", "rollout.fallback.from=none", "train.max_tokens_per_gpu=8192"), 1)
 
 
 def test_reinforce_is_whitened_by_default():

@@ -81,7 +81,7 @@ def brute_force(tree: Tree, *, size_weighted: bool, reject: bool) -> list[float]
         ("treepo", False, [1.25, -0.75, -0.25, -0.25]),
         ("treepo_size_weighted", False, [4 / 3, -2 / 3, -1 / 3, -1 / 3]),
         ("treepo", True, [1.25, -0.75, -0.5, -0.5]),
-        ("rloo", False, [2.0, -2 / 3, -2 / 3, -2 / 3]),
+        ("reinforce_pp_baseline", False, [1.5, -0.5, -0.5, -0.5]),
         ("grpo", False, [1.5 / (1 + 1e-6), -0.5 / (1 + 1e-6), -0.5 / (1 + 1e-6), -0.5 / (1 + 1e-6)]),
     ],
 )
@@ -98,7 +98,9 @@ def test_treepo_equals_brute_force(tree: Tree, size_weighted: bool, reject: bool
     assert got == pytest.approx(brute_force(tree, size_weighted=size_weighted, reject=reject), abs=1e-12)
 
 
-@given(trees(), st.sampled_from(["treepo", "treepo_size_weighted", "grpo", "rloo"]), st.floats(-100, 100))
+@given(
+    trees(), st.sampled_from(["treepo", "treepo_size_weighted", "grpo", "reinforce_pp_baseline"]), st.floats(-100, 100)
+)
 def test_a_shift_of_all_rewards_changes_nothing(tree: Tree, estimator: str, shift: float) -> None:
     before = leaf_advantages(tree, estimator)
     # Rewards on a grid of 2**-20: the shifted values are exact, so equal rewards stay equal.
@@ -107,7 +109,7 @@ def test_a_shift_of_all_rewards_changes_nothing(tree: Tree, estimator: str, shif
     assert leaf_advantages(tree, estimator) == pytest.approx(before, abs=1e-9)
 
 
-@given(trees(), st.sampled_from(["treepo", "treepo_size_weighted", "grpo", "rloo"]))
+@given(trees(), st.sampled_from(["treepo", "treepo_size_weighted", "grpo", "reinforce_pp_baseline"]))
 def test_the_order_of_leaves_changes_nothing_at_all(tree: Tree, estimator: str) -> None:
     before = dict(zip(tree.leaves, leaf_advantages(tree, estimator), strict=True))
     order = list(range(len(tree.leaves)))
@@ -177,7 +179,7 @@ def test_has_signal(rewards: list[float], expected: bool) -> None:
     tree = two_by_two(rewards)
     assert has_signal(tree) is expected
     if not expected:
-        for estimator in ("treepo", "treepo_size_weighted", "grpo", "rloo"):
+        for estimator in ("treepo", "treepo_size_weighted", "grpo", "reinforce_pp_baseline"):
             assert leaf_advantages(tree, estimator) == [0.0] * 4
 
 
@@ -188,11 +190,53 @@ def test_bad_input_is_named() -> None:
     tree = two_by_two([1.0, 0.0, math.nan, 0.0])
     with pytest.raises(ValueError, match=r"leaf 5: reward nan is not finite"):
         has_signal(tree)
-    with pytest.raises(ValueError, match="expected one of treepo, treepo_size_weighted, grpo, rloo"):
+    with pytest.raises(ValueError, match="expected one of treepo, treepo_size_weighted, grpo, reinforce_pp"):
         leaf_advantages(two_by_two([0.0] * 4), "gae")
     with pytest.raises(ValueError, match="grpo has no subgroups"):
         leaf_advantages(two_by_two([0.0] * 4), "grpo", reject_zero_std_subgroups=True)
-    with pytest.raises(ValueError, match="2 advantages but 1 lengths"):
+    with pytest.raises(ValueError, match="1 shares for 4 leaves"):
+        leaf_advantages(two_by_two([0.0] * 4), "grpo", shares=[1.0])
+    with pytest.raises(ValueError, match="2 advantages but 1 numbers of pairs"):
         whiten([0.0, 1.0], [3])
     with pytest.raises(ValueError, match="not finite"):
         whiten([math.inf], [3])
+
+
+@given(trees(), st.sampled_from(["treepo", "treepo_size_weighted", "grpo", "reinforce_pp_baseline"]))
+def test_equal_shares_are_no_shares(tree: Tree, estimator: str) -> None:
+    shares = [1.0 / len(tree.leaves)] * len(tree.leaves)
+    assert leaf_advantages(tree, estimator, shares=shares) == pytest.approx(leaf_advantages(tree, estimator), abs=1e-9)
+
+
+@given(trees(min_leaves=2), st.sampled_from(["treepo", "grpo", "reinforce_pp_baseline"]), st.integers(2, 3))
+def test_a_share_is_how_often_the_leaf_counts_in_the_mean(tree: Tree, estimator: str, times: int) -> None:
+    """With the first leaf counted `times` times, baselines are those of a tree that holds it so often."""
+    counts = [times if index == 0 else 1 for index in range(len(tree.leaves))]
+    shares = [count / sum(counts) for count in counts]
+    got = leaf_advantages(tree, estimator, shares=shares, divide_by_std=False)
+    below = tree.leaves_below()
+    for index, leaf in enumerate(tree.leaves):
+        groups = [below[node] for node in tree.ancestry(leaf) if node == 0 or len(below[node]) > 1]
+        if estimator != "treepo":
+            groups = groups[:1]
+        repeated = [[tree.rewards[other] for other in group for _ in range(counts[other])] for group in groups]
+        want = statistics.fmean(tree.rewards[index] - statistics.fmean(rewards) for rewards in repeated)
+        assert got[index] == pytest.approx(want if len(tree.leaves) > 1 else 0.0, abs=1e-12)
+
+
+def test_the_ablations_of_the_paper_leave_groups_out() -> None:
+    tree = two_by_two([1.0, -1.0, -1.0, -1.0])
+    assert leaf_advantages(tree, "treepo", max_subgroup_depth=1) == leaf_advantages(tree, "treepo")
+    assert leaf_advantages(tree, "treepo", root_group=False) == [1.0, -1.0, 0.0, 0.0]
+    deeper = Tree.start("p", [1])
+    top = deeper.add_child(0)
+    inner = deeper.add_child(top.id)
+    deeper.leaves = [deeper.add_child(inner.id).id, deeper.add_child(inner.id).id, deeper.add_child(0).id]
+    deeper.rewards = [1.0, 0.0, 0.0]
+    root = [1 - 1 / 3, -1 / 3, -1 / 3]
+    # Depth 1 and 2 hold the same two leaves: their group counts twice unless depth 2 is left out.
+    assert leaf_advantages(deeper, "treepo") == pytest.approx([(root[0] + 1.0) / 3, (root[1] - 1.0) / 3, root[2]])
+    capped = leaf_advantages(deeper, "treepo", max_subgroup_depth=1)
+    assert capped == pytest.approx([(root[0] + 0.5) / 2, (root[1] - 0.5) / 2, root[2]])
+    # Neither the root's group nor a subgroup is left for the lone leaf.
+    assert leaf_advantages(deeper, "treepo", root_group=False) == pytest.approx([0.5, -0.5, 0.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from tests.properties import examples
 from tests.tree.forests import forests
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.policy import clipped_objective
-from treepo_mega.tree.advantage import leaf_advantages, segment_advantages
-from treepo_mega.tree.credit import credit_by_depth, fold, fold_nodes, leaf_weights
+from treepo_mega.tree.advantage import leaf_advantages
+from treepo_mega.tree.credit import Aggregation, credit_by_depth, fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.node_advantage import node_advantages
 from treepo_mega.tree.segments import Segments
 
 
@@ -39,22 +42,6 @@ def test_fold_is_masses_per_node(trees, data):
         assert c.n[i] == c.count[i]
 
 
-@examples(60)
-@given(forests())
-def test_segment_advantages_add_up_to_the_outcome(trees):
-    for tree in trees:
-        a = segment_advantages(tree)
-        mean = sum(tree.rewards) / len(tree.rewards)
-        for leaf, reward in zip(tree.leaves, tree.rewards, strict=True):
-            assert sum(a[n] for n in tree.ancestry(leaf)) == pytest.approx(reward - mean, abs=1e-12)
-        n = [0] * len(tree.nodes)
-        for leaf in tree.leaves:
-            for node in tree.ancestry(leaf):
-                n[node] += 1
-        scaled = segment_advantages(tree, sqrt_n=True)
-        assert scaled == pytest.approx([x / max(1, k) ** 0.5 for x, k in zip(a, n, strict=True)])
-
-
 def test_reinforce_is_the_reward():
     tree = Tree.start("p", [1])
     for r in (1.0, 0.0):
@@ -69,11 +56,32 @@ def test_reinforce_is_the_reward():
         ("token-mean", [1, 1, 1]),
         ("seq-mean-token-mean", [12 / (2 * 4), 12 / (2 * 8), 12 / 2]),
         ("seq-mean-token-sum", [6, 6, 6]),
+        ("seq-mean-token-sum-norm", [0.5, 0.5, 0.5]),
     ],
 )
 def test_weights(mode, want):
-    """P = 12 pairs of N = 2 trajectories that have tokens."""
-    assert leaf_weights(mode, np.array([4, 8, 0])).tolist() == want
+    """P = 12 pairs of N = 2 trajectories that have tokens; a response has at most 12."""
+    assert leaf_weights(mode, np.array([4, 8, 0]), max_response_len=12).tolist() == want
+
+
+@pytest.mark.parametrize("mode", get_args(Aggregation))
+@given(st.data())
+def test_a_count_is_how_often_the_trajectory_counts(mode, data):
+    """The loss with counts equals that of a batch that holds trajectory i so often, whatever unit counts have."""
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    counts = data.draw(st.lists(st.integers(1, 4), min_size=len(lengths), max_size=len(lengths)))
+    losses = data.draw(st.lists(st.floats(-2, 2), min_size=len(lengths), max_size=len(lengths)))
+    repeat = [i for i, count in enumerate(counts) for _ in range(count)]
+
+    def loss(which, weights):
+        """Sum over rows divided by pairs; each trajectory has one loss a token."""
+        rows = sum(weights[at] * losses[i] * lengths[i] for at, i in enumerate(which))
+        return rows / sum(lengths[i] for i in which)
+
+    unit = data.draw(st.floats(0.1, 10))
+    weighted = leaf_weights(mode, np.array(lengths), counts=np.array(counts) * unit, max_response_len=9)
+    repeated = leaf_weights(mode, np.array([lengths[i] for i in repeat]), max_response_len=9)
+    assert loss(range(len(lengths)), weighted) == pytest.approx(loss(repeat, repeated), rel=1e-9, abs=1e-9)
 
 
 def tree_of_two():
@@ -93,7 +101,12 @@ def test_credit_falls_behind_the_branch():
     assert credit_by_depth(s, fold(s, np.array([1.0, 1.0]), ones)) == [0.25] * 4
     flat = Segments.from_trees([tree_of_two()], [0], "none")
     assert credit_by_depth(flat, fold(flat, np.array([1.0, -1.0]), ones)) == [0.25] * 4, "flat: every token alike"
-    assert credit_by_depth(s, fold_nodes(s, np.array(segment_advantages(tree_of_two())), ones)) == [0, 0, 0.5, 0.5]
+    assert credit_by_depth(s, fold_nodes(s, np.array(node_advantages(tree_of_two(), "segment")), ones)) == [
+        0,
+        0,
+        0.5,
+        0.5,
+    ]
     assert credit_by_depth(s, fold(s, np.zeros(2), ones)) == [0] * 4
 
 

@@ -12,47 +12,82 @@ import numpy as np
 from megatron.core import parallel_state as ps
 
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
-from treepo_mega.config import Config
+from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime import dist
-from treepo_mega.tree.advantage import leaf_advantages, segment_advantages, whiten
+from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Credit, credit_by_depth, fold, fold_nodes, leaf_weights
+from treepo_mega.tree.descent import leaf_shares
 from treepo_mega.tree.node import ROOT, Tree
+from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
 from treepo_mega.tree.pack import Batch, StepPlan, plan_step, split_steps
 from treepo_mega.tree.segments import Floats, Segments
 
 
 def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
-    """One array a tree: per node under the `segment` estimator, else per leaf in the order of `tree.leaves`.
+    """One array a tree: per node under `segment` and `rloo`, else per leaf in the order of `tree.leaves`.
 
-    Whitened over all (trajectory, token) pairs of the rollout when `algo.whiten_advantages` says so.
+    Whitened over all (trajectory, token) pairs of the rollout when `algo.whiten_advantages` says so. A tree whose
+    rewards are all equal compares nothing: it is left out of the whitening and has advantage 0. Under `reinforce_pp`,
+    which compares with the batch and not with the tree, it takes part.
     """
     algo = cfg.algo
-    if algo.advantage_estimator == "segment":
-        raw = [segment_advantages(tree, sqrt_n=algo.segment_sqrt_n) for tree in trees]
-        pairs = [_pairs_of_nodes(tree) for tree in trees]
-    else:
-        reject = algo.reject_zero_std_subgroups
-        raw = [leaf_advantages(tree, algo.advantage_estimator, reject_zero_std_subgroups=reject) for tree in trees]
-        pairs = [[len(tree.response(leaf)) for leaf in tree.leaves] for tree in trees]
-    if not algo.whiten_advantages:
-        return [np.array(values, np.float64) for values in raw]
-    flat = whiten(list(itertools.chain(*raw)), list(itertools.chain(*pairs)))
-    bounds = np.cumsum([0, *(len(values) for values in raw)])
-    return [np.array(flat[start:end]) for start, end in itertools.pairwise(bounds)]
+    shares = [leaf_shares(tree, algo.leaf_weight) for tree in trees]
+    raw = [_raw_advantages(tree, of_tree, algo) for tree, of_tree in zip(trees, shares, strict=True)]
+    if algo.whiten_advantages:
+        # With a baseline of its own, a tree without signal would only get what whitening takes off the others.
+        teaches = [algo.advantage_estimator == "reinforce_pp" or has_signal(tree) for tree in trees]
+        chosen = [index for index, take_part in enumerate(teaches) if take_part]
+        pairs = [_pairs(trees[index], shares[index], algo) for index in chosen]
+        flat = iter(whiten(list(itertools.chain(*(raw[index] for index in chosen))), list(itertools.chain(*pairs))))
+        for index, take_part in enumerate(teaches):
+            raw[index] = list(itertools.islice(flat, len(raw[index]))) if take_part else [0.0] * len(raw[index])
+    limit = algo.advantage_clip
+    arrays = [np.array(values, np.float64) for values in raw]
+    return arrays if limit is None else [np.clip(values, -limit, limit) for values in arrays]
 
 
-def _pairs_of_nodes(tree: Tree) -> list[int]:
-    """(trajectory, token) pairs of each node; 0 for the root, whose tokens carry no advantage."""
+def _raw_advantages(tree: Tree, shares: list[float] | None, algo: AlgoConfig) -> list[float]:
+    """Before whitening; per node or per leaf, as the estimator has it."""
+    if algo.advantage_estimator in NODE_ESTIMATORS:
+        return node_advantages(tree, algo.advantage_estimator, shares=shares, sqrt_n=algo.segment_sqrt_n)
+    return leaf_advantages(
+        tree,
+        algo.advantage_estimator,
+        shares=shares,
+        reject_zero_std_subgroups=algo.reject_zero_std_subgroups,
+        max_subgroup_depth=algo.max_subgroup_depth,
+        root_group=algo.root_group,
+        divide_by_std=algo.norm_adv_by_std,
+    )
+
+
+def _pairs(tree: Tree, shares: list[float] | None, algo: AlgoConfig) -> list[float]:
+    """(trajectory, token) pairs that carry each of the tree's advantages; the root's tokens carry none.
+
+    Shares are scaled so that the tree counts as many trajectories as it has.
+    """
+    counts = [1.0] * len(tree.leaves) if shares is None else [share * len(tree.leaves) for share in shares]
+    if algo.advantage_estimator not in NODE_ESTIMATORS:
+        return [count * len(tree.response(leaf)) for count, leaf in zip(counts, tree.leaves, strict=True)]
     below = tree.leaves_below()
     below.pop(ROOT, None)
-    return [len(node.tokens) * len(below.get(node.id, ())) for node in tree.nodes]
+    return [len(node.tokens) * sum(counts[index] for index in below.get(node.id, ())) for node in tree.nodes]
 
 
-def credit_of(segments: Segments, values: list[Floats], cfg: Config) -> Credit:
-    """Masses per segment; `values` are `advantages` of the trees that `segments` are of, in their order."""
-    fold_them = fold_nodes if cfg.algo.advantage_estimator == "segment" else fold
-    weights = leaf_weights(cfg.algo.loss_agg_mode, segments.flat_lengths())
+def credit_of(segments: Segments, values: list[Floats], trees: list[Tree], cfg: Config) -> Credit:
+    """Masses per segment; `values` are `advantages` of `trees`, which `segments` are of, in this order."""
+    algo = cfg.algo
+    fold_them = fold_nodes if algo.advantage_estimator in NODE_ESTIMATORS else fold
+    shares = [leaf_shares(tree, algo.leaf_weight) for tree in trees]
+    # Every tree counts alike, whether it has all its leaves or lost some.
+    counts = None if algo.leaf_weight == "uniform" else np.array(list(itertools.chain(*(of or [] for of in shares))))
+    weights = leaf_weights(
+        algo.loss_agg_mode,
+        segments.flat_lengths(),
+        counts=counts,
+        max_response_len=cfg.rollout.max_response_len,
+    )
     return fold_them(segments, np.concatenate(values), weights)
 
 
@@ -95,7 +130,7 @@ def plan_rollout(trees: list[Tree], cfg: Config) -> tuple[list[StepPlan], dict[s
         if not chosen:
             continue
         segments = Segments.from_trees([trees[i] for i in chosen], chosen, cfg.train.prefix_sharing)
-        credit = credit_of(segments, [values[i] for i in chosen], cfg)
+        credit = credit_of(segments, [values[i] for i in chosen], [trees[i] for i in chosen], cfg)
         plans.append(plan_batch(Batch(segments, credit), cfg, cost))
         depth.append(credit_by_depth(segments, credit))
     if not plans:

@@ -37,6 +37,12 @@ def check_batch(cfg: Config) -> list[str]:
             f"clipped loss no longer depends on two sums of advantages; got prefix_sharing {t.prefix_sharing}, "
             f"context_parallel_size {cfg.parallel.context_parallel_size}"
         )
+    fallback = cfg.rollout.fallback.from_
+    if cfg.algo.leaf_weight == "descent" and cfg.rollout.mode == "tree" and fallback != "none":
+        bad.append(
+            f"algo.leaf_weight descent with rollout.fallback.from {fallback}: leaves made by fallback are no fair "
+            "samples of the policy and would count nothing, but cost their tokens; set rollout.fallback.from=none"
+        )
     if t.max_tokens_per_gpu < cfg.max_model_len:
         bad.append(
             f"train.max_tokens_per_gpu {t.max_tokens_per_gpu} is smaller than the longest trajectory "

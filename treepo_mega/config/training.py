@@ -12,15 +12,32 @@ from treepo_mega.config.section import Section
 class AlgoConfig(Section):
     """Advantages and loss."""
 
-    advantage_estimator: Literal["treepo", "treepo_size_weighted", "segment", "grpo", "rloo", "reinforce_pp"] = "treepo"
-    """segment: V(child) - V(parent) per node, V the mean reward of the leaves below; the others: one number a leaf."""
+    advantage_estimator: Literal[
+        "treepo", "treepo_size_weighted", "segment", "grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"
+    ] = "treepo"
+    """treepo, treepo_size_weighted: TreePO's means over subgroups (eq. 5, 6). segment: the change of the expected
+    reward at each segment, from branch to branch. rloo: against the leaves that do not share the token. grpo: against
+    the tree's mean, in its standard deviations. reinforce_pp: against the batch's mean. reinforce_pp_baseline: against
+    the tree's mean, in the batch's standard deviations."""
+    leaf_weight: Literal["uniform", "descent"] = "uniform"
+    """What a leaf counts in means, advantages, loss and metrics. uniform: all alike, as in the paper; long responses
+    are then over-represented. descent: the chance that a random walk from the root ends in it, which makes the
+    gradient that of the policy; leaves made by fallback count nothing."""
+    norm_adv_by_std: bool = True
+    """grpo: divide by the tree's standard deviation. Off: Dr.GRPO's R - mean."""
     segment_sqrt_n: bool = False
-    """Divide a node's segment advantage by the square root of the leaves below it."""
+    """Divide an advantage of segment or rloo by the square root of the leaves below its node."""
     reject_zero_std_subgroups: bool = False
     """TreePO eq. 7: skip subgroups whose rewards are all equal."""
+    max_subgroup_depth: int | None = Field(None, ge=1)
+    """treepo: subgroups of nodes deeper than so many segments are left out. None: no limit."""
+    root_group: bool = True
+    """treepo: whether the whole tree is a group, too."""
     whiten_advantages: bool | None = None
     """Token-weighted mean 0 and standard deviation 1 over the rollout; None: on for the treepo estimators and
-    reinforce_pp."""
+    the reinforce_pp ones. Trees whose rewards are all equal are left out and get 0."""
+    advantage_clip: float | None = Field(None, gt=0)
+    """Largest |advantage|, after whitening. None: no limit."""
     eps_clip: float = Field(0.2, gt=0, lt=1)
     eps_clip_high: float = Field(0.28, gt=0)
     eps_clip_c: float | None = Field(10.0, gt=1)
@@ -29,9 +46,12 @@ class AlgoConfig(Section):
     """Weight of KL(actor || reference); 0: no reference model is built."""
     kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
     """token-mean: sum over all (trajectory, token) pairs of the global batch / their number. seq-mean-token-mean: mean
-    over trajectories of each one's token mean. seq-mean-token-sum: mean over trajectories of each one's token sum."""
+    over trajectories of each one's token mean. seq-mean-token-sum: mean over trajectories of each one's token sum.
+    seq-mean-token-sum-norm: that, divided by rollout.max_response_len (Dr.GRPO)."""
     ratio_level: Literal["token", "sequence"] = "token"
     """sequence: GSPO's ratio, the geometric mean over a trajectory's tokens; needs train.prefix_sharing none, and goes
     with loss_agg_mode seq-mean-token-mean."""

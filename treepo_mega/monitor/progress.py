@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 COLUMNS = (
-    ("rollout/accuracy", "acc", ".3f"),
+    ("rollout/accuracy_policy", "acc", ".3f"),
     ("reward/mean", "reward", ".3f"),
-    ("rollout/response_len_mean", "len", ".1f"),
+    ("rollout/response_len_policy", "len", ".1f"),
     ("tree/token_ratio", "token_ratio", ".3f"),
     ("train/loss", "loss", "+.4f"),
     ("grad-norm", "grad-norm", ".3f"),

@@ -55,9 +55,17 @@ _OPTIMISATION = (
 )
 
 _ROLLOUT = (
+    Metric("rollout/reward_policy", "reward", "rises", "estimate of the policy's mean reward, whatever the sampler"),
+    Metric(
+        "rollout/accuracy_policy",
+        "share",
+        "rises; 0.1 to 0.9 teaches most",
+        "estimate of the policy's share of rewards above 0.5, whatever the sampler: leaves count by their descent",
+    ),
+    Metric("rollout/response_len_policy", "tokens", "no jump", "estimate of the policy's mean response length"),
     Metric("rollout/reward_mean", "reward", "rises", "mean reward of the trajectories sampled, before any drop"),
-    Metric("rollout/accuracy", "share", "rises; 0.1 to 0.9 teaches most", "trajectories whose reward is full marks"),
-    Metric("rollout/response_len_mean", "tokens", "no jump", "mean response length"),
+    Metric("rollout/accuracy", "share", "rises", "leaves with a reward above 0.5; trees over-represent long responses"),
+    Metric("rollout/response_len_mean", "tokens", "no jump", "mean response length of the leaves"),
     Metric("rollout/response_len_max", "tokens", "at most max_response_len", "longest response"),
     Metric("rollout/truncated_share", "share", "below 0.2", "trajectories cut by length or depth"),
     Metric("rollout/prompts_dropped_zero_std", "count", "below half", "prompts dropped: all rewards equal"),

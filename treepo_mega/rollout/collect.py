@@ -25,6 +25,7 @@ from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job, summarize
 from treepo_mega.rollout.round import Row, sample_and_grade
 from treepo_mega.tree.advantage import has_signal, set_rewards
+from treepo_mega.tree.descent import fair_leaves, policy_mean
 from treepo_mega.tree.node import Tree
 
 
@@ -71,11 +72,17 @@ class Collector:
             totals = {name: totals.get(name, 0.0) + value for name, value in counts.items()}
             totals["refills"] = refill
             seen += trees
-            kept += [tree for tree in trees if tree.leaves and (not rollout.dynamic_sampling or has_signal(tree))]
+            kept += [tree for tree in self._trainable(trees) if not rollout.dynamic_sampling or has_signal(tree)]
             jobs = []
         report_lost(self.pool.take_tally(), f"step {step}")
         totals |= {"resumed": len(resumed), "carried": len(self.carried), "idle_share_max": max(waited)}
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
+
+    def _trainable(self, trees: list[Tree]) -> list[Tree]:
+        """The trees with leaves, as `algo.leaf_weight` counts them: leaves that count nothing are not computed."""
+        fair = self.cfg.algo.leaf_weight == "descent"
+        counted = [fair_leaves(tree) if fair else tree for tree in trees]
+        return [tree for tree in counted if tree.leaves]
 
     def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
         """Graded finished trees of `jobs`, in order, and counts, on every rank; paused trees go to `carried`."""
@@ -119,6 +126,9 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     out = {
         "rollout/reward_mean": sum(rewards) / max(1, len(rewards)),
         "rollout/accuracy": sum(reward > CORRECT for reward in rewards) / max(1, len(rewards)),
+        "rollout/reward_policy": policy_mean(seen, lambda tree, index: tree.rewards[index]),
+        "rollout/accuracy_policy": policy_mean(seen, lambda tree, index: float(tree.rewards[index] > CORRECT)),
+        "rollout/response_len_policy": policy_mean(seen, lambda tree, index: len(tree.response(tree.leaves[index]))),
         "rollout/response_len_mean": sum(lengths) / len(lengths),
         "rollout/response_len_max": max(lengths),
         "rollout/truncated_share": (counts["stop/length"] + counts["stop/depth"]) / leaves,

@@ -10,6 +10,10 @@ positive and of the negative advantages (`loss/policy.py`). `loss_agg_mode` give
     token-mean             w_i = 1            sum over all (trajectory, token) pairs / P, their number
     seq-mean-token-mean    w_i = P / (N l_i)  mean over the N trajectories of the mean over their l_i tokens
     seq-mean-token-sum     w_i = P / N        mean over trajectories of the sum over their tokens
+    seq-mean-token-sum-norm  w_i = P / (N L)  the same divided by the longest response allowed, L (Dr.GRPO)
+
+Where leaves do not count alike (`tree/descent.py`), N is the sum of what they count and w_i holds leaf i's count as a
+factor. token-mean then divides by the pairs so counted: w_i = c_i P / sum c_j l_j.
 
 With these the loss is in every mode the weighted sum over rows divided by P, which is what Megatron's per-token loss
 divides by, and masses and multiplicity become A_pos = sum w_i max(A_i, 0), A_neg = sum w_i min(A_i, 0),
@@ -26,7 +30,7 @@ import numpy as np
 
 from treepo_mega.tree.segments import Floats, Ints, Segments, path_sums
 
-Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 QUARTERS = 4
 
 
@@ -40,16 +44,37 @@ class Credit:
     count: Ints
 
 
-def leaf_weights(mode: str, lengths: Ints) -> Floats:
-    """[L] weight of each trajectory's tokens; `lengths` [L] are its trained tokens. ValueError for an unknown mode."""
+def leaf_weights(
+    mode: str, lengths: Ints, *, counts: Floats | None = None, max_response_len: int | None = None
+) -> Floats:
+    """[L] weight of each trajectory's tokens.
+
+    Args:
+        mode: An `Aggregation`.
+        lengths: [L] trained tokens of each trajectory.
+        counts: [L] what each trajectory counts, in any unit. None: all alike.
+        max_response_len: L of seq-mean-token-sum-norm, tokens.
+
+    Raises ValueError for an unknown mode, and for seq-mean-token-sum-norm without `max_response_len`.
+    """
     if mode not in get_args(Aggregation):
         raise ValueError(f"loss_agg_mode {mode!r}: expected one of {', '.join(get_args(Aggregation))}")
-    pairs, sequences = float(lengths.sum()), max(1, int((lengths > 0).sum()))
+    pairs = float(lengths.sum())
+    counted = np.ones(len(lengths)) if counts is None else counts
     if mode == "token-mean":
-        return np.ones(len(lengths))
+        # Without counts exactly 1: the sum of ones times lengths is the number of pairs.
+        return counted if counts is None else counted * (pairs / max(float((counted * lengths).sum()), 1e-30))
+    trajectories = max(float(counted[lengths > 0].sum()), 1.0 if counts is None else 1e-30)
+    per_trajectory = counted * (pairs / trajectories)
     if mode == "seq-mean-token-sum":
-        return np.full(len(lengths), pairs / sequences)
-    return pairs / (sequences * np.maximum(lengths, 1.0))
+        return per_trajectory
+    if mode == "seq-mean-token-sum-norm":
+        if max_response_len is None:
+            raise ValueError("loss_agg_mode seq-mean-token-sum-norm needs max_response_len")
+        return per_trajectory / max_response_len
+    if counts is None:
+        return pairs / (trajectories * np.maximum(lengths, 1.0))
+    return per_trajectory / np.maximum(lengths, 1.0)
 
 
 def fold(s: Segments, advantages: Floats, weights: Floats) -> Credit:

@@ -18,13 +18,15 @@ from treepo_mega.monitor.report.svg import COLOURS, line_chart, share_bar, short
 from treepo_mega.monitor.report.table import trend
 
 CHARTS = (
+    "rollout/reward_policy",
+    "rollout/accuracy_policy",
     "rollout/reward_mean",
     "rollout/accuracy",
     "eval/accuracy",
     "eval/greedy_accuracy",
     "eval/perplexity",
     "tree/token_ratio",
-    "rollout/response_len_mean",
+    "rollout/response_len_policy",
     "train/entropy",
     "train/ppo_kl",
     "train/pg_clipfrac",
@@ -94,8 +96,8 @@ def _overview(figures: Sequence[dict[str, Any]]) -> str:
         (
             f'<span class="key c{i % COLOURS}"></span>{escape(f["run"])}',
             f"{f['first_step']} to {f['last_step']}",
-            trend(f, "rollout/reward_mean"),
-            trend(f, "rollout/accuracy"),
+            trend(f, "rollout/reward_policy"),
+            trend(f, "rollout/accuracy_policy"),
             trend(f, "eval/accuracy"),
             _number(f["token_ratio"]),
             _number(f["medians"].get("perf/step_s"), " s"),

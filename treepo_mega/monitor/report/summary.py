@@ -28,7 +28,15 @@ TOKENS = {
     "unique": "tree/unique_tokens",
     "flat": "tree/flat_tokens",
 }
-TRENDS = ("rollout/reward_mean", "rollout/accuracy", "reward/mean", "eval/accuracy", "eval/greedy_accuracy")
+TRENDS = (
+    "rollout/reward_policy",
+    "rollout/accuracy_policy",
+    "rollout/reward_mean",
+    "rollout/accuracy",
+    "reward/mean",
+    "eval/accuracy",
+    "eval/greedy_accuracy",
+)
 MEDIANS = ("perf/tokens_per_s", "perf/step_s", "reshard/gb_per_s", "reshard/seconds", "reshard/bytes")
 TOTALS = ("reward/lost", "train/skipped_steps", "train/nonfinite_metrics", "tree/shortfall", "tree/fallbacks")
 OUTSIDE_STEP = ("eval", "checkpoint")

@@ -16,8 +16,8 @@ def print_table(figures: list[dict[str, Any]], console: Console | None = None) -
     table = Table("", *(escape(f["run"]) for f in figures))
     table.add_row("steps", *(f"{f['first_step']} to {f['last_step']}" for f in figures))
     for label, metric in (
-        ("reward", "rollout/reward_mean"),
-        ("accuracy", "rollout/accuracy"),
+        ("reward", "rollout/reward_policy"),
+        ("accuracy", "rollout/accuracy_policy"),
         ("eval", "eval/accuracy"),
     ):
         table.add_row(label, *(trend(f, metric) for f in figures))
