@@ -76,9 +76,10 @@ def test_descent_counts_a_leaf_by_its_chance():
 
 
 def test_descent_refuses_to_pay_for_leaves_that_count_nothing():
+    fitting = ("algo.leaf_weight=descent", "rollout.segment.length=128", "train.max_tokens_per_gpu=8192")
     with pytest.raises(ConfigError, match=r"set rollout\.fallback\.from=none"):
-        check(config("algo.leaf_weight=descent", "train.max_tokens_per_gpu=8192"), 1)
-    check(config("algo.leaf_weight=descent", "rollout.fallback.from=none", "train.max_tokens_per_gpu=8192"), 1)
+        check(config(*fitting), 1)
+    check(config(*fitting, "rollout.fallback.from=none"), 1)
 
 
 def test_reinforce_is_whitened_by_default():

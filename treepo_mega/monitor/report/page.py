@@ -15,7 +15,7 @@ import yaml
 from treepo_mega.monitor.registry import known_names
 from treepo_mega.monitor.report.summary import Run
 from treepo_mega.monitor.report.svg import COLOURS, line_chart, share_bar, short
-from treepo_mega.monitor.report.table import trend
+from treepo_mega.monitor.report.table import ACCURACY, REWARD, trend
 
 CHARTS = (
     "rollout/reward_policy",
@@ -96,8 +96,8 @@ def _overview(figures: Sequence[dict[str, Any]]) -> str:
         (
             f'<span class="key c{i % COLOURS}"></span>{escape(f["run"])}',
             f"{f['first_step']} to {f['last_step']}",
-            trend(f, "rollout/reward_policy"),
-            trend(f, "rollout/accuracy_policy"),
+            trend(f, *REWARD),
+            trend(f, *ACCURACY),
             trend(f, "eval/accuracy"),
             _number(f["token_ratio"]),
             _number(f["medians"].get("perf/step_s"), " s"),
