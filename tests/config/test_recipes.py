@@ -80,7 +80,7 @@ def test_a_recipe_fits_the_layout_that_it_names(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     # Whether the package that reads the Hub is installed is the machine's matter, not the recipe's.
-    monkeypatch.setattr("treepo_mega.preflight.require_datasets", lambda name: None)
+    monkeypatch.setattr("treepo_mega.data.trial.require_datasets", lambda name: None)
     found = DRY_RUN.search(path.read_text(encoding="utf-8"))
     assert found is not None, "its head shows how to check it: treepo-mega train FILE --dry-run --world-size N"
     assert found[1] == path.relative_to(ROOT).as_posix()
