@@ -134,3 +134,18 @@ def test_every_recipe_it_shows_loads(page):
 def test_every_override_it_shows_is_one(page):
     shown = [word for text in blocks(page, "bash") for word in text.split() if re.match(r"'?[a-z]+\.[a-z_.]+=", word)]
     assert [word for word in shown if not is_key(word.strip("'").partition("=")[0])] == []
+
+
+def test_every_recipe_stands_on_the_page_of_examples():
+    text = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    recipes = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+    assert [path.name for path in recipes if f"`examples/recipes/{path.name}`" not in text] == []
+
+
+@every_page
+def test_every_file_it_includes_is_one(page):
+    """A mark that a formatter took apart would be shown as it stands, and the build would not say so."""
+    text = page.read_text(encoding="utf-8")
+    marks = [line for line in text.splitlines() if re.match(r"-+\s*8\s*<", line)]
+    names = [re.fullmatch(r'--8<-- "([^":]+)(:\w+)?"', line) for line in marks]
+    assert [line for line, name in zip(marks, names, strict=True) if not name or not (ROOT / name[1]).exists()] == []
