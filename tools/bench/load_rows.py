@@ -7,7 +7,8 @@ messages, each about a hundred times, 1 791 700 rows with an `extra_info.index` 
 byte-level with a chat template: slower than a real one per character, with longer lists of tokens.
 
 Two loads, of a quarter of the rows and of all, say whether the time is linear. The cursor is built too: it reads every
-prompt for its fingerprint. `mib`: growth of the process's peak memory. The last line is one JSON object.
+prompt for its fingerprint. CPU seconds say more than wall seconds on a shared machine. `mib`: peak memory of the
+process so far, above what it was before the first load. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -114,22 +115,27 @@ def main() -> None:
         write(path, count, distinct)
         size = path.stat().st_size / 2**20
         print(f"made {path.name}: {count} rows, {size:.0f} MiB, in {time.monotonic() - started:.1f} s")
+        before = peak_mib()
         for name, part in (("quarter", count // 4), ("all", count)):
-            before = peak_mib()
             started = time.monotonic()
+            started_cpu = time.process_time()
             data = DataConfig(train=[{"path": f"{path}@[0:{part}]"}], max_prompt_len=2048)
             prompts = load_prompts(data.train, data, tokenizer, vocab_size=len(tokenizer))
             loaded = time.monotonic() - started
+            loaded_cpu = time.process_time() - started_cpu
             PromptCursor(prompts, seed=0, shuffle=True)
             cursor = time.monotonic() - started - loaded
+            cursor_cpu = time.process_time() - started_cpu - loaded_cpu
             shared = len({id(prompt.tokens) for prompt in prompts})
             print(f"{name}: {len(prompts)} prompts in {loaded:.1f} s, cursor {cursor:.1f} s, {shared} lists of tokens")
             print("\n".join(f"    {note}" for note in prompts.notes))
             assert shared <= distinct
             out[name] = {
                 "seconds": round(loaded, 2),
-                "us_per_row": round(loaded / part * 1e6, 2),
+                "cpu_seconds": round(loaded_cpu, 2),
+                "cpu_us_per_row": round(loaded_cpu / part * 1e6, 2),
                 "cursor_seconds": round(cursor, 2),
+                "cursor_cpu_seconds": round(cursor_cpu, 2),
                 "duplicates": len(prompts) - shared,
                 "mib": round(peak_mib() - before, 1),
             }
