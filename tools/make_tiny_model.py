@@ -49,11 +49,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from treepo_mega.actor.losses import SupervisedLoss
 from treepo_mega.actor.update import Actor
-from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.rewards.verifiers import boxed
 from treepo_mega.data.tasks import chain as task
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
+from treepo_mega.reshard.execute import Resharder, TensorTarget
+from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.files import OutputExistsError, atomic_directory
 from treepo_mega.runtime.seeding import derive_seed
@@ -288,7 +290,14 @@ def warm_start(cfg: Config, directory: Path, args: argparse.Namespace) -> tuple[
     """
     dist.initialize(cfg, MODEL)
     actor = Actor(cfg, directory)
-    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
+    resharder = Resharder.between(
+        mcore_side(actor.spec, grid_of(cfg), 1),
+        files_side(actor.spec, 1),
+        source_dtype=torch.float32,
+        target_dtype=torch.float32,
+        bucket_bytes=cfg.reshard.bucket_mb << 20,
+        timeout_s=cfg.distributed.timeout_s,
+    )
     judge, problems = Judge(directory, args.seed), read_rows(directory / "eval.jsonl")[: args.eval_prompts]
     history: list[dict[str, float]] = []
     with progress_bar() as bar:
@@ -300,7 +309,8 @@ def warm_start(cfg: Config, directory: Path, args: argparse.Namespace) -> tuple[
             bar.update(job, advance=1, note=f"loss {stats['loss']:.3f}")
             if step % args.eval_interval and step != args.steps:
                 continue
-            weights = dict(gather([local_params(m) for m in actor.models]))
+            weights = {name: torch.empty(shape) for name, shape in hf_shapes(actor.spec).items()}
+            resharder([local_params(m) for m in actor.models], TensorTarget([weights]))
             judge.load(weights)
             accuracy = judge.both(problems, samples=2)
             history.append({"step": step, "loss": stats["loss"], **accuracy})

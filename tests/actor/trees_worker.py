@@ -29,12 +29,13 @@ from tests.actor.oracle import configuration, write_checkpoint
 from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
 from tests.actor.update_cells import measure_update
 from tests.ranks import leave_layout
+from tests.whole import whole_tensors
 from treepo_mega.actor.batch import plan_batch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.actor.update import Actor
-from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.runtime import dist
 from treepo_mega.tree.credit import fold, leaf_weights
@@ -100,9 +101,8 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
         chunk.zero_grad_buffer()
     data = run_schedule(actor.chunks, step.packs, actor.head, loss=PolicyLoss(cfg.algo))
     stats = actor._mean_over_pairs(data, step.packs)
-    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
-    pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
-    worst = max(relative(got.cpu(), want["grads"][n]) for n, got in pairs)
+    whole = whole_tensors(cfg, actor.spec, [{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
+    worst = max(relative(got.cpu(), want["grads"][n]) for n, got in whole.items())
     # Ranks of one data-parallel rank's model plan the same packs.
     share = ps.get_data_parallel_world_size() / dist.world_size()
     counts = dist.sum_over_ranks({"real": float(step.real_tokens), "flat": float(step.flat_tokens)})

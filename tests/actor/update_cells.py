@@ -13,11 +13,12 @@ from megatron.core import parallel_state as ps
 
 from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
+from tests.whole import whole_tensors
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.actor.update import Actor, Policy
-from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.runtime import dist
 from treepo_mega.tree.pack import StepPlan, plan_step
@@ -69,16 +70,14 @@ def gradient_diff(actor: Actor, step: StepPlan, cfg: Config, oracle: Oracle) -> 
     for chunk in actor.chunks:
         chunk.zero_grad_buffer()
     run_schedule(actor.chunks, step.packs, actor.head, loss=PolicyLoss(cfg.algo))
-    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
-    pairs = gather([{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
-    return max(float((got - oracle.grads[n]).norm() / oracle.grads[n].norm()) for n, got in pairs)
+    whole = whole_tensors(cfg, actor.spec, [{n: p.main_grad for n, p in m.named_parameters()} for m in actor.models])
+    return max(float((got - oracle.grads[n]).norm() / oracle.grads[n].norm()) for n, got in whole.items())
 
 
 def weight_diff(actor: Actor, cfg: Config, oracle: Oracle) -> float:
     """Largest |actor - transformers| weight after the update, in units of the learning rate."""
-    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
-    pairs = gather([local_params(m) for m in actor.models])
-    return max(float((t - oracle.weights[n]).abs().max()) for n, t in pairs) / cfg.train.lr
+    whole = whole_tensors(cfg, actor.spec, [local_params(m) for m in actor.models])
+    return max(float((t - oracle.weights[n]).abs().max()) for n, t in whole.items()) / cfg.train.lr
 
 
 def oracle_of(hf_dir: Path, cfg: Config) -> Oracle:

@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from treepo_mega.checkpoint.hf import HfCheckpointError, HfReader, HfWriter
+from treepo_mega.checkpoint.hf import HfCheckpointError, HfReader
 from treepo_mega.checkpoint.load import fill_local
 from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes
-from treepo_mega.runtime.files import OutputExistsError
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -151,59 +150,3 @@ def test_derived_buffers_of_old_files_are_skipped(tiny_hf):
     directory = tiny_hf("llama")
     edit(directory, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert "model.norm.weight" in everything(directory)
-
-
-@pytest.mark.parametrize("limit, shards", [(1 << 30, 1), (20_000, 5)])
-def test_written_checkpoint_is_bit_equal_and_loads_in_transformers(tiny_hf, tmp_path, limit, shards):
-    source, target = tiny_hf("qwen3"), tmp_path / "out"
-    (source / "tokenizer_config.json").write_text("{}")
-    tensors = everything(source)
-    spec = ModelSpec.from_hf(source)
-    with HfWriter(target, like=source, spec=spec, dtype=torch.float32, max_shard_bytes=limit) as writer:
-        for name in reversed(tensors):
-            writer.add(name, tensors[name])
-        assert not target.exists()
-    files = list(target.glob("*.safetensors"))
-    assert len(files) >= shards
-    assert (target / "model.safetensors.index.json").exists() == (shards > 1)
-    back = everything(target)
-    assert all(torch.equal(back[n], tensors[n]) for n in tensors)
-    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    assert (target / "tokenizer_config.json").exists()
-    loaded = AutoModelForCausalLM.from_pretrained(target).state_dict()
-    assert all(torch.equal(loaded[n], t) for n, t in tensors.items())
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-def test_dtype_of_config_follows_the_weights(tiny_hf, tmp_path):
-    source, target = tiny_hf("llama"), tmp_path / "out"
-    with HfWriter(target, like=source, spec=ModelSpec.from_hf(source), dtype=torch.bfloat16) as writer:
-        for name, tensor in everything(source).items():
-            writer.add(name, tensor)
-    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
-    assert next(iter(everything(target).values())).dtype is torch.bfloat16
-
-
-def test_nothing_partial_looks_whole(tiny_hf, tmp_path):
-    source, target = tiny_hf("llama"), tmp_path / "out"
-    tensors, spec = everything(source), ModelSpec.from_hf(source)
-
-    def write(pairs):
-        with HfWriter(target, like=source, spec=spec, dtype=torch.float32, max_shard_bytes=20_000) as writer:
-            for name, tensor in pairs:
-                writer.add(name, tensor)
-
-    pairs = list(tensors.items())
-    for wrong, words in [
-        (pairs[:-1], "1 tensors missing: lm_head.weight"),
-        ([*pairs, pairs[0]], "embed_tokens.weight added twice"),
-        ([*pairs, ("model.other", torch.zeros(1))], "model.other unexpected"),
-        ([(pairs[0][0], torch.zeros(3, 3))], "has shape \\[3, 3\\]; expected \\[301, 32\\]"),
-    ]:
-        with pytest.raises(HfCheckpointError, match=words):
-            write(wrong)
-        assert {p.name for p in tmp_path.iterdir()} == {"hf"}
-    write(pairs)
-    with pytest.raises(OutputExistsError, match="exists already"):
-        write(pairs)
-    assert len(everything(target)) == len(tensors)

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
+from tests.whole import whole_tensors
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.actor.losses import SupervisedLoss
 from treepo_mega.actor.update import Actor, TrainingDiverged
 from treepo_mega.checkpoint import mcore as checkpoint
-from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.loss.stats import Stats
 from treepo_mega.runtime import dist
@@ -70,8 +71,7 @@ def packs(cfg: Config, seed: int) -> list[Pack]:
 
 def weights(cfg: Config, actor: Actor) -> dict[str, Tensor]:
     """All weights by their transformers names, on every rank."""
-    gather = HfGather.of(cfg, actor.spec, dtype=torch.float32)
-    return {n: t.clone() for n, t in gather([local_params(m) for m in actor.models])}
+    return whole_tensors(cfg, actor.spec, [local_params(m) for m in actor.models])
 
 
 def steps(cfg: Config, actor: Actor, which: range) -> list[list[float]]:

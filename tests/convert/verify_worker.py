@@ -2,7 +2,7 @@
 
     verify_worker.py HF DIRECTORY
 
-Each bug of bugs.py is planted in the map three times: where HF files are read and where they are gathered again, so
+Each bug of bugs.py is planted in the map three times: where HF files are read and where they are compared, so
 that only the logits can tell; in the export, the same; and where files are read alone, so that bits tell. Prints, after
 "FOUND", a JSON object: kind -> case -> error.
 """
@@ -21,13 +21,14 @@ from tests.ranks import report_found
 from tests.reshard.bugs import BUGS
 from treepo_mega.actor.model import build_model
 from treepo_mega.checkpoint import export
-from treepo_mega.checkpoint import load as gather
+from treepo_mega.checkpoint import load as loading
 from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.checkpoint.load import load_from_hf, local_params
 from treepo_mega.config import read_hf_config
+from treepo_mega.convert import verify
 from treepo_mega.convert.convert import conversion_config, hf_to_mcore
 from treepo_mega.convert.probe import probe_tokens
-from treepo_mega.convert.verify import ConversionError, compare
+from treepo_mega.convert.verify import ConversionError, compare, parameter_count
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.reshard.sides import Side
 from treepo_mega.runtime import dist
@@ -38,17 +39,18 @@ Bug = Callable[[Side], Side]
 @contextlib.contextmanager
 def planted(bug: Bug) -> Iterator[None]:
     """The map with a bug, wherever the converters use it."""
-    layouts, side = gather.chunk_layouts, export.mcore_side
+    layouts, side = loading.chunk_layouts, export.mcore_side
 
     def chunk_layouts(*args, **sizes):
         return list(bug(Side((layouts(*args, **sizes),), np.zeros(1, np.int64))).layouts[0])
 
-    gather.chunk_layouts = chunk_layouts
-    export.mcore_side = lambda *args: bug(side(*args))
+    loading.chunk_layouts = chunk_layouts
+    export.mcore_side = verify.mcore_side = lambda *args: bug(side(*args))
     try:
         yield
     finally:
-        gather.chunk_layouts, export.mcore_side = layouts, side
+        loading.chunk_layouts = layouts
+        export.mcore_side = verify.mcore_side = side
 
 
 def error_of(work: Callable[[], object]) -> str:
@@ -100,15 +102,13 @@ def main() -> None:
         load()
         for p in (p for m in models for n, p in local_params(m).items() if n == name):
             change(p)
-        original, gather.HfGather.__call__ = gather.HfGather.__call__, source_again
+        original = verify.differing_tensors
+        # As if the bits agreed: what is left to find the mistake are the logits.
+        verify.differing_tensors = lambda *_: (parameter_count(spec), [])
         try:
             return against_source()
         finally:
-            gather.HfGather.__call__ = original
-
-    def source_again(*_):
-        """As if the bits agreed: what is left to find the mistake are the logits."""
-        return ((n, reader.read(n, tuple((0, s) for s in reader.shape(n)))) for n in gather.hf_shapes(spec))
+            verify.differing_tensors = original
 
     found["spoilt"]["norm negated"] = spoil("decoder.layers.0.input_layernorm.weight", lambda p: p.neg_())
     found["spoilt"]["final norm"] = spoil("decoder.final_layernorm.weight", lambda p: p.mul_(1.01))

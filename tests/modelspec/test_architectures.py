@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.reshard.worlds import EXPERTS, carry_out, full_tensors, model, sliced
-from treepo_mega.checkpoint.hf import HfReader, HfWriter
-from treepo_mega.checkpoint.load import HfGather, fill_local
+from tests.whole import module_of
+from treepo_mega.checkpoint.export import export_hf
+from treepo_mega.checkpoint.hf import HfReader
+from treepo_mega.checkpoint.load import fill_local
+from treepo_mega.convert.convert import conversion_config
 from treepo_mega.modelspec import architectures, spec
 from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes, mcore_layout
 from treepo_mega.modelspec.vllm_layout import vllm_layout
@@ -41,10 +44,8 @@ def round_trip_through_files(directory, spec_, tmp_path):
         layout = mcore_layout(spec_, divisible_by=4)
         params = {n: torch.full(p.shape, torch.nan) for n, p in layout.items()}
         fill_local(params, layout, reader)
-    gather = HfGather(spec_, tp=1, pp=1, divisible_by=4, coords=[(0, 0)], dtype=torch.float32)
-    with HfWriter(tmp_path / "back", like=directory, spec=spec_, dtype=torch.float32) as out:
-        for name, tensor in gather([params]):
-            out.add(name, tensor)
+    cfg = conversion_config(directory, divisible_by=4)
+    export_hf([module_of(params)], spec_, cfg, tmp_path / "back", like=directory, dtype=torch.float32)
     back, there = (load_file(d / "model.safetensors") for d in (tmp_path / "back", directory))
     assert back.keys() == there.keys()
     assert all(torch.equal(back[n], t) for n, t in there.items())

@@ -1,7 +1,8 @@
 """One rank of test_execute.py: many reshards after one another in the same processes; every result checked by bits.
 
-Cases: (architecture, tied, TP, PP, VPP, EP) -> engine TP, another Megatron layout, or files; in several dtypes, bucket
-sizes and node sizes (a node of 1 sends everything through the process group). Rank 0 prints one JSON object a case.
+Cases: (architecture, tied, TP, PP, VPP, EP) -> engine TP, another Megatron layout, files, or everything on every rank;
+in several dtypes, bucket sizes and node sizes (a node of 1 sends everything through the process group). Rank 0 prints
+one JSON object a case.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as torch_dist
 
 from tests.reshard.worlds import DENSE, model
+from tests.whole import whole_side
 from treepo_mega.modelspec.mcore_layout import hf_shapes
 from treepo_mega.reshard.checksums import differing_groups
 from treepo_mega.reshard.execute import Resharder, TensorTarget
@@ -33,6 +35,9 @@ CASES = [(*next(DENSE_TURNS), grid, tp_v, *next(DTYPES), *next(SIZES)) for grid 
     ("Qwen2ForCausalLM", True, Grid(4, 1), Grid(1, 4), fp32, fp32, 900, 4),
     ("Qwen3ForCausalLM", False, Grid(2, 2), Grid(4, 1), bf16, bf16, 900, 2),
     ("LlamaForCausalLM", False, Grid(2, 2, 2), "files", fp32, fp32, 2000, 4),
+    ("Qwen3ForCausalLM", True, Grid(2, 1, divisible_by=16), "whole", fp32, fp32, 500, 4),
+    ("Qwen3ForCausalLM", True, Grid(2, 2, divisible_by=16), "whole", bf16, bf16, 500, 4),
+    ("Qwen3ForCausalLM", False, Grid(1, 2, 2, divisible_by=16), "whole", fp32, fp32, 1 << 20, 4),
     ("MixtralForCausalLM", False, Grid(2, 1, ep=2), 2, fp32, fp32, 2000, 4),
     ("Qwen3MoeForCausalLM", True, Grid(1, 2, ep=2, naming="te"), 4, bf16, bf16, 700, 2),
 ]
@@ -57,8 +62,10 @@ def run(case) -> dict[str, object]:
     source = mcore_side(spec, grid, world)
     if isinstance(to, int):
         target = vllm_side(spec, to, world)
+    elif isinstance(to, Grid):
+        target = mcore_side(spec, to, world)
     else:
-        target = files_side(spec, world) if to == "files" else mcore_side(spec, to, world)
+        target = {"files": files_side, "whole": whole_side}[to](spec, world)
     wire = source_dtype if source_dtype.itemsize <= target_dtype.itemsize else target_dtype
     resharder = Resharder.between(
         source,

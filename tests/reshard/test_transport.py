@@ -1,5 +1,7 @@
 """Transports without other processes: what goes by which, what a round reads, and who is named at a deadline."""
 
+import os
+
 import pytest
 import torch
 
@@ -54,6 +56,14 @@ def test_a_parcel_is_read_where_its_source_packed_it(two_ranks):
             source.wait_sent(number)
         source.end()
         receiver.end()
+
+
+def test_a_transport_that_is_gone_leaves_no_descriptor():
+    before = len(os.listdir("/proc/self/fd"))
+    transport = SharedMemoryTransport(rank=0, peers=[0], rounds=1, slot_elements=4, dtype=torch.float32, timeout_s=1)
+    assert len(os.listdir("/proc/self/fd")) > before
+    del transport
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_buffer_is_not_used_again_before_it_was_read(two_ranks):

@@ -10,7 +10,7 @@ weights, from a Megatron layout into tensors that have the names and shapes of a
 - links: the same plan over gloo alone, as between nodes, so that the gain of the plan shows apart from that of memory
 - gather: every rank collects every Hugging Face tensor, then copies its slices out of them, as most systems do before
   the engine's `load_weights`. The faster of two ways: tensor by tensor (all_gather over TP, broadcast from the pipeline
-  stage that holds it), and this project's bucketed HfGather
+  stage that holds it), and in buckets (one all_gather of what every rank contributes to a round)
 - memcpy: each rank copies as many bytes as its engine holds from one buffer into another
 
 They alternate in the same processes; a time is the median over repeats of the slowest rank. Packing of weights is
@@ -144,8 +144,7 @@ class Case:
     def __init__(self, name: str, sizes: dict, tp: int, pp: int, tp_v: int, *, bucket_bytes: int) -> None:
         import torch
 
-        from treepo_mega.checkpoint.load import HfGather
-        from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
+        from treepo_mega.modelspec.mcore_layout import ModelSpec, chunk_layouts, hf_shapes
         from treepo_mega.reshard.execute import Resharder, TensorTarget
         from treepo_mega.reshard.sides import Grid, mcore_side, vllm_side
         from treepo_mega.runtime import dist
@@ -176,9 +175,8 @@ class Case:
         self.got = [{n: torch.zeros_like(t) for n, t in params.items()} for params in self.expected]
         self.target = TensorTarget(self.got)
         self.replica, self.tp_group, self.pp_group, coords = groups(self.world, tp, pp, self.rank)
-        self.gather = HfGather(
-            spec, tp=tp, pp=pp, coords=coords, group=self.replica, dtype=dtype, bucket_mib=bucket_bytes / 2**20
-        )
+        layouts = [chunk_layouts(spec, tp=tp, pp=pp, tp_rank=t, pp_rank=p) for t, p in coords]
+        self.gather = BucketedGather(layouts, self.shapes, self.replica, dtype, bucket_bytes)
         size = sum(t.nbytes for params in self.expected for t in params.values())
         self.copy_from, self.copy_to = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
 
@@ -263,9 +261,8 @@ class Case:
         self.copy_to.copy_(self.copy_from)
 
     def gather_bucketed(self) -> None:
-        """All HF tensors through HfGather's buckets, then slices of them."""
-        full = dict(self.gather(self.held))
-        self._load(full)
+        """All HF tensors bucket by bucket, then slices of them."""
+        self._load(self.gather(self.held))
 
     def gather_each(self) -> None:
         """All HF tensors one by one, then slices of them."""
@@ -310,6 +307,88 @@ class Case:
             for name, value in want.items():
                 if not torch.equal(value, got[name]):
                     raise SystemExit(f"{way}: {name} is wrong")
+
+
+class BucketedGather:
+    """The rival: every rank of a replica gets every HF tensor, by one all_gather a round.
+
+    A rank contributes the blocks that no earlier rank of the group holds, in the order of its own parameters, so that
+    pipeline stages progress side by side. Contributions of a round are padded to the longest.
+    """
+
+    def __init__(self, layouts: list, shapes: dict, group, dtype, bucket_bytes: int) -> None:
+        import torch
+        import torch.distributed as torch_dist
+
+        self.shapes, self.group, self.dtype = shapes, group, dtype
+        self.rank, world = torch_dist.get_rank(group), len(layouts)
+        streams = [self._rounds(pieces, bucket_bytes // dtype.itemsize) for pieces in self._owned(layouts)]
+        longest = max(map(len, streams))
+        self.rounds = [[s[i] if i < len(s) else [] for s in streams] for i in range(longest)]
+        self.lengths = [max(sum(b.numel for _, _, b in run) for run in runs) for runs in self.rounds]
+        self.send = torch.zeros(max(self.lengths), dtype=dtype)
+        self.received = torch.zeros(world * max(self.lengths), dtype=dtype)
+
+    @staticmethod
+    def _owned(layouts: list) -> list[list]:
+        """Per rank, (chunk, parameter, block) of the blocks that it is the first to hold."""
+        seen, out = set(), []
+        for chunks in layouts:
+            out.append([])
+            for chunk, params in enumerate(chunks):
+                for name, param in params.items():
+                    for block in param.blocks:
+                        if (block.hf_name, block.hf_slice) not in seen:
+                            seen.add((block.hf_name, block.hf_slice))
+                            out[-1].append((chunk, name, block))
+        return out
+
+    @staticmethod
+    def _rounds(pieces: list, most: int) -> list[list]:
+        """A rank's pieces, cut between rows where a round is full, in runs of at most `most` elements."""
+        from dataclasses import replace
+
+        rounds, used = [], most
+        for chunk, name, block in pieces:
+            (start, stop), (local, _) = block.hf_slice[0], block.local_slice[0]
+            rows = max(1, most * (stop - start) // block.numel)
+            for first in range(start, stop, rows):
+                last, shift = min(first + rows, stop), local - start
+                part = replace(
+                    block,
+                    hf_slice=((first, last), *block.hf_slice[1:]),
+                    local_slice=((first + shift, last + shift), *block.local_slice[1:]),
+                )
+                if used + part.numel > most:
+                    rounds.append([])
+                    used = 0
+                rounds[-1].append((chunk, name, part))
+                used += part.numel
+        return rounds
+
+    def __call__(self, chunks: list) -> dict:
+        """Every HF tensor. Collective over the group."""
+        import torch
+        import torch.distributed as torch_dist
+
+        full = {}
+        for runs, length in zip(self.rounds, self.lengths, strict=True):
+            at = 0
+            for chunk, name, block in runs[self.rank]:
+                self.send[at : at + block.numel].view(block.shape).copy_(chunks[chunk][name][block.local_index])
+                at += block.numel
+            rows = self.received[: len(runs) * length]
+            # As bytes: not every backend knows every dtype.
+            sent = self.send[:length].view(torch.uint8)
+            torch_dist.all_gather_single(rows.view(torch.uint8), sent, group=self.group)
+            for run, row in zip(runs, rows.view(len(runs), length), strict=True):
+                at = 0
+                for _, _, block in run:
+                    if block.hf_name not in full:
+                        full[block.hf_name] = row.new_empty(self.shapes[block.hf_name])
+                    full[block.hf_name][block.hf_index].copy_(row[at : at + block.numel].view(block.shape))
+                    at += block.numel
+        return full
 
 
 def groups(world: int, tp: int, pp: int, rank: int):

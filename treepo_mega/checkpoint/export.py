@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from treepo_mega.checkpoint.hf import (
-    INDEX,
-    SINGLE,
-    HfCheckpointError,
-    HfReader,
-    copy_companions,
-    set_config_dtype,
-    shard_name,
-)
+from treepo_mega.checkpoint.headers import INDEX, SINGLE, HfCheckpointError, key_problems
+from treepo_mega.checkpoint.hf import HfReader, copy_companions, set_config_dtype, shard_name
 from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.modelspec.mcore_layout import ModelSpec, ParamLayout, hf_shapes
@@ -142,10 +136,12 @@ def write_hf(
 def _complete(
     partial: Path, written: list[Any], spec: ModelSpec, like: Path, dtype: torch.dtype, chat_template: str | None
 ) -> None:
-    """Final names, index, configuration and tokenizer."""
-    names = [name for _, tensors, _ in written for name in tensors]
-    if sorted(names) != sorted(hf_shapes(spec)):
-        raise HfCheckpointError(f"{partial}: {len(set(hf_shapes(spec)) - set(names))} tensors were not written")
+    """Final names, index, configuration and tokenizer. Raises HfCheckpointError unless each tensor was written once."""
+    times = Counter(name for _, tensors, _ in written for name in tensors)
+    problems = key_problems(set(hf_shapes(spec)), set(times))
+    problems += [f"{name} was written {count} times" for name, count in times.items() if count > 1]
+    if problems:
+        raise HfCheckpointError(f"{partial}: " + "; ".join(problems))
     total = len(written)
     weight_map: dict[str, str] = {}
     for i, (file, tensors, _) in enumerate(written, 1):

@@ -1,16 +1,10 @@
-"""Hugging Face checkpoints on disk: read by slices, written so that nothing partial looks whole.
+"""Hugging Face checkpoints on disk: read by slices; the names and companions of what an export writes.
 
     with HfReader(directory, spec) as reader:              # checks the key set and every shape, from the headers
         part = reader.read("model.norm.weight", ((0, 64),), torch.float32)
-    with HfWriter(target, like=directory, spec=spec, dtype=torch.bfloat16) as writer:
-        for name, tensor in pairs:                         # any order, one at a time
-            writer.add(name, tensor)
 
 A rank reads only the slices its parameters need (`safetensors.get_slice`), so loading 70B over 128 ranks
-reads each byte about once. Writing fills shards of at most `max_shard_bytes` and holds one shard in memory.
-
-Output is made in `.NAME.partial` beside the target and renamed at the end (`runtime.files.atomic_directory`):
-a target that exists is complete. A target that already exists is refused, never merged into.
+reads each byte about once. `export.py` writes checkpoints.
 
 Traps: old Llama files carry `rotary_emb.inv_freq` buffers, which are derived and skipped. A tied model may
 carry an `lm_head.weight` too: it is compared with the embedding where that is read, since transformers would
@@ -23,23 +17,17 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from treepo_mega.checkpoint.headers import (
-    INDEX,
-    SINGLE,
     HfCheckpointError,
     check_against,
-    key_problems,
     stored_tensors,
 )
-from treepo_mega.modelspec.mcore_layout import EMBEDDING, LM_HEAD, Box, ModelSpec, hf_shapes
-from treepo_mega.runtime.files import atomic_directory
+from treepo_mega.modelspec.mcore_layout import EMBEDDING, LM_HEAD, Box, ModelSpec
 
 _COMPANIONS = (
     "config.json",
@@ -135,90 +123,6 @@ def check_files(directory: str | Path) -> None:
     What tensors the files hold is not looked at: `HfReader` compares them with a `ModelSpec`.
     """
     stored_tensors(directory)
-
-
-class HfWriter:
-    """Writes a checkpoint that `transformers` loads: shards, index, configuration and tokenizer of `like`.
-
-    Use as a context manager; `target` appears when the block ends without error and every tensor of `spec`
-    has been added once. Raises OutputExistsError when `target` exists; HfCheckpointError for a wrong name or shape, and
-    at the end for missing tensors.
-    """
-
-    def __init__(
-        self,
-        target: str | Path,
-        *,
-        like: str | Path,
-        spec: ModelSpec,
-        dtype: torch.dtype,
-        max_shard_bytes: int = 5 << 30,
-    ) -> None:
-        self.target, self.like = Path(target), Path(like)
-        self.bytes_written = 0
-        self._expected, self._dtype, self._limit = hf_shapes(spec), dtype, max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._directory = atomic_directory(self.target)
-
-    def __enter__(self) -> Self:
-        self._partial = self._directory.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._directory.__exit__(kind, error, trace)
-            return
-        try:
-            self._finish()
-        except BaseException as e:
-            self._directory.__exit__(type(e), e, e.__traceback__)
-            raise
-        self._directory.__exit__(None, None, None)
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one full tensor (any device); it is cast to the writer's dtype."""
-        shape = self._expected.get(name)
-        if shape is None or name in self._pending or any(name in s for s in self._shards):
-            why = "unexpected" if shape is None else "added twice"
-            raise HfCheckpointError(f"{self.target}: tensor {name} {why}")
-        if tuple(tensor.shape) != shape:
-            raise HfCheckpointError(
-                f"{self.target}: tensor {name} has shape {list(tensor.shape)}; expected {list(shape)}"
-            )
-        value = tensor.detach().to("cpu", self._dtype, copy=True).contiguous()
-        size = value.numel() * value.element_size()
-        if self._pending and self._pending_bytes + size > self._limit:
-            self._flush()
-        self._pending[name] = value
-        self._pending_bytes += size
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        save_file(self._pending, self._partial / shard_name(len(self._shards), 0), metadata={"format": "pt"})
-        self.bytes_written += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def _finish(self) -> None:
-        """Last shard, final names, index, configuration and tokenizer."""
-        if self._pending:
-            self._flush()
-        missing = set(self._expected) - {name for shard in self._shards for name in shard}
-        if missing:
-            raise HfCheckpointError(f"{self.target}: " + "; ".join(key_problems(missing, set())))
-        total, files = len(self._shards), []
-        for i in range(1, total + 1):
-            files.append(SINGLE if total == 1 else shard_name(i, total))
-            (self._partial / shard_name(i, 0)).rename(self._partial / files[-1])
-        if total > 1:
-            weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard}
-            index = {"metadata": {"total_size": self.bytes_written}, "weight_map": weight_map}
-            (self._partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        copy_companions(self.like, self._partial)
-        set_config_dtype(self._partial / "config.json", self._dtype)
 
 
 def shard_name(i: int, total: int) -> str:

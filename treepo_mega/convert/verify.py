@@ -1,6 +1,6 @@
 """Is a converted checkpoint the model it was made from? By bits, by the number of parameters, by logits.
 
-Bits alone would not do: what was loaded through a wrong map and is gathered through the same wrong map comes back
+Bits alone would not do: what was loaded through a wrong map and is put together through the same wrong map comes back
 right. So the logits of a probe prompt are compared with those of transformers, which knows nothing of the map
 (`probe.py`), and an error names the first layer whose output diverges.
 
@@ -13,24 +13,29 @@ Everything is collective over all ranks and raises ConversionError on all of the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
+from treepo_mega.checkpoint.headers import HfCheckpointError
 from treepo_mega.checkpoint.hf import HfReader
-from treepo_mega.checkpoint.load import HfGather, local_params
+from treepo_mega.checkpoint.load import local_params
 from treepo_mega.checkpoint.mcore import check_complete, load_model_weights
 from treepo_mega.config import Config, read_hf_config
 from treepo_mega.convert import LOGITS_TOLERANCE
 from treepo_mega.convert.probe import compare_with_transformers
 from treepo_mega.errors import TreepoError
-from treepo_mega.modelspec.mcore_layout import LM_HEAD, ModelSpec, hf_shapes
+from treepo_mega.modelspec.mcore_layout import LM_HEAD, ModelSpec, ParamLayout, hf_shapes
+from treepo_mega.reshard.execute import Resharder
+from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
 from treepo_mega.runtime import dist
 
-GATHER_MIB = 32
-"""Receiving buffer of the comparison by bits, on each rank, however many ranks there are."""
+BUCKET_BYTES = 16 << 20
+"""What a rank sends and receives in one round of the comparison by bits. Two rounds are in flight."""
 
 
 class ConversionError(TreepoError):
@@ -51,6 +56,80 @@ def read_back(models: list[PolicyModel], saved: Path) -> None:
     load_model_weights([*models], saved)
 
 
+class FileComparison:
+    """This rank's share of the HF tensors as the destination of a reshard: each is compared by bits, none is kept."""
+
+    def __init__(self, layout: Mapping[str, ParamLayout], reader: HfReader, dtype: torch.dtype) -> None:
+        self._layout = layout
+        self._reader = reader
+        self._dtype = dtype
+        self._open: dict[str, Tensor] = {}
+        self.elements = 0
+        self.differing: list[str] = []
+        self.unreadable = ""
+
+    def start_weight_update(self) -> None:
+        """Nothing to do."""
+
+    def buffer(self, chunk: int, name: str) -> Tensor:
+        """The tensor on the CPU, made when its first part arrives."""
+        if name not in self._open:
+            self._open[name] = torch.empty(self._layout[name].shape, dtype=self._dtype)
+        return self._open[name]
+
+    def update_weight(self, chunk: int, name: str) -> None:
+        """Compare a whole tensor with the file's."""
+        tensor = self._open.pop(name)
+        self.elements += tensor.numel()
+        try:
+            stored = self._reader.read(name, tuple((0, size) for size in tensor.shape), self._dtype)
+        except HfCheckpointError as error:
+            # Raised here, it would leave the other ranks waiting for this one; `differing_tensors` raises on all.
+            self.unreadable = self.unreadable or str(error)
+            return
+        if not torch.equal(tensor, stored):
+            self.differing.append(name)
+
+    def finish_weight_update(self) -> None:
+        """Nothing to do."""
+
+    def abort_weight_update(self) -> None:
+        """Forget what was under way."""
+        self._open.clear()
+
+
+def differing_tensors(
+    cfg: Config, models: list[PolicyModel], spec: ModelSpec, reader: HfReader
+) -> tuple[int, list[str]]:
+    """(elements compared, names of the HF tensors whose bits differ, in the model's order), the same on all ranks.
+
+    Each rank puts its share of the tensors together and reads only those. Collective over all ranks. Raises
+    HfCheckpointError on all of them if one cannot read the files.
+    """
+    dtype = DTYPES[cfg.model.params_dtype]
+    world = dist.world_size()
+    files = files_side(spec, world)
+    resharder = Resharder.between(
+        mcore_side(spec, grid_of(cfg), world),
+        files,
+        source_dtype=dtype,
+        target_dtype=dtype,
+        bucket_bytes=BUCKET_BYTES,
+        timeout_s=cfg.distributed.timeout_s,
+    )
+    share = FileComparison(files.of(dist.rank())[0], reader, dtype)
+    resharder([local_params(m) for m in models], share)
+    elements = 0
+    wrong: set[str] = set()
+    for compared, differing, unreadable in dist.gather_objects([share.elements, share.differing, share.unreadable]):
+        if unreadable:
+            raise HfCheckpointError(unreadable)
+        elements += compared
+        wrong |= set(differing)
+    # In the model's order: the first one is in the first layer that diverges.
+    return elements, [name for name in hf_shapes(spec) if name in wrong]
+
+
 def compare(
     cfg: Config,
     models: list[PolicyModel],
@@ -62,18 +141,7 @@ def compare(
     source: str = "the source",
 ) -> dict[str, Any]:
     """Hold the model against the HF checkpoint of `reader`; returns the findings. `made`, `source`: for messages."""
-    dtype = DTYPES[cfg.model.params_dtype]
-    elements, wrong = 0, []
-    bucket = GATHER_MIB / (cfg.parallel.tensor_model_parallel_size * cfg.parallel.pipeline_model_parallel_size)
-    gather = HfGather.of(cfg, spec, dtype=dtype, bucket_mib=bucket)
-    for name, tensor in gather([local_params(m) for m in models]):
-        elements += tensor.numel()
-        if dist.is_main():  # one reader is enough, and rank 0 is the one that reports
-            there = reader.read(name, tuple((0, n) for n in tensor.shape), dtype)
-            if not torch.equal(tensor.cpu(), there):
-                wrong.append(name)
-    order = {name: i for i, name in enumerate(hf_shapes(spec))}
-    wrong = sorted(dist.gather_objects(wrong)[0], key=order.__getitem__)  # first: in the first layer that diverges
+    elements, wrong = differing_tensors(cfg, models, spec, reader)
     if wrong:
         raise ConversionError(f"{len(wrong)} tensors of {made} differ from {source}, first {', '.join(wrong[:4])}")
     difference, counted, diverging = compare_with_transformers(cfg, models, spec, reader)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 
@@ -42,6 +43,8 @@ class _Segment:
 
     def __init__(self, fd: int, size: int) -> None:
         self.fd = fd
+        # An open descriptor keeps the memory of the file: it goes with the segment, not with the process.
+        weakref.finalize(self, os.close, fd)
         self.map = mmap.mmap(fd, _HEADER + size)
         self.bytes = torch.frombuffer(memoryview(self.map)[_HEADER:], dtype=torch.uint8) if size else torch.empty(0)
 
