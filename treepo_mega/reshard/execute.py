@@ -29,7 +29,7 @@ from treepo_mega.modelspec.mcore_layout import Block, Box
 from treepo_mega.reshard.checksums import Checksums
 from treepo_mega.reshard.params import Chunks, check_chunks
 from treepo_mega.reshard.plan import Cluster, Copy, ReshardPlan, plan_reshard
-from treepo_mega.reshard.sides import Side
+from treepo_mega.reshard.sides import ChunkLayouts, Side
 from treepo_mega.reshard.transport.pairs import TransportByPair
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import device as device_of_this_rank
@@ -136,11 +136,7 @@ class Resharder:
         self._broken = False
         self.source_layouts = source.of(rank)
         self.target_layouts = target.of(rank)
-        self.places: dict[tuple[str, Box], tuple[int, str, Block]] = {}
-        for chunk, params in enumerate(self.source_layouts):
-            for name, param in params.items():
-                for block in param.blocks:
-                    self.places[block.hf_name, block.hf_slice] = (chunk, name, block)
+        self.places = _places(self.source_layouts)
         self.copies_of: Counter[Destination] = Counter()
         for each in self.rounds:
             for copy in [*each.local, *(copy for parcel in each.receives for copy in parcel.copies)]:
@@ -212,6 +208,16 @@ class Resharder:
             target.abort_weight_update()
             raise
         return transfer.stats
+
+
+def _places(layouts: ChunkLayouts) -> dict[tuple[str, Box], tuple[int, str, Block]]:
+    """(HF tensor, box) -> (chunk, parameter, block) that holds it on this rank."""
+    places: dict[tuple[str, Box], tuple[int, str, Block]] = {}
+    for chunk, params in enumerate(layouts):
+        for name, param in params.items():
+            for block in param.blocks:
+                places[block.hf_name, block.hf_slice] = (chunk, name, block)
+    return places
 
 
 class _Transfer:

@@ -21,7 +21,7 @@ The plan depends on the configuration alone: ranks make it without talking, and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treepo_mega.modelspec.mcore_layout import Block, Box, LayoutError
-from treepo_mega.reshard.sides import Ranks, Side
+from treepo_mega.reshard.sides import ChunkLayouts, Ranks, Side
 
 LINKS = ("local", "node", "network")
 """Nearest first: within the rank's own memory, between ranks of a node, between nodes."""
@@ -70,19 +70,20 @@ class Copy:
     @property
     def numel(self) -> int:
         """Elements."""
-        return prod(b - a for a, b in self.box)
+        return prod(self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the box."""
-        return tuple(b - a for a, b in self.box)
+        return tuple(stop - start for start, stop in self.box)
 
-    def rows(self, a: int, b: int) -> Copy:
-        """Rows [a, b) of the HF tensor only."""
+    def rows(self, start: int, stop: int) -> Copy:
+        """Rows [start, stop) of the HF tensor only."""
+        # A stacked destination (experts) has one dimension more, in front.
         extra = len(self.target_box) - len(self.box)
         shift = self.target_box[extra][0] - self.box[0][0]
-        target = (*self.target_box[:extra], (a + shift, b + shift), *self.target_box[extra + 1 :])
-        box = ((a, b), *self.box[1:])
+        target = (*self.target_box[:extra], (start + shift, stop + shift), *self.target_box[extra + 1 :])
+        box = ((start, stop), *self.box[1:])
         return Copy(self.hf_name, box, self.held, self.chunk, self.param, target, self.start, self.row)
 
 
@@ -139,7 +140,7 @@ class Parcel:
     @property
     def numel(self) -> int:
         """Elements."""
-        return sum(c.numel for c in self.copies)
+        return sum(copy.numel for copy in self.copies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,11 @@ class RankRound:
 
 @dataclass(frozen=True, slots=True)
 class ReshardPlan:
-    """All routes; see the module's page. `round_count` R; `itemsize` bytes per element on the way."""
+    """All routes; see the module's page. `round_count` R; `itemsize` bytes per element on the way.
+
+    `buffer_bytes`: the most that a rank sends plus receives in one round. `holder_ranks`: ranks that hold what a
+    route's coordinates hold.
+    """
 
     cluster: Cluster
     itemsize: int
@@ -161,32 +166,34 @@ class ReshardPlan:
     routes: tuple[Route, ...]
     round_count: int
     buffer_bytes: int
+    holder_ranks: dict[tuple[int, ...], Ranks] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """A fingerprint of every assignment and cut."""
-        h = hashlib.sha256(f"{self.cluster} {self.itemsize} {self.round_count}".encode())
-        for r in self.routes:
-            h.update(f"{r.wanted} {r.holders} {r.numel} {r.copies[0]}".encode())
-            for array in (r.targets, r.sources, r.elements):
-                h.update(array.tobytes())
-        return h.hexdigest()
+        fingerprint = hashlib.sha256(f"{self.cluster} {self.itemsize} {self.round_count}".encode())
+        for route in self.routes:
+            fingerprint.update(f"{route.wanted} {route.holders} {route.numel} {route.copies[0]}".encode())
+            for array in (route.targets, route.sources, route.elements):
+                fingerprint.update(array.tobytes())
+        return fingerprint.hexdigest()
 
     def traffic(self) -> Traffic:
         """Bytes by link, per rank, and the lower bound."""
         world = self.cluster.world_size
         sent = {link: np.zeros(world, np.int64) for link in LINKS}
         received = {link: np.zeros(world, np.int64) for link in LINKS}
-        bound = bound_network = 0
-        for r in self.routes:
-            size = r.numel * self.itemsize
-            for link, mask in zip(LINKS, self._links(r), strict=True):
-                np.add.at(sent[link], r.sources[mask], size)
-                np.add.at(received[link], r.targets[mask], size)
-        for r, holders in self._holder_ranks():
-            size, nodes = r.numel * self.itemsize, self.cluster.node(holders)
-            bound += size * int((~np.isin(r.targets, holders)).sum())
-            bound_network += size * int((~np.isin(self.cluster.node(r.targets), nodes)).sum())
+        bound = 0
+        bound_network = 0
+        for route in self.routes:
+            size = route.numel * self.itemsize
+            for link, mask in zip(LINKS, self._links(route), strict=True):
+                np.add.at(sent[link], route.sources[mask], size)
+                np.add.at(received[link], route.targets[mask], size)
+            holders = self.holder_ranks[route.holders]
+            holder_nodes = self.cluster.node(holders)
+            bound += size * int((~np.isin(route.targets, holders)).sum())
+            bound_network += size * int((~np.isin(self.cluster.node(route.targets), holder_nodes)).sum())
         wanted = sum(received[link] for link in LINKS)
         return Traffic(
             by_link={link: int(received[link].sum()) for link in LINKS},
@@ -199,47 +206,57 @@ class ReshardPlan:
             rounds=self.round_count,
         )
 
-    def _links(self, r: Route) -> tuple[NDArray[np.bool_], ...]:
-        local = r.sources == r.targets
-        near = self.cluster.node(r.sources) == self.cluster.node(r.targets)
+    def _links(self, route: Route) -> tuple[NDArray[np.bool_], ...]:
+        """Which targets of a route take it over each of LINKS."""
+        local = route.sources == route.targets
+        near = self.cluster.node(route.sources) == self.cluster.node(route.targets)
         return local, near & ~local, ~near
-
-    def _holder_ranks(self) -> Iterator[tuple[Route, Ranks]]:
-        for r in self.routes:
-            yield r, self.holder_ranks[r.holders]
-
-    holder_ranks: dict[tuple[int, ...], Ranks] = field(default_factory=dict)
 
     def for_rank(self, rank: int) -> list[RankRound]:
         """What `rank` does in each round. A parcel's offset is that in its source's buffer of the round."""
         served = self._served()
-        mine = [(k, r) for k, r in enumerate(self.routes) if rank in r.targets]
-        sources = {k: int(r.sources[np.flatnonzero(r.targets == rank)[0]]) for k, r in mine}
+        source_of: dict[int, int] = {}
+        for number, route in enumerate(self.routes):
+            if rank in route.targets:
+                source_of[number] = int(route.sources[np.flatnonzero(route.targets == rank)[0]])
         out = []
-        for i in range(self.round_count):
-            local = [c for k, r in mine if sources[k] == rank for c in r.rounds.get(i, ())]
-            parcels = {s: self._parcels(s, i, served.get(s, ())) for s in {rank, *sources.values()}}
-            receives = [parcels[sources[k]][k] for k, _ in mine if sources[k] != rank and k in parcels[sources[k]]]
+        for turn in range(self.round_count):
+            local = [
+                copy
+                for number, source in source_of.items()
+                if source == rank
+                for copy in self.routes[number].rounds.get(turn, ())
+            ]
+            # A source's parcels lie one after another, so all of them are laid out to know where one begins.
+            parcels = {
+                source: self._parcels(source, turn, served.get(source, ())) for source in {rank, *source_of.values()}
+            }
+            receives = [
+                parcels[source][number]
+                for number, source in source_of.items()
+                if source != rank and number in parcels[source]
+            ]
             out.append(RankRound(tuple(local), tuple(parcels[rank].values()), tuple(receives)))
         return out
 
     def _served(self) -> dict[int, list[int]]:
-        """Routes that each source serves to another rank."""
+        """The routes, by number, that each source serves to another rank."""
         served: dict[int, list[int]] = {}
-        for k, r in enumerate(self.routes):
-            for s in np.unique(r.sources[r.sources != r.targets]).tolist():
-                served.setdefault(s, []).append(k)
+        for number, route in enumerate(self.routes):
+            for source in np.unique(route.sources[route.sources != route.targets]).tolist():
+                served.setdefault(source, []).append(number)
         return served
 
-    def _parcels(self, source: int, i: int, routes: Sequence[int]) -> dict[int, Parcel]:
-        """The parcels of a source in round i, by route."""
-        out, offset = {}, 0
-        for k in routes:
-            r = self.routes[k]
-            if copies := r.rounds.get(i):
-                to = r.targets[(r.sources == source) & (r.targets != source)]
-                out[k] = Parcel(source, tuple(to.tolist()), offset, tuple(copies))
-                offset += int(r.elements[i])
+    def _parcels(self, source: int, turn: int, numbers: Sequence[int]) -> dict[int, Parcel]:
+        """The parcels of a source in round `turn`, by the number of their route."""
+        out: dict[int, Parcel] = {}
+        offset = 0
+        for number in numbers:
+            route = self.routes[number]
+            if copies := route.rounds.get(turn):
+                targets = route.targets[(route.sources == source) & (route.targets != source)]
+                out[number] = Parcel(source, tuple(targets.tolist()), offset, tuple(copies))
+                offset += int(route.elements[turn])
         return out
 
 
@@ -253,21 +270,27 @@ def plan_reshard(
     if bucket_bytes < itemsize:
         raise PlanError(f"bucket of {bucket_bytes} bytes; expected at least {itemsize}")
     routes = _routes(source, target)
-    holder_ranks = {r.holders: np.flatnonzero(np.isin(source.of_rank, r.holders)) for r in routes}
+    holder_ranks = {route.holders: np.flatnonzero(np.isin(source.of_rank, route.holders)) for route in routes}
     _assign(routes, holder_ranks, target, cluster)
-    routes = [r for r in routes if r.targets.size]
-    totals = [sum(b.numel for chunk in lay for p in chunk.values() for b in p.blocks) for lay in source.layouts]
+    routes = [route for route in routes if route.targets.size]
+    totals = [_elements(chunks) for chunks in source.layouts]
+    most_rounds = max((copy.numel for route in routes for copy in route.copies), default=1) * len(routes) + 1
     count = _first_guess(routes, cluster.world_size, itemsize, bucket_bytes)
     for _ in range(40):
-        for r in routes:
-            _cut(r, totals[r.holders[0]], count)
+        for route in routes:
+            _cut(route, totals[route.holders[0]], count)
         peak = _peak(routes, cluster.world_size, count) * itemsize
         if peak <= bucket_bytes:
             return ReshardPlan(cluster, itemsize, bucket_bytes, tuple(routes), count, peak, holder_ranks)
-        if count > max((c.numel for r in routes for c in r.copies), default=1) * len(routes) + 1:
+        if count > most_rounds:
             break
         count = max(count + 1, -(-count * peak // bucket_bytes))
     raise PlanError(f"a bucket of {bucket_bytes} bytes cannot hold what must move together ({peak} bytes); use more")
+
+
+def _elements(chunks: ChunkLayouts) -> int:
+    """Elements of the model that a coordinate holds."""
+    return sum(block.numel for params in chunks for param in params.values() for block in param.blocks)
 
 
 def _routes(source: Side, target: Side) -> list[Route]:
@@ -291,7 +314,7 @@ def _routes(source: Side, target: Side) -> list[Route]:
                             f"the source, but {name} wants all of them exactly once"
                         )
     for route in routes.values():
-        route.numel = sum(c.numel for c in route.copies)
+        route.numel = sum(copy.numel for copy in route.copies)
     return list(routes.values())
 
 
@@ -301,29 +324,38 @@ Held = dict[Box, tuple[tuple[int, ...], int, int]]
 def _held(source: Side) -> dict[str, Held]:
     """hf_name -> block -> (coordinates that hold it, elements before it in the first of them, elements of its row)."""
     places: dict[str, dict[Box, tuple[list[int], int, int]]] = {}
-    for c, chunks in enumerate(source.layouts):
+    for coordinate, chunks in enumerate(source.layouts):
         start = 0
         for params in chunks:
             for param in params.values():
                 for block in param.blocks:
-                    of = places.setdefault(block.hf_name, {})
+                    boxes = places.setdefault(block.hf_name, {})
                     row = block.numel // max(1, block.shape[0])
-                    coordinates = of.setdefault(block.hf_slice, ([], start, row))[0]
-                    if c not in coordinates:
-                        coordinates.append(c)
+                    holders = boxes.setdefault(block.hf_slice, ([], start, row))[0]
+                    # Two parameters of a coordinate may hold the block (a tied output layer): it counts once.
+                    if coordinate not in holders:
+                        holders.append(coordinate)
                     start += block.numel
-    return {n: {box: (tuple(cs), start, row) for box, (cs, start, row) in of.items()} for n, of in places.items()}
+    return {
+        name: {box: (tuple(holders), start, row) for box, (holders, start, row) in boxes.items()}
+        for name, boxes in places.items()
+    }
 
 
 def _intersect(block: Block, box: Box, chunk: int, name: str, start: int, row: int) -> Copy | None:
     """The part of a wanted block that lies in a held one."""
-    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(block.hf_slice, box, strict=True))
-    if any(a >= b for a, b in both):
+    both = tuple(
+        (max(wanted_from, held_from), min(wanted_to, held_to))
+        for (wanted_from, wanted_to), (held_from, held_to) in zip(block.hf_slice, box, strict=True)
+    )
+    if any(first >= last for first, last in both):
         return None
     extra = len(block.local_slice) - len(block.hf_slice)
     target = tuple(
-        (a - h[0] + t[0], b - h[0] + t[0])
-        for (a, b), h, t in zip(both, block.hf_slice, block.local_slice[extra:], strict=True)
+        (first - hf_from + local_from, last - hf_from + local_from)
+        for (first, last), (hf_from, _), (local_from, _) in zip(
+            both, block.hf_slice, block.local_slice[extra:], strict=True
+        )
     )
     return Copy(block.hf_name, both, box, chunk, name, (*block.local_slice[:extra], *target), start, row)
 
@@ -332,61 +364,66 @@ def _assign(routes: list[Route], holder_ranks: dict[tuple[int, ...], Ranks], tar
     """Choose every target's source: itself, else its node's least loaded holder, else the least loaded elsewhere."""
     near_load = np.zeros(cluster.world_size, np.int64)
     far_load = np.zeros(cluster.world_size, np.int64)
-    for r in sorted(routes, key=lambda r: -r.numel):  # large ones first: small ones even out what is left
-        holders = holder_ranks[r.holders]
-        r.targets = np.flatnonzero(target.of_rank == r.wanted)
-        if r.targets.size and not holders.size:
-            raise PlanError(f"{r.copies[0].hf_name}: no rank of this world holds it")
-        r.sources = r.targets.copy()
-        rest = np.flatnonzero(~np.isin(r.targets, holders))
-        nodes, holder_nodes = cluster.node(r.targets[rest]), cluster.node(holders)
+    # Large routes first: the small ones even out what is left.
+    for route in sorted(routes, key=lambda route: -route.numel):
+        holders = holder_ranks[route.holders]
+        route.targets = np.flatnonzero(target.of_rank == route.wanted)
+        if route.targets.size and not holders.size:
+            raise PlanError(f"{route.copies[0].hf_name}: no rank of this world holds it")
+        route.sources = route.targets.copy()
+        lacking = np.flatnonzero(~np.isin(route.targets, holders))
+        nodes = cluster.node(route.targets[lacking])
+        holder_nodes = cluster.node(holders)
         near = np.isin(nodes, holder_nodes)
         for node in np.unique(nodes[near]).tolist():
-            _spread(r, rest[nodes == node], holders[holder_nodes == node], near_load)
+            _spread(route, lacking[nodes == node], holders[holder_nodes == node], near_load)
         if not near.all():
-            _spread(r, rest[~near], holders, far_load)
+            _spread(route, lacking[~near], holders, far_load)
 
 
-def _spread(r: Route, which: Ranks, candidates: Ranks, load: Ranks) -> None:
+def _spread(route: Route, which: Ranks, candidates: Ranks, load: Ranks) -> None:
     """Deal the targets `which` out over the candidates, least loaded first."""
     order = candidates[np.argsort(load[candidates], kind="stable")]
     chosen = order[np.arange(which.size) % order.size]
-    r.sources[which] = chosen
-    np.add.at(load, chosen, r.numel)
+    route.sources[which] = chosen
+    np.add.at(load, chosen, route.numel)
 
 
 def _first_guess(routes: list[Route], world: int, itemsize: int, bucket_bytes: int) -> int:
     """Rounds needed if everything could be cut evenly."""
     total = np.zeros(world, np.int64)
-    for r in routes:
-        moves = r.sources != r.targets
-        total[np.unique(r.sources[moves])] += r.numel
-        total[r.targets[moves]] += r.numel
+    for route in routes:
+        moves = route.sources != route.targets
+        # A source packs a route once, however many targets read it.
+        total[np.unique(route.sources[moves])] += route.numel
+        total[route.targets[moves]] += route.numel
     return max(1, -(-int(total.max(initial=0)) * itemsize // bucket_bytes))
 
 
-def _cut(r: Route, total: int, count: int) -> None:
+def _cut(route: Route, total: int, count: int) -> None:
     """Deal the copies to `count` rounds by where they lie in the holder's `total` elements, cutting between rows."""
-    r.rounds, r.elements = {}, np.zeros(count, np.int64)
-    for copy in r.copies:
-        (a, stop), base = copy.box[0], copy.held[0][0]
-        while a < stop:
-            at = copy.start + (a - base) * copy.row
-            i = at * count // total
+    route.rounds = {}
+    route.elements = np.zeros(count, np.int64)
+    for copy in route.copies:
+        first, stop = copy.box[0]
+        held_from = copy.held[0][0]
+        while first < stop:
+            place = copy.start + (first - held_from) * copy.row
+            turn = place * count // total
             # The first row that begins in a later round.
-            limit = -((-(i + 1) * total) // count)
-            b = min(stop, max(a + 1, base + -(-(limit - copy.start) // copy.row)))
-            part = copy if (a, b) == copy.box[0] else copy.rows(a, b)
-            r.rounds.setdefault(i, []).append(part)
-            r.elements[i] += part.numel
-            a = b
+            limit = -((-(turn + 1) * total) // count)
+            last = min(stop, max(first + 1, held_from + -(-(limit - copy.start) // copy.row)))
+            part = copy if (first, last) == copy.box[0] else copy.rows(first, last)
+            route.rounds.setdefault(turn, []).append(part)
+            route.elements[turn] += part.numel
+            first = last
 
 
 def _peak(routes: list[Route], world: int, count: int) -> int:
     """Most elements that a rank sends plus receives in one round."""
     held = np.zeros((world, count), np.int64)
-    for r in routes:
-        moves = r.sources != r.targets
-        held[np.unique(r.sources[moves])] += r.elements
-        held[r.targets[moves]] += r.elements
+    for route in routes:
+        moves = route.sources != route.targets
+        held[np.unique(route.sources[moves])] += route.elements
+        held[route.targets[moves]] += route.elements
     return int(held.max(initial=0))

@@ -62,11 +62,11 @@ class Grid:
 
 def grid_of(cfg: Config) -> Grid:
     """Megatron's parallel sizes in a configuration."""
-    p = cfg.parallel
+    parallel = cfg.parallel
     return Grid(
-        tp=p.tensor_model_parallel_size,
-        pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size,
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        vpp=parallel.virtual_pipeline_model_parallel_size,
         divisible_by=cfg.model.make_vocab_size_divisible_by,
         naming=NAMING[cfg.model.transformer_impl],
     )
@@ -93,27 +93,29 @@ def mcore_side(spec: ModelSpec, grid: Grid, world_size: int) -> Side:
             tp=grid.tp,
             pp=grid.pp,
             vpp=grid.vpp,
-            tp_rank=t,
-            pp_rank=p,
+            tp_rank=tp_rank,
+            pp_rank=pp_rank,
             divisible_by=grid.divisible_by,
             ep=grid.ep,
-            ep_rank=e,
+            ep_rank=ep_rank,
             naming=grid.naming,
         )
-        for p in range(grid.pp)
-        for e in range(grid.ep)
-        for t in range(grid.tp)
+        for pp_rank in range(grid.pp)
+        for ep_rank in range(grid.ep)
+        for tp_rank in range(grid.tp)
     ]
-    rank = np.arange(world_size)
-    tp_rank, dp_rank, pp_rank = rank % grid.tp, rank // grid.tp % replicas, rank // (grid.tp * replicas)
-    return Side(tuple(layouts), (pp_rank * grid.ep + dp_rank % grid.ep) * grid.tp + tp_rank)
+    ranks = np.arange(world_size)
+    # Megatron's order of ranks: the expert-parallel rank is the fastest part of the data-parallel one.
+    stages = ranks // (grid.tp * replicas)
+    experts = ranks // grid.tp % replicas % grid.ep
+    return Side(tuple(layouts), (stages * grid.ep + experts) * grid.tp + ranks % grid.tp)
 
 
 def vllm_side(spec: ModelSpec, tp: int, world_size: int) -> Side:
     """Workers of vLLM engines over `tp` ranks each; coordinate tp_rank. Raises LayoutError for impossible sizes."""
     if world_size % tp:
         raise LayoutError(f"world size {world_size} is not a multiple of the engine's tensor-parallel size {tp}")
-    layouts = tuple([vllm_layout(spec, tp, t)] for t in range(tp))
+    layouts = tuple([vllm_layout(spec, tp, tp_rank)] for tp_rank in range(tp))
     return Side(layouts, np.arange(world_size) % tp)
 
 
@@ -126,7 +128,8 @@ def files_side(spec: ModelSpec, world_size: int, writers: int | None = None) -> 
     names = list(shapes)
     layouts: list[dict[str, ParamLayout]] = [{} for _ in range(world_size)]
     for rank, indices in enumerate(balance([prod(shape) for shape in shapes.values()], writers or world_size)):
-        for name in (names[i] for i in indices):
+        for index in indices:
+            name = names[index]
             shape = shapes[name]
             box = tuple((0, size) for size in shape)
             layouts[rank][name] = ParamLayout(shape, (Block(name, box, box),))

@@ -45,7 +45,8 @@ from torch import Tensor
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.device import free_memory_bytes, has_cuda, release_cached_memory
 
-T = TypeVar("T")
+Moved = TypeVar("Moved")
+"""What a transfer returns."""
 
 PARTS = ("grads", "optimizer", "params")
 """What the trainer can give away, in the order in which it does."""
@@ -126,10 +127,12 @@ class Handover:
 
     def __init__(self, backend: Backend, offload: Iterable[str] = PARTS) -> None:
         self.parts = tuple(offload)
-        if unknown := [p for p in self.parts if p not in PARTS]:
+        if unknown := [part for part in self.parts if part not in PARTS]:
             raise HandoverError(f"cannot offload {unknown[0]!r}; expected some of {', '.join(PARTS)}")
-        self.state, self.log = State.TRAIN, list[Transition]()
-        self._backend, self._why = backend, ""
+        self.state = State.TRAIN
+        self.log: list[Transition] = []
+        self._backend = backend
+        self._why = ""
         self._moved = False  # since the actor's weights last changed
 
     @contextlib.contextmanager
@@ -154,9 +157,9 @@ class Handover:
         """OFFLOADED -> WEIGHTS_AWAKE."""
         self._go(State.WEIGHTS_AWAKE, lambda: (0, self._backend.wake("weights")))
 
-    def refit(self, move: Callable[[], T]) -> T:
+    def refit(self, move: Callable[[], Moved]) -> Moved:
         """WEIGHTS_AWAKE -> REFITTED; returns what `move` returns. From REFITTED it moves again (never skipped)."""
-        out: list[T] = []
+        out: list[Moved] = []
 
         def work() -> tuple[int, int]:
             out.append(move())
@@ -164,6 +167,7 @@ class Handover:
 
         if self.state is State.REFITTED:
             self.state = State.WEIGHTS_AWAKE
+        # If `move` fails half way, the engine holds neither the old weights nor the new ones.
         self._moved = False
         self._go(State.REFITTED, work)
         self._moved = True
@@ -208,14 +212,14 @@ class Handover:
     def require(self, *states: State) -> None:
         """Raise HandoverError unless the state is one of these: for code that touches the memory itself."""
         if self.state not in states:
-            names = " or ".join(s.name for s in states)
+            names = " or ".join(state.name for state in states)
             raise HandoverError(f"this needs the state {names}; it is {self.state.name}{self._why}")
 
     def _give(self, *parts: str) -> int:
-        return sum(self._backend.offload(p) for p in parts if p in self.parts)
+        return sum(self._backend.offload(part) for part in parts if part in self.parts)
 
     def _take_back(self) -> int:
-        return sum(self._backend.restore(p) for p in reversed(PARTS) if p in self.parts)
+        return sum(self._backend.restore(part) for part in reversed(PARTS) if part in self.parts)
 
     def _go(self, target: State, work: Callable[[], tuple[int, int]]) -> None:
         if self.state is target:
@@ -244,7 +248,8 @@ class Handover:
             freed = self._backend.sleep()
             taken = self._take_back()
         except Exception as second:
-            self.state, self._why = State.BROKEN, f" ({verb} failed: {error}; taking it back failed: {second})"
+            self.state = State.BROKEN
+            self._why = f" ({verb} failed: {error}; taking it back failed: {second})"
             raise HandoverError(f"the hand-over is BROKEN{self._why}; restart from a checkpoint") from error
         self.state = State.TRAIN
         self.log.append(Transition(source, State.TRAIN, freed, taken, 0.0))
@@ -268,8 +273,8 @@ class Bookkeeping:
     @property
     def used(self) -> int:
         """Bytes on the device by the books."""
-        here = sum(self.sizes.get(p, 0) for p in PARTS if p not in self.away)
-        return here + sum(self.sizes.get(t, 0) for t in self.awake)
+        here = sum(self.sizes.get(part, 0) for part in PARTS if part not in self.away)
+        return here + sum(self.sizes.get(tag, 0) for tag in self.awake)
 
     def offload(self, part: str) -> int:
         """By the books."""
@@ -360,6 +365,7 @@ class DeviceMemory:
         seen: set[int] = set()
         for tensor in self._tensors(part):
             storage = tensor.untyped_storage()
+            # Tensors may be views of one storage, which must be emptied once.
             if storage.nbytes() == 0 or storage.data_ptr() in seen:
                 continue
             seen.add(storage.data_ptr())

@@ -83,6 +83,6 @@ class Memory:
 def _bytes_of(transitions: list[Transition]) -> dict[str, float]:
     """Bytes of device memory that these transitions freed and took."""
     return {
-        "reshard/handover_freed_bytes": float(sum(t.freed for t in transitions)),
-        "reshard/handover_taken_bytes": float(sum(t.taken for t in transitions)),
+        "reshard/handover_freed_bytes": float(sum(each.freed for each in transitions)),
+        "reshard/handover_taken_bytes": float(sum(each.taken for each in transitions)),
     }

@@ -3,11 +3,11 @@
     refit = Refit(cfg, spec, models, engine, score)
     metrics = refit()                            # collective over all ranks; after every update
 
-The plan (`plan.py`) is made once. Each refit carries it out into the engine's own sharded parameters and ends with a
-canary: the engine scores fixed token sequences and its logprobs are compared with the actor's own. A largest difference
-above `reshard.canary.max_abs_diff`, or a mean one above `reshard.canary.mean_abs_diff`, stops the run (or, with
-reshard.canary.on_failure warn, is printed and counted): training on samples of other weights than those updated goes
-wrong silently.
+The plan (`reshard/plan.py`) is made once. Each refit carries it out into the engine's own sharded parameters and ends
+with a canary: the engine scores fixed token sequences, and its logprobs are compared with the actor's own. The run
+stops if the largest difference exceeds `reshard.canary.max_abs_diff`, or the mean one `reshard.canary.mean_abs_diff`.
+With reshard.canary.on_failure warn, that is printed and counted. Training on samples of other weights than those
+updated goes wrong silently.
 
 Before it complains, a failed canary moves the weights once more with checksums, so that its message can say what is
 wrong: the layer group whose bytes differ in the engine; or that all bytes agree now, and either the first transfer was
@@ -135,7 +135,7 @@ class Refit:
 
     def move(self, checksums: bool = False) -> ReshardStats:
         """The transfer alone, without the canary."""
-        chunks = [local_params(m) for m in self.models]
+        chunks = [local_params(model) for model in self.models]
         return self.engine.update_weights_by(lambda: self.resharder(chunks, self.target, checksums=checksums))
 
     def difference(self) -> Difference:
@@ -145,8 +145,10 @@ class Refit:
             theirs = np.array(self.engine.score(tokens, self.cfg.rollout.temperature))
             known = self.score(tokens)
             # Only last-stage ranks know the actor's logprobs; the first of them tells all engines.
-            told = [x for x in dist.gather_objects(None if known is None else known.tolist()) if x is not None]
-            diffs.append(np.abs(theirs - np.array(told[0])))
+            scored = dist.gather_objects(None if known is None else known.tolist())
+            ours = next(logprobs for logprobs in scored if logprobs is not None)
+            diffs.append(np.abs(theirs - np.array(ours)))
+        # A logprob that is not a number must exceed every limit: a comparison with NaN is false.
         here = np.nan_to_num(np.concatenate(diffs), nan=np.inf)
         found = dist.max_over_ranks({"largest": float(here.max()), "mean": float(here.mean())})
         return Difference(**found)
@@ -178,8 +180,8 @@ class Refit:
 
     def _diagnosis(self) -> str:
         """Move the weights again with checksums, and say what that shows. Collective over all ranks."""
-        told = dist.gather_objects(differing_groups(self.move(checksums=True).checksums))
-        if groups := list(dict.fromkeys(g for here in told for g in here)):
+        differing = dist.gather_objects(differing_groups(self.move(checksums=True).checksums))
+        if groups := list(dict.fromkeys(group for of_rank in differing for group in of_rank)):
             more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
             return f"the engine does not hold the actor's weights: checksums differ in {', '.join(groups[:4])}{more}"
         if not self._exceeded(self.difference()):

@@ -54,7 +54,7 @@ class TransportByPair:
             self._send_buffers = self._shared.send_buffers
         else:
             self._send_buffers = torch.empty(IN_FLIGHT, slot_elements, dtype=dtype, device=device)
-        inbox = [sum(p.numel for p in each.receives if not self._is_near(p.source)) for each in rounds]
+        inbox = [sum(parcel.numel for parcel in each.receives if not self._is_near(parcel.source)) for each in rounds]
         self._messages = PointToPointTransport(self._send_buffers, max(inbox, default=0))
 
     def _peers_on_this_node(self, rounds: Sequence[RankRound]) -> set[int]:
