@@ -31,6 +31,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("loss/test_training.py", "reshard/test_execute.py", "runtime/test_dist.py", "test_tiny_model.py"),
         "test_world.py",
     ),
+    # Thousands of sampled trees in the slow lane.
+    "samples": ("tree/test_distribution.py",),
     # Compiles every kernel in the slow lane.
     "kernels": ("loss/test_triton.py",),
     # Mostly waiting: deadlines of graders that hang, jobs that are signalled.
