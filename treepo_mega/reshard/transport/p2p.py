@@ -1,7 +1,10 @@
 """Between nodes, and always on CUDA: point-to-point messages of the default process group, batched by round.
 
 On CUDA the group is NCCL, which takes NVLink within a node by itself; on the CPU it is gloo. Received parcels lie in an
-inbox of two rounds. A wait ends at the group's own deadline, with the error of torch.distributed.
+inbox of two rounds. With gloo a wait ends at the group's own deadline, with the error of torch.distributed. With NCCL
+`wait` orders streams and returns: a missing rank shows when NCCL's watchdog aborts the process, after the same deadline.
+
+NCCL's first call on a group needs all its ranks, also those without a message. `runtime.dist.initialize` makes it.
 """
 
 from __future__ import annotations
