@@ -45,7 +45,7 @@ test-slow: setup
 
 # Async scheduling on both; model runner V2 runs in Triton's interpreter, too slow for the generator's tests.
 test-cuda-profile: setup
-	TREEPO_ENGINE_PROFILE=cuda $(BIN)/pytest tests/engine/test_engine.py tests/engine/test_branch_cache.py -rs $(ARGS)
+	TREEPO_ENGINE_PROFILE=cuda $(BIN)/pytest tests/engine/test_engine.py tests/engine/test_branch_cache.py tests/rollout/test_eval.py -rs $(ARGS)
 	TREEPO_ENGINE_PROFILE=async $(BIN)/pytest tests/rollout/test_generator.py tests/rollout/test_eval.py \
 	    tests/rollout/test_ranks.py tests/sync/test_refit.py -rs $(ARGS)
 

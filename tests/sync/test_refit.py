@@ -1,12 +1,24 @@
-"""The actor refits a real engine on four ranks: equal to a freshly loaded one; damage is found and named."""
+"""The actor refits a real engine on four ranks: equal to a freshly loaded one; damage is found and named.
+
+And how the engine is built for it: without weights, while the trainer's state is away.
+"""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import found_by, run_ranks
 from tests.reshard.models import write_qwen2
+from treepo_mega import build
+from treepo_mega.config import Config, parse_config
+from treepo_mega.sync import refit
+from treepo_mega.sync.handover import DeviceMemory, State
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 
@@ -50,3 +62,40 @@ def test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named(make_tiny_llam
         for name, error in found["bugs"].items():
             assert "more than reshard.canary." in error, f"the canary did not see: {name}"
             assert "every layer group's checksum agrees" in error, name
+
+
+def settings(dtype: str, **canary: float) -> Config:
+    raw = {
+        "model": {"hf_checkpoint": "unused", "params_dtype": dtype},
+        "data": {"train": [{"path": "x"}]},
+        "reshard": {"canary": canary},
+        "rollout": {"engine": {"sleep_level": 1}},
+    }
+    return parse_config(raw)
+
+
+def test_fp32_on_cuda_needs_limits_of_its_own(monkeypatch):
+    refit.check_canary_limits(settings("fp32"))
+    monkeypatch.setattr(refit, "has_cuda", lambda: True)
+    refit.check_canary_limits(settings("bf16"))
+    refit.check_canary_limits(settings("fp32", max_abs_diff=0.05, mean_abs_diff=0.01))
+    with pytest.raises(refit.RefitError, match=r"multiplies in TF32.*set reshard\.canary\.mean_abs_diff yourself"):
+        refit.check_canary_limits(settings("fp32", max_abs_diff=0.05))
+
+
+def test_an_engine_is_built_without_weights_while_the_trainers_state_is_away(monkeypatch):
+    parts = {"grads": [torch.ones(5)], "optimizer": [torch.ones(3)], "params": [torch.ones(2)]}
+    seen: dict[str, Any] = {}
+
+    def make(hf_dir: str, cfg: Config, *, seed: int, weights_follow: bool) -> SimpleNamespace:
+        seen["here"] = [tensors[0].untyped_storage().nbytes() for tensors in parts.values()]
+        seen["weights_follow"] = weights_follow
+        return SimpleNamespace(sleep=lambda level: seen.setdefault("slept", level), wake_up=lambda tags: None)
+
+    monkeypatch.setattr(build, "Engine", make)
+    monkeypatch.setattr(build, "engine_bytes", lambda cfg, spec: {})
+    monkeypatch.setattr(build, "handover_backend", lambda _, sizes, level: DeviceMemory(parts.__getitem__, level=level))
+    engine, handover = build.build_engine(settings("fp32"), SimpleNamespace(spec=None))  # type: ignore[arg-type]
+    assert seen == {"here": [0, 0, 8], "weights_follow": True, "slept": 1}, "rollout.engine.sleep_level is passed on"
+    assert handover.state is State.TRAIN and engine.sleep is not None
+    assert all(tensors[0].untyped_storage().nbytes() for tensors in parts.values())

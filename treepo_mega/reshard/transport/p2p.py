@@ -2,7 +2,7 @@
 
 On CUDA the group is NCCL, which takes NVLink within a node by itself; on the CPU it is gloo. Received parcels lie in an
 inbox of two rounds. With gloo a wait ends at the group's own deadline, with the error of torch.distributed. With NCCL
-`wait` orders streams and returns: a missing rank shows when NCCL's watchdog aborts the process, after the same deadline.
+it orders streams and returns: a missing rank shows when NCCL's watchdog aborts the process, after the same deadline.
 
 NCCL's first call on a group needs all its ranks, also those without a message. `runtime.dist.initialize` makes it.
 """
