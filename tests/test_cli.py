@@ -102,7 +102,7 @@ def test_a_run_is_refused_by_the_same_rules_before_anything_is_imported(capsys, 
 
 
 def test_a_config_json_without_sizes_is_named(capsys, tmp_path):
-    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    (tmp_path / "config.json").write_text('{"hidden_size": 8, "architectures": ["LlamaForCausalLM"]}')
     status, _, err = dry_run(capsys, "llama3_70b_16x8.yaml", 128, f"model.hf_checkpoint={tmp_path}")
     assert status == 2
     assert "num_attention_heads, num_hidden_layers" in err

@@ -288,7 +288,7 @@ def warm_start(cfg: Config, directory: Path, args: argparse.Namespace) -> tuple[
     Returns the judge, loaded with them, and one row per measurement. Raises WarmStartFailed when
     `args.steps` were not enough.
     """
-    dist.initialize(cfg, MODEL)
+    dist.initialize(cfg, ModelSpec.from_config(MODEL))
     actor = Actor(cfg, directory)
     resharder = Resharder.between(
         mcore_side(actor.spec, grid_of(cfg), 1),

@@ -10,7 +10,7 @@ from typing import Any
 from treepo_mega.actor.perplexity import describe_references, reference_texts
 from treepo_mega.actor.update import Actor, Policy
 from treepo_mega.checkpoint import mcore as checkpoint
-from treepo_mega.config import Config, read_hf_config
+from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
@@ -35,10 +35,13 @@ class Inputs:
     references: list[Any]
 
 
-def load_inputs(cfg: Config, progress: Progress) -> Inputs:
-    """Read tokenizer and prompts. Raises ConfigError and PromptError for what people get wrong most often."""
+def load_inputs(cfg: Config, spec: ModelSpec, progress: Progress) -> Inputs:
+    """Read tokenizer and prompts for the model `spec`.
+
+    Raises ConfigError and PromptError for what people get wrong most often.
+    """
     hf_dir = cfg.model.hf_checkpoint
-    vocab_size = int(read_hf_config(hf_dir)["vocab_size"])
+    vocab_size = spec.vocab_size
     tokenizer = load_tokenizer(hf_dir, cfg.data)
     find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
     progress.say(*filter(None, [describe_size(len(tokenizer), vocab_size)]))

@@ -28,10 +28,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from treepo_mega import __version__
-from treepo_mega.config import Config, ConfigError, check, dump_text, load_config, read_hf_config
+from treepo_mega.config import Config, ConfigError, check, dump_text, load_config
 from treepo_mega.config.describe import help_config
 from treepo_mega.convert.cli import add_verbs, convert
 from treepo_mega.errors import TreepoError, nearest
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.runtime.environment import check_environment
 
@@ -115,7 +116,6 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan of the configuration's refit."""
-    from treepo_mega.modelspec.mcore_layout import ModelSpec
     from treepo_mega.plan.refit import LinkSpeeds, plan_refit, smallest_world
 
     cfg = load_config(args.config, overrides)
@@ -124,8 +124,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     if bad := [link for link, value in given.items() if value is not None and value <= 0]:
         raise ConfigError(f"--{bad[0]}-gb-per-s {given[bad[0]]}: expected a positive number")
     speeds = LinkSpeeds(**{link: value for link, value in given.items() if value is not None})
-    check(cfg, world, read_hf_config(cfg.model.hf_checkpoint))
     spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+    check(cfg, world, spec)
     found = plan_refit(cfg, spec, world_size=world, ranks_per_node=args.ranks_per_node, speeds=speeds)
     print(json.dumps(found.to_dict()) if args.json else "\n".join(found.lines()))
     return 0
@@ -208,9 +208,7 @@ def _dry_run(cfg: Config, world_size: int) -> int:
     notes = _require_preflight(cfg, world_size)
     print(dump_text(cfg), end="")
     print("---")
-    hf_dir = Path(cfg.model.hf_checkpoint)
-    hf = read_hf_config(hf_dir)
-    for note in [*notes, _describe_model(hf, hf_dir)]:
+    for note in [*notes, _describe_model(Path(cfg.model.hf_checkpoint))]:
         print(f"# {note}")
     # Only a warning: the machine that plans a run is rarely the one that runs it.
     for problem in check_environment(try_imports=False):
@@ -219,13 +217,12 @@ def _dry_run(cfg: Config, world_size: int) -> int:
     return 0
 
 
-def _describe_model(hf: dict[str, typing.Any], hf_dir: Path) -> str:
-    heads = hf["num_attention_heads"]
+def _describe_model(hf_dir: Path) -> str:
+    spec = ModelSpec.from_hf(hf_dir)
     weights = "weights present" if any(hf_dir.glob("*.safetensors")) else "no weights there: architecture only"
     return (
-        f"model {(hf.get('architectures') or ['unnamed'])[0]}: {hf['num_hidden_layers']} layers, hidden "
-        f"{hf['hidden_size']}, {heads} heads, {hf.get('num_key_value_heads') or heads} key/value groups, "
-        f"vocabulary {hf['vocab_size']} ({weights})"
+        f"model {spec.architecture}: {spec.num_layers} layers, hidden {spec.hidden_size}, {spec.num_attention_heads} "
+        f"heads, {spec.num_key_value_heads} key/value groups, vocabulary {spec.vocab_size} ({weights})"
     )
 
 

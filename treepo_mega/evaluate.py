@@ -24,12 +24,13 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
-from treepo_mega.config import Config, ConfigError, ParallelConfig, RolloutConfig, read_hf_config
+from treepo_mega.config import Config, ConfigError, ParallelConfig, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.page import document, table
 from treepo_mega.monitor.report.svg import COLOURS, line_chart
@@ -87,13 +88,13 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     # Any number of ranks: what is sampled does not depend on Megatron's layout, and no batch is trained on.
     cfg = cfg.model_copy(update={"parallel": ParallelConfig()})
     progress = Progress(enabled=cfg.logging.progress)
-    dist.initialize(cfg, read_hf_config(hf_dir))
+    spec = ModelSpec.from_hf(hf_dir)
+    dist.initialize(cfg, spec)
     progress.enabled = progress.enabled and dist.is_main()
-    vocab_size = int(read_hf_config(hf_dir)["vocab_size"])
     tokenizer = load_tokenizer(hf_dir, cfg.data)
-    progress.say(*filter(None, [describe_size(len(tokenizer), vocab_size)]))
+    progress.say(*filter(None, [describe_size(len(tokenizer), spec.vocab_size)]))
     find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
-    loaded = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=vocab_size)
+    loaded = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=spec.vocab_size)
     progress.say(*loaded.notes)
     prompts = loaded.prompts[: cfg.eval.max_prompts]
     engine = Engine(hf_dir, cfg, seed=cfg.train.seed)

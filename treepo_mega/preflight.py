@@ -19,7 +19,7 @@ from treepo_mega.checkpoint.headers import (
     missing_index_note,
     stored_tensors,
 )
-from treepo_mega.config import Config, check, read_hf_config
+from treepo_mega.config import Config, check
 from treepo_mega.config.rules import check_directories
 from treepo_mega.data.rewards.verifiers import check_verifier
 from treepo_mega.data.trial import try_sources
@@ -45,27 +45,26 @@ def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[
             return None
 
     hf_dir = cfg.model.hf_checkpoint
+    spec: ModelSpec | None = None
     if adapter := adapter_problem(hf_dir):
         problems.append(adapter)
-        hf = None
     else:
-        hf = attempt(lambda: read_hf_config(hf_dir))
-    notes: list[str] = attempt(lambda: check(cfg, world_size, hf)) or []
-    if hf is not None:
         spec = attempt(lambda: ModelSpec.from_hf(hf_dir))
+    notes: list[str] = attempt(lambda: check(cfg, world_size, spec)) or []
+    # Without config.json there is no model, and that is said already.
+    if not adapter and (Path(hf_dir) / "config.json").is_file():
         notes += attempt(lambda: check_weights(hf_dir, spec, needed=starting)) or []
-        if spec is not None and spec.rope_type not in ROTARY_TYPES:
-            problems.append(
-                f"{hf_dir}/config.json: rope_type {spec.rope_type!r} is not supported; "
-                f"expected {', '.join(ROTARY_TYPES)}"
-            )
+    if spec is not None and spec.rope_type not in ROTARY_TYPES:
+        problems.append(
+            f"{hf_dir}/config.json: rope_type {spec.rope_type!r} is not supported; expected {', '.join(ROTARY_TYPES)}"
+        )
     problems += check_directories(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
     tried, said = try_sources(
         [*cfg.data.train, *cfg.data.eval],
         cfg.data,
         hf_dir,
-        hf["vocab_size"] if hf is not None else None,
+        spec.vocab_size if spec is not None else None,
         tokenizer_needed=starting or any(Path(hf_dir).glob("*.safetensors")),
     )
     problems += [problem for problem in tried if problem not in problems]

@@ -22,9 +22,10 @@ from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.export import export_hf
-from treepo_mega.config import Config, ConfigError, read_hf_config
+from treepo_mega.config import Config, ConfigError
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.loss.operands import Numerics
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.records import Records
@@ -45,14 +46,15 @@ class Trainer:
         started = time.time()
         self.cfg = cfg
         hf_dir = cfg.model.hf_checkpoint
+        spec = ModelSpec.from_hf(hf_dir)
         check_canary_limits(cfg)
-        notes = dist.initialize(cfg, read_hf_config(hf_dir))
+        notes = dist.initialize(cfg, spec)
         self.stop = StopRequest().install()
         self.timers = Timers()
         self.progress = Progress(enabled=cfg.logging.progress and dist.is_main())
         self.progress.say(*notes)
         self.pool = RewardPool(cfg.reward)
-        self.inputs = build.load_inputs(cfg, self.progress)
+        self.inputs = build.load_inputs(cfg, spec, self.progress)
         self.actor = build.build_actor(cfg)
         self.reference = build.build_reference(cfg, self.actor)
         self.engine, handover = build.build_engine(cfg, self.actor)
@@ -139,7 +141,7 @@ class Trainer:
 
     def plan(self, forest: Forest) -> tuple[list[StepPlan], dict[str, float]]:
         """Advantages, mini-batches and packs of this rank; and where in the path credit falls."""
-        return plan_rollout(forest.trees, self.cfg)
+        return plan_rollout(forest.trees, self.cfg, self.actor.spec)
 
     def old_logprobs(self, plans: list[StepPlan]) -> dict[str, float]:
         """Fill in the actor's logprobs before the update; returns how far the engine's are from them."""

@@ -27,6 +27,7 @@ from treepo_mega import cli
 from treepo_mega.actor.model import build_model
 from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, load_model_weights
 from treepo_mega.convert.convert import conversion_config
+from treepo_mega.modelspec.spec import ModelSpec
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -145,7 +146,7 @@ def main() -> None:
     damaged = directory / "damaged"
     shutil.copytree(mcore, damaged)
     flip(damaged / "__0_0.distcp")
-    models = build_model(conversion_config(sources[0]), sources[0])
+    models = build_model(conversion_config(sources[0]), ModelSpec.from_hf(sources[0]))
     with torch.no_grad():
         for p in models[0].parameters():
             p.fill_(7)

@@ -24,7 +24,6 @@ from treepo_mega.checkpoint import export
 from treepo_mega.checkpoint import load as loading
 from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.checkpoint.load import load_from_hf, local_params
-from treepo_mega.config import read_hf_config
 from treepo_mega.convert import verify
 from treepo_mega.convert.convert import conversion_config, hf_to_mcore
 from treepo_mega.convert.probe import probe_tokens
@@ -66,8 +65,8 @@ def main() -> None:
     """All cases."""
     hf_dir, directory = sys.argv[1], Path(sys.argv[2])
     cfg, spec = conversion_config(hf_dir, tp=2, divisible_by=16), ModelSpec.from_hf(hf_dir)
-    dist.initialize(cfg, read_hf_config(hf_dir))
-    models = build_model(cfg, hf_dir)
+    dist.initialize(cfg, spec)
+    models = build_model(cfg, spec)
     reader = HfReader(hf_dir, spec)
 
     def load() -> None:

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from treepo_mega.checkpoint.hf import HfCheckpointError
-from treepo_mega.config import Config, ConfigError, EngineConfig, parse_config
+from treepo_mega.config import Config, EngineConfig, parse_config
 from treepo_mega.data.end_tokens import EndTokenError, find_eos_token_ids
 from treepo_mega.engine import cuda_profile, vllm_setup
 from treepo_mega.engine.engine import Engine, EngineError
 from treepo_mega.engine.vllm_setup import Execution, choose_execution
+from treepo_mega.modelspec.spec import ModelSpecError
 from treepo_mega.runtime.device import has_cuda
 
 
@@ -43,7 +44,7 @@ def edit(hf: Path, name: str, **changes: object) -> None:
 
 
 def test_a_missing_or_broken_checkpoint_is_named(copy):
-    with pytest.raises(ConfigError, match=r"nowhere.*config\.json"):
+    with pytest.raises(ModelSpecError, match=r"nowhere.*config\.json"):
         start(copy / "nowhere")
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
@@ -58,7 +59,7 @@ def test_a_missing_or_broken_checkpoint_is_named(copy):
     with pytest.raises(HfCheckpointError, match=r"expected model\.safetensors or .*found no weights"):
         start(copy)
     (copy / "config.json").write_text('{\n"vocab_size": }')
-    with pytest.raises(ConfigError, match=r"config\.json:2: not valid JSON"):
+    with pytest.raises(ModelSpecError, match=r"config\.json:2: not valid JSON"):
         start(copy)
 
 

@@ -60,7 +60,7 @@ def test_old_and_new_rope_keys_mean_the_same():
         ({"attention_bias": True}, ["attention_bias", "True"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "positive integer"]),
-        ({"vocab_size": None}, ["vocab_size", "None"]),
+        ({"vocab_size": None, "hidden_size": "x"}, ["missing or not an integer: hidden_size, vocab_size"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "num_attention_heads 4"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope_parameters", "flat"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
@@ -73,13 +73,20 @@ def test_what_is_not_supported_is_named(change, words):
 
 
 def test_files(tmp_path):
-    with pytest.raises(ModelSpecError, match="no such file"):
+    with pytest.raises(ModelSpecError, match=r"cannot read .*config\.json: No such file"):
         ModelSpec.from_hf(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelSpecError, match="not valid JSON"):
+    (tmp_path / "config.json").write_text("{\n")
+    with pytest.raises(ModelSpecError, match=r"config\.json:2: not valid JSON"):
         ModelSpec.from_hf(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert ModelSpec.from_hf(tmp_path).vocab_size == 301
+
+
+@pytest.mark.parametrize(("key", "ids"), [(2, (2,)), ([7, 2], (7, 2)), (None, ())])
+def test_what_others_would_read_again_is_carried(key, ids):
+    spec = ModelSpec.from_config({**LLAMA, "torch_dtype": "bfloat16", "eos_token_id": key})
+    assert (spec.stored_dtype, spec.eos_token_ids) == ("bfloat16", ids)
+    assert ModelSpec.from_config({**LLAMA, "dtype": "float32", "torch_dtype": "bfloat16"}).stored_dtype == "float32"
 
 
 def test_padded_vocab():

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from treepo_mega.config import parse_config, read_hf_config
+from treepo_mega.config import parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.engine.engine import Engine
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import Collector
 from treepo_mega.rollout.generator import Generator, Job
@@ -41,7 +42,7 @@ def main(hf: Path, how: str) -> None:
         }
     )
     StopRequest().install()  # as a run does: the launcher's SIGTERM, 0.1 s after a death, must not come first
-    dist.initialize(cfg, read_hf_config(hf))
+    dist.initialize(cfg, ModelSpec.from_hf(hf))
     engine = Engine(hf, cfg)
     generator = Generator(engine, cfg, AutoTokenizer.from_pretrained(hf))
     jobs = [Job(Prompt(f"p{k}", "", [3 + k] * 33, "", "exact", "test")) for k in range(4)]

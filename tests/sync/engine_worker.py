@@ -21,10 +21,11 @@ from tests.reshard.bugs import BUGS
 from treepo_mega.actor.forward import padding_multiple
 from treepo_mega.actor.update import Policy
 from treepo_mega.checkpoint.load import local_params
-from treepo_mega.config import parse_config, read_hf_config
+from treepo_mega.config import parse_config
 from treepo_mega.engine import vllm_target
 from treepo_mega.engine.engine import Engine
 from treepo_mega.engine.stream import EngineError, SegmentRequest
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.reshard.execute import Resharder
 from treepo_mega.runtime import dist
 from treepo_mega.sync.refit import Refit, RefitError
@@ -205,7 +206,7 @@ def main() -> None:
     """Build, refit, compare, damage."""
     old, new, tp, pp, tp_v = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
     cfg = configuration(new, tp, pp, tp_v)
-    dist.initialize(cfg, read_hf_config(new))
+    dist.initialize(cfg, ModelSpec.from_hf(new))
     policy = Policy(cfg, new)
     engine, fresh = Engine(old, cfg, seed=0), Engine(new, cfg, seed=0)
     refit = Refit(cfg, policy.spec, policy.models, engine, score_with(policy))

@@ -118,11 +118,11 @@ def plan_batch(batch: Batch, cfg: Config, cost: float = 0.0) -> StepPlan:
     )
 
 
-def plan_rollout(trees: list[Tree], cfg: Config) -> tuple[list[StepPlan], dict[str, float]]:
-    """The optimizer steps of this rollout for this rank, those without trajectories left out; and metrics of
-    credit and of tokens. Collective over all ranks."""
+def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[StepPlan], dict[str, float]]:
+    """The optimizer steps of this rollout of the model `spec` for this rank, those without trajectories left out; and
+    metrics of credit and of tokens. Collective over all ranks."""
     values = advantages(trees, cfg)
-    cost = pair_cost(ModelSpec.from_hf(cfg.model.hf_checkpoint))
+    cost = pair_cost(spec)
     plans: list[StepPlan] = []
     depth: list[list[float]] = []
     for group in split_steps(range(len(trees)), cfg.train.num_steps_per_rollout):

@@ -8,7 +8,6 @@ logprobs without the [T, V] logits that GPTModel would make. What its layers are
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,28 +114,32 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
     )
 
 
-def rope_inverse_frequencies(hf_dir: str | Path) -> Tensor:
-    """Rotary inverse frequencies [head_dim / 2] exactly as transformers computes them for this checkpoint.
+def rope_inverse_frequencies(spec: ModelSpec) -> Tensor:
+    """Rotary inverse frequencies [head_dim / 2] exactly as transformers computes them for such a model.
 
     Raises ModelSpecError for rotary types that also scale attention (yarn and the like), which are not supported.
     """
-    from transformers import AutoConfig
+    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = AutoConfig.from_pretrained(hf_dir, local_files_only=True)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        steps = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return 1.0 / (parameters.get("rope_theta", 10000.0) ** steps)
-    if kind not in ROTARY_TYPES:
+    if spec.rope_type == "default":
+        steps = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+        return 1.0 / (spec.rope_theta**steps)
+    if spec.rope_type not in ROTARY_TYPES:
         raise ModelSpecError(
-            f"{hf_dir}/config.json: rope_type {kind!r} is not supported; expected {', '.join(ROTARY_TYPES)}"
+            f"config.json: rope_type {spec.rope_type!r} is not supported; expected {', '.join(ROTARY_TYPES)}"
         )
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    # What the function reads of a configuration is the same for every architecture.
+    config = LlamaConfig(
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_position_embeddings or 2048,
+        rope_parameters={"rope_type": spec.rope_type, "rope_theta": spec.rope_theta, **spec.rope_scaling},
+    )
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[spec.rope_type](config, torch.device("cpu"))
     if factor != 1.0:
-        raise ModelSpecError(f"{hf_dir}/config.json: rotary attention factor {factor} is not supported; expected 1.0")
+        raise ModelSpecError(f"config.json: rotary attention factor {factor} is not supported; expected 1.0")
     return inv_freq
 
 
@@ -151,17 +154,16 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
 
 
-def build_model(cfg: Config, hf_dir: str | Path) -> list[PolicyModel]:
+def build_model(cfg: Config, spec: ModelSpec) -> list[PolicyModel]:
     """This rank's model chunks (one, or one per virtual stage), uninitialised weights, on this rank's device.
 
     Needs Megatron's parallel state. Padded vocabulary rows are part of the embedding and output shards.
     """
-    spec = ModelSpec.from_hf(hf_dir)
     config = transformer_config(cfg, spec)
     p = cfg.parallel
     vpp = p.virtual_pipeline_model_parallel_size
     vocab = padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, p.tensor_model_parallel_size)
-    inv_freq = rope_inverse_frequencies(hf_dir)
+    inv_freq = rope_inverse_frequencies(spec)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     chunks = []
     for stage in range(vpp or 1):

@@ -50,7 +50,7 @@ class Policy:
         """Build this rank's chunks and fill them from the HF files in `hf_dir`, reading only its slices."""
         self.cfg, self.hf_dir = cfg, Path(hf_dir)
         self.spec = ModelSpec.from_hf(hf_dir)
-        self.models: list[PolicyModel] = build_model(cfg, hf_dir)
+        self.models: list[PolicyModel] = build_model(cfg, self.spec)
         load_from_hf(self.models, self.spec, cfg, hf_dir)
         self.chunks: list[MegatronModule] = list(self.models)
         self.head = LossHead(

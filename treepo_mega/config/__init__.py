@@ -10,7 +10,6 @@ from treepo_mega.config.load import (
     dump_text,
     load_config,
     parse_config,
-    read_hf_config,
     section_in,
 )
 from treepo_mega.config.model import CanaryConfig, ModelConfig, ParallelConfig, ReshardConfig
@@ -70,6 +69,5 @@ __all__ = [
     "dump_text",
     "load_config",
     "parse_config",
-    "read_hf_config",
     "section_in",
 ]

@@ -4,7 +4,7 @@
 
 The keys are defined and documented section by section beside this file (`treepo-mega train --help-config` prints
 them). An unknown key is an error that names the nearest known one, a key that has moved (`moved`) one that names its
-new place. `check(cfg, world_size, hf)` applies the
+new place. `check(cfg, world_size, spec)` applies the
 rules that join several keys (`config/rules.py`): world size, divisibility, batch sizes. This module
 imports neither torch nor megatron nor vLLM, so that planning and `--dry-run` work anywhere.
 
@@ -40,6 +40,7 @@ from treepo_mega.config.rules import (
 from treepo_mega.config.section import Section
 from treepo_mega.config.source import SourceError, annotation_at, read_mapping, read_value, scalar_is_text
 from treepo_mega.errors import TreepoError, nearest
+from treepo_mega.modelspec.spec import ModelSpec
 
 
 class ConfigError(TreepoError):
@@ -184,25 +185,6 @@ def dump_config(cfg: Config, path: str | Path) -> None:
     Path(path).write_text(dump_text(cfg), encoding="utf-8")
 
 
-def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
-    """The model's config.json in `hf_dir`, with the sizes that `check` needs; weights need not be there.
-
-    Raises ConfigError naming the file and what is missing.
-    """
-    path = Path(hf_dir) / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"model.hf_checkpoint: cannot read {path}: {e.strerror or e}") from None
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
-    needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-    if not isinstance(hf, dict) or (missing := [n for n in needed if not isinstance(hf.get(n), int)]):
-        what = ", ".join(missing) if isinstance(hf, dict) else "a mapping"
-        raise ConfigError(f"{path}: expected a transformers model configuration; missing or not an integer: {what}")
-    return hf
-
-
 def batch_invariant(cfg: Config) -> str:
     """The batch sizes as one line for people; `check` verifies it."""
     r, t = cfg.rollout, cfg.train
@@ -225,8 +207,8 @@ def data_parallel_size(cfg: Config, world_size: int) -> int:
     return world_size // size
 
 
-def check(cfg: Config, world_size: int, hf: dict[str, Any] | None = None) -> list[str]:
-    """Verify the rules that join keys, for `world_size` processes and, if given, the model's config.json `hf`.
+def check(cfg: Config, world_size: int, spec: ModelSpec | None = None) -> list[str]:
+    """Verify the rules that join keys, for `world_size` processes and, if given, the model `spec`.
 
     Returns notes for people (the batch invariant, sizes). Raises ConfigError listing every broken rule.
     """
@@ -238,8 +220,8 @@ def check(cfg: Config, world_size: int, hf: dict[str, Any] | None = None) -> lis
         bad.append(str(e))
     bad += check_batch(cfg) + check_sampling(cfg, world_size) + check_parallel(cfg) + check_loss(cfg)
     bad += check_data(cfg) + check_evaluation(cfg)
-    if hf is not None:
-        bad += check_model(cfg, hf)
+    if spec is not None:
+        bad += check_model(cfg, spec)
     if bad:
         raise ConfigError("\n  ".join(["the configuration does not fit:", *bad]))
     p = cfg.parallel

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from treepo_mega.modelspec.spec import ModelSpec
 
 if TYPE_CHECKING:
     from treepo_mega.config import Config, RolloutConfig
@@ -174,11 +176,11 @@ def check_loss(cfg: Config) -> list[str]:
     return bad
 
 
-def check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
-    """Parallel sizes divide the model described by config.json `hf`, and the window holds a trajectory."""
+def check_model(cfg: Config, spec: ModelSpec) -> list[str]:
+    """Parallel sizes divide the model `spec`, and the window holds a trajectory."""
     p, bad = cfg.parallel, []
-    tp, heads = p.tensor_model_parallel_size, hf["num_attention_heads"]
-    groups = hf.get("num_key_value_heads") or heads
+    tp, heads = p.tensor_model_parallel_size, spec.num_attention_heads
+    groups = spec.num_key_value_heads
     for name, n in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
         if n % tp:
             near = max(d for d in range(1, tp + 1) if n % d == 0)
@@ -186,21 +188,21 @@ def check_model(cfg: Config, hf: dict[str, Any]) -> list[str]:
                 f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {n} "
                 f"(nearest that does: {near})"
             )
-    if hf["intermediate_size"] % tp:
+    if spec.intermediate_size % tp:
         bad.append(
-            f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {hf['intermediate_size']}"
+            f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {spec.intermediate_size}"
         )
-    if p.sequence_parallel and hf["hidden_size"] % tp:
-        bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide hidden_size {hf['hidden_size']}")
+    if p.sequence_parallel and spec.hidden_size % tp:
+        bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide hidden_size {spec.hidden_size}")
     stages = p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
-    if hf["num_hidden_layers"] % stages:
-        bad.append(f"{hf['num_hidden_layers']} layers cannot be split evenly over {stages} pipeline stages")
-    if unknown := [i for i in cfg.rollout.stop.eos_token_ids or [] if not 0 <= i < hf["vocab_size"]]:
+    if spec.num_layers % stages:
+        bad.append(f"{spec.num_layers} layers cannot be split evenly over {stages} pipeline stages")
+    if unknown := [i for i in cfg.rollout.stop.eos_token_ids or [] if not 0 <= i < spec.vocab_size]:
         bad.append(
-            f"rollout.stop.eos_token_ids {unknown} are not among the model's {hf['vocab_size']} token ids: no path "
+            f"rollout.stop.eos_token_ids {unknown} are not among the model's {spec.vocab_size} token ids: no path "
             "could end with them"
         )
-    window = hf.get("max_position_embeddings")
+    window = spec.max_position_embeddings
     if window and cfg.max_model_len > window:
         bad.append(
             f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "

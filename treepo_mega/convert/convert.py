@@ -29,7 +29,7 @@ from treepo_mega.checkpoint.export import write_hf
 from treepo_mega.checkpoint.hf import HfReader, copy_companions
 from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.checkpoint.mcore import CheckpointError, check_complete, load_model_weights, write_model_weights
-from treepo_mega.config import Config, ConfigError, parse_config, read_hf_config
+from treepo_mega.config import Config, ConfigError, parse_config
 from treepo_mega.convert import LOGITS_TOLERANCE
 from treepo_mega.convert.verify import (
     ConversionError,
@@ -62,9 +62,8 @@ def conversion_config(
     Raises ConfigError for impossible values and for a source dtype that is neither fp32 nor bf16.
     """
     names = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}
-    hf = read_hf_config(hf_dir)
     if params_dtype is None:
-        stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+        stored = ModelSpec.from_hf(hf_dir).stored_dtype or "float32"
         if stored not in names:
             raise ConfigError(
                 f"{Path(hf_dir) / 'config.json'}: dtype is {stored!r}; choose --params-dtype fp32 or bf16"
@@ -216,10 +215,10 @@ def _convert(
     """
     started = time.perf_counter()
     require_absent(save)
-    dist.initialize(cfg, read_hf_config(hf_dir))
+    dist.initialize(cfg, spec)
     with dist.shared_directory(save, cfg.distributed.timeout_s) as directory:
         with HostPeak() as writing:
-            models = build_model(cfg, hf_dir)
+            models = build_model(cfg, spec)
             memory = steps.load(models)
             written = steps.write(models, directory)
         memory |= {"shard": _bytes(models), "peak": writing.bytes}

@@ -187,7 +187,7 @@ def compare_with_transformers(
     exact = list(models)
     if cfg.model.params_dtype != "fp32":
         wide = cfg.model_copy(update={"model": cfg.model.model_copy(update={"params_dtype": "fp32"})})
-        exact = build_model(wide, reader.directory)
+        exact = build_model(wide, spec)
         with torch.no_grad():
             for target, source in zip(exact, models, strict=True):
                 for p, q in zip(target.parameters(), source.parameters(), strict=True):

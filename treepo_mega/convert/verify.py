@@ -25,7 +25,7 @@ from treepo_mega.checkpoint.headers import HfCheckpointError
 from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.checkpoint.load import local_params
 from treepo_mega.checkpoint.mcore import check_complete, load_model_weights
-from treepo_mega.config import Config, read_hf_config
+from treepo_mega.config import Config
 from treepo_mega.convert import LOGITS_TOLERANCE
 from treepo_mega.convert.probe import compare_with_transformers
 from treepo_mega.errors import TreepoError
@@ -168,8 +168,8 @@ def verify_checkpoint(
     spec = ModelSpec.from_hf(hf_dir)
     check_complete(Path(load))
     with HfReader(hf_dir, spec) as reader:
-        dist.initialize(cfg, read_hf_config(hf_dir))
-        models = build_model(cfg, hf_dir)
+        dist.initialize(cfg, spec)
+        models = build_model(cfg, spec)
         read_back(models, Path(load))
         return compare(cfg, models, spec, reader, tolerance=tolerance)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.text.tokenizer import Tokenizer
 
 
@@ -24,13 +25,12 @@ def find_eos_token_ids(
     """
     if named is not None:
         return list(named)
-    found: list[object] = []
-    for name in ("generation_config.json", "config.json"):
-        path = Path(hf_dir) / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found += value if isinstance(value, list) else [value]
-    found.append(getattr(tokenizer, "eos_token_id", None))
+    generation = Path(hf_dir) / "generation_config.json"
+    first: list[object] = []
+    if generation.is_file():
+        value = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        first = value if isinstance(value, list) else [value]
+    found = [*first, *ModelSpec.from_hf(hf_dir).eos_token_ids, getattr(tokenizer, "eos_token_id", None)]
     ids = list(dict.fromkeys(i for i in found if isinstance(i, int)))
     if not ids:
         raise EndTokenError(

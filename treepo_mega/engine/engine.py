@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from treepo_mega.checkpoint.hf import check_files
-from treepo_mega.config import Config, read_hf_config
+from treepo_mega.config import Config
 from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest, SegmentStream
 from treepo_mega.engine.vllm_setup import build, check_model, process_left_alone
 from treepo_mega.engine.vllm_target import VllmTarget
+from treepo_mega.modelspec.spec import ModelSpec
 
 
 class Engine:
@@ -48,11 +49,11 @@ class Engine:
         Raises EngineError for a model or layout that vLLM cannot take, HfCheckpointError for missing or broken files.
         """
         self.hf_dir = Path(hf_dir)
-        hf = read_hf_config(self.hf_dir)
-        check_model(self.hf_dir, hf, cfg)
-        self.vocab_size: int = hf["vocab_size"]
+        spec = ModelSpec.from_hf(self.hf_dir)
+        check_model(self.hf_dir, spec, cfg)
+        self.vocab_size = spec.vocab_size
         # One more than the longest trajectory, so that a full one can still be scored; never past the positions.
-        self.max_model_len = min(cfg.max_model_len + 1, hf.get("max_position_embeddings") or cfg.max_model_len + 1)
+        self.max_model_len = min(cfg.max_model_len + 1, spec.max_position_embeddings or cfg.max_model_len + 1)
         check_files(self.hf_dir)
         self._open: dict[str, SegmentStream] = {}  # by vLLM's id
         self._next = 0

@@ -39,6 +39,7 @@ from treepo_mega.engine import cuda_profile
 from treepo_mega.engine.cpu_segments import private_segments
 from treepo_mega.engine.stream import EngineError
 from treepo_mega.engine.vllm_target import VllmTarget
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime.device import device, has_cuda
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -72,15 +73,15 @@ class WeightSync:
         return int(self.model_runner.get_model().logits_processor.org_vocab_size)  # type: ignore[attr-defined]
 
 
-def check_model(hf_dir: Path, hf: dict[str, Any], cfg: Config) -> None:
-    """Raises EngineError for a model (config.json `hf`) that this engine cannot hold in the layout of `cfg`."""
-    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    if not has_cuda() and head not in CPU_HEAD_SIZES:
+def check_model(hf_dir: Path, spec: ModelSpec, cfg: Config) -> None:
+    """Raises EngineError for a model that this engine cannot hold in the layout of `cfg`."""
+    if not has_cuda() and spec.head_dim not in CPU_HEAD_SIZES:
         raise EngineError(
-            f"{hf_dir}: head size {head} is not one that vLLM's CPU kernels take: {', '.join(map(str, CPU_HEAD_SIZES))}"
+            f"{hf_dir}: head size {spec.head_dim} is not one that vLLM's CPU kernels take: "
+            + ", ".join(map(str, CPU_HEAD_SIZES))
         )
     _check_quantization(cfg.rollout.engine.quantization)
-    window, tp = hf.get("max_position_embeddings"), cfg.rollout.engine.tensor_parallel_size
+    window, tp = spec.max_position_embeddings, cfg.rollout.engine.tensor_parallel_size
     if window and cfg.max_model_len > window:
         raise EngineError(
             f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
@@ -88,9 +89,9 @@ def check_model(hf_dir: Path, hf: dict[str, Any], cfg: Config) -> None:
         )
     if tp > 1 and not launched():
         raise EngineError(f"rollout.engine.tensor_parallel_size {tp} needs torch.distributed: start with torchrun")
-    if hf["num_attention_heads"] % tp:
+    if spec.num_attention_heads % tp:
         raise EngineError(
-            f"rollout.engine.tensor_parallel_size {tp} does not divide num_attention_heads {hf['num_attention_heads']}"
+            f"rollout.engine.tensor_parallel_size {tp} does not divide num_attention_heads {spec.num_attention_heads}"
         )
 
 

@@ -2,8 +2,8 @@
 
     spec = ModelSpec.from_hf("path/to/checkpoint")
 
-`ModelSpec` is the only description of a model that `reshard`, `actor` and the converters share. It is pure
-data: no torch, no transformers, so a plan for 512 ranks can be made on a laptop.
+`ModelSpec` is the only reader of `config.json` in the package, and the only description of a model that all parts
+share. It is pure data: no torch, no transformers, so a plan for 512 ranks can be made on a laptop.
 
 Adding an architecture is one small file in `architectures/`, as long as it is a pre-norm decoder with RMSNorm, rotary
 positions, gated SiLU MLPs (dense, or experts in every layer) and grouped-query attention; its parameters are
@@ -38,6 +38,9 @@ class ModelSpecError(TreepoError):
 
 ARCHITECTURES: Mapping[str, Architecture] = discover()
 
+_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+"""Keys without a default."""
+
 # Keys whose value must be this one (or be absent): another value is another network than the one built.
 _REQUIRED_VALUES: Mapping[str, Any] = MappingProxyType(
     {
@@ -56,7 +59,8 @@ class ModelSpec:
 
     `num_experts` 0: a dense MLP of `intermediate_size`; otherwise experts of `expert_intermediate_size` each.
     `rope_type` is "default", "llama3", "linear", "yarn", ... and `rope_scaling` holds its other parameters
-    (factor, low_freq_factor, ...), empty for "default".
+    (factor, low_freq_factor, ...), empty for "default". `stored_dtype` is the weights' dtype as the file names it, such
+    as "bfloat16". `eos_token_ids` are those of config.json alone (`data/end_tokens.py` joins them with others).
     """
 
     architecture: str
@@ -77,6 +81,8 @@ class ModelSpec:
     max_position_embeddings: int | None = None
     num_experts: int = 0
     expert_intermediate_size: int = 0
+    stored_dtype: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -90,12 +96,17 @@ class ModelSpec:
         Raises ModelSpecError: missing file, bad JSON, unsupported architecture or value.
         """
         path = Path(directory) / "config.json"
-        if not path.is_file():
-            raise ModelSpecError(f"{path}: no such file; expected a Hugging Face checkpoint directory with config.json")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ModelSpecError(f"{path}: not valid JSON: {e}") from e
+        except OSError as error:
+            raise ModelSpecError(
+                f"cannot read {path}: {error.strerror or error}; expected a Hugging Face checkpoint directory with "
+                "config.json (model.hf_checkpoint)"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ModelSpecError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        except ValueError as error:
+            raise ModelSpecError(f"{path}: not UTF-8 text: {error}") from None
         if not isinstance(config, dict):
             raise ModelSpecError(f"{path}: expected a JSON object, found {type(config).__name__}")
         return cls.from_config(config, where=str(path))
@@ -104,6 +115,10 @@ class ModelSpec:
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
         """The same from a loaded config; `where` names it in errors."""
         name, arch = _architecture(config, where)
+        if missing := [key for key in _SIZES if not isinstance(config.get(key), int)]:
+            raise ModelSpecError(
+                f"{where}: expected a transformers model configuration; missing or not an integer: {', '.join(missing)}"
+            )
         for key, expected in {**_REQUIRED_VALUES, **arch.required}.items():
             if config.get(key, expected) not in (expected, None):
                 raise ModelSpecError(f"{where}: {key} is {config[key]!r}; only {expected!r} is supported for {name}")
@@ -139,6 +154,8 @@ class ModelSpec:
             max_position_embeddings=config.get("max_position_embeddings"),
             num_experts=_count(config, experts, where) if experts else 0,
             expert_intermediate_size=_count(config, arch.expert_size, where) if experts else 0,
+            stored_dtype=config.get("dtype") or config.get("torch_dtype"),
+            eos_token_ids=_token_ids(config.get("eos_token_id")),
         )
 
 
@@ -170,6 +187,11 @@ def _count(config: Mapping[str, Any], key: str, where: str, default: int | None 
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelSpecError(f"{where}: {key} is {value!r}; expected a positive integer")
     return value
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """One id or a list of them."""
+    return tuple(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
 
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, str, dict[str, Any]]:

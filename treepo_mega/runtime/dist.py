@@ -28,6 +28,7 @@ from megatron.core import tensor_parallel
 
 from treepo_mega.config import Config, check
 from treepo_mega.errors import TreepoError
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime.cpu_megatron import require_retargeted
 from treepo_mega.runtime.device import backend, bind, device, has_cuda
 from treepo_mega.runtime.files import atomic_directory
@@ -60,15 +61,15 @@ def world_size_from_env() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(cfg: Config, hf: dict[str, Any] | None = None) -> list[str]:
+def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
     """Start torch.distributed and Megatron's parallel state; returns the notes of `config.check`.
 
-    Collective over all ranks. Raises ConfigError when the world size does not fit the layout, and
-    torch.distributed's time-out error after `distributed.timeout_s` when ranks are missing. Raises EarlyMegatron when
-    Megatron was imported before treepo_mega on a machine without a GPU.
+    `spec`: the model, whose sizes must fit the layout. Collective over all ranks. Raises ConfigError when the world
+    size or the model does not fit, and torch.distributed's time-out error after `distributed.timeout_s` when ranks are
+    missing. Raises EarlyMegatron when Megatron was imported before treepo_mega on a machine without a GPU.
     """
     require_retargeted()
-    notes = check(cfg, world_size_from_env(), hf)
+    notes = check(cfg, world_size_from_env(), spec)
     _default_environment()
     bind()
     timeout = timedelta(seconds=cfg.distributed.timeout_s)
