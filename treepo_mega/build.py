@@ -1,10 +1,9 @@
-"""What a trainer is built from: prompts, reference policy, hand-over, and a checkpoint to go on from."""
+"""What a trainer is built from: prompts, policies, engine and hand-over."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from treepo_mega.actor.perplexity import describe_references, reference_texts
@@ -109,11 +108,3 @@ def engine_bytes(cfg: Config, spec: ModelSpec) -> dict[str, int]:
         "weights": sum(math.prod(param.shape) for param in wanted.values()) * itemsize,
         "kv_cache": cfg.rollout.engine.kv_cache_memory_mb << 20,
     }
-
-
-def checkpoint_to_resume(cfg: Config) -> Path | None:
-    """The training checkpoint that the configuration points to; None for a new run."""
-    settings = cfg.checkpoint
-    if settings.load == "auto":
-        return checkpoint.find_latest(settings.save) if settings.enabled and settings.save else None
-    return Path(settings.load) if settings.load else None

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from treepo_mega.config import Config, RolloutConfig
+from treepo_mega.config import Config, ConfigError, RolloutConfig
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.errors import TreepoError
@@ -108,6 +108,27 @@ class Evaluator:
         self._costs.learn(prompts, [row.unique_tokens for row in rows])
         dealt = {"stolen": sampled.counts["stolen"], "idle_share_max": sampled.idle_share_max}
         return metrics(rows, n) | dealt
+
+    def accuracy(self, prompts: Sequence[Prompt], *, step: int) -> dict[str, float]:
+        """The `eval/` metrics of training: sampled as the section `eval` says, and greedy if it asks for that.
+
+        Raises ConfigError without prompts. Collective over all ranks.
+        """
+        if not prompts:
+            raise ConfigError("eval.interval, eval.at_start and eval.at_end need data.eval: there are no prompts")
+        settings = self.cfg.eval
+        count = settings.n_samples_per_prompt
+        sampled = self.evaluate(prompts, temperature=settings.temperature, n=count, step=step)
+        metrics = {
+            "eval/accuracy": sampled[f"avg@{count}"],
+            "eval/pass_at_n": sampled[f"pass@{count}"],
+            "eval/maj_at_n": sampled[f"maj@{count}"],
+            "eval/response_len_mean": sampled["response_len"],
+        }
+        if settings.greedy:
+            greedy = self.evaluate(prompts, temperature=0.0, n=1, step=step)
+            metrics["eval/greedy_accuracy"] = greedy["avg@1"]
+        return metrics
 
 
 def grade(tree: Tree, texts: list[str], scores: list[float | None]) -> Graded:

@@ -1,0 +1,54 @@
+"""Passes over a step's packs: old and reference logprobs filled in, optimizer steps summed up as metrics.
+
+Everything is collective over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from treepo_mega.actor.losses import PackLoss
+from treepo_mega.actor.update import Actor, Policy
+from treepo_mega.runtime import dist
+from treepo_mega.tree.pack import StepPlan
+
+
+def fill_old_logprobs(actor: Actor, plans: Sequence[StepPlan]) -> None:
+    """The actor's logprobs before the update into the packs of last-stage ranks; the head's guard watches."""
+    for plan in plans:
+        for pack, logprobs in zip(plan.packs, actor.logprobs(plan.packs, watch=True) or (), strict=False):
+            pack.old_logprobs = logprobs
+
+
+def fill_reference_logprobs(reference: Policy, plans: Sequence[StepPlan]) -> None:
+    """The frozen policy's logprobs into the packs of last-stage ranks."""
+    for plan in plans:
+        for pack, logprobs in zip(plan.packs, reference.logprobs(plan.packs) or (), strict=False):
+            pack.ref_logprobs = logprobs
+
+
+def engine_mismatch(plans: Sequence[StepPlan]) -> dict[str, float]:
+    """How far the engine's logprobs of its own samples are from the actor's, nats."""
+    packs = [pack for plan in plans for pack in plan.packs]
+    diffs = [np.abs(pack.old_logprobs - pack.rollout_logprobs) for pack in packs if pack.old_logprobs is not None]
+    sums = dist.sum_over_replicas(
+        {"diff": float(sum(diff.sum() for diff in diffs)), "rows": float(sum(diff.size for diff in diffs))}
+    )
+    peak = dist.max_over_ranks({"max": max((float(diff.max()) for diff in diffs if diff.size), default=0.0)})
+    return {
+        "rollout/logprob_abs_diff_mean": sums["diff"] / max(1.0, sums["rows"]),
+        "rollout/logprob_abs_diff_max": peak["max"],
+    }
+
+
+def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss) -> dict[str, float]:
+    """One optimizer step a plan; their `train/` metrics: means, maxima of max_*, and the last step's norm and rate."""
+    stats = [actor.update(plan.packs, loss) for plan in plans]
+    out = {"train/skipped_steps": sum(step["skipped_steps"] for step in stats)}
+    for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
+        out[f"train/{name}"] = sum(step[name] for step in stats) / len(stats)
+    out["train/ratio_max_diff"] = max(step["max_ratio_diff"] for step in stats)
+    out |= actor.head_flips()
+    return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}

@@ -1,0 +1,101 @@
+"""A run's training checkpoints: where it goes on from, what it writes, and what it sets aside.
+
+    saves = Saves(cfg, progress, actor, cursor, collector)
+    step = saves.resume()                # 0 for a new run
+    saves.write(step)
+
+Both are collective over all ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from treepo_mega.actor.update import Actor
+from treepo_mega.checkpoint import mcore as checkpoint
+from treepo_mega.config import Config
+from treepo_mega.data.cursor import PromptCursor
+from treepo_mega.monitor.progress import Progress
+from treepo_mega.rollout.collect import Collector
+from treepo_mega.runtime import dist
+
+
+class Saves:
+    """Restores and writes all that a later step depends on: weights, optimizer, prompts' order, unfinished trees."""
+
+    def __init__(
+        self, cfg: Config, progress: Progress, actor: Actor, cursor: PromptCursor, collector: Collector
+    ) -> None:
+        self.cfg = cfg
+        self.progress = progress
+        self.actor = actor
+        self.cursor = cursor
+        self.collector = collector
+        self.resumed_from: Path | None = None
+        self.written_before = False
+
+    def resume(self) -> int:
+        """Restore the checkpoint that the configuration points to; returns the step to begin with.
+
+        Raises CheckpointError for one that is damaged or another model's, PromptError for one of other prompts.
+        """
+        directory = self.resumed_from = _checkpoint_to_resume(self.cfg)
+        if directory is None:
+            return 0
+        actor = self.actor
+        known_whole = self.cfg.checkpoint.load == "auto"
+        state = checkpoint.load_training(
+            directory, actor.models, actor.optimizer, actor.scheduler, known_whole=known_whole
+        )
+        actor.weights_changed()
+        actor.skipped_in_a_row = state["skipped_in_a_row"]
+        self.cursor.load_state_dict(state["cursor"], source=str(directory))
+        self.collector.carried = state.get("carried", [])
+        if "costs" in state:
+            self.collector.generator.costs.load_state_dict(state["costs"])
+        last = self.cfg.train.num_rollouts
+        if state["step"] >= last:
+            self.progress.say(
+                f"{directory}: this run is complete (train.num_rollouts {last}); nothing to do. "
+                "A larger train.num_rollouts goes on from here; checkpoint.load=null begins anew"
+            )
+        else:
+            self.progress.say(f"resumed from {directory}: next step {state['step']}")
+        return int(state["step"])
+
+    def write(self, step: int) -> None:
+        """Write a checkpoint after `step` steps and delete older ones beyond keep_last."""
+        actor = self.actor
+        settings = self.cfg.checkpoint
+        state = {
+            "step": step,
+            "cursor": self.cursor.state_dict(),
+            "skipped_in_a_row": actor.skipped_in_a_row,
+            "carried": self.collector.carried,
+            "costs": self.collector.generator.costs.state_dict(),
+        }
+        self._set_aside_others()
+        directory = settings.directory / f"step_{step:06d}"
+        timeout_s = self.cfg.distributed.timeout_s
+        checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s)
+        checkpoint.prune(settings.directory, settings.keep_last)
+
+    def _set_aside_others(self) -> None:
+        """Before the first checkpoint: those of other runs in the same directory must not outrank it."""
+        if self.written_before:
+            return
+        self.written_before = True
+        # Only now, not at the start: a run that fails before it saves leaves the directory as it was.
+        if dist.is_main():
+            aside = checkpoint.set_aside_others(self.cfg.checkpoint.directory, self.resumed_from)
+            if aside is not None:
+                self.progress.say(f"checkpoints of another run were in the way; they are in {aside} now")
+        dist.barrier("setting older checkpoints aside", self.cfg.distributed.timeout_s)
+
+
+def _checkpoint_to_resume(cfg: Config) -> Path | None:
+    """The training checkpoint that the configuration points to; None for a new run."""
+    settings = cfg.checkpoint
+    if settings.load == "auto":
+        return checkpoint.find_latest(settings.directory) if settings.enabled and settings.save else None
+    return Path(settings.load) if settings.load else None
