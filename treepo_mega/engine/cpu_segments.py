@@ -37,11 +37,11 @@ def private_segments() -> Iterator[None]:
         made.append(f"treepo-{token[0]}{make_group_name(communicator).replace('/', '')}")
         return made[-1]
 
-    _CPUSHMDistributed.make_group_name = staticmethod(own_name)
+    _CPUSHMDistributed.make_group_name = staticmethod(own_name)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+        _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)  # type: ignore[method-assign]
         # Every rank of a group maps its segments before vLLM leaves their creation. Mapped memory outlives its name,
         # so a run that is killed later leaves nothing.
         for name in made:
