@@ -82,6 +82,21 @@ def test_descent_refuses_to_pay_for_leaves_that_count_nothing():
     check(config(*fitting, "rollout.fallback.from=none"), 1)
 
 
+def test_corrections_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"icepop_range \[1.5, 2.0\]: expected \[low, high\]"):
+        check(config("algo.icepop_range=[1.5, 2.0]", "train.max_tokens_per_gpu=8192"), 1)
+    with pytest.raises(ConfigError, match="use one of them"):
+        check(
+            config(
+                "algo.policy_loss=cispo",
+                "algo.ratio_level=sequence",
+                "train.prefix_sharing=none",
+                "train.max_tokens_per_gpu=8192",
+            ),
+            1,
+        )
+
+
 def test_reinforce_is_whitened_by_default():
     assert config("algo.advantage_estimator=reinforce_pp").algo.whiten_advantages
     assert not config("algo.advantage_estimator=segment").algo.whiten_advantages

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from treepo_mega.config import AlgoConfig
-from treepo_mega.loss.policy import clipped_objective, kl_penalty, policy_loss, supervised_loss
+from treepo_mega.loss.policy import clipped_objective, kl_penalty, kl_slope, policy_loss, supervised_loss
 
 
 def ppo_term(r: float, advantage: float, algo: AlgoConfig) -> float:
@@ -221,3 +221,60 @@ def test_rows_that_do_not_count_cost_nothing_whatever_they_hold(kind):
     )
     assert total == 0.0 and grad == [0.0] * 3
     assert all(v == 0.0 for k, v in sums.items() if k != "max_ratio_diff")
+
+
+@examples(200)
+@given(st.floats(-3, 3), st.lists(st.floats(-5, 5), min_size=1, max_size=6), st.floats(0.05, 2))
+def test_cispo_on_masses_is_the_sum_over_trajectories(log_ratio, advantages, high):
+    """Against autograd on the flat statement: a weight without gradient times A * logp, once a trajectory."""
+    algo = AlgoConfig(use_tis=False, policy_loss="cispo", eps_clip_high=high)
+    flat = tensor(log_ratio).requires_grad_()
+    weight = flat.detach().exp().clamp(max=1 + high)
+    expected = -sum((weight * advantage * flat).sum() for advantage in advantages)
+    expected.backward()
+    logp = tensor(log_ratio).requires_grad_()
+    total, _ = policy_loss(
+        logp,
+        torch.zeros_like(logp),
+        old_logprobs=tensor(0.0),
+        rollout_logprobs=tensor(0.0),
+        ref_logprobs=None,
+        A_pos=tensor(sum(a for a in advantages if a > 0)),
+        A_neg=tensor(sum(a for a in advantages if a < 0)),
+        n=tensor(float(len(advantages))),
+        algo=algo,
+    )
+    total.backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-10)
+    assert logp.grad.item() == pytest.approx(flat.grad.item(), rel=1e-10, abs=1e-10)
+
+
+def test_cispo_keeps_the_gradient_that_the_clip_takes():
+    ppo = loss_of([math.log(1.5)], old=[0.0], A=[1.0])[2]
+    cispo = AlgoConfig(use_tis=False, policy_loss="cispo")
+    assert ppo == [0.0]
+    assert loss_of([math.log(1.5)], old=[0.0], A=[1.0], algo=cispo)[2] == pytest.approx([-1.28])
+
+
+@examples(200)
+@given(st.floats(-40, 40))
+def test_low_var_kl_is_bounded_and_its_slope_is_autograds(difference):
+    reference = tensor(difference)
+    logp = tensor(0.0).requires_grad_()
+    bounded = (reference - logp).clamp(-20, 20)
+    stated = (bounded.exp() - bounded - 1).clamp(-10, 10)
+    stated.sum().backward()
+    assert kl_penalty(logp.detach(), reference, "low_var_kl").item() == stated.item() <= 10
+    assert kl_slope(logp.detach(), reference, "low_var_kl").item() == pytest.approx(logp.grad.item(), abs=1e-12)
+
+
+def test_icepop_drops_tokens_that_the_engine_sees_differently():
+    algo = AlgoConfig(use_tis=False, icepop_range=(0.5, 2.0))
+    rollout = [0.0, math.log(3.0), -math.log(3.0)]
+    total, sums, slopes = loss_of([0.0] * 3, old=[0.0] * 3, rollout=rollout, A=[1.0] * 3, algo=algo)
+    assert slopes == [-1.0, 0.0, 0.0]
+    assert (total, sums["tis_weight"]) == (-1.0, 1.0)
+    with_tis = AlgoConfig(use_tis=True, tis_clip=1.5, icepop_range=(0.3, 4.0))
+    assert loss_of([0.0] * 3, old=[0.0] * 3, rollout=rollout, A=[1.0] * 3, algo=with_tis)[2] == pytest.approx(
+        [-1.0, -1 / 3, -1.5]
+    )

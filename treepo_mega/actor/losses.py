@@ -49,8 +49,10 @@ class PolicyLoss:
     def __init__(self, algo: AlgoConfig, backend: Backend = "torch") -> None:
         self.algo = algo
         self.needs_whole_packs = algo.ratio_level == "sequence"
-        # The kernel's statistics count rows by their loss weight.
-        self.kernel = backend == "triton" and algo.loss_agg_mode == "token-mean"
+        # The kernel's statistics count rows by their loss weight, which is their number of trajectories only here.
+        counts_rows = algo.loss_agg_mode == "token-mean" and algo.leaf_weight == "uniform"
+        stated = algo.policy_loss == "ppo" and algo.kl_loss_type != "low_var_kl"
+        self.kernel = backend == "triton" and counts_rows and stated
 
     def __call__(self, logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, Stats]:
         """As `PackLoss`. Raises LossError for a pack without old logprobs, or without the reference's for a KL term."""

@@ -39,6 +39,16 @@ def check_batch(cfg: Config) -> list[str]:
             f"clipped loss no longer depends on two sums of advantages; got prefix_sharing {t.prefix_sharing}, "
             f"context_parallel_size {cfg.parallel.context_parallel_size}"
         )
+    if cfg.algo.policy_loss == "cispo" and cfg.algo.ratio_level == "sequence":
+        bad.append(
+            "algo.policy_loss cispo with algo.ratio_level sequence: GSPO clips a sequence's ratio, CISPO bounds a "
+            "token's weight; use one of them"
+        )
+    icepop = cfg.algo.icepop_range
+    if icepop is not None and not 0 <= icepop[0] < 1 < icepop[1]:
+        bad.append(
+            f"algo.icepop_range {list(icepop)}: expected [low, high] with 0 <= low < 1 < high, such as [0.5, 5.0]"
+        )
     fallback = cfg.rollout.fallback.from_
     if cfg.algo.leaf_weight == "descent" and cfg.rollout.mode == "tree" and fallback != "none":
         bad.append(

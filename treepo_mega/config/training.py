@@ -38,13 +38,17 @@ class AlgoConfig(Section):
     the reinforce_pp ones. Trees whose rewards are all equal are left out and get 0."""
     advantage_clip: float | None = Field(None, gt=0)
     """Largest |advantage|, after whitening. None: no limit."""
+    policy_loss: Literal["ppo", "cispo"] = "ppo"
+    """ppo: the clipped ratio times the advantage. cispo: the ratio, bounded by 1 + eps_clip_high and held fixed, times
+    the advantage times the logprob, so that no token loses its gradient. Both are exact on shared tokens."""
     eps_clip: float = Field(0.2, gt=0, lt=1)
     eps_clip_high: float = Field(0.28, gt=0)
     eps_clip_c: float | None = Field(10.0, gt=1)
     """Dual clip: bound of the ratio for negative advantages; None: off."""
     kl_loss_coef: float = Field(0.0, ge=0)
     """Weight of KL(actor || reference); 0: no reference model is built."""
-    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
+    """The estimator of the KL. low_var_kl: k3, bounded by 10 nats (verl's and slime's)."""
     entropy_coef: float = 0.0
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
@@ -59,6 +63,9 @@ class AlgoConfig(Section):
     """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, and with
     rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over)."""
     tis_clip: float = Field(2.0, gt=0)
+    icepop_range: tuple[float, float] | None = None
+    """[low, high]: tokens whose probability ratio trainer / engine is outside count nothing in the policy loss
+    (IcePop). None: all count. Exact on shared tokens."""
 
 
 class GuardConfig(Section):

@@ -30,6 +30,12 @@ from torch import Tensor
 from treepo_mega.config import AlgoConfig
 from treepo_mega.loss.stats import Stats
 
+KL_LOG_BOUND = 20.0
+"""Largest |ref - logp| that low_var_kl sees, nats."""
+
+KL_BOUND = 10.0
+"""Largest estimate of low_var_kl, nats."""
+
 
 def times(mass: Tensor, x: Tensor) -> Tensor:
     """mass * x per row [N], and 0 where the mass is: a ratio of a row that does not count may have overflowed."""
@@ -47,13 +53,17 @@ def clipped_objective(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoCon
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     """Estimators of KL(actor || reference) per row [N]: k1 = -d, k2 = d^2/2, k3 = e^d - d - 1, d = ref - logp.
 
-    Source: Schulman, "Approximating KL divergence" (2020). k3 is never negative.
+    Source: Schulman, "Approximating KL divergence" (2020). k3 is never negative. low_var_kl is k3 with d bounded by
+    20 and the estimate by 10, as verl and slime compute it: one far token cannot own the gradient.
     """
     d = ref_logp - logp
     if kind == "k1":
         return -d
     if kind == "k2":
         return 0.5 * d * d
+    if kind == "low_var_kl":
+        bounded = d.clamp(-KL_LOG_BOUND, KL_LOG_BOUND)
+        return (bounded.exp() - bounded - 1).clamp(max=KL_BOUND)
     return d.exp() - d - 1
 
 
@@ -62,6 +72,10 @@ def kl_slope(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     d = ref_logp - logp
     if kind == "k1":
         return torch.ones_like(d)
+    if kind == "low_var_kl":
+        inside = (d.abs() <= KL_LOG_BOUND) & (kl_penalty(logp, ref_logp, kind) < KL_BOUND)
+        # `where` and not a product: beyond the bounds the exponential may have overflowed.
+        return torch.where(inside, 1 - d.exp(), torch.zeros_like(d))
     return -d if kind == "k2" else 1 - d.exp()
 
 
@@ -76,8 +90,22 @@ def objective_slope(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfi
     return pos + torch.where(low, times(A_neg, ratio), zero)
 
 
+def weighted_logp(logp: Tensor, ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -> Tensor:
+    """CISPO's objective per row [N]: the ratio, bounded above and held fixed, weighs A * logp.
+
+    It is linear in A, so the net mass is exact on shared tokens. No token loses its gradient to the clip. Its slope is
+    the factor of logp. Source: MiniMax-M1 (2025), eq. 4-5.
+    """
+    return times(A_pos + A_neg, ratio.clamp(max=1 + algo.eps_clip_high)) * logp
+
+
 def clip_active(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -> Tensor:
-    """Rows [N] at which a gate of the clip has closed for a mass that is not zero, dual clip aside."""
+    """Rows [N] at which a gate of the clip has closed for a mass that is not zero, dual clip aside.
+
+    Under CISPO: rows whose weight is at its bound.
+    """
+    if algo.policy_loss == "cispo":
+        return (ratio > 1 + algo.eps_clip_high) & ((A_pos > 0) | (A_neg < 0))
     return ((A_pos > 0) & (ratio > 1 + algo.eps_clip_high)) | ((A_neg < 0) & (ratio < 1 - algo.eps_clip))
 
 
@@ -121,8 +149,12 @@ class _PolicyLoss(torch.autograd.Function):
         """`rows`: old, weight, A_pos, A_neg, n, count and, for the KL term, ref, all [N]. Fills `stats`."""
         n, count, ratio = rows["n"], rows["count"], (logp - rows["old"]).exp()
         masses = rows["A_pos"], rows["A_neg"], algo
-        pg = -(rows["weight"] * clipped_objective(ratio, *masses)).sum()
-        slope = -rows["weight"] * objective_slope(ratio, *masses)
+        if algo.policy_loss == "cispo":
+            pg = -(rows["weight"] * weighted_logp(logp, ratio, *masses)).sum()
+            slope = -rows["weight"] * weighted_logp(torch.ones_like(logp), ratio, *masses)
+        else:
+            pg = -(rows["weight"] * clipped_objective(ratio, *masses)).sum()
+            slope = -rows["weight"] * objective_slope(ratio, *masses)
         kl = torch.zeros_like(pg)
         if "ref" in rows:
             kl = times(n, kl_penalty(logp, rows["ref"], algo.kl_loss_type)).sum()
@@ -148,6 +180,20 @@ class _PolicyLoss(torch.autograd.Function):
         return _scaled_slopes(ctx, grads[0])
 
 
+def engine_weight(old_logprobs: Tensor, rollout_logprobs: Tensor, algo: AlgoConfig) -> Tensor:
+    """Weight of each row [N] for the engine having sampled from another policy than the trainer's.
+
+    Truncated importance sampling bounds the ratio of a token; IcePop drops the token outside `algo.icepop_range`
+    (Ant's Ling team, 2025). Both look at one row, so both are exact on shared tokens. Without them it is 1.
+    """
+    ratio = (old_logprobs - rollout_logprobs).exp()
+    weight = ratio.clamp(max=algo.tis_clip) if algo.use_tis else torch.ones_like(ratio)
+    if algo.icepop_range is not None:
+        low, high = algo.icepop_range
+        weight = torch.where((ratio >= low) & (ratio <= high), weight, torch.zeros_like(weight))
+    return weight
+
+
 def policy_loss(
     logp: Tensor,
     entropy: Tensor,
@@ -170,9 +216,7 @@ def policy_loss(
     Triton kernel, whose statistics count by `n`. `with_kl` False leaves the KL term to the caller. Raises ValueError
     when a KL term is asked for without reference logprobs.
     """
-    weight = torch.ones_like(n)
-    if algo.use_tis:
-        weight = (old_logprobs - rollout_logprobs).exp().clamp(max=algo.tis_clip)
+    weight = engine_weight(old_logprobs, rollout_logprobs, algo)
     rows = {"old": old_logprobs, "weight": weight, "A_pos": A_pos, "A_neg": A_neg, "n": n}
     rows["count"] = n if count is None else count
     if with_kl and algo.kl_loss_coef > 0:
