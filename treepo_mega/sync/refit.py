@@ -21,12 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
+from treepo_mega.engine.vllm_target import VllmTarget
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.reshard.checksums import differing_groups
@@ -63,6 +64,23 @@ def check_canary_limits(cfg: Config) -> None:
         )
 
 
+class Refitted(Protocol):
+    """What a refit needs of the engine; `engine.engine.Engine` has it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model knows."""
+
+    def weight_target(self) -> VllmTarget:
+        """This rank's part of the engine, to write weights into."""
+
+    def update_weights_by(self, reshard: Callable[[], Any]) -> Any:
+        """Run `reshard`, which writes all weights, with the engine idle; returns what it returns."""
+
+    def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+        """Logprobs of `token_ids[1:]`, nats."""
+
+
 class Refit:
     """Moves weights from `models` into `engine`. Building and calling are collective over all ranks.
 
@@ -75,7 +93,7 @@ class Refit:
         cfg: Config,
         spec: ModelSpec,
         models: Sequence[Any],
-        engine: Any,
+        engine: Refitted,
         score: Callable[[list[int]], np.ndarray | None],
     ) -> None:
         self.cfg = cfg
