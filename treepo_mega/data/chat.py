@@ -23,7 +23,7 @@ from jinja2 import Environment, TemplateError
 from treepo_mega.config import DataConfig
 from treepo_mega.data.rows import PromptError
 from treepo_mega.errors import nearest
-from treepo_mega.text.tokenizer import Tokenizer
+from treepo_mega.text.tokenizer import PromptTokenizer
 
 Said = str | tuple[tuple[str, str], ...]
 """A prompt before its template: plain text, or (role, content) pairs."""
@@ -111,7 +111,7 @@ class Renderer:
     Raises PromptError on construction for a template file that cannot be read and for unknown variables.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, data: DataConfig, tokenizer: PromptTokenizer) -> None:
         self._data = data
         self._tokenizer = tokenizer
         self._template = read_template(data.chat_template) if data.chat_template is not None else None
@@ -208,7 +208,7 @@ def read_template(path: str) -> str:
     return text
 
 
-def template_text(tokenizer: Tokenizer) -> str | None:
+def template_text(tokenizer: PromptTokenizer) -> str | None:
     """The tokenizer's chat template; of several named ones the default, which is the one that renders."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):

@@ -82,7 +82,7 @@ class LightTokenizer:
         return str(self._inner.decode(ids, skip_special_tokens=False))
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], chat_template: str | None = None, tokenize: bool = False, **names: Any
+        self, messages: list[dict[str, str]], /, chat_template: str | None = None, tokenize: bool = False, **names: Any
     ) -> str:
         """The text of a chat; `names` are variables of the template."""
         source = chat_template or self.chat_template or ""

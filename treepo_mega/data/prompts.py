@@ -38,7 +38,7 @@ from treepo_mega.data.hub import find_hub_parts, hub_id
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 from treepo_mega.data.rows import PromptError, Row
 from treepo_mega.data.truths import Truths, truth_text
-from treepo_mega.text.tokenizer import Tokenizer
+from treepo_mega.text.tokenizer import PromptTokenizer
 
 CHUNK_ROWS = 4096
 """Rows that are tokenized in one call and in memory at once."""
@@ -78,7 +78,7 @@ class PromptSet:
 
 
 def load_prompts(
-    sources: Sequence[PromptSource], data: DataConfig, tokenizer: Tokenizer, *, vocab_size: int | None = None
+    sources: Sequence[PromptSource], data: DataConfig, tokenizer: PromptTokenizer, *, vocab_size: int | None = None
 ) -> PromptSet:
     """Read all `sources` in order; `vocab_size`: of the model, whose ids a prompt's tokens have to be among.
 
@@ -192,7 +192,7 @@ class _Draft:
 class Drafter:
     """Turns rows into prompts. Distinct prompts are rendered and tokenized once, whatever the number of rows."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    def __init__(self, data: DataConfig, tokenizer: PromptTokenizer, vocab_size: int | None) -> None:
         self.data = data
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -301,7 +301,7 @@ class Drafter:
 class _Loader:
     """Collects the prompts of all sources, and what to say about them."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    def __init__(self, data: DataConfig, tokenizer: PromptTokenizer, vocab_size: int | None) -> None:
         self.data = data
         self.tokenizer = tokenizer
         self.drafter = Drafter(data, tokenizer, vocab_size)
