@@ -7,12 +7,15 @@ runner V2 as well, which draws its samples from another source of noise, so that
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import launch_once, launch_ranks
+from tests.ranks import REPO, launch_once
 from treepo_mega.engine.cuda_profile import VARIABLE
 from treepo_mega.monitor.metrics import read_metrics
 
@@ -44,12 +47,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @launch_once
     def train(profile: str) -> Path:
         directory = tmp_path_factory.mktemp("profile") / "run"
-        command = ("-m", "treepo_mega.cli", "train", "examples/tiny_cpu.yaml", *RECIPE, f"logging.run_dir={directory}")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(VARIABLE, profile)
-            # Megatron looks for Triton before the engine is built.
-            patch.setenv("TRITON_INTERPRET", "1" if profile == "cuda" else "0")
-            launch_ranks(1, *command, timeout=280)
+        arguments = ["train", "examples/tiny_cpu.yaml", *RECIPE, f"logging.run_dir={directory}"]
+        # Megatron looks for Triton before the engine is built.
+        environment = {"PYTHONPATH": str(REPO), VARIABLE: profile, "TRITON_INTERPRET": str(int(profile == "cuda"))}
+        child = subprocess.run(
+            [sys.executable, "-m", "treepo_mega.cli", *arguments],
+            cwd=REPO,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
         return directory
 
     return train
