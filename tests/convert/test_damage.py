@@ -18,7 +18,10 @@ WORDS = {
     "truncated shard": ["model-00002-of-", "not a readable safetensors file (truncated?)"],
     "missing shard": ["model-00002-of-", "no such file, although model.safetensors.index.json names it"],
     "misplaced tensor": [f"tensor {UP} is missing"],
-    "tied head that differs": ["tie_word_embeddings, but lm_head.weight", "differs from model.embed_tokens.weight"],
+    "tied head that differs": [
+        "tie_word_embeddings: true, but lm_head.weight",
+        "differs from model.embed_tokens.weight",
+    ],
     "flipped bit": ["__0_0.distcp: SHA-256 is", "changed or damaged"],
     "flipped bit in the metadata": [".metadata: SHA-256 is"],
     "truncated": ["__0_1.distcp: expected", "is damaged"],
