@@ -1,29 +1,34 @@
 """Packs: what the trainer computes on, every shared token once. Pure NumPy.
 
-A *pack* is one micro-batch as one token sequence of *blocks*. A block is a tree, or a piece of one, laid out in
-depth-first pre-order. Per token the pack states
+A *pack* is one micro-batch: one sequence of *blocks*, each a tree or a piece of one, in depth-first pre-order. A
+*row* is one predicted token. All of it is a pure function of its arguments: every rank computes the same plan, and no
+metadata is exchanged. The example of `tree/segments.py`, padded to 10 tokens, with leaf advantages 1, -2 and 4:
 
-    tokens[T], position[T]      id, and depth inside its own trajectory (what RoPE rotates by)
-    subtree_end[T]              key j is visible to query i  iff  j <= i < subtree_end[j]
-
-(depth-first order makes one interval per key exact), and per predicted token, a *row*, the pack index whose hidden
-state predicts it (`predictor`), the token (`target`), masses, weight, multiplicity (`tree/credit.py`) and the
-engine's logprob. At a branch the parent's last token predicts several: one row per child. Masses, not a net
-advantage: see `loss/policy.py`.
-
-    batch = Batch(segments, credit)                    # or Batch.flat(trajectories)
-    plan = plan_step(batch, dp_size=..., dp_rank=..., max_tokens=...)
-
-From a forest to packs: trees above `max_tokens` are cut (`tree/split.py`); a cut-off piece repeats its ancestors as
-context, and only one piece holds the rows of a repeated token. Pieces are dealt to data-parallel ranks by cost
-(tokens, and attention pairs at `pair_cost` tokens each), a rank's pieces to its micro-batches by tokens
-(`runtime/balance.py`). Every data-parallel rank has the same number of micro-batches, for Megatron's collectives pair
-up; lengths are each pack's own unless `equal_lengths` (Megatron's pipeline with fixed buffers).
-
-Context parallelism: the pack is cut into chunks, every rank of the group owns as many of them, chosen to even out
-attention pairs, and holds the rows whose predictor it owns (`Pack.local`).
-
-All of it is a pure function of its arguments, so every rank computes the same plan and no metadata is exchanged.
+>>> from treepo_mega.tree.node import Tree
+>>> tree = Tree.start("a prompt", [10, 11])
+>>> for parent, tokens in [(0, [20, 21]), (1, [30]), (1, [40, 41]), (0, [50])]:
+...     child = tree.add_child(parent)
+...     child.tokens, child.logprobs = tokens, [-token / 100 for token in tokens]
+>>> tree.leaves = [2, 3, 4]
+>>> segments = Segments.from_trees([tree], prompts=[7])
+>>> credit = fold(segments, np.array([1.0, -2.0, 4.0]), np.ones(3))
+>>> plan = plan_step(Batch(segments, credit), dp_size=1, dp_rank=0, max_tokens=16, multiple=5)
+>>> for name in ("tokens", "position", "subtree_end", "blocks"):
+...     print(f"{name:<11}", *getattr(plan.packs[0], name))
+tokens      10 11 20 21 30 40 41 50 0 0
+position    0 1 2 3 4 4 5 2 0 0
+subtree_end 8 8 7 7 5 7 7 8 9 10
+blocks      (0, 8)
+>>> for name in ("predictor", "target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory"):
+...     print(f"{name:<16}", *getattr(plan.packs[0], name))
+predictor        1 2 3 3 5 1
+target           20 21 30 40 41 50
+A_pos            1.0 1.0 1.0 0.0 0.0 4.0
+A_neg            -2.0 -2.0 0.0 -2.0 -2.0 0.0
+n                2.0 2.0 1.0 1.0 1.0 1.0
+count            2.0 2.0 1.0 1.0 1.0 1.0
+rollout_logprobs -0.2 -0.21 -0.3 -0.4 -0.41 -0.5
+trajectory       0 0 0 1 1 2
 """
 
 from __future__ import annotations
@@ -37,8 +42,8 @@ import numpy as np
 
 from treepo_mega.runtime.balance import balance, deal, fill
 from treepo_mega.tree.credit import Credit, fold, leaf_weights
-from treepo_mega.tree.segments import Floats, Ints, Segments, Trajectory
-from treepo_mega.tree.split import pieces
+from treepo_mega.tree.segments import Bools, Floats, Ints, Segments, Trajectory
+from treepo_mega.tree.split import pieces as cut_pieces
 
 CHUNKS_PER_RANK = 4
 """Chunks of a pack that a context-parallel rank owns; more even out attention better and cut more runs."""
@@ -46,23 +51,35 @@ CHUNKS_PER_RANK = 4
 
 @dataclass(slots=True)
 class Pack:
-    """One micro-batch; see the module docstring for the fields. N rows (of this rank), T padded tokens."""
+    """One micro-batch of T tokens (padding included) and N rows (of this rank).
+
+    At a branch the parent's last token predicts several rows, one per child.
+    """
 
     tokens: Ints
+    """[T] ids."""
     position: Ints
+    """[T] depth inside the token's own trajectory: what RoPE rotates by."""
     subtree_end: Ints
+    """[T] key j is visible to query i if and only if j <= i < subtree_end[j]. Depth-first order makes one interval
+    per key exact."""
     blocks: list[tuple[int, int]]
     """[start, end) of each tree in the pack; padding after the last block belongs to none."""
     predictor: Ints
-    """[N] index into `local` (into the pack without context parallelism)."""
+    """[N] index into `local` (into the pack without context parallelism) of the token whose hidden state predicts."""
     target: Ints
+    """[N] the predicted token's id."""
+    # Two masses, not their sum: once the ratio is clipped, a net advantage gives another loss (`loss/policy.py`).
     A_pos: Floats
+    """[N] positive advantages of the trajectories through the token, summed (`tree/credit.py`)."""
     A_neg: Floats
+    """[N] negative ones."""
     n: Floats
     """[N] loss weight: the multiplicity, under token-mean."""
     count: Floats
     """[N] multiplicity: trajectories through the token."""
     rollout_logprobs: Floats
+    """[N] the engine's logprob of the token, nats."""
     trajectory: Ints
     """[N] number of the (first) trajectory through the token."""
     local: Ints | None = None
@@ -110,124 +127,198 @@ class Batch:
     @classmethod
     def flat(cls, trajectories: Sequence[Trajectory], loss_agg_mode: str = "token-mean") -> Batch:
         """Trajectories one by one, shared tokens repeated."""
-        s = Segments.from_paths(trajectories)
-        advantages = np.array([t.advantage for t in trajectories], np.float64)
-        return cls(s, fold(s, advantages, leaf_weights(loss_agg_mode, s.flat_lengths())))
+        segments = Segments.from_paths(trajectories)
+        advantages = np.array([trajectory.advantage for trajectory in trajectories], np.float64)
+        return cls(segments, fold(segments, advantages, leaf_weights(loss_agg_mode, segments.flat_lengths())))
 
 
 def split_steps(prompts: Sequence[int], steps: int) -> list[list[int]]:
     """Indices of `prompts` dealt to optimizer steps in order, as evenly as prompts allow; no prompt is split."""
     distinct = sorted(set(prompts))
     bounds = np.linspace(0, len(distinct), steps + 1).round().astype(int)
-    step = {p: int(np.searchsorted(bounds, i, side="right")) - 1 for i, p in enumerate(distinct)}
-    out: list[list[int]] = [[] for _ in range(steps)]
-    for i, p in enumerate(prompts):
-        out[step[p]].append(i)
-    return out
+    step_of_prompt = {prompt: int(np.searchsorted(bounds, i, side="right")) - 1 for i, prompt in enumerate(distinct)}
+    dealt: list[list[int]] = [[] for _ in range(steps)]
+    for i, prompt in enumerate(prompts):
+        dealt[step_of_prompt[prompt]].append(i)
+    return dealt
 
 
 @dataclass(slots=True)
-class _Blocks:
-    """Segments of all pieces, one piece after the other: entry e is segment `segment[e]` in piece `piece[e]`."""
+class _Pieces:
+    """P pieces (`tree/split.py`), and their segments as E entries, one piece after the other."""
 
-    piece: Ints
-    segment: Ints
-    counted: np.ndarray
-    """Whether the entry's rows are counted here: False for prompts and for repeated context."""
+    piece_of_entry: Ints
+    segment_of_entry: Ints
+    counted_of_entry: Bools
+    """[E] whether the entry's rows are counted here: False for prompts and for repeated context."""
     tokens: Ints
     """[P] tokens of each piece."""
     pairs: Ints
     """[P] attention pairs of each piece."""
     flat: Ints
     """[P] tokens of the trajectories that end in it."""
-    anchor: Ints
+    anchor_of_segment: Ints
     """[S] nearest segment above with tokens: its last token predicts the segment's first. -1 for roots."""
 
     def entries(self, chosen: Sequence[int]) -> Ints:
         """Indices of the entries of the pieces `chosen`, in that order."""
-        lo = np.searchsorted(self.piece, np.asarray(chosen, np.int64))
-        hi = np.searchsorted(self.piece, np.asarray(chosen, np.int64), side="right")
-        return _ranges(lo, hi)
+        pieces_chosen = np.asarray(chosen, np.int64)
+        return _ranges(
+            np.searchsorted(self.piece_of_entry, pieces_chosen),
+            np.searchsorted(self.piece_of_entry, pieces_chosen, side="right"),
+        )
 
 
-def _ranges(lo: Ints, hi: Ints) -> Ints:
-    """lo[0], lo[0]+1, .., hi[0]-1, lo[1], ..."""
-    size = hi - lo
-    return np.arange(int(size.sum())) + np.repeat(lo - (np.cumsum(size) - size), size)
+def _ranges(start: Ints, end: Ints) -> Ints:
+    """start[0], start[0]+1, .., end[0]-1, start[1], ..."""
+    size = end - start
+    return np.arange(int(size.sum())) + np.repeat(start - (np.cumsum(size) - size), size)
 
 
-def _blocks(s: Segments, cut: Ints) -> _Blocks:
-    bounds = np.searchsorted(s.group, np.arange(len(s.prompt) + 1))
-    lo, hi = bounds[cut[:, 0]], bounds[cut[:, 0] + 1]
-    piece, segment = np.repeat(np.arange(len(cut)), hi - lo), _ranges(lo, hi)
-    first, last = cut[piece, 1], cut[piece, 2]
-    present = (s.leaf_hi[segment] > first) & (s.leaf_lo[segment] < last)
-    piece, segment, first = piece[present], segment[present], first[present]
-    size = s.length[segment]
-    pairs = size * s.position[segment] + size * (size + 1) // 2
-    path = (s.position + s.length)[s.leaf_segment]
-    reached = np.concatenate([[0], np.cumsum(path)])
-    return _Blocks(
-        piece=piece,
-        segment=segment,
-        counted=s.trained[segment] & (s.leaf_lo[segment] >= first),
-        tokens=np.bincount(piece, size, len(cut)).astype(np.int64),
-        pairs=np.bincount(piece, pairs, len(cut)).astype(np.int64),
-        flat=reached[cut[:, 2]] - reached[cut[:, 1]],
-        anchor=_anchors(s),
+def _pieces(segments: Segments, cuts: Ints) -> _Pieces:
+    """The pieces `cuts` [P, 3] (group, first leaf, one past the last) with their entries and costs."""
+    first_of_group = np.searchsorted(segments.group, np.arange(len(segments.prompt) + 1))
+    start_of_piece = first_of_group[cuts[:, 0]]
+    end_of_piece = first_of_group[cuts[:, 0] + 1]
+    # Every segment of a piece's tree, then those alone that have one of its leaves below them.
+    piece = np.repeat(np.arange(len(cuts)), end_of_piece - start_of_piece)
+    segment = _ranges(start_of_piece, end_of_piece)
+    is_here = (segments.leaf_hi[segment] > cuts[piece, 1]) & (segments.leaf_lo[segment] < cuts[piece, 2])
+    piece = piece[is_here]
+    segment = segment[is_here]
+    length = segments.length[segment]
+    pairs = length * segments.position[segment] + length * (length + 1) // 2
+    length_of_leaf = (segments.position + segments.length)[segments.leaf_segment]
+    length_before_leaf = np.concatenate([[0], np.cumsum(length_of_leaf)])
+    return _Pieces(
+        piece_of_entry=piece,
+        segment_of_entry=segment,
+        # A segment in two pieces is counted in the one that holds the first leaf below it.
+        counted_of_entry=segments.trained[segment] & (segments.leaf_lo[segment] >= cuts[piece, 1]),
+        tokens=np.bincount(piece, length, len(cuts)).astype(np.int64),
+        pairs=np.bincount(piece, pairs, len(cuts)).astype(np.int64),
+        flat=length_before_leaf[cuts[:, 2]] - length_before_leaf[cuts[:, 1]],
+        anchor_of_segment=_anchors(segments),
     )
 
 
-def _anchors(s: Segments) -> Ints:
-    up = np.where((s.length > 0) | (s.parent < 0), np.arange(len(s)), s.parent)
-    while (further := up[up] != up).any():
-        up[further] = up[up[further]]
-    return np.where(s.parent >= 0, up[s.parent], -1)
+def _anchors(segments: Segments) -> Ints:
+    # A segment of no tokens has no last token: what follows it is predicted by the next one up that has tokens.
+    has_tokens = (segments.length > 0) | (segments.parent < 0)
+    holder = np.where(has_tokens, np.arange(len(segments)), segments.parent)
+    while (moves := holder[holder] != holder).any():
+        holder[moves] = holder[holder[moves]]
+    return np.where(segments.parent >= 0, holder[segments.parent], -1)
 
 
-def _pack(batch: Batch, blocks: _Blocks, chosen: Sequence[int], length: int, pad_id: int) -> Pack:
+@dataclass(slots=True)
+class _Layout:
+    """The E entries of one pack: where each stands in its token sequence. `real` tokens, before padding."""
+
+    segment_of_entry: Ints
+    counted_of_entry: Bools
+    block_of_entry: Ints
+    """[E] 0 for the entries of the first piece of the pack, 1 for the second, ..."""
+    start_of_entry: Ints
+    """[E] pack index of the entry's first token."""
+    end_of_entry: Ints
+    """[E] one past its last."""
+    key_of_entry: Ints
+    """[E] (block, segment) as one number, ascending: `entry_of` finds an entry by it."""
+    real: int
+
+    @classmethod
+    def of(cls, segments: Segments, pieces: _Pieces, chosen: Sequence[int]) -> _Layout:
+        """The pieces `chosen`, one after the other."""
+        entries = pieces.entries(chosen)
+        segment = pieces.segment_of_entry[entries]
+        block = np.zeros(len(entries), np.int64)
+        if len(entries):
+            block = np.cumsum(np.concatenate([[0], np.diff(pieces.piece_of_entry[entries]) != 0]))
+        length = segments.length[segment]
+        end = np.cumsum(length)
+        return cls(
+            segment_of_entry=segment,
+            counted_of_entry=pieces.counted_of_entry[entries],
+            block_of_entry=block,
+            start_of_entry=end - length,
+            end_of_entry=end,
+            # Ascending, because pieces are in the order chosen and the segments of a piece in pre-order.
+            key_of_entry=block * len(segments) + segment,
+            real=int(length.sum()),
+        )
+
+    def entry_of(self, key: Ints) -> Ints:
+        """The first entry of at least this key; E beyond all."""
+        return np.searchsorted(self.key_of_entry, key)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """[start, end) of each block's tokens."""
+        first_entries = np.flatnonzero(np.diff(self.block_of_entry, prepend=-1))
+        return list(itertools.pairwise([*self.start_of_entry[first_entries].tolist(), self.real]))
+
+
+def _pack(batch: Batch, pieces: _Pieces, chosen: Sequence[int], length: int, pad_id: int) -> Pack:
     """Lay the pieces `chosen` one after the other, padded to `length` tokens."""
-    s, at = batch.segments, blocks.entries(chosen)
-    segment, counted = blocks.segment[at], blocks.counted[at]
-    order = np.zeros(len(at), np.int64)
-    if len(at):
-        order = np.cumsum(np.concatenate([[0], np.diff(blocks.piece[at]) != 0]))
-    size = s.length[segment]
-    after = np.cumsum(size)
-    start = after - size
-    key = order * len(s) + segment  # ascending: pieces in the order chosen, segments in pre-order
-    beyond = np.searchsorted(key, key + s.below[segment])
-    end = np.append(start, after[-1:])[beyond]
-    real = int(size.sum())
-    token = np.repeat(s.source[segment] - start, size) + np.arange(real)
-    out = {name: np.zeros(length, np.int64) for name in ("tokens", "position")}
-    out["tokens"][real:] = pad_id
-    out["tokens"][:real] = s.tokens[token]
-    out["position"][:real] = np.repeat(s.position[segment] - start, size) + np.arange(real)
-    subtree_end = np.arange(1, length + 1)
-    subtree_end[:real] = np.repeat(end, size)
-    # One row per token of a counted segment, predicted by the token before it in its trajectory.
-    of = np.searchsorted(key, order * len(s) + np.maximum(blocks.anchor[segment], 0))
-    row = np.repeat(np.arange(len(at))[counted], size[counted])
-    target = _ranges(start[counted], after[counted])
-    is_first = target == start[row]
-    predictor = np.where(is_first, after[of[row]] - 1, target - 1) if len(row) else target
-    c, of_row = batch.credit, segment[row]
-    edges = [*np.flatnonzero(np.diff(order, prepend=-1)).tolist(), len(at)]
-    borders = [int(start[e]) if e < len(at) else real for e in edges]
+    layout = _Layout.of(batch.segments, pieces, chosen)
+    tokens, position, source_of_token = _tokens(batch.segments, layout, length, pad_id)
+    predictor, token_of_row, segment_of_row = _rows(batch.segments, layout, pieces.anchor_of_segment)
+    credit = batch.credit
     return Pack(
-        **out,
-        subtree_end=subtree_end,
-        blocks=list(itertools.pairwise(borders)),
+        tokens=tokens,
+        position=position,
+        subtree_end=_visibility(batch.segments, layout, length),
+        blocks=layout.blocks(),
         predictor=predictor,
-        target=out["tokens"][target],
-        A_pos=c.A_pos[of_row],
-        A_neg=c.A_neg[of_row],
-        n=c.n[of_row],
-        count=c.count[of_row].astype(np.float64),
-        rollout_logprobs=s.logprobs[token[target]],
-        trajectory=s.leaf_number[s.leaf_lo[of_row]],
+        target=tokens[token_of_row],
+        A_pos=credit.A_pos[segment_of_row],
+        A_neg=credit.A_neg[segment_of_row],
+        n=credit.n[segment_of_row],
+        count=credit.count[segment_of_row].astype(np.float64),
+        rollout_logprobs=batch.segments.logprobs[source_of_token[token_of_row]],
+        trajectory=batch.segments.leaf_number[batch.segments.leaf_lo[segment_of_row]],
     )
+
+
+def _tokens(segments: Segments, layout: _Layout, length: int, pad_id: int) -> tuple[Ints, Ints, Ints]:
+    """[T] ids and [T] positions, padded to `length`; without padding, each token's index in `segments.tokens`."""
+    size = segments.length[layout.segment_of_entry]
+    index = np.arange(layout.real)
+    source_of_token = np.repeat(segments.source[layout.segment_of_entry] - layout.start_of_entry, size) + index
+    tokens = np.full(length, pad_id, np.int64)
+    tokens[: layout.real] = segments.tokens[source_of_token]
+    position = np.zeros(length, np.int64)
+    position[: layout.real] = (
+        np.repeat(segments.position[layout.segment_of_entry] - layout.start_of_entry, size) + index
+    )
+    return tokens, position, source_of_token
+
+
+def _visibility(segments: Segments, layout: _Layout, length: int) -> Ints:
+    """[T] `subtree_end`: one past the last token below each one; padding is visible to itself alone."""
+    # The first entry beyond a subtree has the smallest key of at least this; segments of other pieces leave gaps.
+    beyond = layout.entry_of(layout.key_of_entry + segments.below[layout.segment_of_entry])
+    end_of_subtree = np.append(layout.start_of_entry, layout.real)[beyond]
+    subtree_end = np.arange(1, length + 1)
+    subtree_end[: layout.real] = np.repeat(end_of_subtree, segments.length[layout.segment_of_entry])
+    return subtree_end
+
+
+def _rows(segments: Segments, layout: _Layout, anchor_of_segment: Ints) -> tuple[Ints, Ints, Ints]:
+    """[N] predictor, [N] pack index of the predicted token, [N] its segment: one row per token counted here."""
+    counted = layout.counted_of_entry
+    token_of_row = _ranges(layout.start_of_entry[counted], layout.end_of_entry[counted])
+    if not len(token_of_row):
+        return token_of_row, token_of_row, token_of_row
+    size = segments.length[layout.segment_of_entry]
+    entry_of_row = np.repeat(np.flatnonzero(counted), size[counted])
+    # A segment's first token is predicted by the last one above it, which stands anywhere before it; the others by
+    # their neighbour. Roots have no anchor; they are prompts and never counted, so any entry will do for them.
+    anchor = np.maximum(anchor_of_segment[layout.segment_of_entry], 0)
+    anchor_of_entry = layout.entry_of(layout.block_of_entry * len(segments) + anchor)
+    is_first = token_of_row == layout.start_of_entry[entry_of_row]
+    above_of_row = layout.end_of_entry[anchor_of_entry[entry_of_row]] - 1
+    return np.where(is_first, above_of_row, token_of_row - 1), token_of_row, layout.segment_of_entry[entry_of_row]
 
 
 def own_part(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
@@ -237,36 +328,49 @@ def own_part(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
     """
     if cp_size == 1:
         return pack
-    length, chunks = len(pack.tokens), cp_size * CHUNKS_PER_RANK
+    length = len(pack.tokens)
+    chunks = cp_size * CHUNKS_PER_RANK
     if length % chunks:
         raise ValueError(f"a pack of {length} tokens does not divide into {chunks} chunks")
-    visible = np.where(np.arange(length) < (pack.blocks[-1][1] if pack.blocks else 0), pack.position + 1, 0)
-    costs = visible.reshape(chunks, -1).sum(1)
-    load, room = np.zeros(cp_size), np.full(cp_size, CHUNKS_PER_RANK)
-    owner = np.empty(chunks, np.int64)
-    for c in np.argsort(-costs, kind="stable").tolist():
-        owner[c] = r = int(np.argmin(np.where(room > 0, load, np.inf)))
-        load[r] += costs[c]
-        room[r] -= 1
-    by_owner = np.argsort(np.repeat(owner, length // chunks), kind="stable")
+    owner_of_chunk = _chunk_owners(pack, chunks, cp_size)
+    by_owner = np.argsort(np.repeat(owner_of_chunk, length // chunks), kind="stable")
     share = length // cp_size
     local = by_owner[cp_rank * share : (cp_rank + 1) * share]
     order = np.empty(length, np.int64)
     order[by_owner] = np.arange(length)
-    where = np.full(length, -1, np.int64)
-    where[local] = np.arange(len(local))
-    kept = where[pack.predictor] >= 0
+    # A row belongs to the rank that has its predictor: hidden states stay where they are.
+    local_of_token = np.full(length, -1, np.int64)
+    local_of_token[local] = np.arange(len(local))
+    kept = local_of_token[pack.predictor] >= 0
     rows = ("target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory")
     return Pack(
         tokens=pack.tokens,
         position=pack.position,
         subtree_end=pack.subtree_end,
         blocks=pack.blocks,
-        predictor=where[pack.predictor][kept],
+        predictor=local_of_token[pack.predictor][kept],
         local=local,
         order=order,
         **{name: getattr(pack, name)[kept] for name in rows},
     )
+
+
+def _chunk_owners(pack: Pack, chunks: int, cp_size: int) -> Ints:
+    """[chunks] rank of each: the most expensive chunk first, to the rank with the least work that has room."""
+    # Padding after the last block costs nothing: no row looks at it.
+    end = pack.blocks[-1][1] if pack.blocks else 0
+    visible = np.where(np.arange(len(pack.tokens)) < end, pack.position + 1, 0)
+    pairs_of_chunk = visible.reshape(chunks, -1).sum(1)
+    load_of_rank = np.zeros(cp_size)
+    room_of_rank = np.full(cp_size, CHUNKS_PER_RANK)
+    owner_of_chunk = np.empty(chunks, np.int64)
+    # Stable: ranks must agree on the order of equal chunks.
+    for chunk in np.argsort(-pairs_of_chunk, kind="stable").tolist():
+        rank = int(np.argmin(np.where(room_of_rank > 0, load_of_rank, np.inf)))
+        owner_of_chunk[chunk] = rank
+        load_of_rank[rank] += pairs_of_chunk[chunk]
+        room_of_rank[rank] -= 1
+    return owner_of_chunk
 
 
 def plan_step(
@@ -285,29 +389,33 @@ def plan_step(
 ) -> StepPlan:
     """Micro-batches of one optimizer step for `dp_rank`: at most `max_tokens` tokens each, before padding.
 
-    A list of trajectories is the flat batch. Lengths are padded to `multiple`; the number of micro-batches is that
-    of the fullest rank, raised to a multiple of `count_multiple` (Megatron's interleaved schedule wants whole groups
-    of pipeline-size micro-batches); ranks with less get padding. `pair_cost`: what an attention pair costs, in
-    tokens. Raises ValueError when a single trajectory is longer than `max_tokens`.
+    A list of trajectories is the flat batch. A tree of more than `max_tokens` is cut (`tree/split.py`): its pieces
+    repeat their ancestors as context. Lengths are padded to `multiple`, and to one length for all with
+    `equal_lengths` (Megatron's pipeline with fixed buffers). The number of micro-batches is that of the fullest rank,
+    raised to a multiple of `count_multiple` (Megatron's interleaved schedule wants whole groups of pipeline-size
+    micro-batches). Ranks with less get padding. `pair_cost`: what an attention pair costs, in tokens. Raises
+    ValueError when a single trajectory is longer than `max_tokens`.
     """
     batch = batch if isinstance(batch, Batch) else Batch.flat(batch)
-    blocks = _blocks(batch.segments, pieces(batch.segments, max_tokens))
-    tokens = blocks.tokens.tolist()
-    per_rank = balance((blocks.tokens + pair_cost * blocks.pairs).tolist(), dp_size)
-    needed = max(len(fill([tokens[i] for i in r], max_tokens)) for r in per_rank)
+    pieces = _pieces(batch.segments, cut_pieces(batch.segments, max_tokens))
+    tokens = pieces.tokens.tolist()
+    # Ranks are evened out by time (tokens and attention), micro-batches by memory (tokens).
+    per_rank = balance((pieces.tokens + pair_cost * pieces.pairs).tolist(), dp_size)
+    needed = max(len(fill([tokens[piece] for piece in chosen], max_tokens)) for chosen in per_rank)
+    # The same number on every data-parallel rank: Megatron's collectives pair up.
     count = math.ceil(max(1, needed) / count_multiple) * count_multiple
-    mine = per_rank[dp_rank]
-    dealt = [[mine[i] for i in b] for b in deal([tokens[i] for i in mine], max_tokens, count)]
+    own = per_rank[dp_rank]
+    dealt = [[own[i] for i in bin_] for bin_ in deal([tokens[piece] for piece in own], max_tokens, count)]
     if cp_size > 1:
         multiple = math.lcm(multiple, cp_size * CHUNKS_PER_RANK)
-    sizes = [sum(tokens[i] for i in b) for b in dealt]
+    sizes = [sum(tokens[piece] for piece in chosen) for chosen in dealt]
     lengths = [max(1, -(-max(size, 2) // multiple)) * multiple for size in sizes]
     if equal_lengths:
         lengths = [max(lengths)] * count
-    packs = [_pack(batch, blocks, b, n, pad_id) for b, n in zip(dealt, lengths, strict=True)]
+    packs = [_pack(batch, pieces, chosen, length, pad_id) for chosen, length in zip(dealt, lengths, strict=True)]
     return StepPlan(
-        packs=[own_part(p, cp_size, cp_rank) for p in packs],
+        packs=[own_part(pack, cp_size, cp_rank) for pack in packs],
         real_tokens=sum(sizes),
         padded_tokens=sum(lengths),
-        flat_tokens=int(blocks.flat[mine].sum()),
+        flat_tokens=int(pieces.flat[own].sum()),
     )

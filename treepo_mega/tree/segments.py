@@ -1,18 +1,36 @@
-"""The trees of an optimizer step as arrays, ready to be laid out. Pure NumPy, no Python loop over segments.
+"""The trees of an optimizer step as arrays, one entry per segment. Pure NumPy, no Python loop over segments.
 
-    s = Segments.from_trees(trees, prompts, sharing="tree")     # or "prompt", "none"; or Segments.from_paths(...)
-    s.group, s.parent, s.length, s.position, ...                # one entry a segment, in depth-first pre-order
+The segments of a tree are consecutive, in depth-first pre-order, and siblings keep the order they were added in. So
+the subtree of segment s is s .. s+below[s]-1, and the leaves below it are leaf_lo[s] .. leaf_hi[s]-1. Time is linear
+in segments and tokens: a handful of array passes, and one per level. An example of five segments (number: tokens):
 
-`sharing` says what is kept once. `tree`: the trees as they were sampled. `prompt`: the prompt once, below it every
-trajectory by itself. `none`: every trajectory by itself, prompt included (the flat layout). The last two copy
-segments, so that all three are forests of the same kind and nothing downstream knows which one it has.
+    0: 10 11 -+- 1: 20 21 -+- 2: 30
+              |            `- 3: 40 41
+              `- 4: 50
 
-Order. Segments are sorted by group (a *group* is one tree of this forest), then depth-first in pre-order, children
-as they were added. So the descendants of segment s are s+1 .. s+below[s]-1, the leaves below it are
-leaves[leaf_lo[s] : leaf_hi[s]], and everything else is cumulative sums. Segments without a leaf below them (their
-reward was lost) are left out; segments of no tokens are kept, they cost nothing.
-
-Time is linear in the number of segments and tokens: a handful of array passes, and one per depth level.
+>>> tree = Tree.start("a prompt", [10, 11])
+>>> for parent, tokens in [(0, [20, 21]), (1, [30]), (1, [40, 41]), (0, [50])]:
+...     child = tree.add_child(parent)
+...     child.tokens, child.logprobs = tokens, [-token / 100 for token in tokens]
+>>> tree.leaves = [2, 3, 4]
+>>> segments = Segments.from_trees([tree], prompts=[7])
+>>> for name in Segments.__slots__:
+...     print(f"{name:<12}", *getattr(segments, name).tolist())
+group        0 0 0 0 0
+parent       -1 0 1 1 0
+below        5 3 1 1 1
+source       0 2 4 5 7
+length       2 2 1 2 1
+position     0 2 4 4 2
+node         0 1 2 3 4
+trained      False True True True True
+leaf_lo      0 0 0 1 2
+leaf_hi      3 2 1 2 3
+leaf_segment 2 3 4
+leaf_number  0 1 2
+prompt       7
+tokens       10 11 20 21 30 40 41 50
+logprobs     0.0 0.0 -0.2 -0.21 -0.3 -0.4 -0.41 -0.5
 """
 
 from __future__ import annotations
@@ -95,48 +113,57 @@ class Segments:
     def from_trees(cls, trees: Sequence[Tree], prompts: Sequence[int], sharing: Sharing = "tree") -> Segments:
         """Every trajectory of `trees`; tree i belongs to prompt number `prompts[i]`.
 
+        `sharing` says what is kept once. `tree`: the trees as they were sampled. `prompt`: the prompt, and below it
+        every trajectory by itself. `none`: nothing, every trajectory has its own prompt (the flat layout). The last
+        two copy segments: all three give forests of the same kind, and nothing downstream knows which one it has.
+
         Raises ValueError for an empty prompt (nothing predicts the first token) and for logprobs that do not match
         their tokens.
         """
-        sizes = np.array([len(t.nodes) for t in trees], np.int64)
-        base = np.cumsum(sizes) - sizes
-        nodes = list(chain.from_iterable(t.nodes for t in trees))
-        owner = np.repeat(np.arange(len(trees)), sizes)
-        texts, scores = list(map(attrgetter("tokens"), nodes)), list(map(attrgetter("logprobs"), nodes))
-        parent = np.fromiter(map(attrgetter("parent"), nodes), np.int64, len(nodes))
-        length = np.fromiter(map(len, texts), np.int64, len(nodes))
-        scored = np.fromiter(map(len, scores), np.int64, len(nodes))
-        wrong = np.flatnonzero((scored != length) & (parent >= 0))
+        size_of_tree = np.array([len(tree.nodes) for tree in trees], np.int64)
+        first_node_of_tree = np.cumsum(size_of_tree) - size_of_tree
+        tree_of_node = np.repeat(np.arange(len(trees)), size_of_tree)
+        nodes = list(chain.from_iterable(tree.nodes for tree in trees))
+        tokens_of_node = list(map(attrgetter("tokens"), nodes))
+        logprobs_of_node = list(map(attrgetter("logprobs"), nodes))
+        parent_of_node = np.fromiter(map(attrgetter("parent"), nodes), np.int64, len(nodes))
+        length_of_node = np.fromiter(map(len, tokens_of_node), np.int64, len(nodes))
+        scored_of_node = np.fromiter(map(len, logprobs_of_node), np.int64, len(nodes))
+        wrong = np.flatnonzero((scored_of_node != length_of_node) & (parent_of_node >= 0))
         if len(wrong):
-            at = int(wrong[0])
-            where = f"prompt {trees[owner[at]].prompt_id!r}, node {at - int(base[owner[at]])}"
-            raise ValueError(f"{where}: {scored[at]} logprobs for {length[at]} tokens")
-        counts = [len(t.leaves) for t in trees]
-        leaves = np.fromiter(chain.from_iterable(t.leaves for t in trees), np.int64, sum(counts))
+            node = int(wrong[0])
+            tree = int(tree_of_node[node])
+            where = f"prompt {trees[tree].prompt_id!r}, node {node - int(first_node_of_tree[tree])}"
+            raise ValueError(f"{where}: {scored_of_node[node]} logprobs for {length_of_node[node]} tokens")
+        leaves_of_tree = [len(tree.leaves) for tree in trees]
+        leaves = np.fromiter(chain.from_iterable(tree.leaves for tree in trees), np.int64, sum(leaves_of_tree))
         return _build(
-            parent=np.where(parent < 0, -1, parent + base[owner]),
-            leaves=leaves + np.repeat(base, counts),
-            length=length,
-            tokens=np.fromiter(chain.from_iterable(texts), np.int64, int(length.sum())),
-            scores=chain.from_iterable(compress(scores, (parent >= 0).tolist())),
-            prompt=np.asarray(prompts, np.int64)[owner],
+            parent_of_node=np.where(parent_of_node < 0, -1, parent_of_node + first_node_of_tree[tree_of_node]),
+            leaves=leaves + np.repeat(first_node_of_tree, leaves_of_tree),
+            length_of_node=length_of_node,
+            tokens=np.fromiter(chain.from_iterable(tokens_of_node), np.int64, int(length_of_node.sum())),
+            # A root may carry logprobs in a hand-made tree; prompts are not trained, so they are left out here.
+            scores=chain.from_iterable(compress(logprobs_of_node, (parent_of_node >= 0).tolist())),
+            prompt_of_node=np.asarray(prompts, np.int64)[tree_of_node],
             sharing=sharing,
         )
 
     @classmethod
     def from_paths(cls, paths: Sequence[Trajectory]) -> Segments:
         """Trajectories one by one, nothing shared. Raises ValueError as `from_trees` does."""
-        for i, t in enumerate(paths):
-            if len(t.rollout_logprobs) != t.response_len:
-                raise ValueError(f"trajectory {i}: {len(t.rollout_logprobs)} logprobs for {t.response_len} tokens")
-        number = np.arange(2 * len(paths))
+        for i, path in enumerate(paths):
+            if len(path.rollout_logprobs) != path.response_len:
+                counts = f"{len(path.rollout_logprobs)} logprobs for {path.response_len} tokens"
+                raise ValueError(f"trajectory {i}: {counts}")
+        # Two nodes per path: the prompt (even number) and the response below it (odd number).
+        node = np.arange(2 * len(paths))
         return _build(
-            parent=np.where(number % 2 == 1, number - 1, -1),
-            leaves=number[1::2],
-            length=np.array([[t.prompt_len, t.response_len] for t in paths], np.int64).reshape(-1),
-            tokens=np.fromiter(chain.from_iterable(t.tokens for t in paths), np.int64),
-            scores=chain.from_iterable(t.rollout_logprobs for t in paths),
-            prompt=np.repeat(np.array([t.prompt_index for t in paths], np.int64), 2),
+            parent_of_node=np.where(node % 2 == 1, node - 1, -1),
+            leaves=node[1::2],
+            length_of_node=np.array([[path.prompt_len, path.response_len] for path in paths], np.int64).reshape(-1),
+            tokens=np.fromiter(chain.from_iterable(path.tokens for path in paths), np.int64),
+            scores=chain.from_iterable(path.rollout_logprobs for path in paths),
+            prompt_of_node=np.repeat(np.array([path.prompt_index for path in paths], np.int64), 2),
             sharing="tree",
         )
 
@@ -146,158 +173,184 @@ class Segments:
 
     def flat_lengths(self) -> Ints:
         """[L] trained tokens of each trajectory, in the caller's order of leaves."""
-        at = self.leaf_segment
-        prompts = self.length[self.parent < 0][self.group[at]]
-        out = np.empty(len(at), np.int64)
-        out[self.leaf_number] = self.position[at] + self.length[at] - prompts
-        return out
+        end_of_leaf = self.position[self.leaf_segment] + self.length[self.leaf_segment]
+        prompt_of_leaf = self.length[self.parent < 0][self.group[self.leaf_segment]]
+        trained_of_leaf = np.empty(len(end_of_leaf), np.int64)
+        trained_of_leaf[self.leaf_number] = end_of_leaf - prompt_of_leaf
+        return trained_of_leaf
 
 
 @dataclass(slots=True)
 class _Copies:
-    """A forest as (node copied, parent copy, copies that are leaves); parents come before their children."""
+    """C segments, each a copy of a node; parents come before their children."""
 
-    node: Ints
-    parent: Ints
-    leaf: Ints
+    node_of_copy: Ints
+    parent_of_copy: Ints
+    """[C] copy, -1 for a root."""
+    copy_of_leaf: Ints
+    """[L] the copy at which each leaf ends."""
 
 
-def _copies(parent: Ints, leaves: Ints, sharing: Sharing) -> _Copies:
+def _copies(parent_of_node: Ints, leaves: Ints, sharing: Sharing) -> _Copies:
     if sharing == "tree":
-        return _Copies(np.arange(len(parent)), parent, leaves)
+        return _Copies(np.arange(len(parent_of_node)), parent_of_node, leaves)
     if sharing not in ("prompt", "none"):
         raise ValueError(f"prefix sharing {sharing!r}: expected tree, prompt or none")
-    # Climb from all leaves at once; `chains[d]` holds each leaf's ancestor d steps up, -1 above its root.
-    chains = [leaves]
-    while (chains[-1] >= 0).any():
-        chains.append(np.where(chains[-1] >= 0, parent[chains[-1]], -1))
-    table = np.stack(chains[:-1]) if len(leaves) else np.zeros((1, 0), np.int64)
-    depth = (table >= 0).sum(0)
-    # Root first, leaf last, one trajectory after the other.
-    lead = np.cumsum(depth) - depth
-    of = np.repeat(np.arange(len(leaves)), depth)
-    rank = np.arange(int(depth.sum())) - lead[of]
-    node = table[depth[of] - 1 - rank, of]
-    up = np.where(rank > 0, np.arange(len(node)) - 1, -1)
-    leaf = lead + depth - 1
-    if sharing == "prompt":
-        # The first trajectory's copy of a root stands for all of them; parents still come first.
-        roots = rank == 0
-        first = np.full(len(parent), -1, np.int64)
-        first[node[roots][::-1]] = np.flatnonzero(roots)[::-1]
-        kept = ~roots | (first[node] == np.arange(len(node)))
-        number = np.cumsum(kept) - 1
-        stands = np.where(roots, first[node], np.arange(len(node)))
-        leaf = number[stands[leaf]]
-        up = np.where(up >= 0, number[stands[np.maximum(up, 0)]], -1)[kept]
-        node = node[kept]
-    return _Copies(node, up, leaf)
+    ancestors = _ancestors(parent_of_node, leaves)
+    size_of_leaf = (ancestors >= 0).sum(0)
+    first_of_leaf = np.cumsum(size_of_leaf) - size_of_leaf
+    # A copy for each (trajectory, node on it): one trajectory after the other, in each the root first, the leaf last.
+    leaf_of_copy = np.repeat(np.arange(len(leaves)), size_of_leaf)
+    depth_of_copy = np.arange(int(size_of_leaf.sum())) - first_of_leaf[leaf_of_copy]
+    node_of_copy = ancestors[size_of_leaf[leaf_of_copy] - 1 - depth_of_copy, leaf_of_copy]
+    parent_of_copy = np.where(depth_of_copy > 0, np.arange(len(node_of_copy)) - 1, -1)
+    copies = _Copies(node_of_copy, parent_of_copy, first_of_leaf + size_of_leaf - 1)
+    return _one_root_each(copies, len(parent_of_node)) if sharing == "prompt" else copies
+
+
+def _ancestors(parent_of_node: Ints, leaves: Ints) -> Ints:
+    """[D, L] the node d steps above each leaf (row 0: the leaf itself), -1 above its root."""
+    # Climb from all leaves at once, until every one is above its root.
+    rows = [leaves]
+    while (rows[-1] >= 0).any():
+        rows.append(np.where(rows[-1] >= 0, parent_of_node[rows[-1]], -1))
+    return np.stack(rows[:-1]) if len(leaves) else np.zeros((1, 0), np.int64)
+
+
+def _one_root_each(copies: _Copies, nodes: int) -> _Copies:
+    """The same copies with one root per tree: the first trajectory's, which the others' paths now hang from."""
+    copy = np.arange(len(copies.node_of_copy))
+    is_root = copies.parent_of_copy < 0
+    # Assigning from the last to the first leaves each root node with its first copy, which precedes all that use it.
+    first_copy_of_node = np.full(nodes, -1, np.int64)
+    first_copy_of_node[copies.node_of_copy[is_root][::-1]] = np.flatnonzero(is_root)[::-1]
+    stand_in_of_copy = np.where(is_root, first_copy_of_node[copies.node_of_copy], copy)
+    kept = stand_in_of_copy == copy
+    kept_of_copy = (np.cumsum(kept) - 1)[stand_in_of_copy]
+    parent = copies.parent_of_copy
+    return _Copies(
+        node_of_copy=copies.node_of_copy[kept],
+        parent_of_copy=np.where(parent >= 0, kept_of_copy[np.maximum(parent, 0)], -1)[kept],
+        copy_of_leaf=kept_of_copy[copies.copy_of_leaf],
+    )
 
 
 def levels(parent: Ints) -> list[Ints]:
-    """Indices by depth: roots, their children, and so on. Pointer jumping, then one stable sort."""
-    size = len(parent)
+    """Indices by depth: roots, their children, and so on."""
+    # Pointer jumping: `depth` counts the steps to `ancestor`, and each pass doubles how far that one is.
     depth = (parent >= 0).astype(np.int64)
-    up = np.where(parent >= 0, parent, np.arange(size))
-    while depth[up].any():
-        depth += depth[up]
-        up = up[up]
-    order = np.argsort(depth, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(depth, minlength=1))[:-1])
+    ancestor = np.where(parent >= 0, parent, np.arange(len(parent)))
+    while depth[ancestor].any():
+        depth += depth[ancestor]
+        ancestor = ancestor[ancestor]
+    # Stable: within a level, indices stay ascending, and sums over them have one order.
+    by_depth = np.argsort(depth, kind="stable")
+    return np.split(by_depth, np.cumsum(np.bincount(depth, minlength=1))[:-1])
 
 
 def path_sums(parent: Ints, value: Ints) -> Ints:
-    """[S] sum of `value` from the root to each segment, itself included. Pointer jumping."""
-    total, up = value.astype(np.int64), np.where(parent >= 0, parent, len(parent))
-    total, up = np.append(total, 0), np.append(up, len(parent))
-    while (up < len(parent)).any():
-        total = total + total[up]
-        up = up[up]
+    """[S] sum of `value` from the root to each segment, itself included."""
+    # Pointer jumping, as in `levels`; entry S is an ancestor of the roots, of value 0, where everything ends.
+    above_roots = len(parent)
+    total = np.append(value.astype(np.int64), 0)
+    ancestor = np.append(np.where(parent >= 0, parent, above_roots), above_roots)
+    while (ancestor < above_roots).any():
+        total = total + total[ancestor]
+        ancestor = ancestor[ancestor]
     return total[:-1]
 
 
 def subtree_sums(parent: Ints, value: npt.NDArray, by_level: list[Ints]) -> npt.NDArray:
     """[S] sum of `value` over each subtree, from the deepest level up."""
     total = value.copy()
-    for index in by_level[:0:-1]:
-        np.add.at(total, parent[index], total[index])
+    for level in by_level[:0:-1]:
+        # `total[parent[level]] += ...` would add one child of each parent only.
+        np.add.at(total, parent[level], total[level])
     return total
 
 
 def _preorder(parent: Ints, below: Ints, by_level: list[Ints]) -> Ints:
     """[S] rank of each segment in depth-first pre-order: roots in index order, and siblings in index order."""
-    size = len(parent)
-    order = np.argsort(parent, kind="stable")  # siblings together
-    before = np.cumsum(below[order]) - below[order]
-    up = parent[order]
-    first = np.searchsorted(up, up)  # each family's first member
-    offset = np.empty(size, np.int64)
-    offset[order] = before - before[first]
-    rank = np.empty(size, np.int64)
-    rank[by_level[0]] = offset[by_level[0]]
-    for index in by_level[1:]:
-        rank[index] = rank[parent[index]] + 1 + offset[index]
+    # Sorted by parent, siblings stand together; what precedes a segment in its family is a difference of sums.
+    by_family = np.argsort(parent, kind="stable")
+    parent_by_family = parent[by_family]
+    sum_by_family = np.cumsum(below[by_family]) - below[by_family]
+    eldest_by_family = np.searchsorted(parent_by_family, parent_by_family)
+    elder = np.empty(len(parent), np.int64)
+    elder[by_family] = sum_by_family - sum_by_family[eldest_by_family]
+    rank = np.empty(len(parent), np.int64)
+    rank[by_level[0]] = elder[by_level[0]]
+    for level in by_level[1:]:
+        rank[level] = rank[parent[level]] + 1 + elder[level]
     return rank
 
 
 def _build(
     *,
-    parent: Ints,
+    parent_of_node: Ints,
     leaves: Ints,
-    length: Ints,
+    length_of_node: Ints,
     tokens: Ints,
     scores: Iterable[float],
-    prompt: Ints,
+    prompt_of_node: Ints,
     sharing: Sharing,
 ) -> Segments:
     """From nodes in any order with parents first: copy, leave out what has no leaf below it, sort.
 
-    `scores` are the logprobs of the tokens that are not a root's.
+    `scores` are the logprobs of the tokens that are not a root's. A segment of no tokens is kept: it costs nothing.
     """
-    trained = parent >= 0
-    inside = np.repeat(trained, length)
+    trained_of_node = parent_of_node >= 0
+    is_scored = np.repeat(trained_of_node, length_of_node)
     logprobs = np.zeros(len(tokens))
-    logprobs[inside] = np.fromiter(scores, np.float64, int(inside.sum()))
-    source = np.cumsum(length) - length
-    copy = _copies(parent, leaves, sharing)
-    order, parent, rank, below = _depth_first(copy.parent, copy.leaf)
-    node, size = copy.node[order], length[copy.node[order]]
-    root = parent < 0
-    if (bad := size[root] == 0).any():
-        raise ValueError(f"the prompt of tree {int(np.flatnonzero(bad)[0])} is empty: nothing predicts its first token")
-    ends = np.bincount(rank[copy.leaf], minlength=len(parent))
-    before = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
-    leaf_order = np.argsort(rank[copy.leaf], kind="stable")
+    logprobs[is_scored] = np.fromiter(scores, np.float64, int(is_scored.sum()))
+    source_of_node = np.cumsum(length_of_node) - length_of_node
+    copies = _copies(parent_of_node, leaves, sharing)
+    copy, parent, segment_of_copy, below = _depth_first(copies.parent_of_copy, copies.copy_of_leaf)
+    node = copies.node_of_copy[copy]
+    length = length_of_node[node]
+    is_root = parent < 0
+    if (empty := length[is_root] == 0).any():
+        raise ValueError(
+            f"the prompt of tree {int(np.flatnonzero(empty)[0])} is empty: nothing predicts its first token"
+        )
+    segment_of_leaf = segment_of_copy[copies.copy_of_leaf]
+    leaves_before = np.concatenate([[0], np.cumsum(np.bincount(segment_of_leaf, minlength=len(parent)))])
+    leaves_before = leaves_before.astype(np.int64)
+    leaf_number = np.argsort(segment_of_leaf, kind="stable")
     return Segments(
-        group=np.cumsum(root) - 1,
+        group=np.cumsum(is_root) - 1,
         parent=parent,
         below=below,
-        source=source[node],
-        length=size,
-        position=path_sums(parent, size) - size,
+        source=source_of_node[node],
+        length=length,
+        position=path_sums(parent, length) - length,
         node=node,
-        trained=trained[node],
-        leaf_lo=before[:-1],
-        leaf_hi=before[np.arange(len(parent)) + below],
-        leaf_segment=rank[copy.leaf][leaf_order],
-        leaf_number=leaf_order,
-        prompt=prompt[node[root]],
+        trained=trained_of_node[node],
+        leaf_lo=leaves_before[:-1],
+        leaf_hi=leaves_before[np.arange(len(parent)) + below],
+        leaf_segment=segment_of_leaf[leaf_number],
+        leaf_number=leaf_number,
+        prompt=prompt_of_node[node[is_root]],
         tokens=tokens,
         logprobs=logprobs,
     )
 
 
-def _depth_first(parent: Ints, leaf: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Segments with a leaf below them, in pre-order: (old index, parent, [old] -> new index, size of the subtree)."""
-    if not len(leaf):
-        none = np.zeros(0, np.int64)
-        return none, none, none, none
-    by_level = levels(parent)
-    reached = subtree_sums(parent, np.bincount(leaf, minlength=len(parent)), by_level) > 0
-    by_level = [index[reached[index]] for index in by_level]
-    below = subtree_sums(parent, reached.astype(np.int64), by_level)
-    rank = np.where(reached, _preorder(parent, below, by_level), -1)
-    order = np.empty(int(reached.sum()), np.int64)
-    order[rank[reached]] = np.flatnonzero(reached)
-    up = parent[order]
-    return order, np.where(up >= 0, rank[up], -1), rank, below[order]
+def _depth_first(parent_of_copy: Ints, copy_of_leaf: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """Copies with a leaf below them, in pre-order: ([S] copy, [S] parent, [C] segment of each copy, [S] subtree size).
+
+    A copy without a leaf (its reward was lost) is left out; its segment is -1.
+    """
+    if not len(copy_of_leaf):
+        nothing = np.zeros(0, np.int64)
+        return nothing, nothing, nothing, nothing
+    by_level = levels(parent_of_copy)
+    ends_of_copy = np.bincount(copy_of_leaf, minlength=len(parent_of_copy))
+    is_reached = subtree_sums(parent_of_copy, ends_of_copy, by_level) > 0
+    by_level = [level[is_reached[level]] for level in by_level]
+    size_of_copy = subtree_sums(parent_of_copy, is_reached.astype(np.int64), by_level)
+    segment_of_copy = np.where(is_reached, _preorder(parent_of_copy, size_of_copy, by_level), -1)
+    copy = np.empty(int(is_reached.sum()), np.int64)
+    copy[segment_of_copy[is_reached]] = np.flatnonzero(is_reached)
+    parent = parent_of_copy[copy]
+    return copy, np.where(parent >= 0, segment_of_copy[parent], -1), segment_of_copy, size_of_copy[copy]
