@@ -74,9 +74,9 @@ def series(cfg: Config, plan: Plan) -> list[tuple[str, RolloutConfig]]:
     if "sequential" in plan.samplers:
         out.append(("sequential", cfg.rollout.model_copy(update={"mode": "sequential"})))
     if "tree" in plan.samplers:
-        for b in plan.branch_factors:
-            tree = {"mode": "tree", "branching.factor": b, "branching.initial": None}
-            out.append((f"tree b={b}", cfg.rollout.replace(tree)))
+        for factor in plan.branch_factors:
+            tree = {"mode": "tree", "branching.factor": factor, "branching.initial": None}
+            out.append((f"tree b={factor}", cfg.rollout.replace(tree)))
     return out
 
 
@@ -93,7 +93,8 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     progress.enabled = progress.enabled and dist.is_main()
     tokenizer = load_tokenizer(hf_dir, cfg.data)
     progress.say(*filter(None, [describe_size(len(tokenizer), spec.vocab_size)]))
-    find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
+    # Asked here, although the generator asks again: an error here costs no engine.
+    find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)
     loaded = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=spec.vocab_size)
     progress.say(*loaded.notes)
     prompts = loaded.prompts[: cfg.eval.max_prompts]
@@ -105,13 +106,13 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
         evaluator = Evaluator(generator, pool, cfg)
         for name, sampling in series(cfg, plan):
             mine: list[Point] = []
-            for k in plan.samples:
-                if plan.compute_budget and mine and mine[-1].tokens * k / mine[-1].k > plan.compute_budget:
+            for samples in plan.samples:
+                if plan.compute_budget and mine and mine[-1].tokens * samples / mine[-1].k > plan.compute_budget:
                     progress.say(
-                        f"{name:>12}  stopped before {k} samples: over {plan.compute_budget:g} tokens a prompt"
+                        f"{name:>12}  stopped before {samples} samples: over {plan.compute_budget:g} tokens a prompt"
                     )
                     break
-                rollout = sampling.model_copy(update={"n_samples_per_prompt": k})
+                rollout = sampling.model_copy(update={"n_samples_per_prompt": samples})
                 mine.append(_point(evaluator, prompts, name, rollout, plan.temperature))
                 progress.close()
                 progress.say(_line(mine[-1]))
@@ -122,18 +123,19 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
 def _point(
     evaluator: Evaluator, prompts: Sequence[Prompt], name: str, rollout: RolloutConfig, temperature: float
 ) -> Point:
-    started, k = time.monotonic(), rollout.n_samples_per_prompt
-    m = evaluator.evaluate(prompts, temperature=temperature, n=k, step=0, rollout=rollout)
+    started = time.monotonic()
+    samples = rollout.n_samples_per_prompt
+    metrics = evaluator.evaluate(prompts, temperature=temperature, n=samples, step=0, rollout=rollout)
     return Point(
         sampler=name,
-        k=k,
-        tokens=m["forwarded_tokens"] / max(1.0, m["prompts"]),
-        avg=m[f"avg@{k}"],
-        passed=m[f"pass@{k}"],
-        majority=m[f"maj@{k}"],
-        response_len=m["response_len"],
-        truncated=m["truncated"],
-        lost=int(m["lost"]),
+        k=samples,
+        tokens=metrics["forwarded_tokens"] / max(1.0, metrics["prompts"]),
+        avg=metrics[f"avg@{samples}"],
+        passed=metrics[f"pass@{samples}"],
+        majority=metrics[f"maj@{samples}"],
+        response_len=metrics["response_len"],
+        truncated=metrics["truncated"],
+        lost=int(metrics["lost"]),
         seconds=time.monotonic() - started,
     )
 
@@ -148,9 +150,9 @@ def _line(p: Point) -> str:
 def best_within(points: Sequence[Point], budget: float | None) -> dict[str, Point]:
     """Each sampler's point with the highest maj@k that costs no more than `budget`; the cheapest of equals."""
     out: dict[str, Point] = {}
-    for p in sorted(points, key=lambda p: (-p.majority, p.tokens)):
-        if budget is None or p.tokens <= budget:
-            out.setdefault(p.sampler, p)
+    for point in sorted(points, key=lambda point: (-point.majority, point.tokens)):
+        if budget is None or point.tokens <= budget:
+            out.setdefault(point.sampler, point)
     return out
 
 
@@ -162,8 +164,8 @@ def write(points: Sequence[Point], plan: Plan, prompts_from: str) -> list[Path]:
         "checkpoint": prompts_from,
         "temperature": plan.temperature,
         "compute_budget": plan.compute_budget,
-        "points": [asdict(p) for p in points],
-        "best": {name: asdict(p) for name, p in best.items()},
+        "points": [asdict(point) for point in points],
+        "best": {name: asdict(point) for name, point in best.items()},
     }
     paths = [plan.output / "eval.json", plan.output / "eval.html"]
     paths[0].write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -173,24 +175,24 @@ def write(points: Sequence[Point], plan: Plan, prompts_from: str) -> list[Path]:
 
 def page(points: Sequence[Point], best: dict[str, Point], plan: Plan, checkpoint: str) -> str:
     """One HTML page: three curves over tokens, and the table behind them."""
-    names = list(dict.fromkeys(p.sampler for p in points))
-    keys = "".join(f'<span class="key c{i % COLOURS}"></span>{escape(n)} &nbsp; ' for i, n in enumerate(names))
+    names = list(dict.fromkeys(point.sampler for point in points))
+    keys = "".join(f'<span class="key c{i % COLOURS}"></span>{escape(label)} &nbsp; ' for i, label in enumerate(names))
     figures = []
     for title, field in (("maj@k", "majority"), ("pass@k", "passed"), ("avg@k", "avg")):
         lines = []
         for name in names:
-            mine = sorted((p for p in points if p.sampler == name), key=lambda p: p.tokens)
-            lines.append((name, [round(p.tokens) for p in mine], [getattr(p, field) for p in mine]))
+            mine = sorted((point for point in points if point.sampler == name), key=lambda point: point.tokens)
+            lines.append((name, [round(point.tokens) for point in mine], [getattr(point, field) for point in mine]))
         chart = line_chart(lines, "tokens a prompt")
         figures.append(f"<figure><figcaption>{title} <small>over tokens a prompt</small></figcaption>{chart}</figure>")
     head = ("sampler", "k", "tokens a prompt", "avg@k", "pass@k", "maj@k", "length", "truncated", "lost", "s")
     rows = [
         [
-            escape(p.sampler) + (" (best)" if best.get(p.sampler) == p else ""),
-            *(str(p.k), f"{p.tokens:.1f}", f"{p.avg:.3f}", f"{p.passed:.3f}", f"{p.majority:.3f}"),
-            *(f"{p.response_len:.1f}", f"{p.truncated:.3f}", str(p.lost), f"{p.seconds:.1f}"),
+            escape(point.sampler) + (" (best)" if best.get(point.sampler) == point else ""),
+            *(str(point.k), f"{point.tokens:.1f}", f"{point.avg:.3f}", f"{point.passed:.3f}", f"{point.majority:.3f}"),
+            *(f"{point.response_len:.1f}", f"{point.truncated:.3f}", str(point.lost), f"{point.seconds:.1f}"),
         ]
-        for p in points
+        for point in points
     ]
     limit = "" if plan.compute_budget is None else f", at most {plan.compute_budget:g} tokens a prompt"
     note = f'<p class="note">{escape(checkpoint)}, temperature {plan.temperature}{limit}</p>'

@@ -40,6 +40,7 @@ def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[
         try:
             return look()
         except TreepoError as error:
+            # A missing config.json would otherwise be told by each rule that reads it.
             if str(error) not in problems:
                 problems.append(str(error))
             return None

@@ -4,9 +4,8 @@ The visibility rule is the pack's intervals (`tree/pack.py`): key j is visible t
 j <= i < subtree_end[j]. `attention_cpu.py` and `attention_flex.py` compute it, one per device; this file is what
 Megatron calls.
 
-How the mask gets here. Megatron hands `attention_mask` down to core attention, also when it recomputes a
-layer in the backward pass, by which time another micro-batch may be current. So the argument carries a
-*handle*, a one-element integer tensor, and the pack's layout waits in a registry under that number:
+Megatron hands `attention_mask` down to core attention. The argument carries a *handle*, a one-element integer tensor,
+and the pack's layout waits in a registry under that number:
 
     handle = PACKS.add(PackLayout.build(pack, device))
     model(tokens, positions, attention_mask=handle)
@@ -74,6 +73,8 @@ class PackRegistry:
         self.layouts.clear()
 
 
+# A registry and not a current pack: Megatron recomputes layers in the backward pass, by which time another micro-batch
+# may be current.
 PACKS = PackRegistry()
 
 
@@ -128,8 +129,11 @@ class PackAttention(MegatronModule):
     ) -> Tensor:
         """-> [Q, 1, (H/tp) * D]. Positional and keyword extras of Megatron (mask type, bias, packing) do not apply."""
         layout = PACKS.get(attention_mask)
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        query = query[:, 0]
+        key = key[:, 0]
+        value = value[:, 0]
         if self.cp_group is not None:
+            # One collective for keys and values; gathered tokens lie by rank, `order` puts them into pack order.
             both = GatherTokens.apply(torch.cat((key, value), -1), self.cp_group)
             key, value = both.index_select(0, layout.order).split(key.shape[-1], -1)
         return attend(query, key, value, layout, self.scale).flatten(1)[:, None]

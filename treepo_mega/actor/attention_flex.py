@@ -3,7 +3,7 @@
 The mask function is the pack's rule, `kv <= q < subtree_end[kv]`; under context parallelism q is first translated
 from this rank's queries to pack indices. Which 128 x 128 blocks are empty, partial or full follows from the
 intervals' extremes per block, in (T/128)^2 time and without a T x T mask. Lengths are padded to `SHAPE_BUCKET`, so
-that the compiled kernel is built once a bucket and not once a pack.
+that the compiled kernel is built once per bucket and not once per pack.
 
 Padding tokens see themselves. Checked on the CPU against the dense mask (tests/actor/test_attention_flex.py);
 the compiled kernel and its backward need a GPU.
@@ -42,12 +42,16 @@ def block_visibility(
     """
     length = len(subtree_end)
     own = np.arange(length) if local is None else local
-    key_at, query_at = np.arange(0, length, block), np.arange(0, len(own), block)
-    latest, soonest = np.maximum.reduceat(subtree_end, key_at), np.minimum.reduceat(subtree_end, key_at)
+    key_at = np.arange(0, length, block)
+    query_at = np.arange(0, len(own), block)
+    latest = np.maximum.reduceat(subtree_end, key_at)
+    soonest = np.minimum.reduceat(subtree_end, key_at)
     last_key = np.minimum(key_at + block, length) - 1
-    first, last = own[query_at], own[np.minimum(query_at + block, len(own)) - 1]
+    first = own[query_at]
+    last = own[np.minimum(query_at + block, len(own)) - 1]
     some = (key_at[None] <= last[:, None]) & (latest[None] > first[:, None])
     full = (last_key[None] <= first[:, None]) & (soonest[None] > last[:, None])
+    # The kernel skips the mask in a full block, so a block cut short by the end of the pack is never full.
     whole = (np.minimum(query_at + block, len(own)) - query_at == block)[:, None] & (last_key - key_at == block - 1)
     return some, full & whole
 
@@ -65,9 +69,12 @@ class FlexLayout:
         """`local`: pack indices of this rank's queries, ascending (None: all)."""
         some, full = block_visibility(subtree_end, local, block)
         partial = some & ~full
-        index = [torch.from_numpy(np.argsort(~m, axis=1, kind="stable").astype(np.int32)) for m in (partial, full)]
-        number = [torch.from_numpy(m.sum(1).astype(np.int32)) for m in (partial, full)]
-        tensors = [t[None, None].to(device) for t in (number[0], index[0], number[1], index[1])]
+        # BlockMask wants the numbers of the visible blocks first in each row; a stable sort keeps them ascending.
+        tensors = []
+        for blocks in (partial, full):
+            index = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32))
+            number = torch.from_numpy(blocks.sum(1).astype(np.int32))
+            tensors += [number[None, None].to(device), index[None, None].to(device)]
         end = torch.from_numpy(subtree_end).to(device)
         own = None if local is None else torch.from_numpy(local).to(device)
         queries = len(subtree_end) if local is None else len(local)
@@ -90,6 +97,6 @@ def _compiled() -> Callable[..., Tensor]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: FlexLayout, scale: float | None) -> Tensor:
     """Exact attention over a pack: query [Q, H, D], key and value [T, G, D] (G divides H) -> [Q, H, D]."""
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    out = _compiled()(q, k, v, block_mask=layout.mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    heads_first = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    out = _compiled()(*heads_first, block_mask=layout.mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return out[0].transpose(0, 1)

@@ -46,18 +46,19 @@ TOKEN_FIELDS = ("tokens", "position", "subtree_end", "local", "order")
 
 
 def padding_multiple(cfg: Config) -> int:
-    """Packs are padded to a multiple of this: sequence parallelism splits each rank's share over TP, FP8 layers want
-    more, and on CUDA the attention kernel is compiled per length."""
-    p = cfg.parallel
-    share = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    """Packs are padded to a multiple of this."""
+    # Sequence parallelism splits each rank's share over TP, and FP8 layers take whole groups of rows. On CUDA the
+    # attention kernel is compiled per length: few lengths, few compilations.
+    parallel = cfg.parallel
+    share = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     share *= row_multiple(cfg.model)
     return math.lcm(share, SHAPE_BUCKET) if has_cuda() else share
 
 
 def count_multiple(cfg: Config) -> int:
     """Micro-batches per step come in multiples of this: the interleaved schedule takes groups of PP."""
-    p = cfg.parallel
-    return p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
+    parallel = cfg.parallel
+    return parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
 
 
 def equal_lengths(cfg: Config) -> bool:
@@ -69,7 +70,7 @@ def rows_of(pack: Pack, part: slice) -> Pack:
     """The pack with only the rows `part`."""
     if part.indices(len(pack.target)) == (0, len(pack.target), 1):
         return pack
-    arrays = {f.name: getattr(pack, f.name) for f in fields(pack) if f.name not in TOKEN_FIELDS}
+    arrays = {spec.name: getattr(pack, spec.name) for spec in fields(pack) if spec.name not in TOKEN_FIELDS}
     cut: dict[str, Any] = {name: array[part] for name, array in arrays.items() if isinstance(array, np.ndarray)}
     return replace(pack, **cut)
 
@@ -79,6 +80,7 @@ def predicting_rows(model: PolicyModel, hidden: Tensor, pack: Pack) -> Tensor:
     if model.config.sequence_parallel:
         hidden = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
+        # Identity forward. Each rank's hidden gradient is its shard's part; this sums them over the group.
         hidden = mappings.copy_to_tensor_model_parallel_region(hidden)
     return hidden[:, 0].index_select(0, on_device(pack.predictor))
 
@@ -139,6 +141,7 @@ def _run(chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bo
 
     Returns what `last` reported of each pack on the last stage, [] elsewhere.
     """
+    # An iterator for each chunk: the schedule advances them apart.
     layouts: dict[int, PackLayout] = {}
     iterators = [enumerate(packs) for _ in chunks]
     try:
@@ -153,6 +156,7 @@ def _run(chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bo
             collect_non_loss_data=not gradients,
         )
     finally:
+        # Not earlier: recomputation in the last backward pass still asks for its pack's layout.
         PACKS.clear()
 
 

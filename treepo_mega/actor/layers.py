@@ -3,20 +3,16 @@
 `model.transformer_impl` is Megatron's name for the choice of modules:
 
     local                 Megatron's own linear modules with our RMSNorm; any device
-    transformer_engine    Megatron's spec of Transformer Engine modules, a norm fused into the linear layer behind it;
+    transformer_engine    Megatron's spec of Transformer Engine modules, a norm fused into the linear layer after it;
                           a GPU only. The norms have other names then (`linear_qkv.layer_norm_weight`), which
                           `modelspec/mcore_layout.py` knows as naming "te"
 
-In both the core attention is ours (`attention.py`): no module of Transformer Engine knows what a tree's token sees.
+In both the core attention is ours (`attention.py`).
 `model.fp8` puts Transformer Engine's linear modules into the local layer (`loss/te.py`), under local names.
 
 `model.gradient_accumulation_fusion` lets the matrix product of a weight's gradient add to Megatron's fp32 buffer
 itself, instead of into a tensor that is added afterwards. Megatron's linear modules do so with a kernel of Apex
 (`fused_weight_gradient_mlp_cuda`), Transformer Engine's with their own product.
-
-Trap: Megatron's configuration has one switch for both, and with it on refuses to build *any* linear module of its own
-without Apex, among them the output layer, which is never called here (`loss/head.py` takes its weight). So the switch
-stays off for Transformer Engine's modules, and they are told one by one (`fuse_weight_gradients`).
 """
 
 from __future__ import annotations
@@ -44,16 +40,15 @@ APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension; under sequence parallelism its gradient is summed over TP.
+    """Root-mean-square norm over the last dimension; under sequence parallelism its gradient is summed over TP."""
 
-    Megatron's own torch norm refuses sequence parallelism.
-    """
+    # Our own, because Megatron's torch norm refuses sequence parallelism.
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron marks a parameter so when its gradient is to be summed over the tensor-parallel group.
+        # Megatron sums the gradients of parameters with this mark over the tensor-parallel group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +61,9 @@ def layer_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | No
     if model.transformer_impl == "transformer_engine":
         layer, norm = _te_layer(config)
     else:
-        layer, norm = _local_layer(config), RMSNorm
+        layer = _local_layer(config)
+        norm = RMSNorm
+    # No module of Transformer Engine knows what a tree's token sees.
     layer.submodules.self_attention.submodules.core_attention = PackAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
@@ -104,7 +101,8 @@ def gradient_fusion(model: ModelConfig) -> Literal["apex", "transformer_engine"]
     missing = None if has_cuda() else "torch sees no GPU here"
     kernel: Literal["apex", "transformer_engine"] = "apex"
     if model.fp8 or model.transformer_impl == "transformer_engine":
-        kernel = "transformer_engine"  # whose absence the layers themselves report
+        # The layers themselves report when it is absent.
+        kernel = "transformer_engine"
     elif missing is None:
         missing = _apex_is_missing()
     if missing is None:
@@ -119,7 +117,8 @@ def gradient_fusion(model: ModelConfig) -> Literal["apex", "transformer_engine"]
 def _apex_is_missing() -> str | None:
     try:
         importlib.import_module(APEX_KERNEL)
-    except (ImportError, OSError) as e:  # OSError: built for another torch or CUDA
+    # OSError: built for another torch or CUDA.
+    except (ImportError, OSError) as e:
         return (
             f"the local layers need Apex's kernel {APEX_KERNEL}, which does not load ({type(e).__name__}: {e}); build "
             "Apex with --cuda_ext, or use model.transformer_impl=transformer_engine, which has its own"
@@ -132,7 +131,10 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> int:
 
     Raises RuntimeError when there is none: the version of Transformer Engine then calls its switch otherwise.
     """
-    linears: list[Any] = [m for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    # Megatron's configuration has one switch for both kinds. With it on, Megatron refuses to build any linear module of
+    # its own without Apex, among them the output layer, which is never called here (`loss/head.py` takes its weight).
+    # So the switch stays off, and Transformer Engine's modules are told one by one.
+    linears: list[Any] = [candidate for candidate in chunk.modules() if hasattr(candidate, "fuse_wgrad_accumulation")]
     if not linears:
         raise RuntimeError(
             "no layer has Transformer Engine's switch fuse_wgrad_accumulation; set "

@@ -34,20 +34,21 @@ def reference_texts(
 
     Raises PromptError for a token that a model of `vocab_size` ids does not have.
     """
-    chosen = [p for p in prompts if p.reference]
+    chosen = [prompt for prompt in prompts if prompt.reference]
     if not chosen:
         return []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = tokenizer([p.reference for p in chosen], add_special_tokens=False)["input_ids"]
+    texts = tokenizer([prompt.reference for prompt in chosen], add_special_tokens=False)["input_ids"]
     out = []
-    for i, (p, text) in enumerate(zip(chosen, texts, strict=True)):
+    for i, (prompt, text) in enumerate(zip(chosen, texts, strict=True)):
         response = (list(text) + end)[:max_len]
         if vocab_size is not None and response and max(response) >= vocab_size:
             raise PromptError(
-                f"{p.id}: the reference text has token {max(response)}, and the model knows ids below {vocab_size} "
-                "(config.json: vocab_size); choose another data.reference_key, or the model's own tokenizer"
+                f"{prompt.id}: the reference text has token {max(response)}, and the model knows ids below "
+                f"{vocab_size} (config.json: vocab_size); choose another data.reference_key, or the model's own "
+                "tokenizer"
             )
-        out.append(Trajectory(i, p.tokens + response, len(p.tokens), 0.0, [0.0] * len(response)))
+        out.append(Trajectory(i, prompt.tokens + response, len(prompt.tokens), 0.0, [0.0] * len(response)))
     return out
 
 

@@ -48,7 +48,8 @@ class Policy:
 
     def __init__(self, cfg: Config, hf_dir: str | Path, guard: HeadGuard | None = None) -> None:
         """Build this rank's chunks and fill them from the HF files in `hf_dir`, reading only its slices."""
-        self.cfg, self.hf_dir = cfg, Path(hf_dir)
+        self.cfg = cfg
+        self.hf_dir = Path(hf_dir)
         self.spec = ModelSpec.from_hf(hf_dir)
         self.models: list[PolicyModel] = build_model(cfg, self.spec)
         load_from_hf(self.models, self.spec, cfg, hf_dir)
@@ -63,7 +64,7 @@ class Policy:
             rank=ps.get_tensor_model_parallel_rank(),
             group=ps.get_tensor_model_parallel_group(),
             guard=guard or HeadGuard(cfg.loss, cfg.debug),
-            # Megatron then wants to see the weight's gradient in param.grad.
+            # With overlapped reduction Megatron wants to see the weight's gradient in param.grad.
             use_main_grad=not cfg.parallel.overlap_grad_reduce,
         )
         self.guard = self.head.guard
@@ -80,7 +81,7 @@ class Policy:
         return compute_logprobs(self.chunks, packs, self.head, temperature=temperature, numerics=numerics, watch=watch)
 
     def weights_changed(self) -> None:
-        """Whoever writes new weights says so: prepared (bf16, fp8) copies of the output matrix are then made anew."""
+        """Call it after writing new weights: prepared (bf16, fp8) copies of the output matrix are then made anew."""
         self.head.weights_changed()
 
     def sequence_logprobs(self, tokens: list[int], numerics: Numerics | None = None) -> np.ndarray | None:
@@ -91,7 +92,8 @@ class Policy:
         Collective over the model-parallel and context-parallel groups: every data-parallel rank computes it for itself.
         """
         one = Trajectory(0, tokens, 1, 0.0, [0.0] * (len(tokens) - 1))
-        cp_size, cp_rank = ps.get_context_parallel_world_size(), ps.get_context_parallel_rank()
+        cp_size = ps.get_context_parallel_world_size()
+        cp_rank = ps.get_context_parallel_rank()
         multiple = padding_multiple(self.cfg)
         plan = plan_step(
             [one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=multiple, cp_size=cp_size, cp_rank=cp_rank
@@ -103,6 +105,7 @@ class Policy:
         at = pack.predictor if pack.local is None else pack.local[pack.predictor]
         out = torch.zeros(len(tokens) - 1, device=device())
         out[torch.from_numpy(at)] = torch.from_numpy(got[0]).to(device())
+        # Each rank filled in the rows it owns and left zeros elsewhere.
         if cp_size > 1:
             torch.distributed.all_reduce(out, group=ps.get_context_parallel_group())
         return out.cpu().numpy()
@@ -120,16 +123,18 @@ class Actor(Policy):
         )
         config = self.models[0].config
         self.chunks: list[DistributedDataParallel] = [
-            DistributedDataParallel(config=config, ddp_config=ddp, module=m, disable_bucketing=i > 0)
-            for i, m in enumerate(self.models)
+            DistributedDataParallel(config=config, ddp_config=ddp, module=model, disable_bucketing=i > 0)
+            for i, model in enumerate(self.models)
         ]
+        # Replicas read the same files, but a bit that differs on one would never be noticed again.
         for chunk in self.chunks:
             chunk.broadcast_params()
         self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), self.chunks)
         self.scheduler = _scheduler(cfg, self.optimizer)
         config.grad_scale_func = self.optimizer.scale_loss
         if cfg.parallel.overlap_grad_reduce:
-            syncs = [c.no_sync for c in self.chunks]
+            syncs = [own_chunk.no_sync for own_chunk in self.chunks]
+            # Megatron takes a list for virtual stages and a function for one chunk.
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.skipped_in_a_row = 0
 
@@ -170,6 +175,7 @@ class Actor(Policy):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         data = run_schedule(self.chunks, packs, self.head, loss=loss, gates=partial(clip_gates, self.cfg.algo))
+        # Read before the step: the scheduler then moves on.
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
         skipped = not math.isfinite(grad_norm)
@@ -183,11 +189,9 @@ class Actor(Policy):
         }
 
     def _apply_gradients(self) -> float:
-        """Clip and step; returns the gradient norm, the same on every rank. Nothing moves when it is not finite.
-
-        Megatron itself looks for NaN only under a loss scaler: in fp32 and bf16 its step would write them into the
-        weights, and a gradient norm that is reported afterwards comes too late.
-        """
+        """Clip and step; returns the gradient norm, the same on every rank. Nothing moves when it is not finite."""
+        # Megatron looks for NaN only under a loss scaler. In fp32 and bf16 its step would write them into the weights,
+        # and a gradient norm that is reported afterwards comes too late.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if math.isfinite(grad_norm):
@@ -228,17 +232,17 @@ class Actor(Policy):
 
 
 def _optimizer_config(cfg: Config) -> OptimizerConfig:
-    t = cfg.train
+    train = cfg.train
     dtype = DTYPES[cfg.model.params_dtype]
     return OptimizerConfig(
         optimizer="adam",
-        lr=t.lr,
-        min_lr=t.min_lr,
-        weight_decay=t.weight_decay,
-        adam_beta1=t.adam_beta1,
-        adam_beta2=t.adam_beta2,
-        adam_eps=t.adam_eps,
-        clip_grad=t.clip_grad,
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
@@ -246,20 +250,21 @@ def _optimizer_config(cfg: Config) -> OptimizerConfig:
 
 
 def _scheduler(cfg: Config, optimizer: object) -> OptimizerParamScheduler:
-    """Learning rate and weight decay per optimizer step; without it Megatron decays norms and biases too."""
-    t = cfg.train
+    """Learning rate and weight decay per optimizer step."""
+    # Without a scheduler Megatron decays norms and biases too.
+    train = cfg.train
     # Megatron wants warm-up strictly inside the decay span.
-    decay = max(t.lr_decay_iters or 1, t.lr_warmup_iters + 1)
+    decay = max(train.lr_decay_iters or 1, train.lr_warmup_iters + 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=t.lr,
-        min_lr=t.min_lr,
-        lr_warmup_steps=t.lr_warmup_iters,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.lr_warmup_iters,
         lr_decay_steps=decay,
-        lr_decay_style=t.lr_decay_style,
-        start_wd=t.weight_decay,
-        end_wd=t.weight_decay,
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
         wd_incr_steps=decay,
         wd_incr_style="constant",
     )

@@ -35,7 +35,11 @@ class ShardTarget:
     """This rank's shards as the destination of a reshard: whole tensors are collected and written, shard by shard."""
 
     def __init__(self, layout: Mapping[str, ParamLayout], directory: Path, rank: int, dtype: torch.dtype, limit: int):
-        self._layout, self._directory, self._rank, self._dtype, self._limit = layout, directory, rank, dtype, limit
+        self._layout = layout
+        self._directory = directory
+        self._rank = rank
+        self._dtype = dtype
+        self._limit = limit
         self._open: dict[str, Tensor] = {}
         self._whole: dict[str, Tensor] = {}
         self.shards: list[tuple[str, list[str], int]] = []
@@ -52,7 +56,7 @@ class ShardTarget:
     def update_weight(self, chunk: int, name: str) -> None:
         """Into the shard; a full shard is written first."""
         tensor = self._open.pop(name)
-        if self._whole and sum(t.nbytes for t in self._whole.values()) + tensor.nbytes > self._limit:
+        if self._whole and sum(held.nbytes for held in self._whole.values()) + tensor.nbytes > self._limit:
             self._write()
         self._whole[name] = tensor
 
@@ -69,7 +73,7 @@ class ShardTarget:
     def _write(self) -> None:
         name = f"rank{self._rank:05d}-{len(self.shards):05d}.safetensors"
         save_file(self._whole, self._directory / name, metadata={"format": "pt"})
-        self.shards.append((name, list(self._whole), sum(t.nbytes for t in self._whole.values())))
+        self.shards.append((name, list(self._whole), sum(tensor.nbytes for tensor in self._whole.values())))
         self._whole = {}
 
 
@@ -106,9 +110,10 @@ def write_hf(
     Returns its bytes, shards and the seconds of transport of the slowest rank. `like`: the directory with
     configuration and tokenizer. Raises HfCheckpointError when what was written is not the tensors of `spec`.
     """
-    world, rank = dist.world_size(), dist.rank()
+    world = dist.world_size()
+    rank = dist.rank()
     # No more writers than shards: a small model is one file.
-    size = sum(math.prod(s) for s in hf_shapes(spec).values()) * dtype.itemsize
+    size = sum(math.prod(shape) for shape in hf_shapes(spec).values()) * dtype.itemsize
     writers = max(1, min(world, -(-size // max_shard_bytes)))
     files = files_side(spec, world, writers)
     resharder = Resharder.between(
@@ -120,11 +125,12 @@ def write_hf(
         timeout_s=cfg.distributed.timeout_s,
     )
     shards = ShardTarget(files.of(rank)[0], directory, rank, dtype, max_shard_bytes)
-    stats = resharder([local_params(m) for m in models], shards)
-    written = [s for told in dist.gather_objects(shards.shards) for s in told]
+    stats = resharder([local_params(model) for model in models], shards)
+    written = [shard for of_rank in dist.gather_objects(shards.shards) for shard in of_rank]
     if dist.is_main():
         _complete(directory, written, spec, Path(like), dtype, cfg.data.chat_template)
-        HfReader(directory, spec).close()  # key set and shapes, as the next reader will see them
+        # Key set and shapes, as the next reader will see them.
+        HfReader(directory, spec).close()
     dist.barrier(f"completing {directory}", cfg.distributed.timeout_s)
     return {
         "bytes": sum(size for _, _, size in written),

@@ -10,12 +10,6 @@ optimizer state are saved by global tensor, so another TP x PP x DP layout can l
 Before anything is loaded, the ranks read the files once, each its share, and compare their SHA-256: a flipped bit is
 named, not trained on. Then names and shapes of the stored tensors are held against the model's, and the vocabulary's
 size against the one it was saved with: rows of padding may differ, and Megatron by itself would let any rows differ.
-
-Common state is plain JSON text inside the checkpoint: Megatron would unpickle anything else on load.
-
-Traps of the distributed optimizer over torch's AdamW (no Transformer Engine, no Apex), each silent or
-fatal, each undone here: its state must exist before loading; `step` is missing from what it copies back;
-and after loading every parameter shares one `step` tensor, which then advances once per parameter.
 """
 
 from __future__ import annotations
@@ -62,7 +56,7 @@ class ModelChunk(Protocol):
 
 def _model_state(models: Sequence[ModelChunk], metadata: dict[str, Any]) -> dict[str, Any]:
     """Sharded state of all chunks of this rank; keys are global names, so the chunk count may differ on load."""
-    return {f"model{i}": m.sharded_state_dict(metadata=metadata) for i, m in enumerate(models)}
+    return {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
 
 
 def _metadata() -> dict[str, Any]:
@@ -85,30 +79,34 @@ def _is_distributed(optimizer: Any) -> bool:
 
 
 def _give_state(o: Any) -> None:
-    """The state that torch's AdamW makes in its first step, made now: loading writes into it, and a run that
-    saves before it ever stepped has something to save. (Megatron's own way takes a step, which decays weights.)
-    """
+    """Make the state that torch's AdamW makes in its first step."""
+    # Loading writes into it, and a run that saves before it ever stepped has something to save. Megatron's own way
+    # takes a step, which decays weights.
     for group in o.optimizer.param_groups:
         for param in group["params"]:
             if not o.optimizer.state[param]:
-                zeros = {k: torch.zeros_like(param) for k in ("exp_avg", "exp_avg_sq")}
+                zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
                 o.optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
 
 
 def _prepare_optimizer_for_load(optimizer: Any) -> None:
-    """Give a fresh distributed optimizer the state that loading writes into (traps 1 and 2 of the docstring)."""
-    for o in _inner_optimizers(optimizer):
-        if not (_uses_torch_adam(o) and _is_distributed(o)):
+    """Give a fresh distributed optimizer over torch's AdamW the state that loading writes into."""
+    # Without Transformer Engine and Apex. With either, Megatron does this itself.
+    for inner in _inner_optimizers(optimizer):
+        if not (_uses_torch_adam(inner) and _is_distributed(inner)):
             continue
-        _give_state(o)
-        copy_back = o._set_main_param_and_optimizer_states
+        _give_state(inner)
+        # What Megatron copies back after loading leaves `step` out, and the optimizer would begin at 0.
+        copy_back = inner._set_main_param_and_optimizer_states
 
-        def with_step(model_param: Any, tensors: dict[str, Any], o: Any = o, copy_back: Any = copy_back) -> None:
-            group, order = o.model_param_group_index_map[model_param]
-            state = o.optimizer.state[o.optimizer.param_groups[group]["params"][order]]
+        def with_step(
+            model_param: Any, tensors: dict[str, Any], inner: Any = inner, copy_back: Any = copy_back
+        ) -> None:
+            group, order = inner.model_param_group_index_map[model_param]
+            state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][order]]
             copy_back(model_param, {**tensors, "step": tensors.get("step", state["step"])})
 
-        o._set_main_param_and_optimizer_states = with_step
+        inner._set_main_param_and_optimizer_states = with_step
 
 
 def _restore_zero_step(optimizer: Any, loaded: dict[str, Any]) -> None:
@@ -119,10 +117,11 @@ def _restore_zero_step(optimizer: Any, loaded: dict[str, Any]) -> None:
 
 
 def _separate_steps(optimizer: Any) -> None:
-    """One `step` tensor per parameter again (trap 3)."""
-    for o in _inner_optimizers(optimizer):
-        if _uses_torch_adam(o) and _is_distributed(o):
-            for state in o.optimizer.state.values():
+    """One `step` tensor per parameter again."""
+    # After loading, all parameters share one, which then advances once per parameter.
+    for inner in _inner_optimizers(optimizer):
+        if _uses_torch_adam(inner) and _is_distributed(inner):
+            for state in inner.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
 
@@ -139,7 +138,8 @@ def load_model_weights(models: Sequence[ModelChunk], directory: str | Path) -> N
     Raises CheckpointError, the same on every rank and before anything is loaded, for damaged files and for tensors
     that are not the model's.
     """
-    directory, state = Path(directory), _model_state(models, _metadata())
+    directory = Path(directory)
+    state = _model_state(models, _metadata())
     manifest = check_complete(directory)
     check_digests(directory, manifest)
     _check_tensors(directory, manifest, state, models)
@@ -161,11 +161,12 @@ def save_training(
     `directory` appears whole; an older checkpoint under its name stays until then.
     """
     metadata = _metadata()
-    for o in filter(_uses_torch_adam, _inner_optimizers(optimizer)):
-        _give_state(o)
+    for inner in filter(_uses_torch_adam, _inner_optimizers(optimizer)):
+        _give_state(inner)
     state = _model_state(models, metadata)
     model_state = _merged(state)
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
+    # Plain JSON text: Megatron would unpickle anything else on load.
     state[TRAINER_STATE] = json.dumps({"trainer": trainer, "scheduler": scheduler.state_dict()})
     note = {"kind": "training", "step": trainer["step"], "vocab_size": _vocab_size(models)}
     with dist.shared_directory(directory, timeout_s, replace=True) as partial:
@@ -201,7 +202,7 @@ def load_training(
 
 def _merged(state: dict[str, Any]) -> dict[str, Any]:
     """The optimizer looks parameters up in one state dict, or per chunk under model0, model1, ..."""
-    chunks = [v for k, v in state.items() if k.startswith("model")]
+    chunks = [chunk for name, chunk in state.items() if name.startswith("model")]
     return chunks[0] if len(chunks) == 1 else state
 
 
@@ -211,21 +212,22 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
     dist.barrier(f"saving to {directory}", timeout_s)
     digests = _digests(directory, _files(directory))
     if dist.is_main():
+        # Last: a directory without a manifest was cut short.
         _write_manifest(directory, note, digests)
     dist.barrier(f"the manifest of {directory}", timeout_s)
 
 
 def _files(directory: Path) -> list[str]:
     """All files below `directory`, sorted, by their paths relative to it."""
-    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
 def _digests(directory: Path, names: list[str]) -> dict[str, str]:
     """File -> SHA-256, on every rank; each reads its share of the files. Collective over all ranks."""
     mine = {}
     for name in names[dist.rank() :: dist.world_size()]:
-        with (directory / name).open("rb") as f:
-            mine[name] = hashlib.file_digest(f, "sha256").hexdigest()
+        with (directory / name).open("rb") as file:
+            mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return {name: digest for told in dist.gather_objects(mine) for name, digest in told.items()}
 
 
@@ -302,22 +304,24 @@ def _check_tensors(
     the rows that pad a vocabulary may differ. Raises CheckpointError on every rank. Collective over all ranks.
     """
     stored = {
-        name: list(t.global_shape)
-        for name, t in dist_checkpointing.load_tensors_metadata(str(directory)).items()
+        name: list(tensor.global_shape)
+        for name, tensor in dist_checkpointing.load_tensors_metadata(str(directory)).items()
         if not name.startswith("optimizer.")
     }
     wanted: dict[str, tuple[list[int], bool]] = {}
-    here = {t.key: (list(t.global_shape), t.allow_shape_mismatch) for t in _sharded(state)}
+    here = {tensor.key: (list(tensor.global_shape), tensor.allow_shape_mismatch) for tensor in _sharded(state)}
     for told in dist.gather_objects(here):
         wanted |= told
-    vocabulary, stored_vocabulary = _vocab_size(models), manifest.get("vocab_size", _vocab_size(models))
+    vocabulary = _vocab_size(models)
+    stored_vocabulary = manifest.get("vocab_size", _vocab_size(models))
     for name, (shape, padded) in wanted.items():
         if name not in stored:
             near = nearest(name, set(stored) - set(wanted) or stored)
             raise CheckpointError(f"{directory}: tensor {name} {shape} is missing{near}")
+        # Megatron by itself lets any rows differ where a tensor may be padded; only rows of padding may.
         padding = padded and stored[name][1:] == shape[1:] and stored[name][0] >= vocabulary
         if (stored[name] != shape and not padding) or (padded and vocabulary != stored_vocabulary):
-            rows, need = (f" for a vocabulary of {n}" if padded else "" for n in (stored_vocabulary, vocabulary))
+            rows, need = (f" for a vocabulary of {size}" if padded else "" for size in (stored_vocabulary, vocabulary))
             raise CheckpointError(f"{directory}: tensor {name} has shape {stored[name]}{rows}; expected {shape}{need}")
     if extra := sorted(set(stored) - set(wanted)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -348,10 +352,10 @@ def step_directories(save: str | Path) -> list[Path]:
 def set_aside_others(save: str | Path, resumed_from: Path | None) -> Path | None:
     """Move checkpoints that are not this run's past to `save`/set_aside_N; returns that directory, None if none were.
 
-    This run's past is `resumed_from` and what is older beside it. Without this, a run that begins anew in a used
-    directory has its checkpoints pruned behind higher numbers of the run before, or is resumed as that one.
-    Rank 0 only.
+    This run's past is `resumed_from` and what is older beside it. Rank 0 only.
     """
+    # A run that begins anew in a used directory would have its checkpoints pruned, because those of the run before
+    # have higher numbers, or would be resumed as that run.
     found = step_directories(save)
     past = []
     if resumed_from is not None and resumed_from.resolve().parent == Path(save).resolve():

@@ -3,13 +3,12 @@
     cfg = load_config("examples/tiny_cpu.yaml", ["train.lr=3e-4", "parallel.tensor_model_parallel_size=2"])
 
 The keys are defined and documented section by section beside this file (`treepo-mega train --help-config` prints
-them). An unknown key is an error that names the nearest known one, a key that has moved (`moved`) one that names its
-new place. `check(cfg, world_size, spec)` applies the
-rules that join several keys (`config/rules.py`): world size, divisibility, batch sizes. This module
-imports neither torch nor megatron nor vLLM, so that planning and `--dry-run` work anywhere.
+them). An unknown key is an error that names the nearest known one. A key that has moved (`moved`) is an error that
+names its new place. `check(cfg, world_size, spec)` applies the rules that join several keys (`config/rules.py`). This
+module imports neither torch nor megatron nor vLLM, so that planning and `--dry-run` work anywhere.
 
-What counts as a sample: one *trajectory* (a root-to-leaf path). A tree with `n_samples_per_prompt`
-leaves counts as that many samples, whatever it shares, so that
+A sample is one *trajectory* (a root-to-leaf path). A tree with `n_samples_per_prompt` leaves counts as that many
+samples, whatever it shares, so that
 
     rollout_batch_size * n_samples_per_prompt = global_batch_size * num_steps_per_rollout
 
@@ -153,6 +152,7 @@ def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Any:
     if isinstance(value, list):
         return [_numbers(inner, (*path, index)) for index, inner in enumerate(value)]
     if isinstance(value, str) and value[:1] in tuple("+-0123456789.") and any(char in value for char in "eE"):
+        # A name such as `1e5-model` is no number: what the key takes decides, not how the value looks.
         annotation = annotation_at(Config, path)
         if annotation is not None and scalar_is_text(annotation):
             return value
@@ -168,6 +168,7 @@ def dump_text(cfg: Config) -> str:
     >>> [line.strip() for line in dump_text(cfg).splitlines() if "global_batch_size" in line]
     ['global_batch_size: null  # derived: 256']
     """
+    # One line a value, however long: YAML's folding would put the comment inside the text.
     lines = yaml.safe_dump(cfg.as_set(), sort_keys=False, width=10**6).splitlines()
     sections: list[str] = []
     for number, line in enumerate(lines):
@@ -187,22 +188,24 @@ def dump_config(cfg: Config, path: str | Path) -> None:
 
 def batch_invariant(cfg: Config) -> str:
     """The batch sizes as one line for people; `check` verifies it."""
-    r, t = cfg.rollout, cfg.train
+    rollout = cfg.rollout
+    train = cfg.train
     return (
-        f"{r.rollout_batch_size} prompts x {r.n_samples_per_prompt} trajectories "
-        f"= {t.global_batch_size} trajectories x {t.num_steps_per_rollout} optimizer steps per rollout"
+        f"{rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} trajectories "
+        f"= {train.global_batch_size} trajectories x {train.num_steps_per_rollout} optimizer steps per rollout"
     )
 
 
 def data_parallel_size(cfg: Config, world_size: int) -> int:
     """Megatron's data-parallel size; ConfigError when the world size does not fit."""
-    p = cfg.parallel
-    size = p.model_parallel_size
+    parallel = cfg.parallel
+    size = parallel.model_parallel_size
     if world_size % size:
         raise ConfigError(
-            f"world size {world_size} is not a multiple of tensor_model_parallel_size {p.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size {p.pipeline_model_parallel_size} x context_parallel_size "
-            f"{p.context_parallel_size} = {size}: start {size}, {2 * size}, ... processes"
+            f"world size {world_size} is not a multiple of "
+            f"tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {parallel.pipeline_model_parallel_size} x context_parallel_size "
+            f"{parallel.context_parallel_size} = {size}: start {size}, {2 * size}, ... processes"
         )
     return world_size // size
 
@@ -212,6 +215,7 @@ def check(cfg: Config, world_size: int, spec: ModelSpec | None = None) -> list[s
 
     Returns notes for people (the batch invariant, sizes). Raises ConfigError listing every broken rule.
     """
+    # Every broken rule at once: a start on a cluster costs more than a reading of the file.
     bad: list[str] = []
     dp = 0
     try:
@@ -224,10 +228,11 @@ def check(cfg: Config, world_size: int, spec: ModelSpec | None = None) -> list[s
         bad += check_model(cfg, spec)
     if bad:
         raise ConfigError("\n  ".join(["the configuration does not fit:", *bad]))
-    p = cfg.parallel
+    parallel = cfg.parallel
+    engine_tp = cfg.rollout.engine.tensor_parallel_size
     return [
-        f"world size {world_size} = TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
-        f" x CP {p.context_parallel_size} x DP {dp}; engines {world_size // cfg.rollout.engine.tensor_parallel_size}"
-        f" x TP_v {cfg.rollout.engine.tensor_parallel_size}",
+        f"world size {world_size} = TP {parallel.tensor_model_parallel_size}"
+        f" x PP {parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP {dp};"
+        f" engines {world_size // engine_tp} x TP_v {engine_tp}",
         batch_invariant(cfg),
     ]

@@ -19,24 +19,28 @@ if TYPE_CHECKING:
 
 def check_batch(cfg: Config) -> list[str]:
     """The batch sizes agree, and the longest trajectory fits into a micro-batch."""
-    r, t = cfg.rollout, cfg.train
+    rollout = cfg.rollout
+    train = cfg.train
     bad = []
-    made, used = r.rollout_batch_size * r.n_samples_per_prompt, (t.global_batch_size or 0) * t.num_steps_per_rollout
+    made = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+    used = (train.global_batch_size or 0) * train.num_steps_per_rollout
     if made != used:
         bad.append(
             f"rollout.rollout_batch_size x rollout.n_samples_per_prompt = {made} trajectories per rollout, but "
             f"train.global_batch_size x train.num_steps_per_rollout = {used}: they must be equal"
         )
-    if r.rollout_batch_size % t.num_steps_per_rollout:
+    if rollout.rollout_batch_size % train.num_steps_per_rollout:
         bad.append(
-            f"rollout.rollout_batch_size {r.rollout_batch_size} is not a multiple of train.num_steps_per_rollout "
-            f"{t.num_steps_per_rollout}: mini-batches never split a prompt"
+            f"rollout.rollout_batch_size {rollout.rollout_batch_size} is not a multiple of train.num_steps_per_rollout "
+            f"{train.num_steps_per_rollout}: mini-batches never split a prompt"
         )
-    if cfg.algo.ratio_level == "sequence" and (t.prefix_sharing != "none" or cfg.parallel.context_parallel_size > 1):
+    if cfg.algo.ratio_level == "sequence" and (
+        train.prefix_sharing != "none" or cfg.parallel.context_parallel_size > 1
+    ):
         bad.append(
             "algo.ratio_level sequence needs train.prefix_sharing none (and context_parallel_size 1): a sequence's "
             "ratio is a mean over its own tokens, so a shared token has as many ratios as trajectories, and the "
-            f"clipped loss no longer depends on two sums of advantages; got prefix_sharing {t.prefix_sharing}, "
+            f"clipped loss no longer depends on two sums of advantages; got prefix_sharing {train.prefix_sharing}, "
             f"context_parallel_size {cfg.parallel.context_parallel_size}"
         )
     if cfg.algo.policy_loss == "cispo" and cfg.algo.ratio_level == "sequence":
@@ -55,59 +59,63 @@ def check_batch(cfg: Config) -> list[str]:
             f"algo.leaf_weight descent with rollout.fallback.from {fallback}: leaves made by fallback are no fair "
             "samples of the policy and would count nothing, but cost their tokens; set rollout.fallback.from=none"
         )
-    if t.max_tokens_per_gpu < cfg.max_model_len:
+    if train.max_tokens_per_gpu < cfg.max_model_len:
         bad.append(
-            f"train.max_tokens_per_gpu {t.max_tokens_per_gpu} is smaller than the longest trajectory "
+            f"train.max_tokens_per_gpu {train.max_tokens_per_gpu} is smaller than the longest trajectory "
             f"(data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len})"
         )
     return bad
 
 
 def check_sampling(cfg: Config, world_size: int) -> list[str]:
-    """Sampling is one whose logprobs can be trained on, within the limits of engine and tree."""
-    r, bad = cfg.rollout, []
-    if world_size % r.engine.tensor_parallel_size:
+    """The sampled logprobs can be trained on, and engine and tree can hold what is asked for."""
+    rollout = cfg.rollout
+    bad = []
+    if world_size % rollout.engine.tensor_parallel_size:
         bad.append(
             f"world size {world_size} is not a multiple of rollout.engine.tensor_parallel_size "
-            f"{r.engine.tensor_parallel_size}"
+            f"{rollout.engine.tensor_parallel_size}"
         )
-    bad += _check_tree(r)
-    if r.engine.max_num_batched_tokens < cfg.max_model_len:
+    bad += _check_tree(rollout)
+    if rollout.engine.max_num_batched_tokens < cfg.max_model_len:
         bad.append(
-            f"rollout.engine.max_num_batched_tokens {r.engine.max_num_batched_tokens} is smaller than the longest "
-            f"trajectory ({cfg.max_model_len} tokens)"
+            f"rollout.engine.max_num_batched_tokens {rollout.engine.max_num_batched_tokens} is smaller than the "
+            f"longest trajectory ({cfg.max_model_len} tokens)"
         )
-    if r.engine.quantization and r.engine.dtype != "bf16":
-        bad.append(f"rollout.engine.quantization needs rollout.engine.dtype bf16, which is {r.engine.dtype}")
-    if r.dynamic_sampling and r.n_samples_per_prompt < 2:
+    if rollout.engine.quantization and rollout.engine.dtype != "bf16":
+        bad.append(f"rollout.engine.quantization needs rollout.engine.dtype bf16, which is {rollout.engine.dtype}")
+    # One reward never differs from itself: every prompt would be dropped.
+    if rollout.dynamic_sampling and rollout.n_samples_per_prompt < 2:
         bad.append("rollout.dynamic_sampling needs rollout.n_samples_per_prompt >= 2: one reward never differs")
     return bad
 
 
-def _check_tree(r: RolloutConfig) -> list[str]:
+def _check_tree(rollout: RolloutConfig) -> list[str]:
     """A tree of this shape can have its n_samples_per_prompt leaves, and its paths can reach their length."""
-    if r.mode != "tree":
-        odd = [name for name in ("token_budget", "partial_rollout") if getattr(r, name) is not None]
+    if rollout.mode != "tree":
+        odd = [name for name in ("token_budget", "partial_rollout") if getattr(rollout, name) is not None]
         return [f"rollout.{name} needs rollout.mode tree: sequential samples have one segment" for name in odd]
-    bad, first, width = _check_segments(r), r.branching.factor, r.n_samples_per_prompt
-    if r.token_budget is not None and r.branching.transfer == "quota":
+    bad = _check_segments(rollout)
+    first = rollout.branching.factor
+    width = rollout.n_samples_per_prompt
+    if rollout.token_budget is not None and rollout.branching.transfer == "quota":
         bad.append(
             "rollout.token_budget needs rollout.branching.transfer level: under quota no path knows what others spent"
         )
-    if r.token_budget is not None and r.token_budget < r.segment.length:
+    if rollout.token_budget is not None and rollout.token_budget < rollout.segment.length:
         bad.append(
-            f"rollout.token_budget {r.token_budget} is less than one segment (rollout.segment.length "
-            f"{r.segment.length}): it could not begin a tree"
+            f"rollout.token_budget {rollout.token_budget} is less than one segment (rollout.segment.length "
+            f"{rollout.segment.length}): it could not begin a tree"
         )
-    if r.branching.budget.temperature_end is not None and r.branching.budget.kind == "equal":
+    if rollout.branching.budget.temperature_end is not None and rollout.branching.budget.kind == "equal":
         bad.append(
             "rollout.branching.budget.temperature_end has no effect with rollout.branching.budget.kind equal: "
             "nothing is weighed"
         )
-    if r.partial_rollout is not None and r.debug.schedule == "level":
+    if rollout.partial_rollout is not None and rollout.debug.schedule == "level":
         bad.append("rollout.partial_rollout needs debug.schedule async")
-    if r.branching.initial is not None:
-        low, first = r.branching.initial
+    if rollout.branching.initial is not None:
+        low, first = rollout.branching.initial
         if not 1 <= low <= first:
             return [*bad, f"rollout.branching.initial {[low, first]}: expected [lo, hi] with 1 <= lo <= hi"]
         if first > width:
@@ -116,15 +124,18 @@ def _check_tree(r: RolloutConfig) -> list[str]:
                 f"{width} leaves cannot begin with more branches than that"
             )
     # A path ends by its length, whatever max_depth allows.
-    depth = min(r.depth_limit, -(-r.max_response_len // r.segment.length))
-    reachable = first * r.branching.factor ** min(depth - 1, 64)
-    if r.fallback.from_ == "none" and reachable < width:
-        begin = "rollout.branching.factor" if r.branching.initial is None else "the most of rollout.branching.initial"
+    depth = min(rollout.depth_limit, -(-rollout.max_response_len // rollout.segment.length))
+    # Bounded exponent: past 2**64 leaves the answer is the same, and a depth of 10,000 would make a huge integer.
+    reachable = first * rollout.branching.factor ** min(depth - 1, 64)
+    if rollout.fallback.from_ == "none" and reachable < width:
+        begin = (
+            "rollout.branching.factor" if rollout.branching.initial is None else "the most of rollout.branching.initial"
+        )
         bad.append(
             f"rollout.n_samples_per_prompt {width} is out of reach: with rollout.fallback.from none, {begin} {first} "
-            f"at the prompt and rollout.branching.factor {r.branching.factor} after each of the other {depth - 1} "
-            f"segments, paths that run to their end give {reachable} leaves; use another rollout.fallback.from, more "
-            f"branches, or a smaller rollout.segment.length than {r.segment.length}"
+            f"at the prompt and rollout.branching.factor {rollout.branching.factor} after each of the other "
+            f"{depth - 1} segments, paths that run to their end give {reachable} leaves; use another "
+            f"rollout.fallback.from, more branches, or a smaller rollout.segment.length than {rollout.segment.length}"
         )
     return bad
 
@@ -153,58 +164,64 @@ def _check_segments(r: RolloutConfig) -> list[str]:
 
 def check_parallel(cfg: Config) -> list[str]:
     """The parallel settings do not contradict one another."""
-    p, bad = cfg.parallel, []
-    if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+    parallel = cfg.parallel
+    bad = []
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         bad.append("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
-    if p.virtual_pipeline_model_parallel_size and p.pipeline_model_parallel_size < 2:
+    if parallel.virtual_pipeline_model_parallel_size and parallel.pipeline_model_parallel_size < 2:
         bad.append("parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1")
-    if p.recompute_granularity == "full" and not (p.recompute_method and p.recompute_num_layers):
+    if parallel.recompute_granularity == "full" and not (parallel.recompute_method and parallel.recompute_num_layers):
         bad.append("parallel.recompute_granularity=full needs recompute_method and recompute_num_layers")
     return bad
 
 
 def check_loss(cfg: Config) -> list[str]:
     """Objective and precisions do not contradict one another. Whether the machine has the latter: loss/te.py."""
-    m, h, bad = cfg.model, cfg.loss, []
+    model = cfg.model
+    loss = cfg.loss
+    bad = []
     estimator = cfg.algo.advantage_estimator
     if cfg.algo.reject_zero_std_subgroups and not estimator.startswith("treepo"):
         bad.append(
             "algo.reject_zero_std_subgroups needs algo.advantage_estimator treepo or treepo_size_weighted: "
             f"{estimator} has no subgroups"
         )
-    fp8 = "fp8" in (h.precision, h.logprob_precision)
-    if h.fp8_grads and h.precision != "fp8":
-        bad.append(f"loss.fp8_grads needs loss.precision fp8, which is {h.precision}")
+    fp8 = "fp8" in (loss.precision, loss.logprob_precision)
+    if loss.fp8_grads and loss.precision != "fp8":
+        bad.append(f"loss.fp8_grads needs loss.precision fp8, which is {loss.precision}")
     if cfg.debug.power_of_2_scales and not fp8:
-        bad.append(f"debug.power_of_2_scales needs loss.precision fp8, which is {h.precision}")
-    if m.fp8 and m.params_dtype != "bf16":
-        bad.append(f"model.fp8 {m.fp8} needs model.params_dtype bf16, which is {m.params_dtype}")
-    if m.first_last_layers_bf16 and not m.fp8:
+        bad.append(f"debug.power_of_2_scales needs loss.precision fp8, which is {loss.precision}")
+    if model.fp8 and model.params_dtype != "bf16":
+        bad.append(f"model.fp8 {model.fp8} needs model.params_dtype bf16, which is {model.params_dtype}")
+    if model.first_last_layers_bf16 and not model.fp8:
         bad.append("model.first_last_layers_bf16 needs model.fp8: without it every layer has model.params_dtype")
-    if m.first_last_layers_bf16 and m.fp8_recipe == "delayed":
+    # Megatron enters one FP8 context for all layers under this recipe: it cannot leave two of them out.
+    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
         bad.append("model.first_last_layers_bf16 cannot be had with model.fp8_recipe delayed; use tensorwise")
     return bad
 
 
 def check_model(cfg: Config, spec: ModelSpec) -> list[str]:
     """Parallel sizes divide the model `spec`, and the window holds a trajectory."""
-    p, bad = cfg.parallel, []
-    tp, heads = p.tensor_model_parallel_size, spec.num_attention_heads
+    parallel = cfg.parallel
+    bad = []
+    tp = parallel.tensor_model_parallel_size
+    heads = spec.num_attention_heads
     groups = spec.num_key_value_heads
-    for name, n in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
-        if n % tp:
-            near = max(d for d in range(1, tp + 1) if n % d == 0)
+    for name, count in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
+        if count % tp:
+            near = max(divisor for divisor in range(1, tp + 1) if count % divisor == 0)
             bad.append(
-                f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {n} "
+                f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {count} "
                 f"(nearest that does: {near})"
             )
     if spec.intermediate_size % tp:
         bad.append(
             f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {spec.intermediate_size}"
         )
-    if p.sequence_parallel and spec.hidden_size % tp:
+    if parallel.sequence_parallel and spec.hidden_size % tp:
         bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide hidden_size {spec.hidden_size}")
-    stages = p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if spec.num_layers % stages:
         bad.append(f"{spec.num_layers} layers cannot be split evenly over {stages} pipeline stages")
     if unknown := [i for i in cfg.rollout.stop.eos_token_ids or [] if not 0 <= i < spec.vocab_size]:

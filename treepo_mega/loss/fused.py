@@ -5,10 +5,8 @@ a sum over rows, that gradient has a closed form and is known in forward. So eac
 -> logp and entropy -> loss and slope (`policy.py`) -> d loss / d logits, over the tile itself -> dHidden and dWeight.
 That is three matrix products in place of four. Only dHidden [N, K] is kept for the backward pass.
 
-dWeight is therefore added to its buffer in the *forward* pass. That is right under two conditions, which hold for
-Megatron's schedules: the gradient that arrives at this loss is known beforehand (`loss_scale`, 1 without a loss
-scaler) and every forward pass that is run with gradients is followed by its backward pass. The first is checked.
-Without a `main_grad` the weight gradient is kept ([V/tp, K]) and scaled in the backward pass as usual.
+dWeight is therefore added to its buffer in the *forward* pass. Without a `main_grad` the weight gradient is kept
+([V/tp, K]) and scaled in the backward pass as usual.
 """
 
 from __future__ import annotations
@@ -51,24 +49,29 @@ class _RowLoss(torch.autograd.Function):
         logp, entropy = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         for part in tiles.parts():
-            z = tiles.logits(part)
-            peak, partial = tiles.sums_(part, z)
+            tile = tiles.logits(part)
+            peak, partial = tiles.sums_(part, tile)
             logp[part], entropy[part], lse = over_shards(shard, peak, partial)
             value, g_logp, g_entropy = _slopes(loss, logp[part], entropy[part], part, reports)
             total += value
+            # Megatron's buffer gets its gradient now. That is right under two conditions, which hold for Megatron's
+            # schedules: the gradient that will arrive here is known (`loss_scale`; backward checks it), and every
+            # forward pass with gradients is followed by its backward pass.
             if buffer is not None and loss_scale != 1:
                 g_logp = g_logp * loss_scale
                 g_entropy = None if g_entropy is None else g_entropy * loss_scale
-            # z holds exp(z - peak); exp(peak - lse) completes the softmax.
-            if z.shape[1]:
-                z.mul_((peak - lse).exp()[:, None])
-            dz = tiles.to_gradient_(part, z, g_logp, g_entropy, entropy[part])
+            # The tile holds exp(z - peak); exp(peak - lse) completes the softmax.
+            if tile.shape[1]:
+                tile.mul_((peak - lse).exp()[:, None])
+            dz = tiles.to_gradient_(part, tile, g_logp, g_entropy, entropy[part])
             tiles.ops.add_gradients(part, dz, d_hidden, d_weight)
+        # Without rows no tile ran, and the statistics must still have their names.
         if not hidden.shape[0]:
             value, _, _ = _slopes(loss, logp, entropy, slice(0, 0), reports)
             total += value
         ctx.save_for_backward(d_hidden, *([d_weight] if buffer is None else []))
-        ctx.loss_scale, ctx.dtype = loss_scale, weight.dtype
+        ctx.loss_scale = loss_scale
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(logp, entropy)
         return total, logp, entropy
 

@@ -1,10 +1,10 @@
 """Which numerics the head runs in, and whether FP8 may go on.
 
-FP8 moves logprobs by a few hundredths of a nat, and against a clip range of 0.2 that matters; how far depends on the
-model's activations, which nobody knows beforehand. So every step asks: in the old-logprob pass a sample of each
-micro-batch's rows is computed in fp8 and in bf16. When the mean difference over all ranks is beyond
-`loss.guard.max_abs_diff` the step runs in bf16 (its old logprobs are computed again, so that ratios compare like
-with like) and is counted; the following steps go on in bf16 and still ask, until the sample is within the limit again.
+FP8 moves logprobs by a few hundredths of a nat; against a clip range of 0.2 that matters. How far depends on the
+model's activations, and is not known beforehand. So every step measures: the old-logprob pass computes a sample of
+each micro-batch's rows in fp8 and in bf16. If the mean difference over all ranks exceeds `loss.guard.max_abs_diff`,
+the step runs in bf16 and is counted. Its old logprobs are computed again, so that ratios compare like with like. The
+following steps run in bf16 and still measure, until the sample is within the limit again.
 
 On the same rows, the update counts the clip decisions on which FP8 and bf16 disagree. Such flips are most of what FP8
 does to the gradient.
@@ -81,8 +81,8 @@ class HeadGuard:
 
     def numerics(self, *, for_update: bool) -> Numerics:
         """What a pass runs in now."""
-        n = self.update if for_update else self.logprobs
-        return replace(n, precision="bf16") if self.fallen and n.precision == "fp8" else n
+        chosen = self.update if for_update else self.logprobs
+        return replace(chosen, precision="bf16") if self.fallen and chosen.precision == "fp8" else chosen
 
     @torch.no_grad()
     def watch(self, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> Sample | None:
@@ -94,7 +94,7 @@ class HeadGuard:
         if not self.watches or not rows:
             return None
         take = torch.linspace(0, rows - 1, min(rows, self.config.guard.sample_rows), device=hidden.device).long()
-        low, exact = (self._logp(p, hidden[take], weight, target[take], shard) for p in ("fp8", "bf16"))
+        low, exact = (self._logp(precision, hidden[take], weight, target[take], shard) for precision in ("fp8", "bf16"))
         diff = (low - exact).abs()
         self.drift.total += float(diff.sum())
         self.drift.rows += len(take)
@@ -118,16 +118,19 @@ class HeadGuard:
         if sample is None or shard.numerics.precision != "fp8":
             return
         take = sample.take
-        low, exact = (self._logp(p, hidden[take], weight, target[take], shard) for p in ("fp8", "bf16"))
+        low, exact = (self._logp(precision, hidden[take], weight, target[take], shard) for precision in ("fp8", "bf16"))
         self.drift.flips += float((closed(low, None, take) != closed(exact, sample.old, take)).sum())
         self.drift.gates += len(take)
 
     def take_drift(self) -> Drift:
         """What was seen since the last call, on this rank."""
-        drift, self.drift = self.drift, Drift()
+        drift = self.drift
+        self.drift = Drift()
         return drift
 
     def decide(self, mean: float) -> bool:
         """Set this step's precision from the mean over all ranks; True when it changed from fp8 to bf16 just now."""
-        was, self.fallen = self.fallen, not mean <= self.config.guard.max_abs_diff
+        was = self.fallen
+        # Not `mean > limit`: NaN must fall back too.
+        self.fallen = not mean <= self.config.guard.max_abs_diff
         return self.fallen and not was

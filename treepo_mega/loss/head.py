@@ -5,7 +5,7 @@
     total, stats = head.loss(rows, target, loss_fn)      # gradients taken while the logits are there
 
 It owns what outlives a pass: the prepared (bf16, FP8) copies of the output matrix, the guard that watches FP8, and the
-choice of backend. What differs between passes is an argument. Whoever writes new weights calls `weights_changed`.
+choice of backend. What differs between passes is an argument. Call `weights_changed` after writing new weights.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class LossHead:
         `use_main_grad` False returns the weight's gradient as usual. Raises ConfigError when the backend that `config`
         asks for cannot run here.
         """
+        # A function, not a tensor: only the last pipeline stage has the matrix, and only it is asked.
         self.weight = weight
         self.vocab_size = vocab_size
         self.temperature = temperature

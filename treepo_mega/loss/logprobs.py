@@ -55,52 +55,57 @@ class Tiles:
 
     def logits(self, part: slice) -> Tensor:
         """z [n, valid] after temperature, in a buffer that the next call overwrites."""
-        h = self.ops.hidden
+        hidden = self.ops.hidden
         if self._buffer is None:
-            rows = min(self.rows, h.shape[0])
-            self._buffer = torch.empty(rows, self.shard.valid, dtype=self.ops.dtype, device=h.device)
-        z = self._buffer[: part.stop - part.start]
-        self.ops.logits(part, z, self.shard.temperature)
+            rows = min(self.rows, hidden.shape[0])
+            self._buffer = torch.empty(rows, self.shard.valid, dtype=self.ops.dtype, device=hidden.device)
+        # One buffer for all row parts: a slice of logits is the largest tensor of a step.
+        tile = self._buffer[: part.stop - part.start]
+        self.ops.logits(part, tile, self.shard.temperature)
         exact = self.ops.exact_targets(part, self.local[part], self.shard.temperature)
         if exact is not None and self.shard.valid:
             column = self.local[part, None]
-            z.scatter_(1, column, torch.where(self.mine[part, None], exact[:, None], z.gather(1, column)))
-        return z
+            tile.scatter_(1, column, torch.where(self.mine[part, None], exact[:, None], tile.gather(1, column)))
+        return tile
 
     def sums_(self, part: slice, z: Tensor) -> tuple[Tensor, Tensor]:
         """(peak [n], sums [3, n]) of this shard; z [n, valid] becomes exp(z - peak).
 
         sums: of exp(z - peak), of exp(z - peak) * (z - peak), and the target's logit (0 where another rank owns it).
         """
-        n = z.shape[0]
-        sums = torch.zeros(3, n, dtype=z.dtype, device=z.device)
+        count = z.shape[0]
+        sums = torch.zeros(3, count, dtype=z.dtype, device=z.device)
         if not z.shape[1]:
-            return torch.full((n,), float("-inf"), dtype=z.dtype, device=z.device), sums
+            return torch.full((count,), float("-inf"), dtype=z.dtype, device=z.device), sums
+        # exp(z - peak) is at most 1: no overflow, whatever the logits.
         peak = z.amax(1)
         sums[2] = torch.where(self.mine[part], z.gather(1, self.local[part, None])[:, 0], sums[2])
         if self._scratch is None:
             self._scratch = z.new_empty(min(self.rows, self.ops.hidden.shape[0]), min(COLUMNS, z.shape[1]))
-        for c in column_slices(z.shape[1]):
-            shifted = z[:, c].sub_(peak[:, None])
+        for columns in column_slices(z.shape[1]):
+            shifted = z[:, columns].sub_(peak[:, None])
             # One buffer for all slices: fresh ones of a few MiB fragment the heap, and the peak grows by half.
-            kept = self._scratch[:n, : shifted.shape[1]].copy_(shifted)
+            kept = self._scratch[:count, : shifted.shape[1]].copy_(shifted)
             sums[0] += shifted.exp_().sum(1)
             sums[1] += kept.mul_(shifted).sum(1)
         return peak, sums
 
     def to_gradient_(self, part: slice, p: Tensor, g_logp: Tensor, g_entropy: Tensor | None, entropy: Tensor) -> Tensor:
         """Turn p [n, valid] (softmax) in place into d loss / d logits before temperature; all others are [n]."""
-        g = g_logp / self.shard.temperature
+        scaled_logp = g_logp / self.shard.temperature
         if g_entropy is None:
-            p.mul_(-g[:, None])
+            p.mul_(-scaled_logp[:, None])
         else:
-            h = g_entropy / self.shard.temperature
-            for c in column_slices(p.shape[1]):
-                slope = p[:, c].log()
-                slope.masked_fill_(p[:, c] == 0, 0).add_(entropy[:, None]).mul_(h[:, None]).add_(g[:, None])
-                p[:, c].mul_(slope.neg_())
+            scaled_entropy = g_entropy / self.shard.temperature
+            for columns in column_slices(p.shape[1]):
+                # Where p is 0 its logarithm is -inf, and 0 * -inf would be NaN; the term's limit is 0.
+                slope = p[:, columns].log()
+                slope.masked_fill_(p[:, columns] == 0, 0).add_(entropy[:, None]).mul_(scaled_entropy[:, None]).add_(
+                    scaled_logp[:, None]
+                )
+                p[:, columns].mul_(slope.neg_())
         if p.shape[1]:
-            own = torch.where(self.mine[part], g, torch.zeros_like(g))
+            own = torch.where(self.mine[part], scaled_logp, torch.zeros_like(scaled_logp))
             p.scatter_add_(1, self.local[part, None], own[:, None])
         return p
 
@@ -129,11 +134,11 @@ class _LogProbEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=tiles.ops.dtype) if ctx.buffer is None else ctx.buffer
         for part in tiles.parts():
-            p = tiles.logits(part)
-            for c in column_slices(p.shape[1]):
-                p[:, c].sub_(lse[part, None]).exp_()
+            tile = tiles.logits(part)
+            for columns in column_slices(tile.shape[1]):
+                tile[:, columns].sub_(lse[part, None]).exp_()
             slope = None if g_entropy is None else g_entropy[part]
-            dz = tiles.to_gradient_(part, p, g_logp[part], slope, entropy[part])
+            dz = tiles.to_gradient_(part, tile, g_logp[part], slope, entropy[part])
             tiles.ops.add_gradients(part, dz, d_hidden, d_weight)
         return d_hidden, d_weight.to(weight.dtype) if ctx.buffer is None else None, None, None, None
 

@@ -7,8 +7,6 @@ One template, the precision is a parameter:
     fp8          both quantised to e4m3 by a recipe (`quantize.py`) but for a few loud channels, sums in fp32; the
                  target's own logit comes from bf16 operands when `exact_target` is on
 
-Logits are never rounded to bf16: sums stay in fp32 up to the log-softmax, as in the fused kernels.
-
 Gradients. dHidden = dz @ W and dW = dz^T @ hidden take the bf16 operands in precision bf16 and fp8 (`grads: bf16`),
 or the quantised operands and e5m2 row-scaled dz (`grads: fp8`, which is what saves the FLOPs of these two products
 on a GPU). dW is accumulated in fp32 into what the caller gives: Megatron's main_grad where there is one.
@@ -54,10 +52,7 @@ class Numerics:
 
 
 class WeightCache:
-    """The weight as bf16 or fp8, made once and kept until `clear()` or an in-place change that torch knows of.
-
-    Megatron's optimizers write through `.data`, which does not count as a change: whoever steps must clear.
-    """
+    """The weight as bf16 or fp8, made once and kept until `clear()` or an in-place change that torch knows of."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -65,21 +60,24 @@ class WeightCache:
         self._kept: dict[tuple[object, ...], Tensor | Split] = {}
 
     def clear(self) -> None:
-        """Forget everything: the weights have changed."""
+        """Forget everything: the weights have changed. Call it after every optimizer step."""
+        # Megatron's optimizers write through `.data`, and that does not raise the weight's version.
         self._kept.clear()
 
-    def quantised(self, weight: Tensor, valid: int, n: Numerics, hidden: Tensor, by: Quantizer = quantize) -> Split:
+    def quantised(
+        self, weight: Tensor, valid: int, numerics: Numerics, hidden: Tensor, by: Quantizer = quantize
+    ) -> Split:
         """`weight` [V/tp, K] quantised `by` a function; rows from `valid` on are padding.
 
         Its loud channels are chosen for the hidden states [N, K] of the first call after `clear()`, and kept.
         """
-        key = self._key(weight, valid, n.recipe, n.power_of_2_scales, n.loud_channels)
+        key = self._key(weight, valid, numerics.recipe, numerics.power_of_2_scales, numerics.loud_channels)
         if key not in self._kept:
             self.made += 1
-            w = weight.detach()
-            channels = loud_channels(hidden, w[:valid], n.loud_channels)
-            how = {"block_rows": BLOCK, "valid_rows": valid, "power_of_2_scales": n.power_of_2_scales}
-            self._kept[key] = split(w, channels, n.recipe, by, **how)
+            detached = weight.detach()
+            channels = loud_channels(hidden, detached[:valid], numerics.loud_channels)
+            how = {"block_rows": BLOCK, "valid_rows": valid, "power_of_2_scales": numerics.power_of_2_scales}
+            self._kept[key] = split(detached, channels, numerics.recipe, by, **how)
         kept = self._kept[key]
         assert isinstance(kept, Split)
         return kept
@@ -98,8 +96,9 @@ class WeightCache:
 
     def _key(self, weight: Tensor, *what: object) -> tuple[object, ...]:
         """What identifies a prepared weight; versions before this one are dropped."""
+        # The address alone may be another tensor's by now: the shape and torch's version counter join it.
         same = (weight.data_ptr(), tuple(weight.shape))
-        for old in [k for k in self._kept if k[:2] == same and k[2] != weight._version]:
+        for old in [key for key in self._kept if key[:2] == same and key[2] != weight._version]:
             del self._kept[old]
         return (*same, weight._version, *what)
 
@@ -122,11 +121,11 @@ class Operands:
     _hidden8: Split | None = None
 
     def __post_init__(self) -> None:
-        n = self.numerics
+        numerics = self.numerics
         # An empty micro-batch must not choose the loud channels that the cache keeps for all that follow.
         if self.fp8 and self.hidden.shape[0]:
-            h, channels = self.hidden.detach(), self._weight8().channels
-            self._hidden8 = split(h, channels, n.recipe, quantize, power_of_2_scales=n.power_of_2_scales)
+            how = {"power_of_2_scales": numerics.power_of_2_scales}
+            self._hidden8 = split(self.hidden.detach(), self._weight8().channels, numerics.recipe, quantize, **how)
 
     def _weight8(self) -> Split:
         return self.cache.quantised(self.weight, self.valid, self.numerics, self.hidden.detach())
@@ -148,67 +147,71 @@ class Operands:
 
     def _rows(self, part: slice) -> Tensor:
         """hidden [n, K] for gradients and exact targets, in the dtype of sums."""
-        h = self.hidden[part].detach()
-        return (h.bfloat16() if self.rounds else h).to(self.dtype)
+        hidden = self.hidden[part].detach()
+        return (hidden.bfloat16() if self.rounds else hidden).to(self.dtype)
 
     def _weights(self, gradients: bool) -> Iterator[tuple[slice, Tensor]]:
         """The weight's rows in the dtype of sums, a slice at a time (all at once where nothing is converted)."""
-        w = self.weight.detach()
-        if not self.rounds and w.dtype == self.dtype:
-            yield slice(0, self.valid), w[: self.valid]
+        weight = self.weight.detach()
+        if not self.rounds and weight.dtype == self.dtype:
+            yield slice(0, self.valid), weight[: self.valid]
             return
         quantised = self.fp8 and not (gradients and self.numerics.grads == "bf16")
         if quantised:
             kept = self._weight8()
-            for c in column_slices(self.valid):
-                yield c, kept.values(c)
+            for columns in column_slices(self.valid):
+                yield columns, kept.values(columns)
             return
-        w = self.cache.rounded(self.weight, torch.bfloat16) if self.rounds else w
-        for c in column_slices(self.valid):
-            yield c, w[c].to(self.dtype)
+        weight = self.cache.rounded(self.weight, torch.bfloat16) if self.rounds else weight
+        for columns in column_slices(self.valid):
+            yield columns, weight[columns].to(self.dtype)
 
     def logits(self, part: slice, z: Tensor, temperature: float) -> None:
         """Write the logits of rows `part` over `temperature` into z [n, valid]."""
-        h = self._hidden8.values(part) if self._hidden8 is not None else self._rows(part)
-        for c, w in self._weights(gradients=False):
-            torch.addmm(z[:, c], h, w.t(), beta=0, alpha=1 / temperature, out=z[:, c])
+        hidden = self._hidden8.values(part) if self._hidden8 is not None else self._rows(part)
+        # Never rounded to bf16: sums stay in fp32 up to the log-softmax, as in the fused kernels.
+        for columns, weight in self._weights(gradients=False):
+            torch.addmm(z[:, columns], hidden, weight.t(), beta=0, alpha=1 / temperature, out=z[:, columns])
 
     def exact_targets(self, part: slice, column: Tensor, temperature: float) -> Tensor | None:
         """The logits [n] at `column` [n] from bf16 operands, fp32; None where logits are not quantised."""
+        # The target's logit enters the loss directly; the others only through a sum, in which errors average out.
         exact = self.fp8 and self.numerics.exact_target
         return self.dot(part, column) / temperature if exact else None
 
     def dot(self, part: slice, column: Tensor) -> Tensor:
         """Each row's product [n] with the weight's row `column` [n], operands as gradients see them."""
-        w = self.weight.detach().index_select(0, column)
-        return (self._rows(part) * (w.bfloat16() if self.rounds else w).to(self.dtype)).sum(1)
+        weight = self.weight.detach().index_select(0, column)
+        return (self._rows(part) * (weight.bfloat16() if self.rounds else weight).to(self.dtype)).sum(1)
 
     def round_gradient_(self, dz: Tensor) -> None:
         """Round dz [n, valid] in place to what the gradient products take."""
         if not self.rounds:
             return
         if self.fp8 and self.numerics.grads == "fp8":
-            for r in column_slices(dz.shape[0], BLOCK):
+            for rows in column_slices(dz.shape[0], BLOCK):
                 # What is not finite stays so: the step is then skipped, as it is in other precisions.
-                sound = dz[r].isfinite().all(1, keepdim=True)
-                rounded = quantize(dz[r].where(sound, 0.0), "rowwise", format="e5m2").values()
-                dz[r] = rounded.where(sound, float("nan"))
+                sound = dz[rows].isfinite().all(1, keepdim=True)
+                rounded = quantize(dz[rows].where(sound, 0.0), "rowwise", format="e5m2").values()
+                dz[rows] = rounded.where(sound, float("nan"))
             return
-        for c in column_slices(dz.shape[1]):
-            dz[:, c] = dz[:, c].bfloat16().to(dz.dtype)
+        for columns in column_slices(dz.shape[1]):
+            dz[:, columns] = dz[:, columns].bfloat16().to(dz.dtype)
 
     def add_gradients(self, part: slice, dz: Tensor, d_hidden: Tensor, d_weight: Tensor) -> None:
         """d_hidden[part] = dz @ W and d_weight[:valid] += dz^T @ hidden[part]; d_weight is in the dtype of sums."""
         self.round_gradient_(dz)
         out = d_hidden[part] if d_hidden.dtype == self.dtype else dz.new_empty(dz.shape[0], self.hidden.shape[1])
+        # beta 0 overwrites: `out` may be uninitialised, and 0 * NaN would stay NaN.
         first = True
-        for c, w in self._weights(gradients=True):
-            torch.addmm(out, dz[:, c], w, beta=0 if first else 1, out=out)
+        for columns, weight in self._weights(gradients=True):
+            torch.addmm(out, dz[:, columns], weight, beta=0 if first else 1, out=out)
             first = False
+        # A shard of nothing but padding has no columns.
         if first:
             out.zero_()
         if out.dtype != d_hidden.dtype:
             d_hidden[part] = out.to(d_hidden.dtype)
         quantised = self._hidden8 is not None and self.numerics.grads == "fp8"
-        h = self._hidden8.values(part) if quantised and self._hidden8 is not None else self._rows(part)
-        d_weight[: self.valid].addmm_(dz.t(), h)
+        hidden = self._hidden8.values(part) if quantised and self._hidden8 is not None else self._rows(part)
+        d_weight[: self.valid].addmm_(dz.t(), hidden)

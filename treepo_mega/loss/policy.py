@@ -39,6 +39,7 @@ KL_BOUND = 10.0
 
 def times(mass: Tensor, x: Tensor) -> Tensor:
     """mass * x per row [N], and 0 where the mass is: a ratio of a row that does not count may have overflowed."""
+    # `where` and not a product: inf * 0 would be NaN, and one NaN row spoils the whole step.
     return torch.where(mass == 0, torch.zeros_like(x), mass * x)
 
 
@@ -56,27 +57,27 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     Source: Schulman, "Approximating KL divergence" (2020). k3 is never negative. low_var_kl is k3 with d bounded by
     20 and the estimate by 10, as verl and slime compute it: one far token cannot own the gradient.
     """
-    d = ref_logp - logp
+    difference = ref_logp - logp
     if kind == "k1":
-        return -d
+        return -difference
     if kind == "k2":
-        return 0.5 * d * d
+        return 0.5 * difference * difference
     if kind == "low_var_kl":
-        bounded = d.clamp(-KL_LOG_BOUND, KL_LOG_BOUND)
+        bounded = difference.clamp(-KL_LOG_BOUND, KL_LOG_BOUND)
         return (bounded.exp() - bounded - 1).clamp(max=KL_BOUND)
-    return d.exp() - d - 1
+    return difference.exp() - difference - 1
 
 
 def kl_slope(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     """d kl_penalty / d logp per row [N]."""
-    d = ref_logp - logp
+    difference = ref_logp - logp
     if kind == "k1":
-        return torch.ones_like(d)
+        return torch.ones_like(difference)
     if kind == "low_var_kl":
-        inside = (d.abs() <= KL_LOG_BOUND) & (kl_penalty(logp, ref_logp, kind) < KL_BOUND)
+        inside = (difference.abs() <= KL_LOG_BOUND) & (kl_penalty(logp, ref_logp, kind) < KL_BOUND)
         # `where` and not a product: beyond the bounds the exponential may have overflowed.
-        return torch.where(inside, 1 - d.exp(), torch.zeros_like(d))
-    return -d if kind == "k2" else 1 - d.exp()
+        return torch.where(inside, 1 - difference.exp(), torch.zeros_like(difference))
+    return -difference if kind == "k2" else 1 - difference.exp()
 
 
 def objective_slope(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoConfig) -> Tensor:
@@ -134,8 +135,8 @@ class _KernelPolicyLoss(torch.autograd.Function):
 
 def _scaled_slopes(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     """Slopes times the incoming gradient; entropy gets none when there is no bonus."""
-    slope, n = ctx.saved_tensors
-    d_entropy = -ctx.entropy_coef * n * incoming if ctx.entropy_coef else None
+    slope, multiplicity = ctx.saved_tensors
+    d_entropy = -ctx.entropy_coef * multiplicity * incoming if ctx.entropy_coef else None
     return slope * incoming, d_entropy, None, None, None
 
 
@@ -147,7 +148,9 @@ class _PolicyLoss(torch.autograd.Function):
         ctx: Any, logp: Tensor, entropy: Tensor, rows: dict[str, Tensor], algo: AlgoConfig, stats: Stats
     ) -> Tensor:
         """`rows`: old, weight, A_pos, A_neg, n, count and, for the KL term, ref, all [N]. Fills `stats`."""
-        n, count, ratio = rows["n"], rows["count"], (logp - rows["old"]).exp()
+        multiplicity = rows["n"]
+        count = rows["count"]
+        ratio = (logp - rows["old"]).exp()
         masses = rows["A_pos"], rows["A_neg"], algo
         if algo.policy_loss == "cispo":
             pg = -(rows["weight"] * weighted_logp(logp, ratio, *masses)).sum()
@@ -157,9 +160,9 @@ class _PolicyLoss(torch.autograd.Function):
             slope = -rows["weight"] * objective_slope(ratio, *masses)
         kl = torch.zeros_like(pg)
         if "ref" in rows:
-            kl = times(n, kl_penalty(logp, rows["ref"], algo.kl_loss_type)).sum()
-            slope += algo.kl_loss_coef * times(n, kl_slope(logp, rows["ref"], algo.kl_loss_type))
-        loss = pg - algo.entropy_coef * (n * entropy).sum() + algo.kl_loss_coef * kl
+            kl = times(multiplicity, kl_penalty(logp, rows["ref"], algo.kl_loss_type)).sum()
+            slope += algo.kl_loss_coef * times(multiplicity, kl_slope(logp, rows["ref"], algo.kl_loss_type))
+        loss = pg - algo.entropy_coef * (multiplicity * entropy).sum() + algo.kl_loss_coef * kl
         stats.sums |= {
             "loss": loss,
             "pg_loss": pg,
@@ -170,7 +173,8 @@ class _PolicyLoss(torch.autograd.Function):
             "tis_weight": (count * rows["weight"]).sum(),
         }
         stats.maxima["max_ratio_diff"] = (ratio - 1).abs().max() if len(ratio) else torch.zeros_like(pg)
-        ctx.save_for_backward(slope, n)
+        # The slope is known now: keeping it spares backward the whole formula, and `rows` can be freed.
+        ctx.save_for_backward(slope, multiplicity)
         ctx.entropy_coef = algo.entropy_coef
         return loss.clone()
 

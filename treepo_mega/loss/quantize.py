@@ -3,7 +3,7 @@
 A tensor x [N, K] becomes fp8 data [N, K] and fp32 scales with  x ~ data * scale. Three recipes:
 
     tensorwise   one scale                            scale []
-    rowwise      one scale a row                      scale [N]
+    rowwise      one scale per row                     scale [N]
     blockwise    blocks of 1 x 128 (activations) or   scale [ceil(N / rows), ceil(K / 128)], rows 1 or 128
                  128 x 128 (weights)
 
@@ -11,13 +11,9 @@ A tensor x [N, K] becomes fp8 data [N, K] and fp32 scales with  x ~ data * scale
 largest magnitude of this very tensor, there is no history. The arithmetic is Transformer Engine's: multiply by
 max / amax in fp32, saturate, round to nearest even; `power_of_2_scales` rounds max / amax down to a power of two.
 
-Two traps. torch's cast to e4m3 saturates: an infinity would become 448 in silence, hence non-finite input is
-refused. And rows that are padding must not set the scale of the others: they are left out of every maximum
-(`valid_rows`), and saturate if they are larger.
-
-Loud channels. A few columns of a model's last hidden states are ten times louder than the rest and carry most of the
-logits' variance (SmolLM2: 4 of 576 carry two thirds). No scaling helps them, for their error is that of three
-mantissa bits. `Split` keeps them in bf16 and quantises the rest: see tools/bench/fp8_error.py for what it buys.
+Loud channels. A few columns of a model's last hidden states are ten times louder than the rest. They carry most of
+the logits' variance (SmolLM2: 4 of 576 carry two thirds). No scaling helps: e4m3 has three mantissa bits, whatever the
+scale. `Split` keeps them in bf16 and quantises the rest; tools/bench/fp8_error.py shows what it buys.
 """
 
 from __future__ import annotations
@@ -101,8 +97,8 @@ def loud_channels(hidden: Tensor, weight: Tensor, count: int) -> Tensor:
     """
     energy = hidden.float().square().mean(0)
     total = torch.zeros_like(energy)
-    for i in range(0, weight.shape[0], ROWS_AT_A_TIME):
-        total += weight[i : i + ROWS_AT_A_TIME].float().square().sum(0)
+    for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
+        total += weight[start : start + ROWS_AT_A_TIME].float().square().sum(0)
     return (energy * total).nan_to_num().topk(min(count, len(energy) // 8)).indices.sort().values
 
 
@@ -111,7 +107,9 @@ def split(x: Tensor, channels: Tensor, recipe: Recipe, by: Callable[..., Quantiz
 
     Raises QuantizeError for NaN and infinity.
     """
-    loud, valid = x.index_select(1, channels), how.get("valid_rows", x.shape[0])
+    loud = x.index_select(1, channels)
+    valid = how.get("valid_rows", x.shape[0])
+    # The quantiser sees zeros in these columns, so it cannot refuse what they hold.
     if not bool(loud[:valid].isfinite().all()):
         raise QuantizeError(describe_non_finite(x, valid))
     rest = by(x.index_fill(1, channels, 0) if len(channels) else x, recipe, **how)
@@ -131,15 +129,18 @@ def _amax(x: Tensor, recipe: Recipe, block_rows: int) -> Tensor:
         return x.abs().amax().float()[None]
     if recipe == "rowwise":
         return x.abs().amax(1).float()
-    n, k = x.shape
-    padded = torch.nn.functional.pad(x.abs(), (0, -k % BLOCK, 0, -n % block_rows))
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x.abs(), (0, -columns % BLOCK, 0, -rows % block_rows))
     return padded.view(-1, block_rows, padded.shape[1] // BLOCK, BLOCK).amax((1, 3)).float()
 
 
 def _maxima(x: Tensor, recipe: Recipe, block_rows: int, valid: int) -> Tensor:
     """Largest magnitude per scale of the whole tensor, padding left out (its own scales get 0)."""
     rows, columns = x.shape
-    parts = [_amax(x[i : min(i + ROWS_AT_A_TIME, valid)], recipe, block_rows) for i in range(0, valid, ROWS_AT_A_TIME)]
+    parts = [
+        _amax(x[start : min(start + ROWS_AT_A_TIME, valid)], recipe, block_rows)
+        for start in range(0, valid, ROWS_AT_A_TIME)
+    ]
     shape = {"tensorwise": (0,), "rowwise": (0,), "blockwise": (0, -(-columns // BLOCK))}[recipe]
     amax = torch.cat(parts) if parts else torch.zeros(shape, device=x.device)
     if recipe == "tensorwise":
@@ -150,16 +151,17 @@ def _maxima(x: Tensor, recipe: Recipe, block_rows: int, valid: int) -> Tensor:
 
 def _cast(x: Tensor, factor: Tensor, recipe: Recipe, block_rows: int, dtype: torch.dtype) -> Tensor:
     """x [N, K] times the factor of its scale in fp8, ROWS_AT_A_TIME rows at a time."""
-    largest, data = torch.finfo(dtype).max, torch.empty(x.shape, dtype=dtype, device=x.device)
-    for i in range(0, x.shape[0], ROWS_AT_A_TIME):
-        part = x[i : i + ROWS_AT_A_TIME].float()
+    largest = torch.finfo(dtype).max
+    data = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for start in range(0, x.shape[0], ROWS_AT_A_TIME):
+        part = x[start : start + ROWS_AT_A_TIME].float()
         by = factor
         if recipe == "rowwise":
-            by = factor[i : i + ROWS_AT_A_TIME, None]
+            by = factor[start : start + ROWS_AT_A_TIME, None]
         elif recipe == "blockwise":
-            by = _spread(factor[i // block_rows :], block_rows, part.shape)
+            by = _spread(factor[start // block_rows :], block_rows, part.shape)
         # NaN can only be in padding here, and must not travel on.
-        data[i : i + ROWS_AT_A_TIME] = (part * by).nan_to_num_().clamp_(-largest, largest).to(dtype)
+        data[start : start + ROWS_AT_A_TIME] = (part * by).nan_to_num_().clamp_(-largest, largest).to(dtype)
     return data
 
 
@@ -174,6 +176,7 @@ def describe_non_finite(x: Tensor, valid: int) -> str:
 
 def factors(amax: Tensor, largest: float, power_of_2: bool) -> Tensor:
     """What to multiply with before the cast; 1 where everything is zero."""
+    # A tiny `amax` would make the factor infinite, and 0 * inf is NaN.
     factor = torch.where(amax > 0, largest / amax, torch.ones_like(amax)).clamp(max=torch.finfo(torch.float32).max)
     if power_of_2:
         mantissa, exponent = torch.frexp(factor)
@@ -212,7 +215,9 @@ def quantize(
     valid = x.shape[0] if valid_rows is None else valid_rows
     dtype = FORMATS[format]
     block_rows = block_rows if recipe == "blockwise" else 1
+    # Padding is left out of every maximum, so that it does not set the scale of real rows. It saturates if larger.
     amax = passes.maxima(x, recipe, block_rows, valid)
+    # torch's cast to e4m3 saturates: an infinity would become 448 in silence.
     if not bool(amax.isfinite().all()):
         raise QuantizeError(describe_non_finite(x, valid))
     factor = factors(amax, torch.finfo(dtype).max, power_of_2_scales)

@@ -65,6 +65,7 @@ class Shard:
 
         The same on every rank of the group, however the vocabulary is split: they meet after every tile.
         """
+        # Not from `valid`, of which the last rank has less: all ranks must take tiles of one size.
         columns = -(-self.vocab_size // dist.get_world_size(self.group)) if self.shared else self.vocab_size
         return min(self.chunk, max(TILE_BYTES // (itemsize * columns), MIN_TILE_ROWS))
 
@@ -74,6 +75,7 @@ class Shard:
         Raises TargetError on a CPU, and fails on a GPU, for a target that no shard has: its logit would be taken for 0.
         """
         known = (target >= 0) & (target < self.vocab_size)
+        # On a GPU the check must not wait for the device.
         if target.is_cuda:
             torch._assert_async(known.all(), "a target is no token of the vocabulary")
         elif not bool(known.all()):
@@ -82,6 +84,7 @@ class Shard:
                 f"row {row}: the target {int(target[row])} is no token of {self.vocab_size}: the text was tokenized "
                 "for another model"
             )
+        # Clamped, so that gathers stay in bounds; `mine` says which of the values count.
         local = target - self.first
         mine = (local >= 0) & (local < self.valid)
         return mine, local.clamp(0, max(self.valid - 1, 0))
@@ -98,7 +101,8 @@ def over_shards(shard: Shard, peak: Tensor, sums: Tensor) -> tuple[Tensor, Tenso
     if shard.shared:
         top = peak.clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
-        has = peak > float("-inf")  # a shard of nothing but padding has no part in the distribution
+        # A shard of nothing but padding has no part in the distribution.
+        has = peak > float("-inf")
         lower = torch.where(has, peak - top, torch.zeros_like(peak))
         factor = torch.where(has, lower.exp(), torch.zeros_like(peak))
         sums[1] = factor * (sums[1] + lower * sums[0])
@@ -142,7 +146,7 @@ class Arrived(NamedTuple):
 
 
 def arrived(ctx: Any, grads: tuple[Tensor | None, ...]) -> Arrived:
-    """The beginning of a backward pass. Zeros for a logp nobody asked about; None for such an entropy."""
-    g_logp, g_entropy = (g if g is None else g.contiguous() for g in grads)
+    """The beginning of a backward pass. Zeros for a logp without a gradient; None for such an entropy."""
+    g_logp, g_entropy = (grad if grad is None else grad.contiguous() for grad in grads)
     hidden, weight, target, lse, entropy = ctx.saved_tensors
     return Arrived(hidden, weight, target, lse, entropy, torch.zeros_like(lse) if g_logp is None else g_logp, g_entropy)

@@ -1,8 +1,7 @@
 """Transformer Engine: FP8 in the transformer layers, and its quantiser and products for the head. CUDA only.
 
-Transformer Engine neither runs nor, beside a CPU build of torch, installs without a GPU. So nothing here is imported
-before someone asks for it, and whoever asks where it cannot run gets an error with the reason: Megatron by itself
-would accept `fp8='hybrid'` without Transformer Engine and train in bf16 without a word.
+Transformer Engine does not run without a GPU, and does not install beside a CPU build of torch. So nothing here is
+imported before it is asked for. Asked for where it cannot run, it is an error with the reason.
 
 Layers: `model.fp8`, `model.fp8_recipe` and `model.first_last_layers_bf16` become Megatron's own fields
 (`body_fields`); the layers' four linear modules become Transformer Engine's (`use_te_linears`), which keep the names
@@ -45,7 +44,8 @@ def transformer_engine(asked_by: str, on_a_cpu: str = ON_A_CPU) -> Any:
         )
     try:
         return importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError) as e:  # OSError: a library of it is missing, or was built for another torch
+    # OSError: a library of it is missing, or was built for another torch.
+    except (ImportError, OSError) as e:
         raise ConfigError(
             f"{asked_by} needs Transformer Engine, which does not load ({type(e).__name__}: {e}). Install it with "
             "`pip install --no-build-isolation -e .[te]` beside a CUDA build of torch"
@@ -67,6 +67,7 @@ def body_fields(model: ModelConfig) -> dict[str, Any]:
     if model.fp8 is None:
         return {}
     te = transformer_engine(f"model.fp8={model.fp8}")
+    # Megatron by itself accepts fp8='hybrid' without Transformer Engine, and trains in bf16 without a word.
     available, reason = getattr(te, PROBES[model.fp8_recipe])(return_reason=True)
     if not available:
         raise ConfigError(f"model.fp8_recipe={model.fp8_recipe} cannot run on this GPU: {reason}")
@@ -81,7 +82,8 @@ def use_te_linears(layer: Any) -> None:
     """Replace the linear modules of a Megatron local layer spec by Transformer Engine's unfused ones, in place."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention = layer.submodules.self_attention.submodules
+    mlp = layer.submodules.mlp.submodules
     attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
 
@@ -95,17 +97,22 @@ def gradient_products(dz: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tenso
     te = transformer_engine("loss.fp8_grads")
     tex = importlib.import_module("transformer_engine_torch")
     gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_gemm
-    (n, v), k = dz.shape, hidden.shape[1]
+    count, vocabulary = dz.shape
+    width = hidden.shape[1]
 
-    def both_ways(x: Tensor, kind: Any) -> Any:
-        rows, columns = x.shape
-        x = torch.nn.functional.pad(x, (0, -columns % 16, 0, -rows % 16)).contiguous()
-        return te.Float8CurrentScalingQuantizer(fp8_dtype=kind, device=x.device, rowwise=True, columnwise=True)(x)
+    def both_ways(operand: Tensor, kind: Any) -> Any:
+        rows, columns = operand.shape
+        # cuBLASLt takes multiples of 16 in every direction; zeros add nothing to a product.
+        operand = torch.nn.functional.pad(operand, (0, -columns % 16, 0, -rows % 16)).contiguous()
+        return te.Float8CurrentScalingQuantizer(fp8_dtype=kind, device=operand.device, rowwise=True, columnwise=True)(
+            operand
+        )
 
     dz8 = both_ways(dz, tex.DType.kFloat8E5M2)
-    w8, h8 = (both_ways(x, tex.DType.kFloat8E4M3) for x in (weight, hidden))
+    w8, h8 = (both_ways(operand, tex.DType.kFloat8E4M3) for operand in (weight, hidden))
+    # Hopper's fp8 accumulator is short: a sum over a vocabulary needs the split one.
     how = {"out_dtype": torch.float32, "grad": True, "use_split_accumulator": True}
     # Column-major conventions of cuBLAS: NN is dz @ W, NT is dz^T @ hidden.
     d_hidden = gemm(w8, dz8, layout="NN", **how)[0]
     d_weight = gemm(h8, dz8, layout="NT", **how)[0]
-    return d_hidden[:n, :k], d_weight[:v, :k]
+    return d_hidden[:count, :width], d_weight[:vocabulary, :width]

@@ -4,28 +4,15 @@
     params = mcore_layout(spec, tp=2, pp=2, vpp=1, tp_rank=0, pp_rank=1, vp_stage=0, divisible_by=128)
     params["decoder.layers.0.mlp.linear_fc1.weight"].blocks   # [Block(hf_name, hf_slice, local_slice), ...]
 
-A `Block` says: this box of that HF tensor equals this box of my local parameter. Slices are
-`((start, stop), ...)`, one pair per dimension; both boxes of a block have the same shape. Loading copies
-HF boxes into local ones, exporting copies them back; both follow this map and nothing else knows how
-Megatron arranges tensors. The module is pure (no torch), so any rank, or a laptop, can state the layout of
-every other rank.
+A `Block` says: this box of that HF tensor equals this box of my local parameter. Slices are `((start, stop), ...)`,
+one pair per dimension; both boxes of a block have the same shape. Loading copies HF boxes into local ones, exporting
+copies them back. Nothing else knows how Megatron (megatron-core 0.16) arranges tensors. The module is pure (no
+torch): any rank, or a laptop, can state the layout of every other rank.
 
-What Megatron does to the tensors (megatron-core 0.16):
-- `linear_qkv` interleaves by query group: for each key/value head its query heads, then k, then v. A
-  tensor-parallel rank holds num_key_value_heads / tp whole groups.
-- `linear_fc1` is the rank's part of gate above the rank's part of up (not a part of [gate | up]).
-- The vocabulary is padded to a multiple of divisible_by * tp; rows beyond the true one have no block and
-  are zero. A rank may hold padding only.
-- Layer i of a chunk is local. Chunk v of pipeline rank r begins at layer v * L/vpp + r * L/(pp * vpp).
-- Tied embeddings: with one stage there is no `output_layer.weight`; with more, the last stage holds a copy of
-  the embedding under that name. So one HF element can have several replicas (norms over TP, the tied copy).
-- `naming` "te": the Transformer Engine spec fuses the norms into the linear layers behind them
-  (`linear_qkv.layer_norm_weight`, `linear_fc1.layer_norm_weight`) and groups experts (`experts.linear_fc1.weight3`);
-  "local": `input_layernorm`, `pre_mlp_layernorm`, `experts.local_experts.3.linear_fc1.weight`.
-- Experts: rank ep_rank of EP holds num_experts / ep whole experts, each split by TP as a dense MLP is (Megatron's
-  default, expert-tensor-parallel size = TP). The norm before a router is never fused.
-
-Trap: `tp` must divide the key/value heads; Megatron's duplication of groups below that is not stated here.
+One HF element can have several replicas: norms over tensor-parallel ranks, and the tied embedding's copy. `naming`
+"te" are Transformer Engine's names (`linear_fc1.layer_norm_weight`, `experts.linear_fc1.weight3`), "local"
+Megatron's own (`pre_mlp_layernorm.weight`, `experts.local_experts.3.linear_fc1.weight`). Expert-parallel rank
+ep_rank holds num_experts / ep whole experts, each split by tensor parallelism as a dense MLP is (Megatron's default).
 """
 
 from __future__ import annotations
@@ -62,7 +49,9 @@ Naming = Literal["local", "te"]
 NAMING: dict[str, Naming] = {"local": "local", "transformer_engine": "te"}
 """Of each `model.transformer_impl`."""
 
-EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
 
 
 class LayoutError(TreepoError):
@@ -84,25 +73,25 @@ class Block:
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the box."""
-        return tuple(b - a for a, b in self.hf_slice)
+        return tuple(stop - start for start, stop in self.hf_slice)
 
     @property
     def numel(self) -> int:
         """Elements in the box."""
-        n = 1
+        elements = 1
         for size in self.shape:
-            n *= size
-        return n
+            elements *= size
+        return elements
 
     @property
     def hf_index(self) -> tuple[slice, ...]:
         """`hf_slice` as an index for numpy, torch or safetensors."""
-        return tuple(slice(a, b) for a, b in self.hf_slice)
+        return tuple(slice(start, stop) for start, stop in self.hf_slice)
 
     @property
     def local_index(self) -> tuple[slice, ...]:
         """`local_slice` as an index."""
-        return tuple(slice(a, b) for a, b in self.local_slice)
+        return tuple(slice(start, stop) for start, stop in self.local_slice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +112,12 @@ class _Rank:
 
     def part(self, size: int) -> tuple[int, int]:
         """This rank's (start, stop) of a dimension that TP splits evenly."""
-        n = size // self.tp
-        return self.tp_rank * n, (self.tp_rank + 1) * n
+        share = size // self.tp
+        return self.tp_rank * share, (self.tp_rank + 1) * share
 
 
 def _box(*sizes: int) -> Box:
-    return tuple((0, n) for n in sizes)
+    return tuple((0, size) for size in sizes)
 
 
 def _whole(hf_name: str, *sizes: int) -> ParamLayout:
@@ -138,29 +127,34 @@ def _whole(hf_name: str, *sizes: int) -> ParamLayout:
 
 def _columns(rank: _Rank, hf_name: str, rows: int, columns: int) -> ParamLayout:
     """A row-parallel linear layer: TP splits the input dimension, the weight's columns."""
-    a, b = rank.part(columns)
-    return ParamLayout((rows, b - a), (Block(hf_name, ((0, rows), (a, b)), _box(rows, b - a)),))
+    start, stop = rank.part(columns)
+    return ParamLayout((rows, stop - start), (Block(hf_name, ((0, rows), (start, stop)), _box(rows, stop - start)),))
 
 
 def _vocab_rows(rank: _Rank, hf_name: str, divisible_by: int) -> ParamLayout:
     """Rows of the padded vocabulary; a rank that holds only padding has no block."""
     spec = rank.spec
-    a, b = rank.part(padded_vocab(spec, divisible_by, rank.tp))
-    shape, stop = (b - a, spec.hidden_size), min(b, spec.vocab_size)
-    if stop <= a:
+    start, end = rank.part(padded_vocab(spec, divisible_by, rank.tp))
+    shape = (end - start, spec.hidden_size)
+    # Rows beyond the true vocabulary have no block and are zero.
+    stop = min(end, spec.vocab_size)
+    if stop <= start:
         return ParamLayout(shape, ())
     rest = (0, spec.hidden_size)
-    return ParamLayout(shape, (Block(hf_name, ((a, stop), rest), ((0, stop - a), rest)),))
+    return ParamLayout(shape, (Block(hf_name, ((start, stop), rest), ((0, stop - start), rest)),))
 
 
 def _gate_up(rank: _Rank, gate: str, up: str, size: int) -> ParamLayout:
     """This rank's rows of the gate projection above its rows of the up projection, of `size` rows each."""
-    a, b = rank.part(size)
-    n, rest = b - a, (0, rank.spec.hidden_size)
-    blocks = tuple(
-        Block(f"{name}.weight", ((a, b), rest), ((i * n, (i + 1) * n), rest)) for i, name in enumerate((gate, up))
+    # Megatron splits gate and up apart; a part of the stacked [gate | up] would give rank 0 all of the gate.
+    start, stop = rank.part(size)
+    height = stop - start
+    rest = (0, rank.spec.hidden_size)
+    blocks = (
+        Block(f"{gate}.weight", ((start, stop), rest), ((0, height), rest)),
+        Block(f"{up}.weight", ((start, stop), rest), ((height, 2 * height), rest)),
     )
-    return ParamLayout((2 * n, rank.spec.hidden_size), blocks)
+    return ParamLayout((2 * height, rank.spec.hidden_size), blocks)
 
 
 def _qkv(rank: _Rank, prefix: str, kind: str) -> ParamLayout:
@@ -169,14 +163,17 @@ def _qkv(rank: _Rank, prefix: str, kind: str) -> ParamLayout:
     first, last = rank.part(spec.num_key_value_heads)
     per_group = spec.num_attention_heads // spec.num_key_value_heads
     rest: Box = ((0, spec.hidden_size),) if kind == "weight" else ()
-    blocks, row = [], 0
+    blocks = []
+    row = 0
+    # For each key/value head: its query heads, then k, then v. [q | k | v] would load without an error, and be wrong.
     for group in range(first, last):
         for role, heads in (("q", per_group), ("k", 1), ("v", 1)):
-            rows, start = heads * spec.head_dim, group * heads * spec.head_dim
+            rows = heads * spec.head_dim
+            start = group * rows
             hf_slice = ((start, start + rows), *rest)
             blocks.append(Block(f"{prefix}{spec.names[role]}.{kind}", hf_slice, ((row, row + rows), *rest)))
             row += rows
-    return ParamLayout((row, *(b for _, b in rest)), tuple(blocks))
+    return ParamLayout((row, *(size for _, size in rest)), tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +193,18 @@ class _Experts:
 
 def _layer(rank: _Rank, hf_layer: int, experts: _Experts) -> dict[str, ParamLayout]:
     """Parameters of one transformer layer, by their names inside the layer."""
-    spec, hf, te = rank.spec, f"model.layers.{hf_layer}.", experts.naming == "te"
-    names, hidden = {role: f"{hf}{name}" for role, name in spec.names.items()}, spec.hidden_size
+    spec = rank.spec
+    hidden = spec.hidden_size
+    te = experts.naming == "te"
+    prefix = f"model.layers.{hf_layer}."
+    names = {role: f"{prefix}{name}" for role, name in spec.names.items()}
+    # Transformer Engine fuses a norm into the linear layer after it, but never the norm before a router.
     input_norm = "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"
     fused = te and not spec.num_experts
     pre_mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"
     params = {
         input_norm: _whole(f"{names['input_norm']}.weight", hidden),
-        "self_attention.linear_qkv.weight": _qkv(rank, hf, "weight"),
+        "self_attention.linear_qkv.weight": _qkv(rank, prefix, "weight"),
         "self_attention.linear_proj.weight": _columns(
             rank, f"{names['o']}.weight", hidden, spec.num_attention_heads * spec.head_dim
         ),
@@ -211,7 +212,7 @@ def _layer(rank: _Rank, hf_layer: int, experts: _Experts) -> dict[str, ParamLayo
     }
     params |= _moe(rank, names, experts) if spec.num_experts else _mlp(rank, names)
     if spec.qkv_bias:
-        params["self_attention.linear_qkv.bias"] = _qkv(rank, hf, "bias")
+        params["self_attention.linear_qkv.bias"] = _qkv(rank, prefix, "bias")
     if spec.qk_norm:
         params["self_attention.q_layernorm.weight"] = _whole(f"{names['q_norm']}.weight", spec.head_dim)
         params["self_attention.k_layernorm.weight"] = _whole(f"{names['k_norm']}.weight", spec.head_dim)
@@ -231,8 +232,8 @@ def _moe(rank: _Rank, names: dict[str, str], experts: _Experts) -> dict[str, Par
     """The router, whole on every rank, and this rank's experts."""
     spec = rank.spec
     params = {"mlp.router.weight": _whole(f"{names['router']}.weight", spec.num_experts, spec.hidden_size)}
-    for local, e in enumerate(range(experts.first, experts.stop)):
-        gate, up, down = (names[f"expert_{role}"].format(e=e) for role in ("gate", "up", "down"))
+    for local, expert in enumerate(range(experts.first, experts.stop)):
+        gate, up, down = (names[f"expert_{role}"].format(e=expert) for role in ("gate", "up", "down"))
         size = spec.expert_intermediate_size
         params[experts.name(local, "linear_fc1")] = _gate_up(rank, gate, up, size)
         params[experts.name(local, "linear_fc2")] = _columns(rank, f"{down}.weight", spec.hidden_size, size)
@@ -242,12 +243,13 @@ def _moe(rank: _Rank, names: dict[str, str], experts: _Experts) -> dict[str, Par
 def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1, ep: int = 1) -> None:
     """Raise LayoutError unless the model divides evenly over these sizes."""
     width = "expert_intermediate_size" if spec.num_experts else "intermediate_size"
+    # Megatron can duplicate key/value heads when `tp` exceeds them; this map does not state where the copies lie.
     for name in ("num_attention_heads", "num_key_value_heads", width):
-        n = getattr(spec, name)
-        if tp < 1 or n % tp:
-            near = max(d for d in range(1, max(1, tp) + 1) if n % d == 0)
+        size = getattr(spec, name)
+        if tp < 1 or size % tp:
+            near = max(divisor for divisor in range(1, max(1, tp) + 1) if size % divisor == 0)
             raise LayoutError(
-                f"tensor-parallel size {tp} does not divide the model's {name} {n} (nearest that does: {near})"
+                f"tensor-parallel size {tp} does not divide the model's {name} {size} (nearest that does: {near})"
             )
     if pp < 1 or vpp < 1 or spec.num_layers % (pp * vpp):
         raise LayoutError(
@@ -261,9 +263,10 @@ def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1, ep: int = 1)
 
 def stage_layers(spec: ModelSpec, *, pp: int, vpp: int, pp_rank: int, vp_stage: int) -> range:
     """HF layer numbers of a chunk, in order: Megatron's interleaved schedule (its layer offset, even split)."""
-    n = spec.num_layers // (pp * vpp)
-    start = vp_stage * (spec.num_layers // vpp) + pp_rank * n
-    return range(start, start + n)
+    # Interleaved: the chunks of one pipeline rank are L / vpp layers apart, not neighbours.
+    count = spec.num_layers // (pp * vpp)
+    start = vp_stage * (spec.num_layers // vpp) + pp_rank * count
+    return range(start, start + count)
 
 
 def mcore_layout(
@@ -306,6 +309,7 @@ def mcore_layout(
             params[f"decoder.layers.{local}.{name}"] = param
     if last:
         params["decoder.final_layernorm.weight"] = _whole(FINAL_NORM, spec.hidden_size)
+        # Tied embeddings need no head on a single stage. With more, the last stage holds a copy under the head's name.
         if not (spec.tie_word_embeddings and first):
             head = EMBEDDING if spec.tie_word_embeddings else LM_HEAD
             params["output_layer.weight"] = _vocab_rows(rank, head, divisible_by)
@@ -327,15 +331,16 @@ def chunk_layouts(
 ) -> list[dict[str, ParamLayout]]:
     """`mcore_layout` of every chunk of one rank, in the order of its virtual stages."""
     more: dict[str, Any] = {"ep": ep, "ep_rank": ep_rank, "naming": naming}
-    return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, v, divisible_by, **more) for v in range(vpp or 1)]
+    return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, stage, divisible_by, **more) for stage in range(vpp or 1)]
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the HF checkpoint and its shape, in the order of the model. Tied: no lm_head.weight."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for param in mcore_layout(spec, divisible_by=1).values():  # undivided: each tensor's extent is its blocks' reach
+    # Undivided: each tensor's extent is its blocks' reach.
+    for param in mcore_layout(spec, divisible_by=1).values():
         for block in param.blocks:
             reach = tuple(stop for _, stop in block.hf_slice)
             known = shapes.get(block.hf_name, reach)
-            shapes[block.hf_name] = tuple(max(a, b) for a, b in zip(known, reach, strict=True))
+            shapes[block.hf_name] = tuple(max(stops) for stops in zip(known, reach, strict=True))
     return shapes

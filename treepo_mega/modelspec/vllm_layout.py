@@ -37,11 +37,12 @@ def check_engine_parallel(spec: ModelSpec, tp: int) -> None:
     """Raise LayoutError unless a vLLM engine can split the model over `tp` ranks."""
     width = "expert_intermediate_size" if spec.num_experts else "intermediate_size"
     for name in ("num_attention_heads", width):
-        n = getattr(spec, name)
-        if tp < 1 or n % tp:
-            near = max(d for d in range(1, max(1, tp) + 1) if n % d == 0)
+        size = getattr(spec, name)
+        if tp < 1 or size % tp:
+            near = max(divisor for divisor in range(1, max(1, tp) + 1) if size % divisor == 0)
             raise LayoutError(
-                f"engine tensor-parallel size {tp} does not divide the model's {name} {n} (nearest that does: {near})"
+                f"engine tensor-parallel size {tp} does not divide the model's {name} {size} "
+                f"(nearest that does: {near})"
             )
     kv = spec.num_key_value_heads
     if kv % tp and tp % kv:
@@ -62,8 +63,8 @@ def vllm_layout(spec: ModelSpec, tp: int = 1, tp_rank: int = 0) -> dict[str, Par
     if not 0 <= tp_rank < tp:
         raise LayoutError(f"tp_rank is {tp_rank}; expected 0 to {tp - 1}")
     params = {EMBEDDING: _vocab_rows(spec, EMBEDDING, tp, tp_rank)}
-    for i in range(spec.num_layers):
-        params |= {f"model.layers.{i}.{name}": p for name, p in _layer(spec, i, tp, tp_rank).items()}
+    for layer in range(spec.num_layers):
+        params |= {f"model.layers.{layer}.{name}": param for name, param in _layer(spec, layer, tp, tp_rank).items()}
     params[FINAL_NORM] = _whole(FINAL_NORM, spec.hidden_size)
     if not spec.tie_word_embeddings:
         params[LM_HEAD] = _vocab_rows(spec, LM_HEAD, tp, tp_rank)
@@ -75,55 +76,61 @@ def _padded(spec: ModelSpec) -> int:
 
 
 def _part(size: int, tp: int, tp_rank: int) -> tuple[int, int]:
-    n = size // tp
-    return tp_rank * n, (tp_rank + 1) * n
+    share = size // tp
+    return tp_rank * share, (tp_rank + 1) * share
 
 
 def _whole(hf_name: str, *sizes: int) -> ParamLayout:
-    box = tuple((0, n) for n in sizes)
+    box = tuple((0, size) for size in sizes)
     return ParamLayout(sizes, (Block(hf_name, box, box),))
 
 
 def _vocab_rows(spec: ModelSpec, hf_name: str, tp: int, tp_rank: int) -> ParamLayout:
-    a, b = _part(_padded(spec), tp, tp_rank)
-    shape, stop = (b - a, spec.hidden_size), min(b, spec.vocab_size)
-    if stop <= a:
+    start, end = _part(_padded(spec), tp, tp_rank)
+    shape = (end - start, spec.hidden_size)
+    stop = min(end, spec.vocab_size)
+    if stop <= start:
         return ParamLayout(shape, ())
     rest = (0, spec.hidden_size)
-    return ParamLayout(shape, (Block(hf_name, ((a, stop), rest), ((0, stop - a), rest)),))
+    return ParamLayout(shape, (Block(hf_name, ((start, stop), rest), ((0, stop - start), rest)),))
 
 
 def _stacked(parts: list[tuple[str, int, int]], rest: Box) -> ParamLayout:
     """Rows [start, stop) of each HF tensor, one below the other."""
-    blocks, row = [], 0
+    blocks = []
+    row = 0
     for hf_name, start, stop in parts:
         blocks.append(Block(hf_name, ((start, stop), *rest), ((row, row + stop - start), *rest)))
         row += stop - start
-    return ParamLayout((row, *(b for _, b in rest)), tuple(blocks))
+    return ParamLayout((row, *(size for _, size in rest)), tuple(blocks))
 
 
 def _qkv(spec: ModelSpec, names: dict[str, str], kind: str, tp: int, tp_rank: int) -> ParamLayout:
     rest: Box = ((0, spec.hidden_size),) if kind == "weight" else ()
-    shared = max(1, tp // spec.num_key_value_heads)  # ranks that hold the same key/value head
+    # With more ranks than key/value heads, `shared` neighbouring ranks hold the same head.
+    shared = max(1, tp // spec.num_key_value_heads)
     query = _part(spec.num_attention_heads, tp, tp_rank)
     key = _part(spec.num_key_value_heads, tp // shared, tp_rank // shared)
     parts = [
-        (f"{names[role]}.{kind}", a * spec.head_dim, b * spec.head_dim)
-        for role, (a, b) in (("q", query), ("k", key), ("v", key))
+        (f"{names[role]}.{kind}", start * spec.head_dim, stop * spec.head_dim)
+        for role, (start, stop) in (("q", query), ("k", key), ("v", key))
     ]
     return _stacked(parts, rest)
 
 
 def _columns(hf_name: str, rows: int, columns: tuple[int, int]) -> ParamLayout:
-    a, b = columns
-    return ParamLayout((rows, b - a), (Block(hf_name, ((0, rows), (a, b)), ((0, rows), (0, b - a))),))
+    start, stop = columns
+    width = stop - start
+    return ParamLayout((rows, width), (Block(hf_name, ((0, rows), (start, stop)), ((0, rows), (0, width))),))
 
 
 def _layer(spec: ModelSpec, layer: int, tp: int, tp_rank: int) -> dict[str, ParamLayout]:
     """Parameters of one layer, by vLLM's names inside it."""
-    short, hidden = spec.names, spec.hidden_size
+    short = spec.names
+    hidden = spec.hidden_size
     names = {role: f"model.layers.{layer}.{name}" for role, name in short.items()}
-    attention, mlp = short["attention"], short["mlp"]
+    attention = short["attention"]
+    mlp = short["mlp"]
     heads = _part(spec.num_attention_heads * spec.head_dim, tp, tp_rank)
     params = {
         "input_layernorm.weight": _whole(f"{names['input_norm']}.weight", hidden),
@@ -139,26 +146,28 @@ def _layer(spec: ModelSpec, layer: int, tp: int, tp_rank: int) -> dict[str, Para
     if spec.num_experts:
         params[f"{mlp}.gate.weight"] = _whole(f"{names['router']}.weight", spec.num_experts, hidden)
         return params | _experts(spec, names, mlp, tp, tp_rank)
-    a, b = _part(spec.intermediate_size, tp, tp_rank)
-    gate_up = [(f"{names[role]}.weight", a, b) for role in ("gate", "up")]
+    start, stop = _part(spec.intermediate_size, tp, tp_rank)
+    gate_up = [(f"{names[role]}.weight", start, stop) for role in ("gate", "up")]
     params[f"{mlp}.gate_up_proj.weight"] = _stacked(gate_up, ((0, hidden),))
-    params[f"{mlp}.down_proj.weight"] = _columns(f"{names['down']}.weight", hidden, (a, b))
+    params[f"{mlp}.down_proj.weight"] = _columns(f"{names['down']}.weight", hidden, (start, stop))
     return params
 
 
 def _experts(spec: ModelSpec, names: dict[str, str], mlp: str, tp: int, tp_rank: int) -> dict[str, ParamLayout]:
     """The two stacked parameters of all experts of a layer."""
-    a, b = _part(spec.expert_intermediate_size, tp, tp_rank)
-    n, hidden = b - a, (0, spec.hidden_size)
-    w13, w2 = [], []
-    for e in range(spec.num_experts):
-        for i, role in enumerate(("gate", "up")):
-            name = names[f"expert_{role}"].format(e=e)
-            w13.append(Block(f"{name}.weight", ((a, b), hidden), ((e, e + 1), (i * n, (i + 1) * n), hidden)))
-        down = names["expert_down"].format(e=e)
-        w2.append(Block(f"{down}.weight", (hidden, (a, b)), ((e, e + 1), hidden, (0, n))))
+    start, stop = _part(spec.expert_intermediate_size, tp, tp_rank)
+    width = stop - start
+    hidden = (0, spec.hidden_size)
+    w13 = []
+    w2 = []
+    for expert in range(spec.num_experts):
+        here = (expert, expert + 1)
+        gate, up, down = (names[f"expert_{role}"].format(e=expert) + ".weight" for role in ("gate", "up", "down"))
+        w13.append(Block(gate, ((start, stop), hidden), (here, (0, width), hidden)))
+        w13.append(Block(up, ((start, stop), hidden), (here, (width, 2 * width), hidden)))
+        w2.append(Block(down, (hidden, (start, stop)), (here, hidden, (0, width))))
     prefix = f"{mlp}.experts.routed_experts"
     return {
-        f"{prefix}.w13_weight": ParamLayout((spec.num_experts, 2 * n, spec.hidden_size), tuple(w13)),
-        f"{prefix}.w2_weight": ParamLayout((spec.num_experts, spec.hidden_size, n), tuple(w2)),
+        f"{prefix}.w13_weight": ParamLayout((spec.num_experts, 2 * width, spec.hidden_size), tuple(w13)),
+        f"{prefix}.w2_weight": ParamLayout((spec.num_experts, spec.hidden_size, width), tuple(w2)),
     }

@@ -9,10 +9,8 @@ The file is the record; TensorBoard is a view of it (`<run_dir>/tensorboard`). E
 killed run loses at most the line being written. Names, units and healthy ranges: `monitor/registry.py`.
 
 - A step has one line. Logging a step again (training first, evaluation later) extends its line.
-- A NaN or infinite value is written as null and left out of TensorBoard, and the line carries
-  `train/nonfinite_metrics`, their number: JSON has no NaN, and most readers of JSON lines die of it.
-- Resuming at step k rewrites the file without the lines after k (through a temporary file and a
-  rename) and tells TensorBoard to discard the events after k. A torn last line is dropped.
+- A NaN or infinite value is null; the line carries `train/nonfinite_metrics`, their number.
+- Resuming at step k drops the lines after k, here and in TensorBoard.
 - A new run in a folder that holds an older one moves the old file to `metrics.<n>.jsonl`.
 
 Only one process may log (rank 0); this module does not check that.
@@ -77,6 +75,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         try:
             row = _parse_line(line, f"{path}:{number}")
         except MetricsError:
+            # Torn by a kill, or being written right now.
             if number == len(lines):
                 warnings.warn(f"{path}:{number}: the last line is torn and was left out", stacklevel=2)
                 break
@@ -91,6 +90,7 @@ def _plain(value: Any) -> int | float | None:
     """A JSON number, or None when it is not finite (also for numpy and torch scalars)."""
     if isinstance(value, int):
         return int(value)
+    # JSON has no NaN, and most readers of JSON lines die of it.
     number = float(value)
     return number if math.isfinite(number) else None
 
@@ -154,6 +154,7 @@ class MetricsLogger:
         else:
             self._offset = self._file.tell()
         self._file.write((json.dumps(row) + "\n").encode())
+        # An extended line can be shorter than the one it replaces: its time may lose a digit.
         self._file.truncate()
         self._file.flush()
         self._last = row

@@ -31,8 +31,9 @@ COLUMNS = (
 def quieten_libraries() -> None:
     """Hide warnings of libraries about themselves: missing optional GPU packages, their own deprecated calls.
 
-    They repeat on every rank and bury the run's own lines. Warnings of this project are not touched.
+    Warnings of this project are not touched.
     """
+    # They repeat on every rank and bury the run's own lines.
     for package in ("megatron", "torch", "vllm", "transformers"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{package}(\.|$)")

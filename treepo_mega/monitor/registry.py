@@ -32,7 +32,7 @@ class Metric:
         if match is None:
             return [self.name]
         head, alternatives, tail = match.groups()
-        return [head + a + tail for a in alternatives.split(",")]
+        return [head + alternative + tail for alternative in alternatives.split(",")]
 
 
 _OPTIMISATION = (

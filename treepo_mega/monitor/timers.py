@@ -5,11 +5,8 @@
         ...
     logger.log(step, timers.pop())        # {"timing_s/rollout": 1.23}
 
-A phase entered several times in a step adds up. Phases may nest (`step` around all others); the same
-phase inside itself is an error, for it would count its time twice. `pop` leaves phases that are still
-running alone: they appear in the next `pop` after they end. Times are wall clock: a phase that only
-enqueues GPU work must end with something that waits for it (every phase of the loop does: it ends in
-a collective, a copy to the host or a barrier).
+A phase entered several times in a step adds up. Phases may nest (`step` around all others). `pop` leaves phases that
+are still running alone: they appear in the next `pop` after they end.
 """
 
 from __future__ import annotations
@@ -38,6 +35,8 @@ class Timers:
         if name in self._running:
             raise RuntimeError(f"timer {name!r} is already running: a phase inside itself would be counted twice")
         self._running.add(name)
+        # Wall clock: a phase that only enqueues GPU work must end with something that waits for it. Every phase of the
+        # loop does: it ends in a collective, a copy to the host or a barrier.
         start = self._clock()
         try:
             yield

@@ -50,30 +50,34 @@ class RefitPlan:
 
     def seconds(self, link: str) -> float:
         """The busiest rank's time on a link."""
-        t = self.traffic
-        return max(t.sent_max[link], t.received_max[link]) / 1e9 / self.speeds.of(link)
+        traffic = self.traffic
+        return max(traffic.sent_max[link], traffic.received_max[link]) / 1e9 / self.speeds.of(link)
 
     def lines(self) -> list[str]:
         """For people."""
-        t = self.traffic
+        traffic = self.traffic
         out = [
             f"refit: {self.title}",
             f"  {self.world_size} ranks, {self.ranks_per_node} a node; the model is {self.model_bytes / 1e9:.1f} GB, a "
-            f"rank's part of its engine {t.wanted_max / 1e9:.2f} GB",
+            f"rank's part of its engine {traffic.wanted_max / 1e9:.2f} GB",
             f"  {'link':<9}{'all ranks GB':>14}{'sends GB':>11}{'receives GB':>13}{'at GB/s':>9}{'seconds':>10}"
             "   (of the busiest rank)",
         ]
         for link in LINKS:
             out.append(
-                f"  {link:<9}{t.by_link[link] / 1e9:>14.2f}{t.sent_max[link] / 1e9:>11.2f}"
-                f"{t.received_max[link] / 1e9:>13.2f}{self.speeds.of(link):>9.0f}{self.seconds(link):>10.4f}"
+                f"  {link:<9}{traffic.by_link[link] / 1e9:>14.2f}{traffic.sent_max[link] / 1e9:>11.2f}"
+                f"{traffic.received_max[link] / 1e9:>13.2f}{self.speeds.of(link):>9.0f}{self.seconds(link):>10.4f}"
             )
-        ratio = f"{t.moved / t.bound:.2f}" if t.bound else "nothing to move"
+        ratio = f"{traffic.moved / traffic.bound:.2f}" if traffic.bound else "nothing to move"
         every = [self.seconds(link) for link in LINKS]
         out += [
             f"  moved between ranks / lower bound: {ratio}; between nodes / lower bound: "
-            + (f"{t.by_link['network'] / t.bound_network:.2f}" if t.bound_network else "nothing to move"),
-            f"  {t.rounds} rounds; buffers of a rank at most 2 x {t.buffer_max / 2**20:.1f} MiB",
+            + (
+                f"{traffic.by_link['network'] / traffic.bound_network:.2f}"
+                if traffic.bound_network
+                else "nothing to move"
+            ),
+            f"  {traffic.rounds} rounds; buffers of a rank at most 2 x {traffic.buffer_max / 2**20:.1f} MiB",
             f"  {max(every):.3f} s with all links busy at once, {sum(every):.3f} s one after another; collecting "
             f"everything everywhere would bring {self.gathered / 1e9:.1f} GB to a rank instead of "
             f"{self.received / 1e9:.1f}",
@@ -108,7 +112,8 @@ def plan_refit(
     LayoutError for a model that does not divide."""
     if world_size > ranks_per_node and world_size % ranks_per_node:
         raise ConfigError(f"world size {world_size} is not a multiple of {ranks_per_node} ranks a node")
-    p, tp_v = cfg.parallel, cfg.rollout.engine.tensor_parallel_size
+    parallel = cfg.parallel
+    tp_v = cfg.rollout.engine.tensor_parallel_size
     dtype = min(cfg.model.params_dtype, cfg.rollout.engine.dtype or cfg.model.params_dtype, key=ITEMSIZE.__getitem__)
     plan = plan_reshard(
         mcore_side(spec, grid_of(cfg), world_size),
@@ -118,8 +123,9 @@ def plan_refit(
         bucket_bytes=cfg.reshard.bucket_mb << 20,
     )
     elements = sum(math.prod(shape) for shape in hf_shapes(spec).values())
-    shards = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    tp = parallel.tensor_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
     title = (
         f"Megatron TP {tp} x PP {pp} x DP {world_size // shards} -> {world_size // tp_v} engines x TP_v {tp_v}, {dtype}"
     )

@@ -49,9 +49,12 @@ class Admission:
         self.running: set[Key] = set()
         self._waiting: list[Key] = []
         self._asked: dict[Key, _Waiting] = {}
-        self._own: dict[Key, int] = {}  # blocks of a running segment alone
-        self._shared: dict[Key, list[int]] = {}  # node -> [blocks, references]
-        self._done: dict[int, list[Key]] = {}  # tree -> arrived segments whose prefixes are still booked
+        # Blocks of a running segment alone.
+        self._own: dict[Key, int] = {}
+        # Node -> [blocks, references]: siblings share what is above them.
+        self._shared: dict[Key, list[int]] = {}
+        # Tree -> arrived segments whose prefixes are still booked.
+        self._done: dict[int, list[Key]] = {}
 
     @property
     def idle(self) -> bool:
@@ -63,7 +66,7 @@ class Admission:
 
         Raises CacheTooSmall when it alone is more than the cache holds.
         """
-        ends = [sum(lengths[: d + 1]) for d in range(len(lengths))]
+        ends = [sum(lengths[: depth + 1]) for depth in range(len(lengths))]
         key = (rank, path)
         alone = -(-(ends[-1] + tokens) // self.block_size)
         if alone > self.blocks:
@@ -77,6 +80,7 @@ class Admission:
     def admit(self) -> list[Key]:
         """Book and return what may run now, in order. Never empty while something waits and nothing runs."""
         out = []
+        # Strictly in order: a small segment that overtook a large one could keep it waiting for ever.
         while self._waiting and len(self.running) < self.max_running:
             key = self._waiting[0]
             need = self._need(key)
@@ -117,7 +121,7 @@ class Admission:
 
     def _above(self, key: Key) -> list[Key]:
         rank, path = key
-        return [(rank, path[:d]) for d in range(len(path))]
+        return [(rank, path[:depth]) for depth in range(len(path))]
 
     def _full(self, key: Key) -> list[int]:
         """Full blocks that end inside each node above `key`."""
@@ -126,6 +130,7 @@ class Admission:
 
     def _alone(self, key: Key) -> int:
         """Blocks that only this segment fills (one more when its prefix ends at a border: that block is recomputed)."""
+        # The engine keeps no full block of the whole prefix: it must forward at least one token, hence ends - 1.
         asked = self._asked[key]
         return -(-(asked.ends[-1] + asked.tokens) // self.block_size) - (asked.ends[-1] - 1) // self.block_size
 

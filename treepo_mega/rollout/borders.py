@@ -5,9 +5,7 @@
     border_tokens(tokenizer, vocab_size, ["Step", ";"])  # tokens whose text holds one of these
 
 Tokens, not text: the engine looks at one sampled id a step, and a token that is only the first half of a character
-has no text of its own. A string that a tokenizer always splits over two tokens is therefore never seen; when no token
-at all holds one of the strings, that is an error. The point of 3.14 ends a "sentence" as well: a border is only a
-place where a path may branch, so one too many costs a little and breaks nothing.
+has no text of its own. So a string that a tokenizer always splits over two tokens is never seen.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ def border_tokens(tokenizer: Tokenizer, vocab_size: int, segment_end: str | list
 
     Raises EngineError when there are none, or when one of the strings is in no token.
     """
+    # A model's vocabulary may be padded beyond the tokenizer's, or be smaller than it.
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(min(vocab_size, len(tokenizer))) if i not in special]
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
@@ -43,4 +42,6 @@ def border_tokens(tokenizer: Tokenizer, vocab_size: int, segment_end: str | list
 def _ends(text: str, kind: str) -> bool:
     if "\n" in text:
         return True
+    # The point of 3.14 ends a "sentence" as well. A border is only a place where a path may branch: one too many costs
+    # a little and breaks nothing.
     return kind == "sentence" and text.rstrip().endswith(SENTENCE_ENDS)

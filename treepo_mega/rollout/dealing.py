@@ -5,17 +5,12 @@
     queue = SharedQueue(store, "step 7", deal, costs, engine)    # engines over a torch.distributed store
     while (i := queue.take(dry=nothing_runs)) is not None: ...   # index of the next prompt to begin
 
-The longest prompts are begun first, because a long tree begun last is a tail that every other engine waits for.
-Lengths are not known before they are sampled, so a tree's cost is expected to be that of the last tree of the same
+Lengths are not known before they are sampled. A tree's cost is expected to be that of the last tree of the same
 prompt, else the running mean of its data source, plus its prompt. A wrong guess costs time, never a sample: trees do
 not depend on where they grow.
 
 An engine takes from its own list until that is empty. When all it began is finished too, it is dry, and takes from
-the list with the most left: the list's next prompt, so that what is stolen is the longest that nobody has begun (and
-nobody is robbed only for being a little late). A tree that was begun is not moved: its prefix cache is where it is.
-Each list is one counter in the store, advanced atomically; a take is one round trip on the CPU and never
-waits for another engine. The ranks that share an engine (TP_v > 1) must make the same moves: the first of them takes
-and writes down what it got, the others read that, within a deadline.
+the list with the most left. A tree that was begun is not moved: its prefix cache is where it is.
 """
 
 from __future__ import annotations
@@ -80,6 +75,7 @@ def _name(prompt: Prompt) -> str:
 
 def deal_by_cost(costs: Sequence[float], engines: int) -> list[list[int]]:
     """Indices for each engine, most expensive first: each goes to the engine with the least so far (LPT)."""
+    # Longest first: a long tree begun last is a tail that every other engine waits for.
     return [sorted(indices, key=lambda i: (-costs[i], i)) for indices in balance(costs, engines)]
 
 
@@ -165,10 +161,12 @@ class SharedQueue:
 
         Raises DealingTimeout when the engine's first rank does not say in time what it took.
         """
+        # An engine that is still busy steals nothing: its neighbour may only be a little late.
         if self._own_done and not dry:
             return None
         key = f"{self._name}/engine {self._engine}/{self._taken}"
         self._taken += 1
+        # Ranks that share an engine must make the same moves: one takes and writes it down, the others read that.
         found = self._claim(key) if self._rank == 0 else self._hear(key)
         if found is None:
             self._own_done = True
@@ -220,11 +218,13 @@ class SharedQueue:
 
     def _advance(self, owner: int) -> int | None:
         """The next of `owner`'s list; None when it has none any more."""
+        # `add` is atomic in the store: no two engines get one position, and none waits for another.
         position = self._store.add(f"{self._name}/list {owner}", 1) - 1
         self._left[owner] = self._remaining(owner, position + 1)
         return self._deal[owner][position] if position < len(self._deal[owner]) else None
 
     def _steal(self) -> int | None:
+        # The list's next prompt: the longest that nobody has begun. Its owner may take it first; then look again.
         while (victim := self._richest()) is not None:
             found = self._advance(victim)
             if found is not None:
@@ -241,4 +241,5 @@ class SharedQueue:
         return rich if self._left[rich] > 0 else None
 
     def _remaining(self, engine: int, position: int) -> float:
+        # Plus one a prompt: prompts of unknown cost must still count as work.
         return sum(1.0 + self._costs[i] for i in self._deal[engine][position:])

@@ -100,6 +100,7 @@ class Evaluator:
             purpose="eval",
             waits_for="evaluation",
         )
+        # Not fatal here: an evaluation with a few lost samples is worth more than none.
         report_lost(self.pool.take_tally(), "evaluation", fatal=False)
         missing = [prompt.id for index, prompt in enumerate(prompts) if index not in sampled.rows]
         if missing:
@@ -173,6 +174,7 @@ def _majority(texts: list[str], scores: list[float | None]) -> float | None:
     answers = [_answer(text) for text in texts]
     if not answers:
         return None
+    # most_common keeps the order of first occurrence: the earliest answer wins a tie.
     best = Counter(answers).most_common(1)[0][0]
     return scores[answers.index(best)]
 

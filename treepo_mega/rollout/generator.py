@@ -90,6 +90,7 @@ class Generator:
         if rollout.segment.end == "length" or rollout.mode == "sequential":
             return frozenset()
         name = repr(rollout.segment.end)
+        # Reading the whole vocabulary takes a while, and training and evaluation may differ in their rule.
         if name not in self._borders:
             self._borders[name] = border_tokens(self._tokenizer, self.engine.vocab_size, rollout.segment.end)
         return self._borders[name]
@@ -109,6 +110,7 @@ class Generator:
         `rollout` replaces cfg.rollout (evaluation); `temperature` replaces its temperature, 0 is greedy. Raises what
         `grow` raises.
         """
+        # No later step would finish what a partial rollout leaves over.
         whole = (rollout or self.cfg.rollout).model_copy(update={"partial_rollout": None})
         (order,) = deal_by_cost([self.costs.expected(prompt) for prompt in prompts], 1)
         grown = self.grow(
@@ -171,6 +173,7 @@ class Generator:
         run = _Run(self, jobs, queue, now, now.temperature if temperature is None else temperature, begin)
         try:
             run.to_its_end()
+        # Also KeyboardInterrupt: requests left behind would be sampled on, and answer the next call.
         except BaseException:
             self.engine.abort()
             raise
@@ -249,13 +252,16 @@ class _Run:
         self.borders = generator.borders(rollout)
         limits = rollout.engine
         self.room = Admission(self.engine.kv_blocks, limits.block_size, limits.max_num_seqs)
-        self.searches: list[TreeSearch] = []  # by rank: the order in which they were begun
-        self.taken: list[int] = []  # rank -> index of the job
+        # By rank: the order in which they were begun. `taken` maps a rank to the index of its job.
+        self.searches: list[TreeSearch] = []
+        self.taken: list[int] = []
         # Runs end early only by what their text says: only then the driver must look at it while it is sampled.
         self.streams = rollout.stop.answer_box or rollout.stop.repetition_window > 0
         self.wants: dict[Key, Want] = {}
-        self.runs: dict[Key, _SegmentRun] = {}  # by the segment that is being sampled
-        self.later: list[tuple[int, Want]] = []  # debug.schedule: level
+        # By the segment that is being sampled, which moves along the run; `first` keeps the one that was admitted.
+        self.runs: dict[Key, _SegmentRun] = {}
+        # For debug.schedule level only: what waits for the end of the present level.
+        self.later: list[tuple[int, Want]] = []
         self.steps = 0
         self.occupied = 0
         self.leaves = 0
@@ -294,6 +300,7 @@ class _Run:
             self._fill_level()
             return
         self._submit()
+        # Asked before new trees begin: only an engine with nothing of its own left may take another's prompts.
         dry = not self.room.running
         while self.room.idle and (index := self.queue.take(dry)) is not None:
             self._begin(index)
@@ -313,6 +320,7 @@ class _Run:
     def _begin(self, index: int) -> None:
         search = self.begin(self.jobs[index])
         for name in ("cached_tokens", "recomputed_tokens", "forwarded_tokens"):
+            # A carried-over tree brings what it cost in earlier steps.
             search.tree.counts.setdefault(name, 0)
         self.searches.append(search)
         self.taken.append(index)
@@ -334,6 +342,7 @@ class _Run:
         tree = self.searches[rank].tree
         node = tree.nodes[want.node_id]
         lengths = [len(tree.nodes[i].tokens) for i in tree.ancestry(node.parent)]
+        # A run that nothing can end early is one request of the engine; it books its whole length at once.
         whole = want.run if want.run and not (self.streams or self.borders) else want.max_tokens + (want.peek > 0)
         self.room.want(rank, node.path, lengths, whole)
         self.wants[rank, node.path] = want
@@ -366,10 +375,12 @@ class _Run:
         search = self.searches[rank]
         run = self.runs.pop(key)
         counts = TokenCounts(search.tree.counts)
+        # Later segments of a run have no prefix of their own to compute.
         if not run.delivered_tokens:
             counts.add_prefix(len(self.wants[key].prefix), finished)
         counts.add_forwarded(len(finished.tokens))
         rest = Segment(finished.tokens, finished.logprobs, finished.finish_reason, finished.peek)
+        # A run may bring several segments at once. The tree gets one at a time, and says whether it wants the next.
         while True:
             want = self.wants.pop(key)
             size = min(len(rest.tokens), want.max_tokens)

@@ -84,6 +84,7 @@ def sample_and_grade(
             temperature=temperature,
             purpose=purpose,
         )
+        # Read before the barrier: the difference is what this engine waited for the others.
         busy_s = time.monotonic() - started
         dist.barrier(waits_for, cfg.rollout.timeout_s)
         engine_s = time.monotonic() - started
@@ -109,6 +110,7 @@ def open_round(cfg: Config, costs: Sequence[float], name: str) -> Queue:
     tp = cfg.rollout.engine.tensor_parallel_size
     engines = max(1, dist.world_size() // tp)
     deal = deal_by_cost(costs, engines)
+    # A name of its own for every round: a list in the store is a counter, and counters only go up.
     key = f"round {next(_rounds())}, {name}"
     if engines == tp == 1:
         return LocalQueue(deal[0])
@@ -134,6 +136,7 @@ def _grade(
         items += [
             RewardItem(prompt.verifier, prompt.data_source, text, prompt.answer, prompt.extra) for text in texts[index]
         ]
+    # One call for all trees: the pool's workers stay busy until the last answer.
     results = iter(pool.score(items)) if items else iter(())
     rows: dict[int, Row] = {}
     for index, tree in trees.items():
@@ -152,6 +155,7 @@ def _merge(reports: Sequence[dict[str, Any]]) -> SampledRound:
         paused |= dict(report.get("paused", ()))
         for key, value in report.get("counts", {}).items():
             merged.counts[key] = merged.counts.get(key, 0) + value
+    # In the order of jobs, not of engines: sums over rows must round alike whichever engine sampled what.
     merged.rows = {index: rows[index] for index in sorted(rows)}
     merged.paused = {index: paused[index] for index in sorted(paused)}
     return merged

@@ -16,18 +16,20 @@ from collections.abc import Sequence
 def balance(costs: Sequence[float], bins: int) -> list[list[int]]:
     """Indices dealt to `bins` so that sums are near equal: largest first, each to the emptiest bin."""
     out: list[list[int]] = [[] for _ in range(bins)]
-    heap: list[tuple[float, int]] = [(0, b) for b in range(bins)]
+    # Ties go by index, in the heap and in the order: every rank must compute the same deal.
+    heap: list[tuple[float, int]] = [(0, bin_) for bin_ in range(bins)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, b = heap[0]
-        out[b].append(i)
-        heapq.heapreplace(heap, (load + costs[i], b))
-    return [sorted(b) for b in out]
+        load, bin_ = heap[0]
+        out[bin_].append(i)
+        heapq.heapreplace(heap, (load + costs[i], bin_))
+    return [sorted(bin_) for bin_ in out]
 
 
 def fill(sizes: Sequence[int], cap: int) -> list[list[int]]:
     """Indices in as few bins of `cap` as best fit finds. Raises ValueError for an item above the cap."""
     out: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free, bin), ascending
+    # (free, bin), ascending: the fullest bin that still takes an item is the first with enough room.
+    room: list[tuple[int, int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if sizes[i] > cap:
             raise ValueError(f"an item of {sizes[i]} does not fit a bin of {cap}")
@@ -36,10 +38,10 @@ def fill(sizes: Sequence[int], cap: int) -> list[list[int]]:
             out.append([i])
             bisect.insort(room, (cap - sizes[i], len(out) - 1))
         else:
-            free, b = room.pop(at)
-            out[b].append(i)
-            bisect.insort(room, (free - sizes[i], b))
-    return [sorted(b) for b in out]
+            free, bin_ = room.pop(at)
+            out[bin_].append(i)
+            bisect.insort(room, (free - sizes[i], bin_))
+    return [sorted(bin_) for bin_ in out]
 
 
 def deal(sizes: Sequence[int], cap: int, bins: int) -> list[list[int]]:
@@ -48,7 +50,7 @@ def deal(sizes: Sequence[int], cap: int, bins: int) -> list[list[int]]:
     `bins` must be at least the number that `fill` needs.
     """
     even = balance(sizes, bins)
-    if all(sum(sizes[i] for i in b) <= cap for b in even):
+    if all(sum(sizes[i] for i in bin_) <= cap for bin_ in even):
         return even
     tight = fill(sizes, cap)
     return tight + [[] for _ in range(bins - len(tight))]

@@ -8,8 +8,7 @@ vLLM and transformers, which share this process. So `megatron.*` source files ar
     "cuda"                  ->  "cpu"                 "torch.cuda.FloatTensor" -> "torch.FloatTensor"
     t.cuda(...)             ->  t.cpu()               pin_memory=True          -> pin_memory=False
 
-Megatron offers a switch for its jit_fuser (torch.compile on every fused function). It is set to off: a CPU uses no
-fusions, and decorating them would import the whole compiler into every rank.
+Megatron's switch for its jit_fuser (torch.compile on every fused function) is set to off.
 
 Line numbers survive, so tracebacks point into Megatron's own files. torch stays untouched. With CUDA nothing is
 rewritten: GPU runs use Megatron as shipped.
@@ -193,11 +192,7 @@ def _keep(cache: Path, data: bytes) -> None:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles the rewritten tree. A source without any of MARKS has nothing to rewrite and is loaded as usual.
-
-    Rewriting takes seconds, in every rank: its byte code lies beside Megatron's own under a name that Python never
-    looks at, headed by the SHA-256 of the source and of this file, and is made again when either changes.
-    """
+    """Compiles the rewritten tree. A source without any of MARKS has nothing to rewrite and is loaded as usual."""
 
     def get_code(self, fullname: str) -> CodeType | None:
         """The module's code, rewritten where there is something to rewrite."""
@@ -205,6 +200,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         source = self.get_data(path)
         if not any(mark in source for mark in MARKS):
             return super().get_code(fullname)
+        # Rewriting takes seconds, in every rank. The byte code is kept beside Megatron's own under a name that Python
+        # never looks at. The digest of the source and of this file heads it: it is made again when either changes.
         digest = hashlib.sha256(source + _RULES).digest()
         cache = Path(importlib.util.cache_from_source(path, optimization="retargeted"))
         with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
@@ -220,6 +217,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__[STAND_IN] = CpuCuda()
         super().exec_module(module)
+        # A CPU uses no fusions, and decorating them would import the whole compiler into every rank.
         if module.__name__ == f"{ROOT}.core.jit":
             module.disable_jit_fuser()
 

@@ -43,9 +43,9 @@ def _default_environment() -> None:
     """A plain `python` run is a torchrun of one rank, on a free port of the loopback interface."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     os.environ.update(
         RANK="0",
         WORLD_SIZE="1",
@@ -77,13 +77,13 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
         dist.init_process_group(backend(), timeout=timeout)
     _connect_all()
     _cpu_group()
-    p = cfg.parallel
+    parallel = cfg.parallel
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(
-            tensor_model_parallel_size=p.tensor_model_parallel_size,
-            pipeline_model_parallel_size=p.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=p.virtual_pipeline_model_parallel_size,
-            context_parallel_size=p.context_parallel_size,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
             distributed_timeout_minutes=max(1, round(cfg.distributed.timeout_s / 60)),
         )
     seed_everything(cfg.train.seed)
@@ -92,6 +92,7 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
 
 def seed_everything(seed: int, step: int = 0) -> None:
     """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (the latter differ by TP rank)."""
+    # NumPy takes 32 bits and torch's CPU generator a signed 64: 31 bits suit all.
     value = derive_seed("global", seed, step) % 2**31
     random.seed(value)
     np.random.seed(value)
@@ -162,7 +163,8 @@ def barrier(what: str, timeout_s: float) -> None:
     if world_size() == 1:
         return
     key = f"barrier/{next(_barriers())}"
-    with contextlib.suppress(RuntimeError):  # a lost store: the barrier itself will say what is wrong
+    # A lost store: the barrier itself will say what is wrong.
+    with contextlib.suppress(RuntimeError):
         store().set(f"{key}/{rank()}", "here")
     try:
         dist.monitored_barrier(_cpu_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
@@ -177,10 +179,10 @@ def barrier(what: str, timeout_s: float) -> None:
 
 def _missing(key: str) -> str:
     try:
-        absent = [r for r in range(world_size()) if not store().check([f"{key}/{r}"])]
+        absent = [other for other in range(world_size()) if not store().check([f"{key}/{other}"])]
     except RuntimeError:
         return "not known, the launcher's store is gone as well"
-    return ", ".join(f"rank {r}" for r in absent) or "none any more (they were late)"
+    return ", ".join(f"rank {other}" for other in absent) or "none any more (they were late)"
 
 
 def shared_directory(target: str | Path, timeout_s: float, *, replace: bool = False) -> AbstractContextManager[Path]:
@@ -224,10 +226,10 @@ def gather_objects(value: Any) -> list[Any]:
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Element-wise sum of equally keyed dicts over all ranks, in fp64. Collective over all ranks."""
     keys = sorted(values)
-    t = torch.tensor([values[k] for k in keys], dtype=torch.float64)
+    sums = torch.tensor([values[key] for key in keys], dtype=torch.float64)
     if world_size() > 1:
-        dist.all_reduce(t)
-    return dict(zip(keys, t.tolist(), strict=True))
+        dist.all_reduce(sums)
+    return dict(zip(keys, sums.tolist(), strict=True))
 
 
 def sum_over_replicas(values: dict[str, float], *, counts: bool = True) -> dict[str, float]:
@@ -243,23 +245,21 @@ def sum_over_replicas(values: dict[str, float], *, counts: bool = True) -> dict[
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Element-wise maximum of equally keyed dicts over all ranks. Collective over all ranks."""
     keys = sorted(values)
-    t = torch.tensor([values[k] for k in keys], dtype=torch.float64)
+    maxima = torch.tensor([values[key] for key in keys], dtype=torch.float64)
     if world_size() > 1:
-        dist.all_reduce(t, op=dist.ReduceOp.MAX)
-    return dict(zip(keys, t.tolist(), strict=True))
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    return dict(zip(keys, maxima.tolist(), strict=True))
 
 
 def leave(code: int = 0) -> None:
-    """End this process now, with its helpers. Collective state is not torn down in order.
-
-    vLLM's destructor would destroy the process group under the other ranks, hence no ordinary exit; and
-    Megatron's checkpoint writer keeps a manager process that would outlive an `os._exit` of its parent, holding
-    the console open, hence the explicit end of children.
-    """
+    """End this process now, with its helpers. Collective state is not torn down in order."""
+    # Megatron's checkpoint writer keeps a manager process. It would outlive `os._exit` and hold the console open.
     for child in multiprocessing.active_children():
-        child.kill()  # a forked child inherits our SIGTERM handler, which only takes note
+        # Not terminate(): a forked child inherits our SIGTERM handler, which only takes note.
+        child.kill()
     for child in multiprocessing.active_children():
         child.join(timeout=5)
     sys.stdout.flush()
     sys.stderr.flush()
+    # No ordinary exit: vLLM's destructor would destroy the process group under the other ranks.
     os._exit(code)

@@ -33,7 +33,7 @@ def check_environment(*, try_imports: bool = True) -> list[str]:
     """
     problems = _wrong_apex() + _engine_problems()
     if try_imports:
-        problems += [p for name in COMPANIONS for p in _companion_problem(name)]
+        problems += [problem for name in COMPANIONS for problem in _companion_problem(name)]
     return problems
 
 
@@ -41,9 +41,9 @@ def _wrong_apex() -> list[str]:
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return []
-    places = [Path(p) for p in spec.submodule_search_locations or []]
+    places = [Path(place) for place in spec.submodule_search_locations or []]
     # NVIDIA's apex has had this folder since its first release; Megatron-Core imports from it.
-    if any((p / "multi_tensor_apply").is_dir() for p in places):
+    if any((place / "multi_tensor_apply").is_dir() for place in places):
         return []
     return [
         f"the package 'apex' in {', '.join(map(str, places)) or spec.origin} is not NVIDIA's apex but an unrelated one "
@@ -88,6 +88,7 @@ def _engine_problems() -> list[str]:
 def _companion_problem(name: str) -> list[str]:
     if importlib.util.find_spec(name) is None:
         return []
+    # Only an import tells whether it loads, and a failed one would leave its halves behind: so in a child process.
     # OMP_NUM_THREADS: an import needs no thread pool, and idle OpenMP threads spin on shared cores.
     child = subprocess.run(
         [sys.executable, "-c", f"import {name}"],

@@ -41,6 +41,7 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
             # Without it, a power cut after the rename can leave an empty file under the final name.
             os.fsync(file.fileno())
         partial.replace(target)
+    # Also KeyboardInterrupt: a half-written file must not wait for the next writer.
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -92,6 +93,7 @@ def require_absent(target: str | Path) -> None:
 
 def _publish(partial: Path, target: Path) -> None:
     """fsync everything in `partial`, then rename it."""
+    # Contents before the name: after a power cut, what has the final name is whole.
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
     # Only now: an older target is usable until its successor is whole.

@@ -50,5 +50,5 @@ class HostPeak:
 
 def anonymous_bytes() -> int:
     """Resident memory of this process that is not backed by a file."""
-    with open("/proc/self/status", encoding="ascii") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))

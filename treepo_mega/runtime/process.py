@@ -21,6 +21,7 @@ def run_and_leave(run: Callable[[], int]) -> None:
     except TreepoError as error:
         print(f"error (rank {dist.rank()}): {error}", file=sys.stderr, flush=True)
         code = 2
-    except BaseException:  # also SystemExit and KeyboardInterrupt: a rank that ends alone would leave others waiting
+    # Also SystemExit and KeyboardInterrupt: a rank that ends alone would leave others waiting.
+    except BaseException:
         traceback.print_exc()
     dist.leave(code)

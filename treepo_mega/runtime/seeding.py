@@ -14,10 +14,11 @@ def derive_seed(*parts: int | str) -> int:
 
     Raises TypeError for a part that is neither int nor str (floats have no canonical spelling).
     """
-    h = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, int | str):
             raise TypeError(f"derive_seed takes int and str parts, got {part!r}")
+        # Length and type first: ("ab", "c") and ("a", "bc") are different names.
         text = f"{type(part).__name__}:{part}".encode()
-        h.update(len(text).to_bytes(4, "big") + text)
-    return int.from_bytes(h.digest(), "big") >> 1
+        digest.update(len(text).to_bytes(4, "big") + text)
+    return int.from_bytes(digest.digest(), "big") >> 1

@@ -28,6 +28,7 @@ class StopRequest:
         return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        # Nothing else: a handler runs between two bytecodes of whatever the rank is doing.
         self.requested = True
 
     def agreed(self) -> bool:

@@ -47,7 +47,8 @@ class Box:
 
 def _boxes(text: str) -> Iterator[Box | None]:
     """Boxes in the order in which they close; None where the thinking ends."""
-    opened: list[tuple[int, int]] = []  # (start, start of the content) of each open brace; content -1: no box
+    # (start, start of the content) of each open brace; content -1: no box.
+    opened: list[tuple[int, int]] = []
     for match in _TOKENS.finditer(text):
         token = match.group()
         if token == "</think>":

@@ -5,29 +5,17 @@ have w leaves in all. With branch factor N the level's budget is (paper section 
 
     total = max(A, min(w - F, N * (A + f)))
 
-so the branches of paths that stopped go to their living siblings, and a tree never promises more than w
-leaves. By induction A <= w - F always holds, hence no living path is ever dropped and no leaf is too many.
+so the branches of paths that stopped go to their living siblings, and a tree never promises more than w leaves.
 
-`budget: equal` splits the total equally. What does not divide evenly goes to paths drawn by the tree's own
-generator, not to the last ones in the list: a fixed choice would favour paths for their position.
-
-The other budgets weigh a path by its *local* certainty x (nats), which is
+`budget: equal` splits the total equally. The other budgets weigh a path by its *local* certainty x (nats):
 
     the mean logprob of its newest segment's tokens          low_prob and high_prob, signal: segment
     the logprob of the likeliest next token at its end       low_prob and high_prob, signal: branch_point
     minus the entropy of the k likeliest next tokens there   entropy
 
-(the first is what the paper calls the last tokens when fallback is aligned to segments, section 4.4; the others look
-at the very distribution that the children's first tokens will be drawn from). The weights are
-
-    softmax(-+ (x - min x) / temperature)             - for low_prob and entropy, + for high_prob
-
-so low_prob and entropy give children to paths the model is unsure of, high_prob to those it is sure of. Every path
-gets one child; the rest follows the weights by largest remainder, ties in path order. There is nothing random in it.
-
-`token_budget` counts tokens instead of leaves: new branches are made only while what is left of the budget holds a
-segment for each; paths that live are finished, so the last tokens may exceed it (cutting them would favour short
-responses).
+The first is what the paper calls the last tokens when fallback is aligned to segments (section 4.4). The others look
+at the distribution that the children's first tokens are drawn from. Weights are softmax(-+ (x - min x) / temperature),
+- for low_prob and entropy, + for high_prob: the first two favour paths the model is unsure of.
 """
 
 from __future__ import annotations
@@ -47,6 +35,7 @@ def level_budget(active: int, finished: int, just_finished: int, width: int, bra
     """
     if active + finished > width:
         raise ValueError(f"{active} living + {finished} finished paths exceed the width {width}")
+    # By induction active <= width - finished: no living path is dropped and no leaf is too many.
     return max(active, min(width - finished, branch_factor * (active + just_finished)))
 
 
@@ -59,6 +48,7 @@ def split_equally(total: int, paths: int, rng: random.Random) -> list[int]:
     if total < paths:
         raise ValueError(f"{total} children cannot give each of {paths} paths one")
     base, extra = divmod(total, paths) if paths else (0, 0)
+    # Drawn by the tree's own generator: a fixed choice would favour paths for their position.
     lucky = set(rng.sample(range(paths), extra))
     return [base + (i in lucky) for i in range(paths)]
 
@@ -73,11 +63,12 @@ def mean_logprob(logprobs: Sequence[float]) -> float:
 def softmax_weights(certainty: Sequence[float], temperature: float, *, favour_low: bool) -> list[float]:
     """softmax(-+ (x - min x) / temperature), - when `favour_low`; positive as far as floats reach, sum 1."""
     sign = -1.0 if favour_low else 1.0
-    scaled = [sign * x / temperature for x in certainty]
-    top = max(scaled)  # softmax does not see a shift: this one, unlike min x, cannot overflow
-    raw = [math.exp(z - top) for z in scaled]
+    scaled = [sign * value / temperature for value in certainty]
+    # softmax does not see a shift: this one, unlike min x, cannot overflow.
+    top = max(scaled)
+    raw = [math.exp(exponent - top) for exponent in scaled]
     total = math.fsum(raw)
-    return [r / total for r in raw]
+    return [part / total for part in raw]
 
 
 def split_by_weight(total: int, weights: Sequence[float]) -> list[int]:
@@ -87,14 +78,14 @@ def split_by_weight(total: int, weights: Sequence[float]) -> list[int]:
     """
     if total < len(weights):
         raise ValueError(f"{total} children cannot give each of {len(weights)} paths one")
-    shares = [(total - len(weights)) * w for w in weights]
+    shares = [(total - len(weights)) * weight for weight in weights]
     whole = [math.floor(share) for share in shares]
     left = total - len(weights) - sum(whole)
     # Rounded, so that equal weights tie although their products differ in the last bit.
     order = sorted(range(len(weights)), key=lambda i: (round(whole[i] - shares[i], 12), i))
     for i in order[:left]:
         whole[i] += 1
-    return [1 + n for n in whole]
+    return [1 + extra_children for extra_children in whole]
 
 
 def top_k_entropy(logprobs: Sequence[float]) -> float:
@@ -105,9 +96,12 @@ def top_k_entropy(logprobs: Sequence[float]) -> float:
     if not logprobs:
         raise ValueError("the entropy at a branch point needs the logprobs of the likeliest next tokens, got none")
     top = max(logprobs)
-    weights = [math.exp(x - top) for x in logprobs]
+    weights = [math.exp(logprob - top) for logprob in logprobs]
     total = math.fsum(weights)
-    return math.log(total) - math.fsum(w * (x - top) for w, x in zip(weights, logprobs, strict=True)) / total
+    return (
+        math.log(total)
+        - math.fsum(weight * (logprob - top) for weight, logprob in zip(weights, logprobs, strict=True)) / total
+    )
 
 
 def certainty(node: Node, rollout: RolloutConfig) -> float:
@@ -121,6 +115,8 @@ def certainty(node: Node, rollout: RolloutConfig) -> float:
 
 def split_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:
     """`total` children (or leaves) over living nodes, in their order, for every budget but `equal`."""
-    x = [certainty(node, rollout) for node in living]
+    certainties = [certainty(node, rollout) for node in living]
     favour_low = rollout.branching.budget.kind != "high_prob"
-    return split_by_weight(total, softmax_weights(x, rollout.branching.budget.temperature, favour_low=favour_low))
+    return split_by_weight(
+        total, softmax_weights(certainties, rollout.branching.budget.temperature, favour_low=favour_low)
+    )

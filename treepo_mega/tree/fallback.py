@@ -32,6 +32,7 @@ def _any(tree: Tree, rng: random.Random) -> list[int]:
 
 
 def _longest(tree: Tree, rng: random.Random) -> list[int]:
+    # Shuffled first; sorting is stable, so responses of one length stay in random order.
     return sorted(_any(tree, rng), key=lambda i: -len(tree.response(i)))
 
 
@@ -46,9 +47,10 @@ CANDIDATES: dict[str, Callable[[Tree, random.Random], list[int]]] = {
 def cut(tree: Tree, leaf: int, where: str, rng: random.Random) -> int:
     """A node on the path to `leaf`, strictly before its end (root included): where to sample anew.
 
-    random: drawn uniformly. low_prob: the border behind which the path's first token was the least probable, the
+    random: drawn uniformly. low_prob: the border after which the path's first token was the least probable, the
     earliest of equals.
     """
+    # Never the leaf itself: nothing may be sampled after the end of a path.
     path = tree.ancestry(leaf)
     if where == "random":
         return rng.choice(path[:-1])

@@ -92,11 +92,11 @@ class Tree:
 
     def prefix(self, node_id: int) -> list[int]:
         """Prompt and response tokens up to and including `node_id`: what its children are conditioned on."""
-        return [t for i in self.ancestry(node_id) for t in self.nodes[i].tokens]
+        return [token for node in self.ancestry(node_id) for token in self.nodes[node].tokens]
 
     def response(self, node_id: int) -> list[int]:
         """Response tokens (without the prompt) up to and including `node_id`."""
-        return [t for i in self.ancestry(node_id)[1:] for t in self.nodes[i].tokens]
+        return [token for node in self.ancestry(node_id)[1:] for token in self.nodes[node].tokens]
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -139,7 +139,8 @@ class Tree:
         self.nodes.sort(key=lambda n: (n.level, n.id if n.fallback else 0, n.path))
         new = {node.id: i for i, node in enumerate(self.nodes)}
         for node in self.nodes:
-            node.id, node.parent = new[node.id], new.get(node.parent, -1)
+            node.id = new[node.id]
+            node.parent = new.get(node.parent, -1)
             node.children = [new[i] for i in node.children]
         self.leaves = [new[i] for i in self.leaves]
 
@@ -148,7 +149,7 @@ class Tree:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> Tree:
+    def from_dict(cls, stored: dict[str, Any]) -> Tree:
         """Rebuild a tree from `to_dict` (JSON turns tuples into lists; this turns them back)."""
-        nodes = [Node(**{**n, "path": tuple(n["path"])}) for n in d["nodes"]]
-        return cls(**{**d, "nodes": nodes})
+        nodes = [Node(**{**fields_, "path": tuple(fields_["path"])}) for fields_ in stored["nodes"]]
+        return cls(**{**stored, "nodes": nodes})

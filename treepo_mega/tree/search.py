@@ -35,13 +35,12 @@ from treepo_mega.tree.transfer import make_transfer
 class Want:
     """A segment to sample: at most `max_tokens` tokens after `prefix` (prompt and response so far), with `seed`.
 
-    With `peek` > 0, whose segment does not end its path is also asked for the logprobs of the `peek` likeliest next
-    tokens. `min_tokens`: from here on a border token ends the segment, when `rollout.segment.end` is not length.
+    If `peek` > 0 and the segment does not end its path, the logprobs of the `peek` likeliest next tokens are wanted
+    too. `min_tokens`: from here on a border token ends the segment, when `rollout.segment.end` is not length.
 
-    With `run` > 0 nobody will branch from this path any more: the driver may go on sampling, up to `run` tokens in
-    all, and deliver segment after segment. Each is wanted when the one before was taken, with `after` naming that
-    one's node: then it is what was sampled behind it. When no such want follows, the path has ended, and what was
-    sampled behind is void.
+    `run` > 0: no branch will start on this path. The driver may sample up to `run` tokens in one request and deliver
+    them segment by segment. After each delivery the tree wants the next, with `after` naming the delivered node. If no
+    such want follows, the path has ended and the remaining tokens are void.
     """
 
     node_id: int
@@ -95,9 +94,11 @@ class TreeSearch:
         self._align = align
         self._rng = random.Random(derive_seed(seed, "tree"))
         self._new: list[Want] = []
-        self._beyond_reach: list[Want] = []  # rollout.partial_rollout: wanted in a later step
+        # rollout.partial_rollout: wanted in a later step.
+        self._beyond_reach: list[Want] = []
         self._step = 1
-        self._running: dict[int, int] = {}  # node id -> max_tokens of every want whose segment has not arrived
+        # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
+        self._running: dict[int, int] = {}
         self._transfer = make_transfer(rollout, seed, self._rng, self._affordable)
         names = ("segments", "generated_tokens", "dropped_tokens", "peeked_tokens", "levels", "fallbacks", "duplicates")
         self.tree.counts = dict.fromkeys(names, 0)
@@ -126,6 +127,7 @@ class TreeSearch:
         self._transfer.rollout = rollout
         waiting = self._beyond_reach
         self._beyond_reach = []
+        # A segment is sampled by one policy; those still waiting belong to the new one.
         for want in waiting:
             self.tree.nodes[want.node_id].policy_version = policy_version
             self._ask(want)
@@ -168,6 +170,7 @@ class TreeSearch:
         """
         if not self.paused:
             raise ValueError(f"prompt {self.tree.prompt_id!r}: only a paused tree can be carried over")
+        # JSON has no tuples: the generator's state goes out as lists and comes back as tuples.
         version, internal, gauss = self._rng.getstate()
         return {
             "tree": self.tree.to_dict(),
@@ -221,6 +224,7 @@ class TreeSearch:
     def _size(self, prefix_len: int, room: int) -> int:
         """Tokens of the next segment of a path of `prefix_len` tokens (prompt included) with `room` left."""
         size = self._cfg.segment_tokens
+        # The last token of a segment is computed with the next one: what is cached ends one token earlier.
         if self._align:
             size += (1 - prefix_len - size) % self._align
         return min(size, room)
@@ -237,7 +241,7 @@ class TreeSearch:
         room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
         size = self._size(len(prefix), room)
         depth = self.tree.nodes[parent].depth + 1
-        # Nobody will ask what comes after the last token of a path.
+        # No decision needs what comes after the last token of a path.
         ends = size == room or depth >= self._stop.max_depth
         peek = 0 if ends or self._transfer.full else self._cfg.peek
         shortest = self._cfg.segment_tokens if self._cfg.segment.end == "length" else self._cfg.segment.min_length
@@ -256,7 +260,7 @@ class TreeSearch:
         return new
 
     def _let_run(self, nodes: Sequence[Node], after: int | None = None) -> None:
-        """Mark the wants of new nodes from which nobody will branch: they may be sampled to the end of their path."""
+        """Mark the wants of new nodes that will not branch: they may be sampled to the end of their path."""
         if not self._cfg.continues:
             return
         single = {node.id for node in nodes if self._transfer.is_single(node)}
@@ -280,8 +284,9 @@ class TreeSearch:
         Nodes keep no trace of the order in which their segments arrived.
         """
         tree = self.tree
+        # Before anything is drawn: fallback and its generator must not depend on which segment arrived first.
         tree.renumber()
-        tree.counts["levels"] = max(n.level for n in tree.nodes)
+        tree.counts["levels"] = max(node.level for node in tree.nodes)
         missing = self._cfg.n_samples_per_prompt - len(tree.leaves)
         if missing:
             made = self._fall_back()
@@ -289,7 +294,7 @@ class TreeSearch:
             self._let_run(made)
         if self.done:
             leaves = tree.leaves
-            tree.counts["duplicates"] = len(leaves) - len({tuple(tree.response(i)) for i in leaves})
+            tree.counts["duplicates"] = len(leaves) - len({tuple(tree.response(leaf)) for leaf in leaves})
 
     def _settle(self, node: Node, segment: Segment) -> None:
         """Apply the stop rules to a node's segment and store what is kept of it."""
@@ -297,6 +302,7 @@ class TreeSearch:
         node.tokens = segment.tokens[: verdict.keep]
         node.logprobs = segment.logprobs[: verdict.keep]
         node.stop = verdict.reason
+        # An ended path has no next token, even where the engine reported one.
         node.peek = list(segment.peek) if verdict.reason is None else []
         if node.stop is not None:
             self.tree.leaves.append(node.id)
@@ -319,7 +325,7 @@ class TreeSearch:
             tree.shortfall = f"{missing} of {width} leaves missing: all paths ended, {why}"
             return []
         made: list[Node] = []
-        level = max(n.level for n in tree.nodes) + 1
+        level = max(node.level for node in tree.nodes) + 1
         candidates = CANDIDATES[self._cfg.fallback.from_](tree, self._rng)
         cuts = [cut(tree, leaf, self._cfg.fallback.cut, self._rng) for leaf in candidates]
         # Candidates in turn until the budget is spent; without a candidate, start over from the prompt.

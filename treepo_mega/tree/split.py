@@ -18,30 +18,30 @@ from treepo_mega.config import ConfigError
 from treepo_mega.tree.segments import Ints, Segments
 
 
-def pieces(s: Segments, max_tokens: int) -> Ints:
+def pieces(segments: Segments, max_tokens: int) -> Ints:
     """[P, 3] (group, first leaf, one past the last): whole trees, and the pieces of trees above `max_tokens`.
 
     Leaves in the forest's depth-first order; pieces cover every leaf once, in order. Raises ConfigError naming the
     longest trajectory when one alone exceeds `max_tokens`.
     """
-    groups = len(s.prompt)
-    bounds = np.searchsorted(s.group[s.leaf_segment], np.arange(groups + 1))
+    groups = len(segments.prompt)
+    bounds = np.searchsorted(segments.group[segments.leaf_segment], np.arange(groups + 1))
     whole = np.stack([np.arange(groups), bounds[:-1], bounds[1:]], 1).astype(np.int64)
-    path = (s.position + s.length)[s.leaf_segment]
+    path = (segments.position + segments.length)[segments.leaf_segment]
     if len(path) and path.max() > max_tokens:
         raise ConfigError(f"a trajectory of {path.max()} tokens does not fit train.max_tokens_per_gpu={max_tokens}")
-    large = s.tokens_per_group() > max_tokens
+    large = segments.tokens_per_group() > max_tokens
     if not large.any():
         return whole
     # Tokens that leaf k brings beside those of the leaves before it; the rest of its path is shared with leaf k-1.
-    fresh = np.bincount(s.leaf_lo, s.length, len(path)).astype(np.int64)
+    fresh = np.bincount(segments.leaf_lo, segments.length, len(path)).astype(np.int64)
     out = []
-    for g, lo, hi in whole.tolist():
-        if large[g]:
+    for group, lo, hi in whole.tolist():
+        if large[group]:
             cuts = cut(path[lo:hi].tolist(), fresh[lo:hi].tolist(), max_tokens)
-            out += [(g, lo + a, lo + b) for a, b in itertools.pairwise(cuts)]
+            out += [(group, lo + start, lo + stop) for start, stop in itertools.pairwise(cuts)]
         else:
-            out.append((g, lo, hi))
+            out.append((group, lo, hi))
     return np.array(out, np.int64).reshape(-1, 3)
 
 
@@ -53,19 +53,24 @@ def cut(path: list[int], fresh: list[int], max_tokens: int) -> list[int]:
     count = len(path)
     best: list[tuple[int, int]] = [(0, 0)]  # (repeated tokens, pieces) of the first j leaves
     came: list[int] = [0]
-    for j in range(1, count + 1):
-        held, choice, at = 0, (1 << 62, 0), j - 1
-        for i in range(j - 1, -1, -1):
-            # Leaves i..j-1: leaf i with its whole path, the later ones with what they bring. More never hold less.
-            if held + path[i] > max_tokens:
+    for stop in range(1, count + 1):
+        held = 0
+        choice = (1 << 62, 0)
+        cut_at = stop - 1
+        for start in range(stop - 1, -1, -1):
+            # The piece holds leaf `start` with its whole path, and of the later leaves what they bring. A longer piece
+            # never holds less: once one is too long, all further ones are.
+            if held + path[start] > max_tokens:
                 break
-            repeated, parts = best[i]
-            here = (repeated + (path[i] - fresh[i] if i else 0), parts + 1)
+            repeated, parts = best[start]
+            # A tuple: among equal repetitions, fewer pieces win.
+            here = (repeated + (path[start] - fresh[start] if start else 0), parts + 1)
             if here < choice:
-                choice, at = here, i
-            held += fresh[i]
+                choice = here
+                cut_at = start
+            held += fresh[start]
         best.append(choice)
-        came.append(at)
+        came.append(cut_at)
     borders = [count]
     while borders[-1]:
         borders.append(came[borders[-1]])

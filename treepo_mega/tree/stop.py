@@ -8,24 +8,10 @@ Rules, tried in this order on every new segment (the released TreePO code's orde
     depth       the path has max_depth segments
     repetition  the text goes round in circles
 
-Two of them also *cut* the segment, because nothing behind the end of a path may be trained on:
-
-- A segment is cut behind its first EOS. An EOS at position 0 of a segment counts like any other.
-- When an answer box closes inside a segment, the segment is cut behind the token that closes it; the
-  tokens sampled after it are dropped. One exception: if the very next token is EOS it is kept and the
-  reason is "eos". The model has then ended its answer by itself, and dropping that token would mean that
-  EOS is never reinforced and is unlearnt. (The exception depends on the dropped token, so that EOS gets
-  gradient only where it was sampled, and its alternatives behind a box never do: a small bias, in favour of
-  ending on successful paths.)
-
-The box is looked for in the text of the whole response, so a box that straddles a segment border is seen.
-The prompt is not looked at: instructions often contain a box. An empty box (`put it in \\boxed{}`) is talk
-about an answer, not an answer. text/boxes.py says what a box is; grading asks the same parser.
-
-Repetition is a property of characters, not tokens: some window of `repetition_window` characters occurs
-`repetition_count` times (overlaps count) in the new segment's text plus the `window * count` characters
-before it. The look-back sees a loop that began in the last segment; a whole-response count would end long
-derivations for their stock phrases.
+Two of them also *cut* the segment, because nothing after the end of a path may be trained on: after the first EOS,
+and after the token that closes an answer box. The box is looked for in the text of the whole response, so a box that
+straddles a segment border is seen. The prompt is not looked at: instructions often contain a box. An empty box
+(`put it in \\boxed{}`) is talk about an answer, not an answer; text/boxes.py says what a box is.
 
 Model output is data: it is decoded, scanned once from left to right, and never evaluated.
 """
@@ -100,10 +86,13 @@ class StopRules:
         if not segment:
             raise ValueError("a segment has at least one token")
         room = self.max_response_len - len(before)
-        end = next((i + 1 for i, t in enumerate(segment) if t in self.eos_token_ids), None)
+        end = next((i + 1 for i, token in enumerate(segment) if token in self.eos_token_ids), None)
         kept = list(segment[:end])[:room]
         box = self._closing_token(before, kept) if self.answer_box else None
         if box is not None:
+            # EOS right after the box is kept. The model has ended its answer by itself, and without that token EOS
+            # would never be reinforced, and be unlearnt. The price is a small bias: EOS gets gradient only where it
+            # was sampled, its alternatives after a box never do.
             if box < len(kept) and kept[box] in self.eos_token_ids:
                 return Verdict(box + 1, "eos")
             return Verdict(box, "answer")
@@ -121,24 +110,25 @@ class StopRules:
         return None
 
     def _closing_token(self, before: Sequence[int], segment: Sequence[int]) -> int | None:
-        """Tokens of `segment` up to and with the one that closes a box; None without a closed box.
-
-        Decoding is not per-token (a byte-level token can be half a character), so the shortest prefix whose
-        text has a closed box is found by bisection: once closed, a box stays closed.
-        """
+        """Tokens of `segment` up to and with the one that closes a box; None without a closed box."""
+        # A byte-level token can be half a character, so text cannot be searched token by token. Once closed, a box
+        # stays closed: the shortest prefix that has one is found by bisection.
 
         def closed(k: int) -> bool:
             return closed_box(self.decode([*before, *segment[:k]])) is not None
 
         if not closed(len(segment)):
             return None
-        low, high = 1, len(segment)
+        low = 1
+        high = len(segment)
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if closed(middle) else (middle + 1, high)
         return low
 
     def _loops(self, before: Sequence[int], segment: Sequence[int]) -> bool:
+        # Characters, not tokens: one loop has many tokenisations. The look-back sees a loop that began in the last
+        # segment; counting over the whole response would end long derivations for their stock phrases.
         new = self.decode(list(segment))
         # A token is at least one character as a rule, so this many tokens hold the look-back; fewer cost nothing.
         span = self.repetition_window * self.repetition_count

@@ -27,31 +27,44 @@ class _Call:
     """The operands of one call, prepared alike for forward and backward."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> None:
-        self.shard, self.hidden, self.weight = shard, hidden.detach(), weight.detach()
+        self.shard = shard
+        self.hidden = hidden.detach()
+        self.weight = weight.detach()
         mine, local = shard.owned(target)
         self.column = torch.where(mine, local, torch.full_like(local, -1)).int()
-        n, valid = shard.numerics, shard.valid
-        if n.precision == "fp8":
-            w = shard.cache.quantised(self.weight, valid, n, self.hidden, by=launch.quantize_rows)
-            how = {"power_of_2_scales": n.power_of_2_scales}
-            h = split(self.hidden, w.channels, n.recipe, launch.quantize_rows, **how)
-            self.a, self.b = launch.scaled(h, len(target)), launch.scaled(w, valid)
-            exact = self._dot(local, torch.bfloat16) if n.exact_target else (h.values() * w.values()[local]).sum(1)
-        else:
-            dtype = torch.float32 if n.precision == "fp32" else torch.bfloat16
-            self.a = launch.plain(self.hidden.to(dtype))
-            self.b = launch.plain(shard.cache.rounded(self.weight, dtype)[:valid])
-            exact = self._dot(local, dtype)
+        exact = self._prepare_fp8(local) if shard.numerics.precision == "fp8" else self._prepare_plain(local)
+        # The kernel adds the target's logit itself, apart from the sums: it may be more exact than the rest.
         self.given = exact / shard.temperature
+
+    def _prepare_fp8(self, local: Tensor) -> Tensor:
+        """Set the quantised operands; the targets' logits [N]."""
+        numerics = self.shard.numerics
+        valid = self.shard.valid
+        weight8 = self.shard.cache.quantised(self.weight, valid, numerics, self.hidden, by=launch.quantize_rows)
+        how = {"power_of_2_scales": numerics.power_of_2_scales}
+        hidden8 = split(self.hidden, weight8.channels, numerics.recipe, launch.quantize_rows, **how)
+        self.a = launch.scaled(hidden8, len(local))
+        self.b = launch.scaled(weight8, valid)
+        if numerics.exact_target:
+            return self._dot(local, torch.bfloat16)
+        return (hidden8.values() * weight8.values()[local]).sum(1)
+
+    def _prepare_plain(self, local: Tensor) -> Tensor:
+        """Set fp32 or bf16 operands; the targets' logits [N]."""
+        dtype = torch.float32 if self.shard.numerics.precision == "fp32" else torch.bfloat16
+        self.a = launch.plain(self.hidden.to(dtype))
+        self.b = launch.plain(self.shard.cache.rounded(self.weight, dtype)[: self.shard.valid])
+        return self._dot(local, dtype)
 
     def _dot(self, column: Tensor, dtype: torch.dtype) -> Tensor:
         """The targets' logits [N] from operands rounded to `dtype`, summed in fp32."""
-        w = self.weight.index_select(0, column)
-        return (self.hidden.to(dtype).float() * w.to(dtype).float()).sum(1)
+        own = self.weight.index_select(0, column)
+        return (self.hidden.to(dtype).float() * own.to(dtype).float()).sum(1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of fp32 or bf16 operands, summed and returned in fp32."""
+    # cuBLAS sums bf16 products in fp32; without `out_dtype` it would round the result to bf16 once more.
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
@@ -77,18 +90,21 @@ class TritonLogProbEntropy(torch.autograd.Function):
         slopes = Slopes(*of_rows)
         call = _Call(hidden, weight, target, shard)
         dtype = torch.float32 if shard.numerics.precision == "fp32" else torch.bfloat16
-        x, w = hidden.detach().to(dtype), shard.cache.rounded(weight, dtype)
+        rounded_hidden = hidden.detach().to(dtype)
+        rounded_weight = shard.cache.rounded(weight, dtype)
         d_hidden = torch.zeros(hidden.shape, device=hidden.device)
         d_weight = torch.zeros(weight.shape, device=weight.device) if ctx.buffer is None else ctx.buffer
         dz = torch.empty(hidden.shape[0], min(SLICE, shard.valid), dtype=dtype, device=hidden.device)
+        # Columns beyond `valid` are padding of the vocabulary: they get no gradient.
         for first in range(0, shard.valid, SLICE):
             end = min(first + SLICE, shard.valid)
             part = dz[:, : end - first]
             launch.dlogits(call.a, call.b, call.column, call.given, shard.temperature, slopes, first, part)
             if shard.numerics.precision == "fp8" and shard.numerics.grads == "fp8":
-                to_hidden, to_weight = te.gradient_products(part, w[first:end], x)
+                to_hidden, to_weight = te.gradient_products(part, rounded_weight[first:end], rounded_hidden)
             else:
-                to_hidden, to_weight = _product(part, w[first:end]), _product(part.t(), x)
+                to_hidden = _product(part, rounded_weight[first:end])
+                to_weight = _product(part.t(), rounded_hidden)
             d_hidden += to_hidden
             d_weight[first:end] += to_weight
         d_weight_out = d_weight.to(weight.dtype) if ctx.buffer is None else None

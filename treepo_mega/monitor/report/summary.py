@@ -58,8 +58,8 @@ class Run:
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of `metric` where it was logged and finite."""
-        points = [(r["step"], r[metric]) for r in self.rows if r.get(metric) is not None]
-        return [p[0] for p in points], [p[1] for p in points]
+        points = [(row["step"], row[metric]) for row in self.rows if row.get(metric) is not None]
+        return [point[0] for point in points], [point[1] for point in points]
 
 
 def load_run(path: Path) -> Run:
@@ -106,14 +106,14 @@ def phases(run: Run) -> list[Row]:
         values = run.series(name)[1]
         if values:
             found.append(_phase(name.removeprefix(PREFIX), values))
-    phase_total = sum(p["total"] for p in found)
-    outside = sum(p["total"] for p in found if p["name"] in OUTSIDE_STEP)
+    phase_total = sum(part["total"] for part in found)
+    outside = sum(part["total"] for part in found if part["name"] in OUTSIDE_STEP)
     whole = max(sum(run.series(PREFIX + "step")[1]) + outside, phase_total)
     if whole - phase_total > 1e-3 * whole:
         found.append({"name": "other", "steps": len(run.rows), "p50": None, "p95": None, "total": whole - phase_total})
     for phase in found:
         phase["share"] = phase["total"] / whole if whole else 0.0
-    return sorted(found, key=lambda p: -p["total"])
+    return sorted(found, key=lambda part: -part["total"])
 
 
 def _phase(name: str, values: list[float]) -> Row:
@@ -134,13 +134,14 @@ def summarise(run: Run) -> Row:
     (metric -> p50 over steps), totals (metric -> sum; faults that should be 0), summary (summary.json).
     """
     tokens = {name: _sum(run, metric) for name, metric in TOKENS.items()}
-    unique, flat = tokens["unique"], tokens["flat"]
+    unique = tokens["unique"]
+    flat = tokens["flat"]
     trends = {}
     for metric in TRENDS:
         values = run.series(metric)[1]
         if values:
             trends[metric] = {"first": values[0], "last": values[-1], "best": max(values), "count": len(values)}
-    medians = {m: percentile(v, 0.5) for m in MEDIANS if (v := run.series(m)[1])}
+    medians = {key: percentile(found, 0.5) for key in MEDIANS if (found := run.series(key)[1])}
     return {
         "run": run.name,
         "steps": len(run.rows),
@@ -151,7 +152,7 @@ def summarise(run: Run) -> Row:
         "token_ratio": unique / flat if unique is not None and flat else None,
         "trends": trends,
         "medians": medians,
-        "totals": {m: t for m in TOTALS if (t := _sum(run, m)) is not None},
+        "totals": {key: total for key in TOTALS if (total := _sum(run, key)) is not None},
         "summary": run.summary,
     }
 

@@ -10,8 +10,12 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT = 460, 200
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 24
+WIDTH = 460
+HEIGHT = 200
+LEFT = 56
+RIGHT = 10
+TOP = 8
+BOTTOM = 24
 COLOURS = 8
 MAX_POINTS = 400
 """Points drawn per line; a longer series is thinned evenly (the first and last step stay)."""
@@ -23,11 +27,13 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) that span [low, high]."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        low = low - pad
+        high = high + pad
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
@@ -50,7 +56,8 @@ def line_chart(series: Sequence[Series], x_label: str = "step") -> str:
     """
     xs = [x for _, steps, _ in series for x in steps]
     ys = [y for _, _, values in series for y in values]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    x_low = min(xs)
+    x_high = max(max(xs), min(xs) + 1)
     marks = ticks(min(ys), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -67,11 +74,11 @@ def line_chart(series: Sequence[Series], x_label: str = "step") -> str:
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)} {max(xs)}</text>')
     for i, (label, steps, values) in enumerate(series):
         chosen = _thin(len(steps))
-        points = [place(steps[k], values[k]) for k in chosen]
+        points = [place(steps[at], values[at]) for at in chosen]
         path = " ".join(f"{x},{y}" for x, y in points)
         parts.append(f'<polyline class="line c{i % COLOURS}" points="{path}"/>')
-        for k, (x, y) in zip(chosen, points, strict=True):
-            tip = f"{label}: {x_label} {steps[k]}, {values[k]:.6g}"
+        for at, (x, y) in zip(chosen, points, strict=True):
+            tip = f"{label}: {x_label} {steps[at]}, {values[at]:.6g}"
             parts.append(
                 f'<circle class="dot c{i % COLOURS}" cx="{x}" cy="{y}" r="2.5"><title>{escape(tip)}</title></circle>'
             )
@@ -86,12 +93,13 @@ def _thin(length: int) -> list[int]:
 
 def share_bar(shares: Sequence[tuple[str, float]]) -> str:
     """One bar of (label, share) pieces, shares adding up to at most 1; a piece names itself when hovered over."""
-    parts, x = [f'<svg class="bar" viewBox="0 0 {2 * WIDTH} 22" role="img">'], 0.0
+    parts = [f'<svg class="bar" viewBox="0 0 {2 * WIDTH} 22" role="img">']
+    left = 0.0
     for i, (label, share) in enumerate(shares):
         width = share * 2 * WIDTH
-        box = f'x="{x:.1f}" y="0" width="{width:.1f}" height="22"'
+        box = f'x="{left:.1f}" y="0" width="{width:.1f}" height="22"'
         parts.append(
             f'<rect class="piece c{i % COLOURS}" {box}><title>{escape(f"{label}: {share:.1%}")}</title></rect>'
         )
-        x += width
+        left += width
     return "".join([*parts, "</svg>"])

@@ -54,6 +54,7 @@ class LevelTransfer:
         self._arrived.append(node)
         if self._waiting:
             return []
+        # In path order: the order of arrival must not decide who gets the odd branch.
         level = sorted(self._arrived, key=lambda arrived: arrived.path)
         self._arrived = []
         living = [arrived for arrived in level if arrived.stop is None]
@@ -62,6 +63,7 @@ class LevelTransfer:
         width = self.rollout.n_samples_per_prompt
         just_finished = len(level) - len(living)
         total = level_budget(len(living), len(tree.leaves), just_finished, width, self.rollout.branching.factor)
+        # Living paths are finished whatever the token budget says: cutting them would favour short responses.
         total = max(len(living), self._affordable(total))
         self.full = total + len(tree.leaves) == width
         return list(zip(living, self._split(total, living), strict=True))

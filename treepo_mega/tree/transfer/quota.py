@@ -2,18 +2,11 @@
 
 The root's quota is n_samples_per_prompt. A node that goes on has min(branching.factor, quota) children, which
 share its quota, each at least one leaf; a node with quota 1 goes on as a single path. A node that stops is one
-leaf, and the rest of its quota is left over: fallback spends it when nothing of the tree is running any more. So
-the quotas of what is running and the leaves there are never exceed n_samples_per_prompt together, and branches
-move to other paths only through fallback, not to living siblings as under `transfer: level`. The price is more
-fallback when paths stop early; the gain is that no segment ever waits for another path.
+leaf. Fallback spends the rest of its quota when nothing of the tree is running any more. The price is more fallback
+when paths stop early; the gain is that no segment waits for another path.
 
-`budget: low_prob | high_prob` compare siblings, so their shares are known only when the segments of the whole
-*family* (the children made at once at one node) have arrived; its members then share the family's quota by weight,
-and those that stopped need no more than their one leaf. A family with nothing to allot, one member or one leaf
-each, does not wait. No segment waits for a cousin's. Children made by fallback share equally: they are no family.
-
-A node's gifts are drawn from a generator named by the tree's seed and the node's path. They are therefore the same
-for any order of arrival.
+`budget: low_prob | high_prob` compare siblings. Their shares are known when the segments of the whole *family* (the
+children made at once at one node) have arrived. Its members then share the family's quota by weight.
 """
 
 from __future__ import annotations
@@ -61,14 +54,17 @@ class QuotaTransfer:
     def started(self, parent: Node, children: Sequence[Node]) -> None:
         """Share the quota of `parent` among its new children, in path order."""
         quota = self._branching.pop(parent.id)
+        # A family with nothing to allot, one member or one leaf each, does not wait for its members.
         if self.rollout.branching.budget.kind != "equal" and 1 < len(children) < quota:
             family = _Family(quota, {node.id for node in children}, [])
             self._family |= dict.fromkeys(family.waiting, family)
             return
+        # A generator named by the path, not the tree's own: the shares are the same for any order of arrival.
         self._share(quota, children, random.Random(derive_seed(self._seed, "quota", *parent.path)))
 
     def started_anew(self, children: Sequence[Node], missing: int) -> None:
         """Share the `missing` leaves equally among the children that a fallback made, in the order given."""
+        # Children made by fallback come from different nodes: they are no family, and share equally.
         self.full = len(children) == missing
         self._share(missing, children, self._rng)
 
@@ -97,6 +93,7 @@ class QuotaTransfer:
             return [] if node.stop is not None else [(node, quota)]
         family = self._family.pop(node.id)
         family.waiting.remove(node.id)
+        # A member that stopped needs no more than its one leaf.
         if node.stop is not None:
             family.quota -= 1
         else:
@@ -108,6 +105,7 @@ class QuotaTransfer:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-safe state; `load_state_dict` is its inverse."""
+        # Each member points to its family: write a family once, by identity.
         families = {id(family): family for family in self._family.values()}
         return {
             "seed": self._seed,
