@@ -24,7 +24,8 @@ from treepo_mega.config.rules import check_directories
 from treepo_mega.data.rewards.verifiers import check_verifier
 from treepo_mega.data.trial import try_sources
 from treepo_mega.errors import TreepoError
-from treepo_mega.modelspec.spec import ROTARY_TYPES, ModelSpec
+from treepo_mega.modelspec.rotary import check_rotary
+from treepo_mega.modelspec.spec import ModelSpec
 
 
 def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[list[str], list[str]]:
@@ -55,10 +56,8 @@ def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[
     # Without config.json there is no model, and that is said already.
     if not adapter and (Path(hf_dir) / "config.json").is_file():
         notes += attempt(lambda: check_weights(hf_dir, spec, needed=starting)) or []
-    if spec is not None and spec.rope_type not in ROTARY_TYPES:
-        problems.append(
-            f"{hf_dir}/config.json: rope_type {spec.rope_type!r} is not supported; expected {', '.join(ROTARY_TYPES)}"
-        )
+    if spec is not None:
+        attempt(lambda: check_rotary(spec, cfg.max_model_len, f"{hf_dir}/config.json"))
     problems += check_directories(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
     tried, said = try_sources(

@@ -20,13 +20,37 @@ VOCAB = 83
 PROMPT_LEN = 8
 
 
+_ORIGINAL = "original_max_position_embeddings"
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, _ORIGINAL: 32},
+    "longrope": {
+        "rope_type": "longrope", _ORIGINAL: 8, "short_factor": [1 + i / 8 for i in range(8)],
+        "long_factor": [1 + i for i in range(8)],
+    },
+    "longrope-short": {
+        "rope_type": "longrope", _ORIGINAL: 128, "short_factor": [1 + i / 8 for i in range(8)],
+        "long_factor": [1 + i for i in range(8)],
+    },
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, _ORIGINAL: 32},
+}  # fmt: skip
+"""Rotary parameters for heads of 16: the trajectories below lie within and beyond the original length of yarn and
+llama3, beyond that of longrope, and within that of longrope-short."""
+
+
 def write_checkpoint(directory: Path, kind: str, tied: bool) -> Path:
-    """A random checkpoint of `kind` (llama, qwen2, qwen3); biases and norms are not trivial, logits are of order 1."""
+    """A random checkpoint; biases and norms are not trivial, logits are of order 1.
+
+    `kind` is llama, qwen2 or qwen3, with "+" and a name of ROTATIONS behind it for another rotation than the default.
+    """
     torch.manual_seed(0)
+    kind, _, rotation = kind.partition("+")
+    more = {"rope_parameters": {"rope_theta": 10000.0, **ROTATIONS[rotation]}} if rotation else {}
     config = AutoConfig.for_model(
         kind, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16 if kind == "qwen2" else 32, tie_word_embeddings=tied,
-        max_position_embeddings=256, initializer_range=0.1,
+        num_key_value_heads=2, head_dim=16 if kind == "qwen2" or rotation else 32, tie_word_embeddings=tied,
+        max_position_embeddings=256, initializer_range=0.1, **more,
     )  # fmt: skip
     return save_random(config, directory, 0.1)
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.actor import exact
+from tests.actor.oracle import ROTATIONS
 from tests.actor.tree_oracle import CLIP_REGIMES
 from tests.ranks import launch_once, run_ranks
 
@@ -59,7 +60,10 @@ PAIRWISE = ((False, 4, True), (True, 2, False), (False, 0, False))
 # kind:tied:TP:PP:VPP:SP[:overrides]
 RECOMPUTE = ":parallel.recompute_granularity=full,parallel.recompute_method=uniform,parallel.recompute_num_layers=1"
 UPDATES = {
-    1: ("llama:tied:1:1:1:0", "qwen2:untied:1:1:1:0", "qwen3:tied:1:1:1:0", "llama:tied:1:1:1:0" + RECOMPUTE),
+    1: (
+        *("llama:tied:1:1:1:0", "qwen2:untied:1:1:1:0", "qwen3:tied:1:1:1:0", "llama:tied:1:1:1:0" + RECOMPUTE),
+        *(f"{MODELS[i % 3][0]}+{rotation}:tied:1:1:1:0" for i, rotation in enumerate(ROTATIONS)),
+    ),
     2: (
         "llama:tied:2:1:1:0",
         "llama:tied:1:2:1:0",  # the tied embedding lies on both stages

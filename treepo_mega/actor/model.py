@@ -8,6 +8,7 @@ logprobs without the [T, V] logits that GPTModel would make. What its layers are
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, lay
 from treepo_mega.config import Config
 from treepo_mega.loss import te
 from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
-from treepo_mega.modelspec.spec import ROTARY_TYPES, ModelSpecError
+from treepo_mega.modelspec.rotary import attention_factor, check_rotary, long_factors
 from treepo_mega.runtime.device import device, has_cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -114,21 +115,18 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
     )
 
 
-def rope_inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """Rotary inverse frequencies [head_dim / 2] exactly as transformers computes them for such a model.
+def rope_inverse_frequencies(spec: ModelSpec, longest: int) -> Tensor:
+    """Rotary inverse frequencies [head_dim / 2] as transformers computes them, for trajectories of `longest` tokens.
 
-    Raises ModelSpecError for rotary types that also scale attention (yarn and the like), which are not supported.
+    Raises ModelSpecError for rotary parameters that actor and engine would not compute alike.
     """
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    check_rotary(spec, longest)
     if spec.rope_type == "default":
         steps = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
         return 1.0 / (spec.rope_theta**steps)
-    if spec.rope_type not in ROTARY_TYPES:
-        raise ModelSpecError(
-            f"config.json: rope_type {spec.rope_type!r} is not supported; expected {', '.join(ROTARY_TYPES)}"
-        )
     # What the function reads of a configuration is the same for every architecture.
     config = LlamaConfig(
         hidden_size=spec.hidden_size,
@@ -137,10 +135,16 @@ def rope_inverse_frequencies(spec: ModelSpec) -> Tensor:
         max_position_embeddings=spec.max_position_embeddings or 2048,
         rope_parameters={"rope_type": spec.rope_type, "rope_theta": spec.rope_theta, **spec.rope_scaling},
     )
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[spec.rope_type](config, torch.device("cpu"))
-    if factor != 1.0:
-        raise ModelSpecError(f"config.json: rotary attention factor {factor} is not supported; expected 1.0")
+    length = longest if long_factors(spec, longest) else None
+    inv_freq, _ = ROPE_INIT_FUNCTIONS[spec.rope_type](config, torch.device("cpu"), seq_len=length)
     return inv_freq
+
+
+def scale_rotation(config: TransformerConfig, factor: float) -> None:
+    """Let Megatron's attention multiply cosines and sines by `factor`, through its settings for YaRN."""
+    # Megatron multiplies by 0.1 * mscale * ln(scaling) + 1, which for scaling e**10 is mscale + 1.
+    config.yarn_rotary_scaling_factor = math.exp(10)
+    config.yarn_mscale, config.yarn_mscale_all_dim = factor - 1, 0.0
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
@@ -163,7 +167,8 @@ def build_model(cfg: Config, spec: ModelSpec) -> list[PolicyModel]:
     p = cfg.parallel
     vpp = p.virtual_pipeline_model_parallel_size
     vocab = padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, p.tensor_model_parallel_size)
-    inv_freq = rope_inverse_frequencies(spec)
+    inv_freq = rope_inverse_frequencies(spec, cfg.max_model_len)
+    scale_rotation(config, attention_factor(spec))
     logging.getLogger("megatron").setLevel(logging.WARNING)
     chunks = []
     for stage in range(vpp or 1):

@@ -84,6 +84,9 @@ class LayerOutputs:
 def probe_tokens(spec: ModelSpec) -> list[int]:
     """Fixed pseudo-random token ids [<= 33], with the first and the last of the vocabulary among them."""
     length = min(PROBE_TOKENS, spec.max_position_embeddings or PROBE_TOKENS)
+    if spec.rope_type == "longrope":
+        # The probed model has the short factors, which transformers leaves beyond this length.
+        length = min(length, spec.rope_scaling["original_max_position_embeddings"])
     middle = np.random.default_rng(0).integers(0, spec.vocab_size, max(0, length - 2))
     return [0, *middle.tolist(), spec.vocab_size - 1][:length]
 

@@ -35,8 +35,9 @@ from typing import Any
 from treepo_mega.checkpoint.hf import check_files
 from treepo_mega.config import Config
 from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest, SegmentStream
-from treepo_mega.engine.vllm_setup import build, check_model, process_left_alone
+from treepo_mega.engine.vllm_setup import build, check_model, process_left_alone, rotation_overrides
 from treepo_mega.engine.vllm_target import VllmTarget
+from treepo_mega.modelspec.rotary import engine_length
 from treepo_mega.modelspec.spec import ModelSpec
 
 
@@ -46,20 +47,22 @@ class Engine:
     def __init__(self, hf_dir: str | Path, cfg: Config, *, seed: int = 0, weights_follow: bool = False) -> None:
         """Load the checkpoint at `hf_dir`; with `weights_follow` only its shapes, and all weights must be written.
 
-        Raises EngineError for a model or layout that vLLM cannot take, HfCheckpointError for missing or broken files.
+        Raises EngineError for a model or layout that vLLM cannot take, ModelSpecError for a rotation that it would
+        compute otherwise than the actor, HfCheckpointError for missing or broken files.
         """
         self.hf_dir = Path(hf_dir)
         spec = ModelSpec.from_hf(self.hf_dir)
         check_model(self.hf_dir, spec, cfg)
         self.vocab_size = spec.vocab_size
-        # One more than the longest trajectory, so that a full one can still be scored; never past the positions.
-        self.max_model_len = min(cfg.max_model_len + 1, spec.max_position_embeddings or cfg.max_model_len + 1)
+        self.max_model_len = engine_length(spec, cfg.max_model_len)
         check_files(self.hf_dir)
         self._open: dict[str, SegmentStream] = {}  # by vLLM's id
         self._next = 0
         self._broken = "the engine was built without weights" if weights_follow else ""
         with process_left_alone():
-            self._llm = build(self.hf_dir, cfg, self.max_model_len, seed, weights_follow=weights_follow)
+            self._llm = build(
+                self.hf_dir, cfg, self.max_model_len, seed, rotation_overrides(spec), weights_follow=weights_follow
+            )
         produced = self._llm.collective_rpc("engine_vocab_size")[0]
         if produced != self.vocab_size:
             raise EngineError(

@@ -1,7 +1,7 @@
 """How vLLM is built into the trainer's process: settings, what is checked before, and what is put right after.
 
     with process_left_alone():
-        llm = build(hf_dir, cfg, max_model_len, seed)     # collective over all ranks
+        llm = build(hf_dir, cfg, max_model_len, seed, {})     # collective over all ranks
 
 Traps of vLLM 0.32 on the CPU that this module exists to hide:
 
@@ -39,6 +39,7 @@ from treepo_mega.engine import cuda_profile
 from treepo_mega.engine.cpu_segments import private_segments
 from treepo_mega.engine.stream import EngineError
 from treepo_mega.engine.vllm_target import VllmTarget
+from treepo_mega.modelspec.rotary import check_rotary, engine_rope
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime.device import device, has_cuda
 
@@ -74,12 +75,15 @@ class WeightSync:
 
 
 def check_model(hf_dir: Path, spec: ModelSpec, cfg: Config) -> None:
-    """Raises EngineError for a model that this engine cannot hold in the layout of `cfg`."""
+    """Raises EngineError for a model that this engine cannot hold in the layout of `cfg`, and ModelSpecError for a
+    rotation that it would compute otherwise than the actor.
+    """
     if not has_cuda() and spec.head_dim not in CPU_HEAD_SIZES:
         raise EngineError(
             f"{hf_dir}: head size {spec.head_dim} is not one that vLLM's CPU kernels take: "
             + ", ".join(map(str, CPU_HEAD_SIZES))
         )
+    check_rotary(spec, cfg.max_model_len, f"{hf_dir}/config.json")
     _check_quantization(cfg.rollout.engine.quantization)
     window, tp = spec.max_position_embeddings, cfg.rollout.engine.tensor_parallel_size
     if window and cfg.max_model_len > window:
@@ -93,6 +97,11 @@ def check_model(hf_dir: Path, spec: ModelSpec, cfg: Config) -> None:
         raise EngineError(
             f"rollout.engine.tensor_parallel_size {tp} does not divide num_attention_heads {spec.num_attention_heads}"
         )
+
+
+def rotation_overrides(spec: ModelSpec) -> dict[str, Any]:
+    """What vLLM is told instead of config.json, so that it rotates as the actor does."""
+    return {} if spec.rope_type == "default" else {"rope_parameters": engine_rope(spec)}
 
 
 def _check_quantization(name: str | None) -> None:
@@ -167,10 +176,19 @@ def choose_execution(engine: EngineConfig) -> Execution:
     return chosen
 
 
-def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int, *, weights_follow: bool = False) -> Any:
+def build(
+    hf_dir: Path,
+    cfg: Config,
+    max_model_len: int,
+    seed: int,
+    overrides: dict[str, Any],
+    *,
+    weights_follow: bool = False,
+) -> Any:
     """vLLM's LLM with the settings that the module docstring explains.
 
-    `weights_follow`: whoever builds it writes all weights before the first sample, so the checkpoint is not read.
+    `overrides` replace keys of config.json. `weights_follow`: whoever builds it writes all weights before the first
+    sample, so the checkpoint is not read.
     """
     execution = choose_execution(cfg.rollout.engine)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(execution.model_runner == "v2"))
@@ -190,6 +208,7 @@ def build(hf_dir: Path, cfg: Config, max_model_len: int, seed: int, *, weights_f
             str(hf_dir),
             max_model_len=max_model_len,
             seed=seed,
+            hf_overrides=overrides,
             load_format="dummy" if weights_follow else "auto",
             **engine_arguments(cfg, execution, max_model_len),
         )

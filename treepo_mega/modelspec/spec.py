@@ -28,9 +28,6 @@ from typing import Any
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.architectures import Architecture, discover
 
-ROTARY_TYPES = ("default", "linear", "llama3")
-"""Rotary embeddings that the actor computes; others also scale attention."""
-
 
 class ModelSpecError(TreepoError):
     """The model cannot be described; the message names the file, the key, what was expected and what was found."""
@@ -49,8 +46,10 @@ _REQUIRED_VALUES: Mapping[str, Any] = MappingProxyType(
         "mlp_bias": False,
         "use_sliding_window": False,
         "quantization_config": None,
+        "dual_chunk_attention_config": None,
     }
 )
+_WAY_OUT = {"dual_chunk_attention_config": "; leave the key out to train with plain attention"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,10 @@ class ModelSpec:
             )
         for key, expected in {**_REQUIRED_VALUES, **arch.required}.items():
             if config.get(key, expected) not in (expected, None):
-                raise ModelSpecError(f"{where}: {key} is {config[key]!r}; only {expected!r} is supported for {name}")
+                raise ModelSpecError(
+                    f"{where}: {key} is {config[key]!r}; only {expected!r} is supported for {name}"
+                    f"{_WAY_OUT.get(key, '')}"
+                )
         heads = _count(config, "num_attention_heads", where)
         hidden = _count(config, "hidden_size", where)
         kv_heads = _count(config, "num_key_value_heads", where, default=heads)
@@ -196,18 +198,34 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, str, dict[str, Any]]:
     """(theta, type, other parameters) from transformers 5's rope_parameters or the older rope_theta + rope_scaling."""
-    given = config.get("rope_parameters")
-    if given is None:
-        given = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    found = {key: _rope_of(config, key, where) for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
+        raise ModelSpecError(
+            f"{where}: rope_parameters {config['rope_parameters']!r} and rope_scaling {config['rope_scaling']!r} do "
+            "not agree; keep one of them"
+        )
+    return next(iter(found.values())) if found else _rope_of(config, "rope_parameters", where)
+
+
+def _rope_of(config: Mapping[str, Any], key: str, where: str) -> tuple[float, str, dict[str, Any]]:
+    given = config.get(key) or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
-        raise ModelSpecError(f"{where}: rope_parameters is {given!r}; expected one flat object for all layers")
+        raise ModelSpecError(f"{where}: {key} is {given!r}; expected one flat object for all layers")
     rope = dict(given)
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    old_type = rope.pop("type", "default")
-    rope_type = rope.pop("rope_type", old_type)
+    old_type = rope.pop("type", None)
+    rope_type = rope.pop("rope_type", old_type or "default")
+    if old_type not in (None, rope_type):
+        raise ModelSpecError(f"{where}: {key} has rope_type {rope_type!r} and type {old_type!r}; keep rope_type alone")
     partial = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ModelSpecError(f"{where}: partial_rotary_factor is {partial!r}; only 1.0 is supported")
     if not isinstance(theta, int | float) or theta <= 0:
         raise ModelSpecError(f"{where}: rope_theta is {theta!r}; expected a positive number")
+    if rope_type in ("llama3", "yarn", "longrope"):
+        # As transformers has it: beside the parameters the key comes first, and without any the window is the original.
+        key, window = "original_max_position_embeddings", config.get("max_position_embeddings")
+        if config.get(key) is not None:
+            rope[key] = config[key]
+        rope.setdefault(key, window)
     return float(theta), str(rope_type), rope
