@@ -180,7 +180,8 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
         raise ConfigError("--world-size only goes with --dry-run: torchrun or srun decides it for a run")
     cfg = load_config(path, overrides)
     if dry_run:
-        return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+        # A world size that is named is that of a cluster, not of the machine that plans.
+        return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")), elsewhere=world_size is not None)
     # Again in runtime/dist.py, which knows the world size for sure; here a mistake costs no import of Megatron.
     _require_preflight(cfg, int(os.environ.get("WORLD_SIZE", "1")), starting=True)
     _require_environment()
@@ -191,11 +192,11 @@ def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: in
     return 0
 
 
-def _require_preflight(cfg: Config, world_size: int, *, starting: bool = False) -> list[str]:
+def _require_preflight(cfg: Config, world_size: int, *, starting: bool = False, elsewhere: bool = False) -> list[str]:
     """Notes for people. Raises ConfigError with every problem that can be known before weights are read."""
     from treepo_mega.preflight import preflight
 
-    problems, notes = preflight(cfg, world_size, starting=starting)
+    problems, notes = preflight(cfg, world_size, starting=starting, elsewhere=elsewhere)
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -203,9 +204,9 @@ def _require_preflight(cfg: Config, world_size: int, *, starting: bool = False) 
     return notes
 
 
-def _dry_run(cfg: Config, world_size: int) -> int:
+def _dry_run(cfg: Config, world_size: int, *, elsewhere: bool) -> int:
     """Print the resolved configuration and what follows from it, after every check that needs no weights."""
-    notes = _require_preflight(cfg, world_size)
+    notes = _require_preflight(cfg, world_size, elsewhere=elsewhere)
     print(dump_text(cfg), end="")
     print("---")
     for note in [*notes, _describe_model(Path(cfg.model.hf_checkpoint))]:

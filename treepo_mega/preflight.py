@@ -8,6 +8,7 @@ a sentence that names the key or file. Nothing here needs torch, vLLM or Megatro
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,28 @@ from treepo_mega.checkpoint.headers import (
     missing_index_note,
     stored_tensors,
 )
-from treepo_mega.config import Config, check
+from treepo_mega.checkpoint.space import check_space, describe_space
+from treepo_mega.config import Config, PromptSource, check
 from treepo_mega.config.rules import check_directories
+from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import check_verifier
 from treepo_mega.data.trial import try_sources
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.rotary import check_rotary
 from treepo_mega.modelspec.spec import ModelSpec
 
+LARGEST_SEED = 2**32 - 1
+"""Of numpy's older generators, which some reasoning-gym tasks use."""
 
-def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[list[str], list[str]]:
+
+def preflight(
+    cfg: Config, world_size: int, *, starting: bool = False, elsewhere: bool = False
+) -> tuple[list[str], list[str]]:
     """(problems, notes for people) of starting `cfg` with `world_size` processes on this machine.
 
     `world_size` is that of the run, which may be larger than this machine. `starting`: the run begins now, so that a
-    model directory without weights is a problem; a plan can be made from config.json alone.
+    model directory without weights is a problem; a plan can be made from config.json alone. `elsewhere`: the plan is
+    for another machine, so that the disk of this one is only told of.
     """
     problems: list[str] = []
 
@@ -57,9 +66,15 @@ def preflight(cfg: Config, world_size: int, *, starting: bool = False) -> tuple[
     if not adapter and (Path(hf_dir) / "config.json").is_file():
         notes += attempt(lambda: check_weights(hf_dir, spec, needed=starting)) or []
     if spec is not None:
-        attempt(lambda: check_rotary(spec, cfg.max_model_len, f"{hf_dir}/config.json"))
+        model = spec
+        attempt(lambda: check_rotary(model, cfg.max_model_len, f"{hf_dir}/config.json"))
+        problems += [] if elsewhere else check_space(cfg, spec)
+        notes += describe_space(cfg, spec)
     problems += check_directories(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
+    for source in [*cfg.data.train, *cfg.data.eval]:
+        if source.reasoning_gym is not None:
+            attempt(lambda source=source: check_gym(source, make_one=not starting))  # type: ignore[misc]  # no default
     tried, said = try_sources(
         [*cfg.data.train, *cfg.data.eval],
         cfg.data,
@@ -87,3 +102,23 @@ def check_weights(hf_dir: str, spec: ModelSpec | None, *, needed: bool) -> list[
     if spec is not None:
         check_against(hf_dir, stored, spec)
     return missing_index_note(hf_dir, stored)
+
+
+def check_gym(source: PromptSource, *, make_one: bool) -> None:
+    """Raise GymError for a reasoning-gym source that cannot be made. `make_one`: its first item is, in a second or two.
+
+    A start makes all of them right after, and a laptop that only plans may lack the library.
+    """
+    for key in ("seed", "size"):
+        if key in source.params:
+            raise GymError(
+                f"reasoning_gym: {source.reasoning_gym}: params has {key} {source.params[key]!r}; set {key} beside "
+                "params, where it is a key of the source"
+            )
+    if source.seed + source.size > LARGEST_SEED:
+        raise GymError(
+            f"reasoning_gym: {source.reasoning_gym}: seed {source.seed} + size {source.size} exceeds {LARGEST_SEED}, "
+            "the largest seed that every task takes: each item has the next one"
+        )
+    if make_one and source.reasoning_gym and importlib.util.find_spec("reasoning_gym"):
+        make_items(source.reasoning_gym, source.params, seed=source.seed, size=1)

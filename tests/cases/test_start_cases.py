@@ -1,5 +1,8 @@
 """Real inputs that failed at the start of a run, or were taken for something else: configuration, paths, restarts."""
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,13 @@ def dry_run(capsys, *overrides: str) -> tuple[int, str]:
     return status, capsys.readouterr().err
 
 
+def model_like(directory: Path, **changes: object) -> Path:
+    """A directory with the example model's config.json, changed; a key that becomes None is left out."""
+    config = {**json.loads((REPO / "examples/tiny_reasoner/config.json").read_text()), **changes}
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return directory
+
+
 @pytest.fixture
 def _in_repo(monkeypatch):
     monkeypatch.chdir(REPO)
@@ -149,21 +159,61 @@ def test_the_dry_run_names_every_problem_that_needs_no_weights(capsys, tmp_path)
         assert part in err
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
+
+
 @pytest.mark.usefixtures("_in_repo")
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "Mistral"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "ntk", "factor": 4.0, "rope_theta": 10000.0}}, "rope_type 'ntk'"),
+        ({"rope_parameters": YARN}, "exceeds the 16 positions of rope_type 'yarn'"),
         ({"attention_bias": True}, "attention_bias"),
     ],
 )
 def test_the_dry_run_refuses_models_that_the_actor_cannot_compute(capsys, tmp_path, changes, message):
-    import json
+    status, err = dry_run(capsys, f"model.hf_checkpoint={model_like(tmp_path, **changes)}")
+    assert status == 2
+    assert message in err
 
-    config = json.loads((REPO / "examples/tiny_reasoner/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-    status, err = dry_run(capsys, f"model.hf_checkpoint={tmp_path}")
+
+@pytest.mark.usefixtures("_in_repo")
+def test_the_dry_run_takes_a_yarn_model_in_the_older_spelling(capsys, tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    changes = {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": yarn, "max_position_embeddings": 512}
+    assert dry_run(capsys, f"model.hf_checkpoint={model_like(tmp_path, **changes)}")[0] == 0
+
+
+@pytest.mark.usefixtures("_in_repo")
+def test_a_disk_that_cannot_hold_the_checkpoints_is_named(capsys, tmp_path, monkeypatch):
+    from treepo_mega.checkpoint import space
+
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: disk._replace(free=5 << 20))
+    where = [f"logging.run_dir={tmp_path}/run", "checkpoint.keep_last=1", "checkpoint.save_interval=1"]
+    status, err = dry_run(capsys, *where, "train.num_rollouts=50")
+    assert status == 2
+    needs = (
+        rf"the run needs \d\.\d MiB in {tmp_path}/run/checkpoints and \d+\.\d KiB in {tmp_path}/run/hf; 5\.0 MiB are"
+    )
+    assert re.search(needs + r" free there: a checkpoint has \d\.\d MiB", err)
+    assert dry_run(capsys, *where, "train.num_rollouts=1")[0] == 0, "one checkpoint is all that it writes"
+    assert dry_run(capsys, *where, "checkpoint.enabled=false")[0] == 0
+    assert dry_run(capsys, *where, "--world-size", "1")[0] == 0, "the plan of another machine's run"
+
+
+@pytest.mark.usefixtures("_in_repo")
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("{reasoning_gym: chain_sum, params: {seed: 3}}", "params has seed 3; set seed beside params"),
+        ("{reasoning_gym: chain_sum, seed: 4294967295, size: 8}", "seed 4294967295 + size 8 exceeds 4294967295"),
+        ("{reasoning_gym: chain_sums}", "unknown task 'chain_sums' (did you mean 'chain_sum'?)"),
+    ],
+)
+def test_reasoning_gym_sources_that_cannot_be_made_are_found_by_the_dry_run(capsys, source, message):
+    status, err = dry_run(capsys, f"data.train=[{source}]")
     assert status == 2
     assert message in err
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.actor.oracle import configuration
 from tests.ranks import run_ranks
 from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, check_complete, check_digests, find_latest, prune
+from treepo_mega.checkpoint.space import checkpoint_bytes
 from treepo_mega.errors import TreepoError
+from treepo_mega.modelspec.mcore_layout import ModelSpec
 
 WORKER = Path(__file__).with_name("training_worker.py")
 
@@ -83,6 +86,9 @@ def test_the_manifest_states_the_layout_and_every_file(trained):
     assert manifest["step"] == 2 and manifest["layout"]["tensor_model_parallel_size"] == 2
     on_disk = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
     assert set(manifest["files"]) == on_disk - {MANIFEST}
+    cfg = configuration(trained / "hf", "parallel.tensor_model_parallel_size=2")
+    foretold = checkpoint_bytes(cfg, ModelSpec.from_hf(trained / "hf"))
+    assert 1 <= sum(manifest["files"].values()) / foretold < 1.2, "names and padding weigh on a model this small"
     assert not list(trained.rglob("*.partial")), "nothing is left half-written"
 
 

@@ -78,7 +78,7 @@ def test_an_engine_gives_the_logprobs_of_transformers(tmp_path, keep_alive, name
         {
             "model": {"hf_checkpoint": str(directory)},
             "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": 32},
-            "rollout": {**rollout, "engine": {"max_num_batched_tokens": 1024, "kv_cache_memory_mb": 64}},
+            "rollout": {**rollout, "engine": {"max_num_batched_tokens": 1024}},
         }
     )
     keep_alive.append(Engine(directory, cfg, seed=0))

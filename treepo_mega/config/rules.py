@@ -272,12 +272,17 @@ def check_directories(cfg: Config) -> list[str]:
     for key, name in (("logging.run_dir", cfg.logging.run_dir), ("checkpoint.save", cfg.checkpoint.save)):
         if not name:
             continue
-        place = Path(name).absolute()
-        # A directory that is not there yet is made below its nearest ancestor that is.
-        while not place.exists() and place != place.parent:
-            place = place.parent
+        place = nearest_existing(name)
         if not place.is_dir():
             bad.append(f"{key} {name!r}: {place} is a file; name a directory")
         elif not os.access(place, os.W_OK | os.X_OK):
             bad.append(f"{key} {name!r}: {place} cannot be written to by this user")
     return bad
+
+
+def nearest_existing(path: str | Path) -> Path:
+    """`path`, or where it is not there yet its nearest ancestor that is, below which it would be made."""
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
