@@ -64,7 +64,7 @@ def one_step(trainer: Trainer, step: int) -> dict[str, float]:
         plans, credit = trainer.plan(forest)
     metrics |= credit
     if not plans:
-        trainer.progress.say(f"step {step}: no prompt had differing rewards; nothing to learn from, weights unchanged")
+        trainer.progress.say(f"step {step}: {why_nothing(metrics)}; weights unchanged")
         return metrics
     with trainer.timers("old_logprobs"):
         trainer.memory.to_trainer()
@@ -76,6 +76,23 @@ def one_step(trainer: Trainer, step: int) -> dict[str, float]:
     with trainer.timers("reshard"):
         metrics |= trainer.memory.to_engine()
     return metrics
+
+
+def why_nothing(metrics: dict[str, float]) -> str:
+    """Why a step has nothing to train on, by its metrics.
+
+    >>> counts = {"rollout/prompts_dropped_zero_std": 0, "rollout/trees_carried_over": 4}
+    >>> why_nothing(counts)
+    'no tree was finished, 4 go on in the next step (rollout.partial_rollout)'
+    >>> why_nothing(counts | {"rollout/prompts_dropped_zero_std": 2, "rollout/trees_carried_over": 0})
+    'no prompt had differing rewards, nothing to learn from'
+    """
+    dropped = int(metrics["rollout/prompts_dropped_zero_std"])
+    carried = int(metrics["rollout/trees_carried_over"])
+    if not carried:
+        return "no prompt had differing rewards, nothing to learn from"
+    finished = f"none of {dropped} finished prompts had differing rewards" if dropped else "no tree was finished"
+    return f"{finished}, {carried} go on in the next step (rollout.partial_rollout)"
 
 
 def evaluate(trainer: Trainer, step: int) -> dict[str, float]:

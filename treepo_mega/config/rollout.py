@@ -151,8 +151,17 @@ class RolloutConfig(Section):
     step, under the weights of then (Node.policy_version says which segment is whose); None: trees are finished."""
     dynamic_sampling: bool = True
     """Drop prompts whose rewards are all equal, and refill from new prompts."""
-    max_refills: int = Field(2, ge=0)
-    """Extra generation rounds per step before training goes on with fewer prompts."""
+    filter_metric: Literal["reward", "acc"] = "reward"
+    """What dynamic sampling looks at. reward: the rewards that are trained on. acc: the verifier's verdict before any
+    penalty (the number `acc` of its dict, else its score), as DAPO does: shaped rewards nearly always differ."""
+    oversample: float = Field(1.0, ge=1)
+    """Prompts drawn in a round of dynamic sampling, as a multiple of those that are missing. What is left over is not
+    trained on."""
+    max_refills: int = Field(10, ge=0)
+    """Extra generation rounds per step before the step goes on with fewer prompts, or ends."""
+    allow_smaller_batch: bool = True
+    """Whether a step that could not be filled trains on fewer prompts, and says so. false: the run ends with an error.
+    Trees that rollout.partial_rollout carries over are not missing."""
     timeout_s: float = Field(1800, gt=0)
     """Deadline of a generation phase, seconds; the error names what is missing."""
     stop: StopConfig = Field(default_factory=StopConfig)

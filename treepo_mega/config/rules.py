@@ -87,6 +87,10 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
     # One reward never differs from itself: every prompt would be dropped.
     if rollout.dynamic_sampling and rollout.n_samples_per_prompt < 2:
         bad.append("rollout.dynamic_sampling needs rollout.n_samples_per_prompt >= 2: one reward never differs")
+    if rollout.oversample != 1 and not rollout.dynamic_sampling:
+        bad.append(
+            f"rollout.oversample {rollout.oversample:g} needs rollout.dynamic_sampling: else nothing is refilled"
+        )
     return bad
 
 

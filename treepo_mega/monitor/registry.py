@@ -69,6 +69,10 @@ _ROLLOUT = (
     Metric("rollout/response_len_max", "tokens", "at most max_response_len", "longest response"),
     Metric("rollout/truncated_share", "share", "below 0.2", "trajectories cut by length or depth"),
     Metric("rollout/prompts_dropped_zero_std", "count", "below half", "prompts dropped: all rewards equal"),
+    Metric("rollout/prompts_trained", "count", "rollout.rollout_batch_size", "prompts that the step trained on"),
+    Metric(
+        "rollout/prompts_surplus", "count", "0 with oversample 1", "prompts with signal that the batch had no room for"
+    ),
     Metric("rollout/refills", "count", "at most rollout.max_refills", "extra generation rounds to replace them"),
     Metric("rollout/logprob_abs_diff_mean", "nats", "below 1e-4 in fp32, 1e-2 in bf16", "mean |engine - actor| logp"),
     Metric("rollout/logprob_abs_diff_max", "nats", "below 1e-3 in fp32, 1 in bf16", "largest |engine - actor| logp"),

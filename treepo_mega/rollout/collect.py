@@ -3,8 +3,10 @@
 Sampling and grading are `rollout/round.py`'s. Afterwards every rank holds the same list of trees, so filtering,
 advantages and packing are computed alike everywhere, without messages.
 
-Dynamic sampling (DAPO): a prompt whose rewards are all equal has no signal and is dropped; new prompts are
-drawn to replace it, at most `max_refills` times, after which the step goes on with fewer.
+Dynamic sampling (DAPO): a prompt whose rewards (or verdicts: `rollout.filter_metric`) are all equal has no signal and
+is dropped. New prompts are drawn to replace it, `rollout.oversample` times as many as are missing, at most
+`rollout.max_refills` times. A step that is not full then goes on with fewer and says so, or ends the run
+(`rollout.allow_smaller_batch`).
 
 Partial rollouts: a tree with paths that reach beyond the step (`rollout.partial_rollout`) is carried over, as a state
 that every rank holds and a checkpoint keeps; the next step goes on with it in place of a new prompt.
@@ -12,6 +14,8 @@ that every rank holds and a checkpoint keeps; the next step goes on with it in p
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,13 +24,21 @@ from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
+from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job, summarize
 from treepo_mega.rollout.round import Row, sample_and_grade
+from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal, set_rewards
 from treepo_mega.tree.descent import fair_leaves, policy_mean
 from treepo_mega.tree.node import Tree
+
+logger = logging.getLogger(__name__)
+
+
+class BatchNotFilled(TreepoError):
+    """A step has fewer prompts with signal than its batch; the message says how many, and which keys decide."""
 
 
 @dataclass(slots=True)
@@ -52,19 +64,24 @@ class Collector:
         """Unfinished trees with their prompts, JSON-safe, the same on every rank; part of a checkpoint."""
 
     def collect(self, step: int) -> Forest:
-        """Trees of `rollout_batch_size` prompts with signal (all prompts without dynamic sampling)."""
+        """Trees of `rollout_batch_size` prompts with signal (all prompts without dynamic sampling).
+
+        Raises BatchNotFilled on every rank when there are fewer and `rollout.allow_smaller_batch` is off, and
+        RewardsLostError when no reward could be graded.
+        """
         rollout = self.cfg.rollout
+        wanted = rollout.rollout_batch_size
         kept: list[Tree] = []
         seen: list[Tree] = []
         totals: dict[str, float] = {}
         waited: list[float] = []
-        resumed = self.carried[: rollout.rollout_batch_size]
-        self.carried = self.carried[rollout.rollout_batch_size :]
+        resumed = self.carried[:wanted]
+        self.carried = self.carried[wanted:]
         jobs = [Job(Prompt(**carried["prompt"]), carried["state"]) for carried in resumed]
         rounds = 1 + (rollout.max_refills if rollout.dynamic_sampling else 0)
         for refill in range(rounds):
-            missing = rollout.rollout_batch_size - len(kept) - len(self.carried) - len(jobs)
-            jobs += [Job(prompt) for prompt in self.cursor.take(max(0, missing))]
+            missing = wanted - len(kept) - len(self.carried) - len(jobs)
+            jobs += [Job(prompt) for prompt in self.cursor.take(draws(missing, rollout.oversample))]
             if not jobs:
                 break
             trees, counts = self.sample(jobs, step)
@@ -72,11 +89,32 @@ class Collector:
             totals = {name: totals.get(name, 0.0) + value for name, value in counts.items()}
             totals["refills"] = refill
             seen += trees
-            kept += [tree for tree in self._trainable(trees) if not rollout.dynamic_sampling or has_signal(tree)]
+            kept += [tree for tree in self._trainable(trees) if self._teaches(tree)]
             jobs = []
         report_lost(self.pool.take_tally(), f"step {step}")
+        surplus = max(0, len(kept) - wanted)
+        kept = kept[:wanted]
+        self._check_filled(len(kept), totals["refills"], step)
         totals |= {"resumed": len(resumed), "carried": len(self.carried), "idle_share_max": max(waited)}
+        totals["surplus"] = surplus
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
+
+    def _teaches(self, tree: Tree) -> bool:
+        """Whether the step keeps a tree that has leaves."""
+        rollout = self.cfg.rollout
+        if not rollout.dynamic_sampling:
+            return True
+        return len(set(tree.verdicts)) > 1 if rollout.filter_metric == "acc" else has_signal(tree)
+
+    def _check_filled(self, trained: int, refills: float, step: int) -> None:
+        """Say that the step has fewer prompts than the batch, or raise BatchNotFilled; all ranks see the same."""
+        if trained + len(self.carried) >= self.cfg.rollout.rollout_batch_size:
+            return
+        message = shortage(trained, len(self.carried), int(refills), self.cfg, step)
+        if not self.cfg.rollout.allow_smaller_batch:
+            raise BatchNotFilled(f"{message}, or set rollout.allow_smaller_batch=true to train on fewer")
+        if dist.rank() == 0:
+            logger.warning("%s. The step goes on with %d", message, trained)
 
     def _trainable(self, trees: list[Tree]) -> list[Tree]:
         """The trees with leaves, as `algo.leaf_weight` counts them: leaves that count nothing are not computed."""
@@ -108,6 +146,36 @@ class Collector:
         return trees, counts
 
 
+def draws(missing: int, oversample: float) -> int:
+    """Prompts to draw when `missing` are missing.
+
+    >>> draws(10, 1.0), draws(10, 1.1), draws(3, 1.5), draws(-2, 3.0)
+    (10, 11, 5, 0)
+    """
+    # Rounded before: 10 * 1.1 is a little more than 11.
+    return math.ceil(round(max(0, missing) * oversample, 6))
+
+
+def shortage(trained: int, carried: int, refills: int, cfg: Config, step: int) -> str:
+    """Why a step has fewer prompts than its batch and what to change, without a full stop."""
+    rollout = cfg.rollout
+    wanted = rollout.rollout_batch_size
+    held = f" and {carried} were carried over" if carried else ""
+    if not rollout.dynamic_sampling:
+        return (
+            f"step {step}: {trained} of {wanted} prompts (rollout.rollout_batch_size) have leaves to train on{held}: "
+            "the others lost all of theirs; rollout/ and reward/ metrics say to what. Mend the verifier, or raise "
+            "rollout.max_response_len"
+        )
+    looked_at = "verdicts (rollout.filter_metric acc)" if rollout.filter_metric == "acc" else "rewards"
+    return (
+        f"step {step}: {trained} of {wanted} prompts (rollout.rollout_batch_size) have {looked_at} that differ{held}, "
+        f"after {refills} refills (rollout.max_refills {rollout.max_refills}, rollout.oversample "
+        f"{rollout.oversample:g}). Choose prompts that are neither too easy nor too hard, raise rollout.oversample, "
+        "rollout.max_refills or rollout.n_samples_per_prompt"
+    )
+
+
 def _rewarded(tree: Tree, texts: list[str], scores: list[float | None]) -> Row:
     """The tree with its rewards; `lost`: leaves that could not be graded and were taken out."""
     lost = set_rewards(tree, scores)
@@ -132,7 +200,9 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/response_len_mean": sum(lengths) / len(lengths),
         "rollout/response_len_max": max(lengths),
         "rollout/truncated_share": (counts["stop/length"] + counts["stop/depth"]) / leaves,
-        "rollout/prompts_dropped_zero_std": len(seen) - len(kept),
+        "rollout/prompts_trained": len(kept),
+        "rollout/prompts_surplus": totals["surplus"],
+        "rollout/prompts_dropped_zero_std": len(seen) - len(kept) - totals["surplus"],
         "rollout/refills": totals["refills"],
         "rollout/engine_steps": totals["engine_steps"],
         "rollout/running_mean": totals["running"] / max(1.0, totals["engine_steps"]),

@@ -34,8 +34,10 @@ WHITEN_EPS = 1e-8
 """Added to the variance (not to the standard deviation), as in the published code."""
 
 
-def set_rewards(tree: Tree, scores: Sequence[float | None]) -> int:
+def set_rewards(tree: Tree, scores: Sequence[float | None], *, verdicts: Sequence[float | None] | None = None) -> int:
     """Write `scores` (in the order of `tree.leaves`) into the tree and return how many were lost.
+
+    `verdicts`: what the verifier said before any penalty, one for every score. None: the scores themselves.
 
     A lost score (None) takes its leaf out of the tree, for a leaf without a reward can neither be credited
     nor serve as a baseline; `tree.shortfall` records it. Raises ValueError for a wrong count or a
@@ -43,10 +45,16 @@ def set_rewards(tree: Tree, scores: Sequence[float | None]) -> int:
     """
     if len(scores) != len(tree.leaves):
         raise ValueError(f"prompt {tree.prompt_id!r}: {len(scores)} scores for {len(tree.leaves)} leaves")
-    kept = [(leaf, float(score)) for leaf, score in zip(tree.leaves, scores, strict=True) if score is not None]
+    before = scores if verdicts is None else verdicts
+    kept = [
+        (leaf, float(score), float(score if verdict is None else verdict))
+        for leaf, score, verdict in zip(tree.leaves, scores, before, strict=True)
+        if score is not None
+    ]
     lost = len(scores) - len(kept)
-    tree.leaves = [leaf for leaf, _ in kept]
-    tree.rewards = [score for _, score in kept]
+    tree.leaves = [leaf for leaf, _, _ in kept]
+    tree.rewards = [score for _, score, _ in kept]
+    tree.verdicts = [verdict for _, _, verdict in kept]
     checked_rewards(tree)
     if lost:
         note = f"{lost} of {len(scores)} rewards lost"

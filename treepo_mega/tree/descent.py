@@ -20,7 +20,6 @@ reward of the bench's process by 0.006 under `transfer: level` and by 0.026 unde
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -45,8 +44,7 @@ def fair_leaves(tree: Tree) -> Tree:
         for index, leaf in enumerate(tree.leaves)
         if not any(tree.nodes[node].fallback for node in tree.ancestry(leaf))
     ]
-    rewards = [tree.rewards[index] for index in fair] if tree.rewards else []
-    return dataclasses.replace(tree, leaves=[tree.leaves[index] for index in fair], rewards=rewards)
+    return tree.only(fair)
 
 
 def descent_shares(tree: Tree) -> list[float]:

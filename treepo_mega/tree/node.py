@@ -12,7 +12,8 @@ depend on which segment finished first.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 ROOT = 0
@@ -59,6 +60,8 @@ class Tree:
     """Why the tree has fewer leaves than asked for; None when it has them all."""
     counts: dict[str, float] = field(default_factory=dict)
     """What sampling this tree cost (generated, cached, recomputed tokens, fallbacks, ...)."""
+    verdicts: list[float] = field(default_factory=list)
+    """What the verifier said of each leaf before any penalty, in the order of `leaves`, once graded."""
 
     @classmethod
     def start(cls, prompt_id: str, prompt_tokens: list[int]) -> Tree:
@@ -116,6 +119,22 @@ class Tree:
             for node in self.ancestry(leaf):
                 below.setdefault(node, []).append(index)
         return below
+
+    def only(self, indices: Sequence[int]) -> Tree:
+        """The tree with the leaves at these indices alone; nodes are shared, rewards and verdicts are kept in order.
+
+        >>> tree = Tree.start("p", [1])
+        >>> tree.leaves = [tree.add_child(0).id, tree.add_child(0).id]
+        >>> tree.rewards = [1.0, 0.0]
+        >>> tree.only([1]).leaves, tree.only([1]).rewards
+        ([2], [0.0])
+        """
+        return replace(
+            self,
+            leaves=[self.leaves[index] for index in indices],
+            rewards=[self.rewards[index] for index in indices] if self.rewards else [],
+            verdicts=[self.verdicts[index] for index in indices] if self.verdicts else [],
+        )
 
     def unique_tokens(self) -> int:
         """Response tokens of the nodes on some trajectory, each once (the prompt is not counted)."""

@@ -1,0 +1,141 @@
+"""Dynamic sampling fills the batch: which prompts a step draws, keeps and trains on, with sampling replaced by a table.
+
+A prompt's digit says how many of its four answers are right: 0 and 4 have no signal.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from treepo_mega.config import Config, parse_config
+from treepo_mega.data.prompts import Prompt
+from treepo_mega.monitor.timers import Timers
+from treepo_mega.rollout.collect import BatchNotFilled, Collector, Forest, draws
+from treepo_mega.rollout.generator import Job
+from treepo_mega.train import why_nothing
+from treepo_mega.tree.advantage import set_rewards
+from treepo_mega.tree.node import ROOT, Tree
+
+WIDTH = 4
+
+
+def config(**rollout: Any) -> Config:
+    raw = {
+        "model": {"hf_checkpoint": "none"},
+        "data": {"train": [{"reasoning_gym": "chain_sum"}]},
+        "rollout": {"rollout_batch_size": 3, "n_samples_per_prompt": WIDTH, **rollout},
+    }
+    return parse_config(raw)
+
+
+class Table(Collector):
+    """A collector whose sampling and grading is the digit of the prompt's id; `x` is not finished in this step."""
+
+    def __init__(self, cfg: Config, digits: str) -> None:
+        self.asked: list[str] = []
+        ids = iter([f"{index}-{digit}" for index, digit in enumerate(digits)])
+        take = lambda count: [Prompt(next(ids), "", [1], "", "exact", "test") for _ in range(count)]  # noqa: E731
+        tally = {"total": 8, "lost": {}, "reasons": {}}
+        pool = SimpleNamespace(take_tally=lambda: tally)
+        super().__init__(cfg, None, pool, SimpleNamespace(take=take), Timers())  # type: ignore[arg-type]
+
+    def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
+        self.asked.append(" ".join(job.prompt.id for job in jobs))
+        trees = []
+        for job in jobs:
+            digit = job.prompt.id[-1]
+            if digit == "x" and job.state is None:
+                self.carried.append({"prompt": asdict(job.prompt), "state": {"begun": True}})
+                continue
+            trees.append(graded(job.prompt.id, 2 if digit == "x" else int(digit)))
+        counts = dict.fromkeys(
+            ("lost", "idle_share_max", "engine_steps", "running", "idle_s", "engine_s", "stolen"), 0.0
+        )
+        return trees, counts
+
+
+def graded(name: str, right: int) -> Tree:
+    tree = Tree.start(name, [1])
+    for _ in range(WIDTH):
+        node = tree.add_child(ROOT)
+        node.tokens, node.logprobs, node.stop = [5, 6], [0.0, 0.0], "eos"
+        tree.leaves.append(node.id)
+    set_rewards(tree, [float(index < right) for index in range(WIDTH)])
+    return tree
+
+
+def names(forest: Forest) -> list[str]:
+    return [tree.prompt_id for tree in forest.trees]
+
+
+def test_draws_what_is_missing_until_the_batch_is_full():
+    collector = Table(config(), "020413")
+    forest = collector.collect(0)
+    assert collector.asked == ["0-0 1-2 2-0", "3-4 4-1", "5-3"]
+    assert names(forest) == ["1-2", "4-1", "5-3"]
+    assert forest.metrics["rollout/prompts_trained"] == 3
+    assert forest.metrics["rollout/prompts_dropped_zero_std"] == 3
+    assert forest.metrics["rollout/refills"] == 2
+
+
+def test_oversampling_saves_refills_and_says_what_was_left_over():
+    collector = Table(config(oversample=2.0), "0204131")
+    forest = collector.collect(0)
+    assert collector.asked == ["0-0 1-2 2-0 3-4 4-1 5-3"]
+    assert names(forest) == ["1-2", "4-1", "5-3"]
+    collector = Table(config(oversample=2.0), "1213310")
+    forest = collector.collect(0)
+    assert names(forest) == ["0-1", "1-2", "2-1"], "the first in the order of drawing"
+    assert (forest.metrics["rollout/prompts_surplus"], forest.metrics["rollout/prompts_dropped_zero_std"]) == (3, 0)
+
+
+def test_a_step_that_is_not_full_says_so_and_goes_on(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        forest = Table(config(max_refills=1), "00100").collect(7)
+    assert names(forest) == ["2-1"]
+    assert forest.metrics["rollout/prompts_trained"] == 1
+    said = caplog.text
+    assert "step 7: 1 of 3 prompts (rollout.rollout_batch_size) have rewards that differ, after 1 refills" in said
+    assert "rollout.max_refills 1, rollout.oversample 1)" in said and "The step goes on with 1" in said
+
+
+def test_or_it_ends_the_run_where_a_smaller_batch_is_not_allowed():
+    cfg = config(max_refills=1, allow_smaller_batch=False, filter_metric="acc")
+    with pytest.raises(
+        BatchNotFilled, match=r"1 of 3 prompts .* have verdicts \(rollout.filter_metric acc\) that differ"
+    ):
+        Table(cfg, "00100").collect(0)
+    with pytest.raises(BatchNotFilled, match=r"or set rollout\.allow_smaller_batch=true"):
+        Table(cfg, "00100").collect(0)
+
+
+def test_the_filter_looks_at_verdicts_before_penalties():
+    class Shaped(Table):
+        def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
+            trees, counts = super().sample(jobs, step)
+            for tree in trees:
+                tree.rewards[0] -= 0.5
+            return trees, counts
+
+    assert names(Shaped(config(), "0412").collect(0)) == ["0-0", "1-4", "2-1"]
+    assert names(Shaped(config(filter_metric="acc"), "041213").collect(0)) == ["2-1", "3-2", "4-1"]
+
+
+def test_a_step_whose_trees_are_all_carried_over_is_no_shortage(caplog: pytest.LogCaptureFixture):
+    collector = Table(config(segment={"length": 64}, partial_rollout=64, allow_smaller_batch=False), "xxx1")
+    with caplog.at_level(logging.WARNING):
+        forest = collector.collect(0)
+    assert forest.trees == [] and caplog.text == ""
+    assert why_nothing(forest.metrics) == "no tree was finished, 3 go on in the next step (rollout.partial_rollout)"
+    assert names(collector.collect(1)) == ["0-x", "1-x", "2-x"], "they are the next step's batch"
+    assert collector.asked == ["0-x 1-x 2-x", "0-x 1-x 2-x"]
+
+
+def test_draws():
+    assert [draws(missing, 1.0) for missing in (-1, 0, 5)] == [0, 0, 5]
+    assert [draws(10, 1.1), draws(1, 1.01), draws(7, 3.0)] == [11, 2, 21]
