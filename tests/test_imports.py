@@ -25,8 +25,8 @@ def test_import_contracts_hold():
 
 
 def test_only_the_runtime_asks_about_cuda():
-    """Own code asks runtime/device.py; cpu_megatron.py retargets Megatron's calls and so must name them."""
-    allowed = {"runtime/device.py", "runtime/cpu_megatron.py"}
+    """Own code asks runtime/device.py. Two files retarget the calls of others, and so must name them."""
+    allowed = {"runtime/device.py", "runtime/cpu_megatron.py", "engine/cuda_profile.py"}
     offenders = []
     for path in SOURCES:
         if path.relative_to(REPO / "treepo_mega").as_posix() in allowed:

@@ -7,7 +7,7 @@ What is counted, over the files of treepo_mega/ with at least ten lines:
 - single letters: names of one letter that are assigned, in loops and comprehensions too (`_` is none);
 - packed assignments: `a, b = x, y`, which hides two statements in one line;
 - comment share: lines that are nothing but a comment, where the reason for a trap stands;
-- the longest file, and the longest docstring of a module.
+- the longest file, and the longest docstring of a module, worked examples (`>>>` and their answers) apart.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def measure(sources: Iterable[str]) -> Style:
         lines += length
         longest = max(longest, length)
         page = ast.get_docstring(tree, clean=False)
-        docstring = max(docstring, len(page.strip().splitlines()) if page else 0)
+        docstring = max(docstring, lines_of_prose(page or ""))
         comments += sum(line.lstrip().startswith("#") for line in source.splitlines())
         letters += sum(map(is_single_letter, ast.walk(tree)))
         packed += sum(map(is_packed, ast.walk(tree)))
@@ -70,6 +70,16 @@ def measure(sources: Iterable[str]) -> Style:
         longest_file_lines=longest,
         longest_module_docstring_lines=docstring,
     )
+
+
+def lines_of_prose(docstring: str) -> int:
+    """Lines of a docstring that are no worked example; an example reaches from its prompt to the next blank line."""
+    count = 0
+    example = False
+    for line in docstring.strip().splitlines():
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        count += not example
+    return count
 
 
 def is_single_letter(node: ast.AST) -> bool:

@@ -26,8 +26,9 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.rollout.counts import summarize
 from treepo_mega.rollout.eval import CORRECT
-from treepo_mega.rollout.generator import Generator, Job, summarize
+from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.rollout.round import Row, sample_and_grade
 from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal, set_rewards

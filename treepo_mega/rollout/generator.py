@@ -25,12 +25,13 @@ from treepo_mega.engine.stream import EngineError, Finished, SegmentEngine, Segm
 from treepo_mega.errors import TreepoError
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
+from treepo_mega.rollout.counts import TokenCounts, summarize
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import Segment, TreeSearch, Want
-from treepo_mega.tree.stop import STOP_REASONS, StopRules
+from treepo_mega.tree.stop import StopRules
 
 if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
@@ -195,30 +196,6 @@ class Generator:
                     f"prompt {prompt.id!r}: {len(prompt.tokens)} tokens + rollout.max_response_len "
                     f"{rollout.max_response_len} exceed the engine's window of {self.engine.max_model_len}"
                 )
-
-
-@dataclass(slots=True)
-class TokenCounts:
-    """What sampling a tree cost, added to its `counts`."""
-
-    counts: dict[str, float]
-
-    def add_prefix(self, prefix_tokens: int, finished: Finished) -> None:
-        """The prefix of a new request: found in the cache, or computed again."""
-        recomputed = prefix_tokens - finished.num_cached_tokens
-        self.counts["cached_tokens"] += finished.num_cached_tokens
-        self.counts["recomputed_tokens"] += recomputed
-        # The last token sampled is not forwarded: no token follows it, but for a peeked-at one.
-        self.counts["forwarded_tokens"] += recomputed - 1 + bool(finished.peek)
-
-    def add_forwarded(self, tokens: int) -> None:
-        """Sampled tokens that went through the model."""
-        self.counts["forwarded_tokens"] += tokens
-
-    def add_void(self, tokens: int) -> None:
-        """Tokens sampled after the end of a path: void, but paid for."""
-        self.counts["generated_tokens"] += tokens
-        self.counts["dropped_tokens"] += tokens
 
 
 @dataclass(slots=True)
@@ -432,21 +409,3 @@ def _name(key: Key) -> str:
 def _key(name: str) -> Key:
     rank, _, path = name.partition(":")
     return int(rank), tuple(map(int, path.split(".")))
-
-
-def summarize(trees: Sequence[Tree]) -> dict[str, float]:
-    """The additive counts of finished trees (see the module docstring), and token_ratio."""
-    counts: dict[str, float] = {"prompts": len(trees), "trees_short": 0, "leaves": 0}
-    counts |= {f"stop/{reason}": 0 for reason in STOP_REASONS}
-    counts |= {"unique_tokens": 0, "flat_tokens": 0}
-    for tree in trees:
-        counts["trees_short"] += tree.shortfall is not None
-        counts["leaves"] += len(tree.leaves)
-        counts["unique_tokens"] += tree.unique_tokens()
-        counts["flat_tokens"] += tree.flat_tokens()
-        for leaf in tree.leaves:
-            counts[f"stop/{tree.nodes[leaf].stop}"] += 1
-        for name, value in tree.counts.items():
-            counts[name] = counts.get(name, 0) + value
-    counts["token_ratio"] = counts["unique_tokens"] / counts["flat_tokens"] if counts["flat_tokens"] else 1.0
-    return counts
