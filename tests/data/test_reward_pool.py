@@ -27,7 +27,9 @@ def score(data_source, solution_str, ground_truth, extra_info=None):
     if what == "good":
         return 0.5
     if what == "dict":
-        return {"score": 1, "acc": True, "pred": "4", "bad": float("nan"), "big": [1, 2]}
+        return {"score": 1, "acc": True, "pred": "4", "big": [1, 2]}
+    if what == "nanextra":
+        return {"score": 1, "format": float("nan")}
     if what == "extra":
         return {"score": extra_info["a"]["b"]}
     if what == "length":
@@ -142,6 +144,7 @@ def test_a_good_function_with_verls_signature(grade: Grade) -> None:
         ("text", "returned str; expected a float or a dict"),
         ("none", "returned NoneType; expected a float or a dict"),
         ("noscore", "a dict without 'score' (keys: points)"),
+        ("nanextra", "returned nan as 'format'; expected a finite number"),
         ("sysexit", "SystemExit: 3"),
         ("recurse", "RecursionError"),
     ],

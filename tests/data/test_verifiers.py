@@ -143,7 +143,7 @@ def test_math(answer: str, truth: str, score: float) -> None:
 
 def test_math_says_when_an_answer_could_not_be_read_in_time() -> None:
     result = load_verifier("math")(data_source="x", solution_str=r"\boxed{9^{9^{9^9}}}", ground_truth="42")
-    assert result == {"score": 0.0, "timed_out": 1.0}
+    assert result == {"score": 0.0, "timed_out": 1.0, "unparsable": 0.0}
 
 
 def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:

@@ -87,6 +87,11 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
     # One reward never differs from itself: every prompt would be dropped.
     if rollout.dynamic_sampling and rollout.n_samples_per_prompt < 2:
         bad.append("rollout.dynamic_sampling needs rollout.n_samples_per_prompt >= 2: one reward never differs")
+    if cfg.reward.overlong.buffer_len > rollout.max_response_len:
+        bad.append(
+            f"reward.overlong.buffer_len {cfg.reward.overlong.buffer_len} exceeds rollout.max_response_len "
+            f"{rollout.max_response_len}: every response would be overlong"
+        )
     if rollout.oversample != 1 and not rollout.dynamic_sampling:
         bad.append(
             f"rollout.oversample {rollout.oversample:g} needs rollout.dynamic_sampling: else nothing is refilled"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -81,8 +81,18 @@ class DataConfig(Section):
         return value if value is None else expand_path(value)
 
 
+class OverlongConfig(Section):
+    """DAPO's soft penalty of long responses: min(-(tokens - (max_response_len - buffer_len)) / buffer_len * penalty, 0)
+    is added to the reward."""
+
+    buffer_len: int = Field(0, ge=0)
+    """Tokens before rollout.max_response_len in which the reward falls. 0: no penalty."""
+    penalty: float = Field(1.0, gt=0)
+    """What a response of rollout.max_response_len tokens loses."""
+
+
 class RewardConfig(Section):
-    """Grading, in killable worker processes."""
+    """Grading, in killable worker processes, and what becomes of the scores."""
 
     num_workers: int = Field(1, ge=1)
     """Grader processes per rank."""
@@ -94,6 +104,10 @@ class RewardConfig(Section):
     """Deadline of starting a worker and importing its verifier (math-verify and reasoning-gym take seconds)."""
     memory_mb: int = Field(4096, ge=256)
     """Address space of one worker, MiB; an allocation beyond it fails and the sample counts as lost."""
+    on_lost: Literal["drop"] | float = "drop"
+    """The reward of an answer whose verifier raised, hung or died. drop: its leaf leaves the tree. A number: that, so
+    that answers which kill graders are not spared. reward/lost counts them either way."""
+    overlong: OverlongConfig = Field(default_factory=OverlongConfig)
 
 
 class CheckpointConfig(Section):

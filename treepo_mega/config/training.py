@@ -36,6 +36,9 @@ class AlgoConfig(Section):
     whiten_advantages: bool | None = None
     """Token-weighted mean 0 and standard deviation 1 over the rollout; None: on for the treepo estimators and
     the reinforce_pp ones. Trees whose rewards are all equal are left out and get 0."""
+    mask_truncated_samples: bool = False
+    """Leaves cut by length or depth leave their tree before advantages are computed. Metrics of sampling still hold
+    them; rollout/leaves_masked counts them."""
     advantage_clip: float | None = Field(None, gt=0)
     """Largest |advantage|, after whitening. None: no limit."""
     policy_loss: Literal["ppo", "cispo"] = "ppo"

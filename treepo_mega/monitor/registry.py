@@ -60,15 +60,20 @@ _ROLLOUT = (
         "rollout/accuracy_policy",
         "share",
         "rises; 0.1 to 0.9 teaches most",
-        "estimate of the policy's share of rewards above 0.5, whatever the sampler: leaves count by their descent",
+        "estimate of the policy's share of verdicts above 0.5, whatever the sampler: leaves count by their descent",
     ),
     Metric("rollout/response_len_policy", "tokens", "no jump", "estimate of the policy's mean response length"),
     Metric("rollout/reward_mean", "reward", "rises", "mean reward of the trajectories sampled, before any drop"),
-    Metric("rollout/accuracy", "share", "rises", "leaves with a reward above 0.5; trees over-represent long responses"),
+    Metric(
+        "rollout/accuracy", "share", "rises", "leaves with a verdict above 0.5; trees over-represent long responses"
+    ),
     Metric("rollout/response_len_mean", "tokens", "no jump", "mean response length of the leaves"),
     Metric("rollout/response_len_max", "tokens", "at most max_response_len", "longest response"),
     Metric("rollout/truncated_share", "share", "below 0.2", "trajectories cut by length or depth"),
-    Metric("rollout/prompts_dropped_zero_std", "count", "below half", "prompts dropped: all rewards equal"),
+    Metric(
+        "rollout/prompts_dropped_zero_std", "count", "below half", "prompts dropped: all rewards equal, or no leaf left"
+    ),
+    Metric("rollout/leaves_masked", "count", "0 without algo.mask_truncated_samples", "cut leaves that count nothing"),
     Metric("rollout/prompts_trained", "count", "rollout.rollout_batch_size", "prompts that the step trained on"),
     Metric(
         "rollout/prompts_surplus", "count", "0 with oversample 1", "prompts with signal that the batch had no room for"
@@ -115,9 +120,16 @@ _TREE = (
     Metric("tree/stop_{eos,answer,length,depth,repetition}", "count", "mostly eos or answer", "leaves by stop reason"),
 )
 
+ANY_REWARD = "reward/<name>"
+"""Stands for the numbers that verifiers give beside their scores; their names are the verifiers' own."""
+
 _REWARD = (
     Metric("reward/lost", "count", "0", "gradings lost to a timeout, crash or NaN; never scored 0 in silence"),
     Metric("reward/mean", "reward", "rises", "mean reward of the trajectories trained on"),
+    Metric("reward/overlong_penalty", "reward", "near 0; absent when off", "mean of reward.overlong over the answers"),
+    Metric(
+        ANY_REWARD, "the verifier's", "-", "mean of a number that a verifier's dict holds, over answers that have it"
+    ),
 )
 
 _RESHARD = (
@@ -182,6 +194,8 @@ def check_known(name: str) -> Metric:
     """The documentation of `name`; KeyError names the nearest documented metric when there is none."""
     names = known_names()
     if name not in names:
+        if name.startswith("reward/"):
+            return names[ANY_REWARD]
         raise KeyError(f"metric {name!r} is not documented in monitor/registry.py{nearest(name, names)}")
     return names[name]
 

@@ -29,13 +29,17 @@ from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.counts import summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job
-from treepo_mega.rollout.round import Row, sample_and_grade
+from treepo_mega.rollout.round import sample_and_grade
+from treepo_mega.rollout.shaping import reward_leaves, without_cut
 from treepo_mega.runtime import dist
-from treepo_mega.tree.advantage import has_signal, set_rewards
+from treepo_mega.tree.advantage import has_signal
 from treepo_mega.tree.descent import fair_leaves, policy_mean
 from treepo_mega.tree.node import Tree
 
 logger = logging.getLogger(__name__)
+
+SUM = "sum of "
+COUNT = "count of "
 
 
 class BatchNotFilled(TreepoError):
@@ -118,19 +122,24 @@ class Collector:
             logger.warning("%s. The step goes on with %d", message, trained)
 
     def _trainable(self, trees: list[Tree]) -> list[Tree]:
-        """The trees with leaves, as `algo.leaf_weight` counts them: leaves that count nothing are not computed."""
+        """The trees with leaves, without those that count nothing (algo.leaf_weight, algo.mask_truncated_samples)."""
         fair = self.cfg.algo.leaf_weight == "descent"
         counted = [fair_leaves(tree) if fair else tree for tree in trees]
+        if self.cfg.algo.mask_truncated_samples:
+            counted = [without_cut(tree) for tree in counted]
         return [tree for tree in counted if tree.leaves]
 
     def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
-        """Graded finished trees of `jobs`, in order, and counts, on every rank; paused trees go to `carried`."""
+        """Graded finished trees of `jobs`, in order, and counts, on every rank; paused trees go to `carried`.
+
+        Counts `SUM + name` and `COUNT + name`: of the numbers that verifiers gave beside their scores.
+        """
         expected = [self.generator.costs.expected(job.prompt) for job in jobs]
         sampled = sample_and_grade(
             self.generator,
             self.pool,
             jobs,
-            _rewarded,
+            lambda tree, texts, results: reward_leaves(tree, results, self.cfg),
             name=f"step {step}",
             costs=expected,
             step=step,
@@ -143,6 +152,10 @@ class Collector:
         self.generator.costs.update([jobs[index].prompt for index in sampled.rows], trees)
         counts = dict(sampled.counts)
         counts["lost"] = float(sum(row["lost"] for row in sampled.rows.values()))
+        for row in sampled.rows.values():
+            for name, (total, count) in row["numbers"].items():
+                counts[SUM + name] = counts.get(SUM + name, 0.0) + total
+                counts[COUNT + name] = counts.get(COUNT + name, 0.0) + count
         counts["idle_share_max"] = sampled.idle_share_max
         return trees, counts
 
@@ -177,16 +190,12 @@ def shortage(trained: int, carried: int, refills: int, cfg: Config, step: int) -
     )
 
 
-def _rewarded(tree: Tree, texts: list[str], scores: list[float | None]) -> Row:
-    """The tree with its rewards; `lost`: leaves that could not be graded and were taken out."""
-    lost = set_rewards(tree, scores)
-    return {"tree": tree.to_dict(), "lost": lost}
-
-
 def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: Config, step: int) -> dict[str, float]:
     """The `rollout/`, `tree/` and `reward/` lines of the step (see monitor/registry.py)."""
     counts = summarize(seen)
     rewards = [reward for tree in seen for reward in tree.rewards]
+    verdicts = [verdict for tree in seen for verdict in tree.verdicts]
+    masks = cfg.algo.mask_truncated_samples
     lengths = [len(tree.response(leaf)) for tree in seen for leaf in tree.leaves] or [0]
     depths = [tree.nodes[leaf].depth for tree in seen for leaf in tree.leaves] or [0]
     trained = [reward for tree in kept for reward in tree.rewards]
@@ -194,13 +203,14 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     stale = sum(len(node.tokens) for tree in kept for node in tree.nodes[1:] if node.policy_version < step)
     out = {
         "rollout/reward_mean": sum(rewards) / max(1, len(rewards)),
-        "rollout/accuracy": sum(reward > CORRECT for reward in rewards) / max(1, len(rewards)),
+        "rollout/accuracy": sum(verdict > CORRECT for verdict in verdicts) / max(1, len(verdicts)),
         "rollout/reward_policy": policy_mean(seen, lambda tree, index: tree.rewards[index]),
-        "rollout/accuracy_policy": policy_mean(seen, lambda tree, index: float(tree.rewards[index] > CORRECT)),
+        "rollout/accuracy_policy": policy_mean(seen, lambda tree, index: float(tree.verdicts[index] > CORRECT)),
         "rollout/response_len_policy": policy_mean(seen, lambda tree, index: len(tree.response(tree.leaves[index]))),
         "rollout/response_len_mean": sum(lengths) / len(lengths),
         "rollout/response_len_max": max(lengths),
         "rollout/truncated_share": (counts["stop/length"] + counts["stop/depth"]) / leaves,
+        "rollout/leaves_masked": counts["stop/length"] + counts["stop/depth"] if masks else 0.0,
         "rollout/prompts_trained": len(kept),
         "rollout/prompts_surplus": totals["surplus"],
         "rollout/prompts_dropped_zero_std": len(seen) - len(kept) - totals["surplus"],
@@ -221,6 +231,8 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "reward/lost": totals["lost"],
         "reward/mean": sum(trained) / max(1, len(trained)),
     }
+    for name in (key.removeprefix(SUM) for key in totals if key.startswith(SUM)):
+        out[f"reward/{name}"] = totals[SUM + name] / totals[COUNT + name]
     for name in ("generated_tokens", "dropped_tokens", "cached_tokens", "recomputed_tokens", "forwarded_tokens"):
         out[f"rollout/{name}"] = counts.get(name, 0.0)
     for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "duplicates"):

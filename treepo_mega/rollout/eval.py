@@ -91,7 +91,7 @@ class Evaluator:
             self.generator,
             self.pool,
             [Job(prompt) for prompt in prompts],
-            lambda tree, texts, scores: asdict(grade(tree, texts, scores)),
+            lambda tree, texts, results: asdict(grade(tree, texts, [result.score for result in results])),
             name=f"evaluation {step}",
             costs=[self._costs.expected(prompt) for prompt in prompts],
             step=step,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treepo_mega.config import Config, RolloutConfig
-from treepo_mega.data.rewards import RewardItem, RewardPool
+from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost
 from treepo_mega.rollout.generator import Generator, Job
@@ -30,8 +30,8 @@ from treepo_mega.tree.node import Tree
 Row = dict[str, Any]
 """What a graded tree is reported as; JSON-safe."""
 
-MakeRow = Callable[[Tree, list[str], list[float | None]], Row]
-"""Turns (tree, its leaves' texts, their scores; None: could not be graded) into a row. It may change the tree."""
+MakeRow = Callable[[Tree, list[str], list[RewardResult]], Row]
+"""Turns (tree, its leaves' texts, what their grading gave) into a row. It may change the tree."""
 
 
 @dataclass(slots=True)
@@ -131,18 +131,31 @@ def _grade(
     """Rows of this engine's trees by the index of their job. All texts are graded in one call of the pool."""
     texts = {index: [generator.decode(tree.response(leaf)) for leaf in tree.leaves] for index, tree in trees.items()}
     items: list[RewardItem] = []
-    for index in trees:
+    for index, tree in trees.items():
         prompt = jobs[index].prompt
         items += [
-            RewardItem(prompt.verifier, prompt.data_source, text, prompt.answer, prompt.extra) for text in texts[index]
+            RewardItem(
+                prompt.verifier, prompt.data_source, text, prompt.answer, prompt.extra, trajectory_of(tree, leaf)
+            )
+            for leaf, text in zip(tree.leaves, texts[index], strict=True)
         ]
     # One call for all trees: the pool's workers stay busy until the last answer.
     results = iter(pool.score(items)) if items else iter(())
     rows: dict[int, Row] = {}
     for index, tree in trees.items():
-        scores = [next(results).score for _ in texts[index]]
-        rows[index] = make_row(tree, texts[index], scores)
+        rows[index] = make_row(tree, texts[index], [next(results) for _ in texts[index]])
     return rows
+
+
+def trajectory_of(tree: Tree, leaf: int) -> Trajectory:
+    """What a verifier may know of how a response came about."""
+    return {
+        "prompt_id": tree.prompt_id,
+        "tokens": len(tree.response(leaf)),
+        "stop": str(tree.nodes[leaf].stop),
+        "segments": tree.nodes[leaf].depth,
+        "fallback": any(tree.nodes[node].fallback for node in tree.ancestry(leaf)),
+    }
 
 
 def _merge(reports: Sequence[dict[str, Any]]) -> SampledRound:

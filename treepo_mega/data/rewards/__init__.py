@@ -3,7 +3,7 @@
 Importing this package loads the standard library only, because every worker process imports it.
 """
 
-from treepo_mega.data.rewards.pool import RewardItem, RewardPool, RewardResult
+from treepo_mega.data.rewards.pool import RewardItem, RewardPool, RewardResult, Trajectory
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 
-__all__ = ["RewardItem", "RewardPool", "RewardResult", "VerifierError", "check_verifier"]
+__all__ = ["RewardItem", "RewardPool", "RewardResult", "Trajectory", "VerifierError", "check_verifier"]

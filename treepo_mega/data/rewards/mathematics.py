@@ -42,14 +42,14 @@ def _truths(ground_truth: str) -> tuple[tuple[str, list[Any]], ...]:
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> dict[str, float]:
-    """1 when the response's answer equals an accepted one; 0 with a flag when it times out or cannot be read."""
+    """1 when the response's answer equals an accepted one; 0 when it times out or cannot be read, which flags say."""
     truths = _truths(ground_truth)
     answer = find_answer(solution_str)
     verdicts = [settle(text, answer) for text, _ in truths]
     if any(verdicts):
-        return {"score": 1.0}
+        return _scored(1.0)
     left = [parsed for (_, parsed), verdict in zip(truths, verdicts, strict=True) if verdict is None]
-    return _by_mathematics(left, answer) if left else {"score": 0.0}
+    return _by_mathematics(left, answer) if left else _scored(0.0)
 
 
 def _by_mathematics(truths: list[list[Any]], answer: Answer) -> dict[str, float]:
@@ -58,10 +58,15 @@ def _by_mathematics(truths: list[list[Any]], answer: Answer) -> dict[str, float]
         found = parse(text, parsing_timeout=MATH_TIMEOUT_S, raise_on_error=True)
         right = any(verify(truth, found, timeout_seconds=MATH_TIMEOUT_S, raise_on_error=True) for truth in truths)
     except TimeoutException:
-        return {"score": 0.0, "timed_out": 1.0}
+        return _scored(0.0, timed_out=1.0)
     except MemoryError:
         raise
     except Exception:
         # Parsers raise all manner of things on text that is not mathematics; such an answer is wrong.
-        return {"score": 0.0, "unparsable": 1.0}
-    return {"score": float(right)}
+        return _scored(0.0, unparsable=1.0)
+    return _scored(float(right))
+
+
+def _scored(score: float, *, timed_out: float = 0.0, unparsable: float = 0.0) -> dict[str, float]:
+    """The flags stand in every result: their means are metrics."""
+    return {"score": score, "timed_out": timed_out, "unparsable": unparsable}

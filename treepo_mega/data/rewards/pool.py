@@ -61,15 +61,33 @@ MAX_LOG_BYTES = 1 << 20
 KILL_DEADLINE_S = 10.0
 
 
+class Trajectory(TypedDict):
+    """How a response came about; handed to verifiers that have a parameter `trajectory`."""
+
+    prompt_id: str
+    tokens: int
+    """Of the response, its end mark included."""
+    stop: str
+    """eos, answer, length, depth or repetition."""
+    segments: int
+    """On the path."""
+    fallback: bool
+    """Whether the path was made by cutting back another one."""
+
+
 @dataclass(slots=True)
 class RewardItem:
-    """One answer to grade; fields as in verl's compute_score. `extra_info` must be JSON-safe."""
+    """One answer to grade; fields as in verl's compute_score. `extra_info` must be JSON-safe.
+
+    `trajectory` goes to verifiers that ask for it. Without one they get None.
+    """
 
     verifier: str
     data_source: str
     solution_str: str
     ground_truth: str
     extra_info: dict[str, Any] | None = None
+    trajectory: Trajectory | None = None
 
 
 @dataclass(slots=True)
@@ -280,7 +298,8 @@ class RewardPool:
             if result.score is None:
                 name = item.verifier
                 self._tally["lost"][name] = self._tally["lost"].get(name, 0) + 1
-                self._tally["reasons"].setdefault(name, str(result.error))
+                where = f" (prompt {item.trajectory['prompt_id']!r})" if item.trajectory else ""
+                self._tally["reasons"].setdefault(name, f"{result.error}{where}")
 
     def check_math_truths(self, truths: Sequence[str]) -> list[str | None]:
         """For each truth why math-verify cannot read it, or None; in a worker, with the deadlines of a grading."""
@@ -298,6 +317,7 @@ class RewardPool:
                     "solution_str": item.solution_str[-self.cfg.max_chars :],
                     "ground_truth": item.ground_truth,
                     "extra_info": item.extra_info,
+                    "trajectory": item.trajectory,
                 }
             )
         except (TypeError, ValueError) as e:

@@ -1,11 +1,11 @@
 """A grader process: `python -m treepo_mega.data.rewards.worker`, started and killed by `pool.RewardPool`.
 
 Protocol, one JSON message a line. In: a list of requests `{"id", "verifier", "data_source", "solution_str",
-"ground_truth", "extra_info"}`, or a single one. Out: `{"ready": true}` at the start; then in the order of the requests
-`{"id", "loaded": true}` when its verifier was imported for it (so that imports have a deadline of their own) or
-`{"id", "load_error"}`, and `{"id", "score", "extra"}` or `{"id", "error"}`, the latter with `"retire": true` when the
-process ran out of memory and should be replaced. Each reply is written before the next request is begun, so the first
-request without a reply is the one that hung or crashed.
+"ground_truth", "extra_info", "trajectory"}`, or a single one. Out: `{"ready": true}` at the start; then in the order of
+the requests `{"id", "loaded": true}` when its verifier was imported for it (so that imports have a deadline of their
+own) or `{"id", "load_error"}`, and `{"id", "score", "extra"}` or `{"id", "error"}`, the latter with `"retire": true`
+when the process ran out of memory and should be replaced. Each reply is written before the next request is begun, so
+the first request without a reply is the one that hung or crashed.
 
 It grades untrusted text with code that may misbehave, so: the protocol's pipes are moved to private file
 descriptors and 0 and 1 pointed elsewhere (what a verifier prints, even from C, goes to stderr, and it
@@ -19,6 +19,8 @@ Imports only the standard library until a verifier needs more; never torch or me
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import json
 import math
 import os
@@ -36,6 +38,9 @@ MAX_FILE_BYTES = 1 << 30
 MAX_EXTRAS = 32
 MAX_TEXT = 500
 """Characters of an error or an extra that are sent back."""
+
+OWN_METRICS = ("lost", "mean", "overlong_penalty")
+"""Numbers that a verifier's dict cannot hold, because `reward/<name>` is a metric of the trainer."""
 
 
 def protect_streams() -> tuple[BinaryIO, BinaryIO]:
@@ -81,8 +86,14 @@ def interpret(value: Any) -> dict[str, Any]:
         if "score" not in value:
             raise TypeError(f"the verifier returned a dict without 'score' (keys: {', '.join(map(str, value))[:200]})")
         for key in list(value)[:MAX_EXTRAS]:
-            kept = _scalar(value[key])
-            if key != "score" and kept is not None:
+            if key == "score":
+                continue
+            if key in OWN_METRICS:
+                raise ValueError(f"the verifier's dict holds {key!r}, a metric of the trainer; choose another name")
+            kept = _scalar(str(key), value[key])
+            if key == "acc" and not isinstance(kept, float):
+                raise TypeError(f"the verifier's 'acc' is {type(value[key]).__name__}; expected a number")
+            if kept is not None:
                 extra[str(key)[:80]] = kept
         value = value["score"]
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
@@ -93,15 +104,20 @@ def interpret(value: Any) -> dict[str, Any]:
     return {"score": score, "extra": extra}
 
 
-def _scalar(value: Any) -> float | str | None:
-    """A finite number or a short text; None for anything else, which is not sent back."""
+def _scalar(key: str, value: Any) -> float | str | None:
+    """A finite number or a short text; None for anything else, which is not sent back.
+
+    Raises ValueError for NaN and infinity: they would spoil the metric `reward/<key>` in silence.
+    """
     if isinstance(value, str):
         return value[:MAX_TEXT]
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    if not math.isfinite(number):
+        raise ValueError(f"the verifier returned {number} as {key!r}; expected a finite number")
+    return number
 
 
 def _reason(error: BaseException) -> str:
@@ -110,15 +126,26 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:MAX_TEXT]}{where}"
 
 
+@functools.lru_cache(maxsize=64)
+def wants_trajectory(function: Verifier) -> bool:
+    """Whether a verifier has a parameter of the name `trajectory`; `**kwargs` alone is no wish."""
+    try:
+        return "trajectory" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # callables of C have no signature
+        return False
+
+
 def grade(function: Verifier, request: dict[str, Any]) -> dict[str, Any]:
     """Run a verifier on one request; whatever it raises, SystemExit included, becomes an error text."""
     try:
+        more = {"trajectory": request.get("trajectory")} if wants_trajectory(function) else {}
         return interpret(
             function(
                 data_source=request["data_source"],
                 solution_str=request["solution_str"],
                 ground_truth=request["ground_truth"],
                 extra_info=request["extra_info"],
+                **more,
             )
         )
     except MemoryError as e:
