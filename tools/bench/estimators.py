@@ -12,8 +12,13 @@ For each estimator and leaf weight: the cosine of the mean gradient to the exact
 from the fourth on (1 is unbiased); the mean reward that the weights give minus J; and the number of
 trees. `exact` is R - J, which no run can know, and says what the sampler alone does. Advantages are not whitened.
 
+Then the share of (trajectory, token) pairs of full trees that get no credit under `segment`: by node, as V(child) -
+V(parent) has it, and from branch to branch, as it is computed. Trees have 16 leaves of 7, 14 or 28 segments and random
+0/1 rewards.
+
 Last line, JSON: {"cases": [{"estimator", "leaf_weight", "branch", "stops", "transfer", "fallback", "rewards", "trees",
-"cos", "scale", "scale_deep", "mean_reward_bias", "standard_error"}], "descent_met"}. --quick: 300 trees a case and
+"cos", "scale", "scale_deep", "mean_reward_bias", "standard_error"}],
+"zero_credit": [{"segments", "branch", "by_node", "branch_to_branch"}], "descent_met"}. --quick: 300 trees a case and
 fewer cases, so noisier; the bars (cosine 0.99, bias 0.01) are then not judged.
 """
 
@@ -211,6 +216,48 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     return cases
 
 
+def full_tree(segments: int, branch: int, rng: random.Random) -> Tree:
+    """A tree whose paths branch until it has all leaves, and then go on alone; random rewards that differ."""
+    tree = Tree.start("p", [TOKENS])
+    ends = [0]
+    for _ in range(segments):
+        width = branch if len(ends) < WIDTH else 1
+        ends = [tree.add_child(end).id for end in ends for _ in range(width)][: max(WIDTH, len(ends))]
+    tree.leaves = ends
+    while len(set(tree.rewards)) < 2:
+        tree.rewards = [float(rng.random() < 0.5) for _ in ends]
+    return tree
+
+
+def zero_credit(seed: int) -> list[dict[str, float]]:
+    """Shares of pairs without credit under `segment`; all segments have one length, so pairs count nodes on paths."""
+    rng = random.Random(seed)
+    rows = []
+    for segments, branch in ((7, 2), (14, 2), (28, 2), (14, 4)):
+        pairs = by_node = repaired = 0
+        for _ in range(100):
+            tree = full_tree(segments, branch, rng)
+            values = node_advantages(tree, "segment")
+            mean = {
+                node: math.fsum(tree.rewards[i] for i in group) / len(group)
+                for node, group in tree.leaves_below().items()
+            }
+            for leaf in tree.leaves:
+                for node in tree.ancestry(leaf)[1:]:
+                    pairs += 1
+                    by_node += mean[node] == mean[tree.nodes[node].parent]
+                    repaired += values[node] == 0.0
+        rows.append(
+            {
+                "segments": segments,
+                "branch": branch,
+                "by_node": by_node / pairs,
+                "branch_to_branch": repaired / pairs,
+            }
+        )
+    return rows
+
+
 def descent_met(cases: list[dict[str, object]]) -> bool:
     """Whether descent with the plain baselines has the policy's gradient and mean reward in every case."""
     judged = [case for case in cases if case["leaf_weight"] == "descent" and case["estimator"] in PLAIN]
@@ -230,7 +277,11 @@ def main() -> int:
     args.trees = args.trees or (300 if args.quick else 2500)
     cases = measure(args)
     met = None if args.quick else descent_met(cases)
-    print(json.dumps({"cases": cases, "descent_met": met}))
+    print(f"\n{'segments':>9}{'branch':>8}{'zero by node':>14}{'branch to branch':>18}")
+    zeros = zero_credit(args.seed)
+    for row in zeros:
+        print(f"{row['segments']:9}{row['branch']:8}{row['by_node']:14.2f}{row['branch_to_branch']:18.2f}")
+    print(json.dumps({"cases": cases, "zero_credit": zeros, "descent_met": met}))
     return 1 if met is False else 0
 
 
