@@ -13,7 +13,7 @@ from treepo_mega.cli import _parser, help_config, main
 from treepo_mega.config import Config, parse_config
 
 REPO = Path(__file__).parents[1]
-EXAMPLES = {"llama3_70b_16x8.yaml": 128, "qwen25_7b_2x8.yaml": 16}
+EXAMPLES = {"llama3_70b_16x8.yaml": 128, "qwen25_7b_2x8.yaml": 16, "qwen25_7b_treepo.yaml": 16}
 
 
 @pytest.fixture(autouse=True)

@@ -139,6 +139,27 @@ def test_recipes_write_to_directories_of_their_own():
     assert len(set(directories)) == len(RECIPES)
 
 
+def test_the_published_setting_is_what_was_published():
+    """The values of the released training script, by the names that its keys have here."""
+    cfg = load_config(ROOT / "examples" / "qwen25_7b_treepo.yaml")
+    rollout = cfg.rollout
+    assert (rollout.n_samples_per_prompt, rollout.segment.length, rollout.max_depth) == (16, 512, 14)
+    assert (rollout.max_response_len, cfg.data.max_prompt_len, rollout.rollout_batch_size) == (7168, 1024, 512)
+    assert (rollout.branching.factor, rollout.branching.budget.kind) == (2, "equal")
+    assert (rollout.fallback.from_, rollout.fallback.cut, rollout.stop.answer_box) == ("finished", "random", False)
+    assert (rollout.filter_metric, rollout.oversample, 1 + rollout.max_refills) == ("acc", 3.0, 10)
+    assert not rollout.allow_smaller_batch
+    # Rewards are 1 and 0 here and 1 and -1 there: the published factor 1.0 is half of the range.
+    assert (cfg.reward.overlong.buffer_len, cfg.reward.overlong.penalty) == (512, 0.5)
+    algo = cfg.algo
+    assert (algo.advantage_estimator, algo.leaf_weight, algo.whiten_advantages) == ("treepo", "uniform", True)
+    assert (algo.eps_clip, algo.eps_clip_high, algo.eps_clip_c, algo.loss_agg_mode) == (0.2, 0.28, 10.0, "token-mean")
+    assert (algo.kl_loss_coef, algo.entropy_coef, algo.use_tis) == (0.0, 0.0, False)
+    train = cfg.train
+    assert (train.lr, train.lr_warmup_iters, train.weight_decay, train.clip_grad) == (1e-6, 10, 0.1, 1.0)
+    assert (train.adam_beta1, train.adam_beta2, train.global_batch_size) == (0.9, 0.999, 512)
+
+
 def test_the_everyday_keys_exist_and_come_first():
     names = [key.name for key in keys()]
     assert [name for name in EVERYDAY if name not in names] == []
