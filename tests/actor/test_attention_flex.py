@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tests.actor.test_attention import dense, inputs, pack_of
 from tests.properties import examples
 from tests.tree.forests import grow
-from treepo_mega.actor.attention_flex import FlexLayout, attend, block_visibility, mask_function
+from treepo_mega.actor import attention_flex
+from treepo_mega.actor.attention_flex import AttentionError, FlexLayout, attend, block_visibility, mask_function
 from treepo_mega.runtime.device import has_cuda
 
 
@@ -83,6 +84,66 @@ def test_eager_flex_attention_equals_the_dense_mask():
         got = flex_attention(*heads, block_mask=layout.mask, enable_gqa=True)[0].transpose(0, 1)
     real = pack.blocks[-1][1]
     torch.testing.assert_close(got[:real], dense(q, k, v, pack, None)[:real], rtol=1e-4, atol=1e-5)
+
+
+PASSES = ((False, False), (False, True), (True, True))
+"""(gradients on?, inputs require them?): old logprobs; the forward of a recomputed layer; its recomputation."""
+
+
+def fresh_attention(monkeypatch) -> list[int]:
+    """Compile attention anew with a backend that appends to the list returned and computes nothing."""
+    graphs: list[int] = []
+
+    def count(module, _):
+        graphs.append(len(list(module.graph.nodes)))
+        return lambda *args: (next(x for x in args if isinstance(x, torch.Tensor) and x.dim() == 4).clone(),)
+
+    compiled = attention_flex.compiled_attention(count)
+    monkeypatch.setattr(attention_flex, "_compiled", lambda: compiled)
+    # FlexAttention refuses gradients on a CPU before it compiles; here nothing is computed.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    return graphs
+
+
+def attend_in(length, gradients, require, local=None):
+    """One pass over a pack of `length` tokens that is a single chain."""
+    layout = FlexLayout.build(np.full(length, length), torch.device("cpu"), local)
+    queries = length if local is None else len(local)
+    q, k, v = (torch.zeros(n, h, 8, requires_grad=require) for n, h in ((queries, 4), (length, 2), (length, 2)))
+    with torch.set_grad_enabled(gradients):
+        assert attend(q, k, v, layout, None).shape == q.shape
+
+
+def count_graphs(monkeypatch, lengths, cp_size=1):
+    """Graphs that all passes over packs of these lengths cost; of the first of 2 * cp_size parts and the last."""
+    graphs = fresh_attention(monkeypatch)
+    for length in lengths:
+        parts = np.arange(length).reshape(2 * cp_size, -1)
+        local = None if cp_size == 1 else parts[[0, -1]].reshape(-1)
+        for gradients, require in PASSES:
+            attend_in(length, gradients, require, local)
+    return len(graphs)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_32_pack_lengths_cost_no_more_than_8_graphs(monkeypatch, cp_size):
+    lengths = range(attention_flex.SHAPE_BUCKET, 33 * attention_flex.SHAPE_BUCKET, attention_flex.SHAPE_BUCKET)
+    assert len(lengths) == 32
+    assert len(PASSES) <= count_graphs(monkeypatch, lengths, cp_size) <= 8
+
+
+def test_a_variant_beyond_the_limit_is_an_error_and_not_dense_scores(monkeypatch):
+    monkeypatch.setattr(attention_flex, "COMPILED_VARIANTS", 2)
+    graphs = fresh_attention(monkeypatch)
+    for gradients, require in PASSES[:2]:
+        attend_in(512, gradients, require)
+    message = (
+        r"already has 2 compiled variants.*queries \[512, 4, 8\], keys \[512, 2, 8\], torch.float32, with gradients"
+        r".*train\.max_tokens_per_gpu"
+    )
+    with pytest.raises(AttentionError, match=message):
+        attend_in(512, *PASSES[2])
+    assert len(graphs) == 2
 
 
 @pytest.mark.gpu

@@ -2,8 +2,10 @@
 
 The mask function is the pack's rule, `kv <= q < subtree_end[kv]`; under context parallelism q is first translated
 from this rank's queries to pack indices. Which 128 x 128 blocks are empty, partial or full follows from the
-intervals' extremes per block, in (T/128)^2 time and without a T x T mask. Lengths are padded to `SHAPE_BUCKET`, so
-that the compiled kernel is built once per bucket and not once per pack.
+intervals' extremes per block, in (T/128)^2 time and without a T x T mask. Lengths are padded to `SHAPE_BUCKET`.
+
+The compiled kernel takes any length: it is compiled for each kind of pass, not for each pack. Where torch would fall
+back to dense T x T scores, `attend` raises AttentionError.
 
 Padding tokens see themselves. Checked on the CPU against the dense mask (tests/actor/test_attention_flex.py);
 the compiled kernel and its backward need a GPU.
@@ -21,9 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from treepo_mega.errors import TreepoError
+
 BLOCK = 128
 SHAPE_BUCKET = 512
-"""Pack lengths on CUDA are multiples of this: few shapes to compile for, little padding at 4k tokens and more."""
+"""Pack lengths on CUDA are multiples of this: no block of the mask is partly padding, and packs waste few tokens."""
+COMPILED_VARIANTS = 16
+"""Graphs of one process, at most. Three passes differ in their gradients; the first length may cost each its own."""
 
 
 def mask_function(subtree_end: Tensor, local: Tensor | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
@@ -90,13 +96,49 @@ class FlexLayout:
         return cls(mask)
 
 
+class AttentionError(TreepoError):
+    """The compiled attention cannot serve a pass without dense scores."""
+
+
+def compiled_attention(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
+    """`flex_attention` compiled for any length; torch raises FailOnRecompileLimitHit after COMPILED_VARIANTS graphs.
+
+    `backend` is torch.compile's: a test counts the graphs with its own.
+    """
+    # Without fullgraph torch answers the limit with dense scores: T x T of fp32 a head, and only a warning.
+    # The limit is this function's own: vLLM compiles the same flex_attention in this process.
+    return torch.compile(
+        flex_attention,
+        dynamic=True,
+        fullgraph=True,
+        backend=backend,
+        recompile_limit=COMPILED_VARIANTS,
+        isolate_recompiles=True,
+    )
+
+
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled_attention()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: FlexLayout, scale: float | None) -> Tensor:
-    """Exact attention over a pack: query [Q, H, D], key and value [T, G, D] (G divides H) -> [Q, H, D]."""
+    """Exact attention over a pack: query [Q, H, D], key and value [T, G, D] (G divides H) -> [Q, H, D].
+
+    Raises AttentionError when the pass needs one more compiled variant than COMPILED_VARIANTS.
+    """
+    # Not at the top: it loads torch's compiler, seconds that a process on a CPU never needs.
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     heads_first = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    out = _compiled()(*heads_first, block_mask=layout.mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    try:
+        out = _compiled()(*heads_first, block_mask=layout.mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    except FailOnRecompileLimitHit:
+        gradients = "with" if torch.is_grad_enabled() else "without"
+        raise AttentionError(
+            f"tree attention already has {COMPILED_VARIANTS} compiled variants, its limit, and this pass needs another "
+            f"one: queries {list(query.shape)}, keys {list(key.shape)}, {query.dtype}, {gradients} gradients. It would "
+            "fall back to dense scores. Pack lengths follow train.max_tokens_per_gpu and should not matter: run once "
+            "with TORCH_LOGS=recompiles, which names what differs"
+        ) from None
     return out[0].transpose(0, 1)
