@@ -106,6 +106,13 @@ KNOWN_ELSEWHERE: dict[str, str] = {
     "free_cache_engine": "the engine always hands its memory over while the actor trains",
     "colocate": "actor and engine always share their ranks",
     "dynamic_sampling_filter_path": "set rollout.dynamic_sampling",
+    "filter_groups": "set rollout.dynamic_sampling and rollout.filter_metric",
+    "max_num_gen_batches": "set rollout.max_refills, the rounds after the first",
+    "gen_batch_size": "set rollout.oversample, a multiple of the prompts that are missing",
+    "over_sampling_batch_size": "set rollout.oversample, a multiple of the prompts that are missing",
+    "overlong_buffer": "set reward.overlong.buffer_len and reward.overlong.penalty",
+    "overlong_buffer_cfg": "set reward.overlong.buffer_len and reward.overlong.penalty",
+    "mask_truncated_completions": "set algo.mask_truncated_samples",
     "tis_imp_ratio_cap": "set algo.tis_clip",
 }
 """Last part of a key of verl, slime or TRL to why it is not here and what to set instead."""
