@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,9 @@ import torch
 from treepo_mega.config import Config, ConfigError, LossConfig, ModelConfig, check, parse_config
 from treepo_mega.loss import backend, te
 from treepo_mega.loss.backend import resolve_backend
+from treepo_mega.loss.head import LossHead
+
+GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "loss_kernels.json").read_text())
 
 
 def config(**sections: object) -> Config:
@@ -136,7 +141,10 @@ def test_the_head_follows_the_parameters_unless_told():
         ((8, 0), {"precision": "bf16"}, "torch"),
         ((8, 0), {"precision": "fp8", "backend": "torch"}, "torch"),
         ((9, 0), {"precision": "fp8"}, "triton"),
-        ((10, 0), {"backend": "triton"}, "triton"),
+        ((9, 0), {}, "torch"),
+        ((10, 0), {"precision": "fp32"}, "torch"),
+        ((9, 0), {"precision": "fp8", "logprob_precision": "fp32"}, "triton"),
+        ((10, 0), {"backend": "triton", "precision": "bf16"}, "triton"),
         ((9, 0), {"backend": "torch"}, "torch"),
     ],
 )
@@ -150,6 +158,16 @@ def test_backends(monkeypatch, capability, head, want):
     [
         (None, {"backend": "triton"}, "loss.backend=triton cannot run: torch sees no GPU"),
         ((8, 0), {"backend": "triton"}, "compute capability 8.0, they need 9.0"),
+        (
+            (9, 0),
+            {"backend": "triton"},
+            "spill 28 KB of registers a thread, and fp32 is in loss.precision and loss.logprob",
+        ),
+        (
+            (9, 0),
+            {"backend": "triton", "precision": "fp8", "logprob_precision": "fp32"},
+            "fp32 is in loss.logprob_precision. Use loss.backend=torch, or auto",
+        ),
         ((8, 0), {"precision": "fp8"}, "loss.precision=fp8 cannot run on this GPU"),
         ((8, 9), {"logprob_precision": "fp8"}, "loss.precision=fp8 cannot run on this GPU"),
     ],
@@ -160,12 +178,35 @@ def test_backends_that_cannot_run_are_refused(monkeypatch, capability, head, mes
         resolve_backend(LossConfig(**head))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_what_auto_runs_in_kernels_spills_nothing(monkeypatch, precision):
+    """Of each precision the head runs in torch, or its compiled kernels stand in the golden table without spills."""
+    on_gpu(monkeypatch, (9, 0))
+    hidden, weight = torch.zeros(2, 8), torch.zeros(16, 8)
+    loss = LossConfig(precision="bf16", logprob_precision=precision)
+    head = LossHead(lambda: weight, loss, vocab_size=16, temperature=1.0, tile_rows=2)
+    used = head.shard(head.guard.numerics(for_update=False)).backend
+    kernels = [
+        kernel
+        for kernel in GOLDEN["kernels"]
+        if kernel["kernel"].startswith((f"forward-{precision}", f"dlogits-{precision}"))
+    ]
+    assert head.backend == "triton"
+    assert used == ("torch" if precision == "fp32" else "triton")
+    if used == "torch":
+        assert head.logprobs(hidden, torch.zeros(2, dtype=torch.long))[0].shape == (2,)
+        return
+    assert {kernel["kernel"].split("-")[0] for kernel in kernels} == {"forward", "dlogits"}
+    assert {kernel["arch"] for kernel in kernels} == {"sm_90a", "sm_100a"}
+    assert all(kernel["spill_bytes"] == 0 for kernel in kernels)
+
+
 def test_kernels_without_triton_are_refused(monkeypatch):
     on_gpu(monkeypatch, (9, 0))
     none = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(backend, "importlib", none)
     with pytest.raises(ConfigError, match="the package triton is not installed"):
-        resolve_backend(LossConfig(backend="triton"))
+        resolve_backend(LossConfig(backend="triton", precision="bf16"))
 
 
 def test_fp8_gradient_products_need_transformer_engine(monkeypatch):

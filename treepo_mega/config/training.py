@@ -89,7 +89,8 @@ class LossConfig(Section):
     logprob_precision: Literal["fp32", "bf16", "fp8"] | None = None
     """The same for old and reference logprobs. None: as precision."""
     backend: Literal["auto", "torch", "triton"] = "auto"
-    """torch: tiles of rows, any device. triton: fused kernels (Hopper or newer). auto: triton where it can run."""
+    """torch: tiles of rows, any device. triton: fused kernels (Hopper or newer), not in fp32. auto: triton
+    where it can run."""
     tile_rows: int = Field(1024, ge=1)
     """Most rows of [rows, V/tp] logits alive at a time; large vocabularies take fewer (48 MiB)."""
     fp8_recipe: Literal["tensorwise", "rowwise", "blockwise"] = "blockwise"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treepo_mega.config import LossConfig
-from treepo_mega.loss.backend import resolve_backend
+from treepo_mega.loss.backend import backend_of, resolve_backend
 from treepo_mega.loss.fused import RowLoss, row_loss
 from treepo_mega.loss.guard import GatesOf, HeadGuard, Sample
 from treepo_mega.loss.logprobs import logprob_entropy
@@ -74,7 +74,7 @@ class LossHead:
             group=self.group,
             numerics=numerics,
             cache=self.cache,
-            backend=self.backend,
+            backend=backend_of(self.backend, numerics.precision),
             use_main_grad=self.use_main_grad,
         )
 
