@@ -4,6 +4,7 @@
 #   make test               the test suite, without the slow lane; says what it skipped and why
 #   make test-slow [SHARD=1/3]  the slow lane, or a part of it
 #   make test-cuda-profile  the engine's tests on the scheduler and model runner that CUDA gets, without a GPU
+#   make test-gpu [ARGS="--budget-minutes 25"]  what only a GPU can show, in order; ARGS=--list prints the plan
 #   make coverage           the lines that `make test` runs, as a table and as pages in build/coverage
 #   make test-matrix        what the slow lane leaves out of its full product of layouts: for the night
 #   make lint               ruff, mypy, import contracts, the share of typed lines, the figures of style
@@ -25,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cuda-profile test-matrix coverage lint docs clean
+.PHONY: help setup demo test test-slow test-cuda-profile test-gpu test-matrix coverage lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -48,6 +49,11 @@ test-cuda-profile: setup
 	TREEPO_ENGINE_PROFILE=cuda $(BIN)/pytest tests/engine/test_engine.py tests/engine/test_branch_cache.py tests/rollout/test_eval.py -rs $(ARGS)
 	TREEPO_ENGINE_PROFILE=async $(BIN)/pytest tests/rollout/test_generator.py tests/rollout/test_eval.py \
 	    tests/rollout/test_ranks.py tests/sync/test_refit.py -rs $(ARGS)
+
+# Without `setup`, which installs the CPU builds: the Python that has CUDA's torch, from .venv if that is there.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+test-gpu:
+	@$(GPU_PYTHON) tools/gpu/check.py $(ARGS)
 
 test-matrix: setup
 	$(PYTEST) -m matrix $(ARGS)
