@@ -107,7 +107,7 @@ def compiled_attention(backend: str | Callable[..., Any] = "inductor") -> Callab
     """
     # Without fullgraph torch answers the limit with dense scores: T x T of fp32 a head, and only a warning.
     # The limit is this function's own: vLLM compiles the same flex_attention in this process.
-    return torch.compile(
+    return torch.compile(  # type: ignore[call-overload]  # the overloads of 2.13 leave out two of its arguments
         flex_attention,
         dynamic=True,
         fullgraph=True,
