@@ -92,12 +92,13 @@ LastStage = Callable[[Tensor, Tensor, Pack], Any]
 def _logprobs_of(
     head: LossHead, temperature: float | None, numerics: Numerics | None, watch: bool,
     rows: Tensor, target: Tensor, pack: Pack,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """A `LastStage` without gradients: the pack's logprobs [N] in fp32, as data."""
+) -> dict[str, Tensor]:  # fmt: skip
+    """A `LastStage` without gradients: the pack's logprobs [N] in fp32, on the device."""
     if watch:
         pack.watched = head.watch(rows, target, numerics=numerics, temperature=temperature)
     logp, _ = head.logprobs(rows, target, numerics=numerics, temperature=temperature)
-    return {"logprobs": logp.detach().float().cpu().numpy()}
+    # Not to the host here: that waits for the device, and the next micro-batch is not queued meanwhile.
+    return {"logprobs": logp.detach().float()}
 
 
 def _loss_of(
@@ -112,7 +113,8 @@ def _loss_of(
     if gates is not None:
         head.count_flips(cast("Sample | None", pack.watched), rows, target, partial(gates, pack))
     # Megatron scales `total` in place; the statistics are separate tensors.
-    return total.clone(), torch.tensor(pack.pairs, dtype=torch.int, device=total.device), stats
+    # `full` writes on the device; `tensor` would copy a number from the host, and wait for it.
+    return total.clone(), torch.full((), pack.pairs, dtype=torch.int, device=total.device), stats
 
 
 def _loss_func(model: PolicyModel, pack: Pack, last: LastStage, hidden: Tensor, non_loss_data: bool = False) -> Any:
@@ -192,4 +194,4 @@ def compute_logprobs(
         data = _run(chunks, packs, partial(_logprobs_of, head, temperature, numerics, watch), gradients=False)
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
-    return [of_pack["logprobs"] for of_pack in data] if data else None
+    return [of_pack["logprobs"].cpu().numpy() for of_pack in data] if data else None

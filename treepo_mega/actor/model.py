@@ -46,7 +46,7 @@ class PolicyModel(GPTModel):
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         out = list(super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs))
-        angles = position_ids[0].float()[:, None] * self.inv_freq.to(position_ids.device)
+        angles = position_ids[0].float()[:, None] * self.inv_freq
         out[1] = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, D]
         return tuple(out)
 
@@ -167,7 +167,7 @@ def build_model(cfg: Config, spec: ModelSpec) -> list[PolicyModel]:
     p = cfg.parallel
     vpp = p.virtual_pipeline_model_parallel_size
     vocab = padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, p.tensor_model_parallel_size)
-    inv_freq = rope_inverse_frequencies(spec, cfg.max_model_len)
+    inv_freq = rope_inverse_frequencies(spec, cfg.max_model_len).to(device())
     scale_rotation(config, attention_factor(spec))
     logging.getLogger("megatron").setLevel(logging.WARNING)
     chunks = []

@@ -221,14 +221,19 @@ class Actor(Policy):
         sums = {name: 0.0 for of_rank in known for name in of_rank[0]} | {"pairs": 0.0}
         peaks = {name: 0.0 for of_rank in known for name in of_rank[1]}
         if last:
-            sums = {name: sum(float(stats.sums[name]) for stats in data) for name in sums if name != "pairs"}
+            sums = {name: sum(_numbers([stats.sums[name] for stats in data])) for name in sums if name != "pairs"}
             sums["pairs"] = float(sum(pack.pairs for pack in packs))
             # Ranks of a tensor-parallel group hold the same maxima: no need to leave any out.
-            peaks = {name: max(float(stats.maxima[name]) for stats in data) for name in peaks}
+            peaks = {name: max(_numbers([stats.maxima[name] for stats in data])) for name in peaks}
         total = dist.sum_over_replicas(sums, counts=last)
         pairs = max(total.pop("pairs"), 1.0)
         means = {name: value / pairs for name, value in total.items()}
         return means | (dist.max_over_ranks(peaks) if peaks else {})
+
+
+def _numbers(scalars: list[torch.Tensor]) -> list[float]:
+    """Scalars [] of one dtype and device as floats, read from the device at once; [] for none."""
+    return torch.stack(scalars).tolist() if scalars else []
 
 
 def _optimizer_config(cfg: Config) -> OptimizerConfig:

@@ -53,6 +53,18 @@ class Drift:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What one micro-batch adds to the drift: counts, and scalars [] that stay on the device."""
+
+    # A micro-batch must not read its own numbers: each read waits for the device before the next one is queued.
+    rows: int = 0
+    total: Tensor | float = 0.0
+    largest: Tensor | float = 0.0
+    gates: int = 0
+    flips: Tensor | float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """The rows [n] of a micro-batch that are watched, and their bf16 logprobs in the old-logprob pass."""
 
@@ -72,7 +84,7 @@ class HeadGuard:
         self.logprobs = numerics_of(loss, debug, loss.logprob_precision)
         self.fallen = False
         """Does this step run in bf16?"""
-        self.drift = Drift()
+        self._seen: list[Seen] = []
 
     @property
     def watches(self) -> bool:
@@ -96,9 +108,7 @@ class HeadGuard:
         take = torch.linspace(0, rows - 1, min(rows, self.config.guard.sample_rows), device=hidden.device).long()
         low, exact = (self._logp(precision, hidden[take], weight, target[take], shard) for precision in ("fp8", "bf16"))
         diff = (low - exact).abs()
-        self.drift.total += float(diff.sum())
-        self.drift.rows += len(take)
-        self.drift.largest = max(self.drift.largest, float(diff.max()))
+        self._seen.append(Seen(rows=len(take), total=diff.sum(), largest=diff.max()))
         return Sample(take, exact)
 
     def _logp(self, precision: Precision, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard) -> Tensor:
@@ -119,13 +129,19 @@ class HeadGuard:
             return
         take = sample.take
         low, exact = (self._logp(precision, hidden[take], weight, target[take], shard) for precision in ("fp8", "bf16"))
-        self.drift.flips += float((closed(low, None, take) != closed(exact, sample.old, take)).sum())
-        self.drift.gates += len(take)
+        flips = (closed(low, None, take) != closed(exact, sample.old, take)).sum()
+        self._seen.append(Seen(gates=len(take), flips=flips))
 
     def take_drift(self) -> Drift:
-        """What was seen since the last call, on this rank."""
-        drift = self.drift
-        self.drift = Drift()
+        """What was seen since the last call, on this rank. Waits for the device."""
+        drift = Drift()
+        for seen in self._seen:
+            drift.rows += seen.rows
+            drift.gates += seen.gates
+            drift.total += float(seen.total)
+            drift.largest = max(drift.largest, float(seen.largest))
+            drift.flips += float(seen.flips)
+        self._seen = []
         return drift
 
     def decide(self, mean: float) -> bool:
