@@ -15,7 +15,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 GROUPS: dict[str, tuple[str, ...]] = {
     # Whole runs.
-    "runs": ("e2e", "rollout/test_lost_rank.py", "test_evaluate.py"),
+    "runs": ("e2e", "rollout/test_lost_rank.py", "test_evaluate.py", "gpu/test_device.py"),
     # Ranks that compare layouts: the longest worlds.
     "layouts": ("actor/test_trees.py", "actor/test_layers.py"),
     # Other engines inside ranks.

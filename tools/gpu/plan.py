@@ -64,8 +64,12 @@ STAGES = (
 KERNELS = "tests/loss/test_gpu.py"
 TREES = "tests/actor/test_layers.py::test_trees_on_a_gpu_against_transformers_on_the_cpu"
 
+DEVICE = "tests/gpu/test_device.py"
+
 CHECKS = (
+    Check("torch", f"{DEVICE}::test_one_rank_over_nccl", 1, "first collective and a batch of sends, one rank"),
     Check("torch", f"{KERNELS}::test_kernels_equal_tiles_of_torch", 3, "bf16 and FP8 loss kernels", "not fp32"),
+    Check("torch", f"{DEVICE}::test_offloaded_memory_is_free_for_others_and_comes_back_unchanged", 1, "offloading"),
     Check("torch", f"{KERNELS}::test_transformer_engines_quantiser_is_ours", 1, "FP8 quantiser", needs=(TE,)),
     Check("torch", f"{KERNELS}::test_transformer_engines_gradient_products", 1, "FP8 products", needs=(TE,)),
     # Last: fp32 tiles do not fit the registers, which takes minutes to compile and is no layout that `auto` chooses.
@@ -79,18 +83,31 @@ CHECKS = (
     ),
     Check("megatron", TREES, 5, "an update over trees, Megatron's own layers", "overrides2"),
     Check("megatron", TREES, 8, "the same with Transformer Engine", "not overrides2", needs=(TE,)),
-    Check("vllm", "tests/engine/test_engine.py", 6, "start, logprobs, resets, scores", marked=False),
+    Check(
+        "vllm",
+        f"{DEVICE}::test_two_steps_on_one_gpu_without_graphs",
+        8,
+        "two whole steps: sleep of both levels, wake by tag, refit, canary, branch copies",
+    ),
+    Check("vllm", f"{DEVICE}::test_two_steps_on_one_gpu_with_graphs", 10, "the same with CUDA graphs"),
     Check("vllm", "tests/engine/test_branch_cache.py", 6, "copies of blocks behind a branch", marked=False),
+    Check("vllm", "tests/engine/test_engine.py", 6, "logprobs, resets, scores", marked=False),
     Check("vllm", "tests/rollout/test_generator.py", 8, "whole trees, admission, aborts", marked=False),
-    Check("gpus", "tests/rollout/test_ranks.py", 8, "engines over two GPUs in lock-step", marked=False),
+    Check("gpus", f"{DEVICE}::test_a_rank_without_operations_holds_up_nobody", 2, "NCCL with a rank that is silent"),
     Check(
         "gpus",
-        "tests/sync/test_refit.py::test_a_refitted_engine_equals_a_fresh_one_and_damage_is_named",
-        10,
-        "refit into an engine over two GPUs, canary",
-        gpus=4,
-        marked=False,
+        f"{DEVICE}::test_two_steps_of_tp_2_into_an_engine_over_two_gpus",
+        5,
+        "refit over NCCL, TP_v 2 in lock-step",
     ),
+    Check(
+        "gpus",
+        f"{DEVICE}::test_two_steps_of_tp_2_pp_2_into_engines_over_two_gpus",
+        5,
+        "refit from TP2·PP2 into two engines",
+        gpus=4,
+    ),
+    Check("gpus", "tests/rollout/test_ranks.py", 8, "trees of engines apart and together", marked=False),
 )
 
 
