@@ -21,9 +21,10 @@ class ModelConfig(Section):
     """Parameter and activation dtype of actor and reference. Optimizer state is always fp32."""
     make_vocab_size_divisible_by: int = Field(128, ge=1)
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
-    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    transformer_impl: Literal["local", "transformer_engine", "auto"] = "local"
     """Modules of the transformer layers: Megatron's own, or Transformer Engine's with norms fused into the linear
-    layers (a GPU only; refused elsewhere). Attention over trees is the same in both."""
+    layers (a GPU only; refused elsewhere). auto: Transformer Engine's on a GPU where it loads, else local; the start
+    says which. Attention over trees is the same in both."""
     gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
     """Weight gradients are added to their fp32 buffers by the matrix product itself: Apex's kernel (local layers) or
     Transformer Engine's, on a GPU. auto: where the kernel is there. true: refused where it is not."""

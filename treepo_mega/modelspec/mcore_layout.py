@@ -46,8 +46,8 @@ Box = tuple[tuple[int, int], ...]
 
 Naming = Literal["local", "te"]
 """Which layer spec's parameter names: Megatron's own modules, or Transformer Engine's."""
-NAMING: dict[str, Naming] = {"local": "local", "transformer_engine": "te"}
-"""Of each `model.transformer_impl`."""
+NAMING: dict[str, Naming] = {"local": "local", "transformer_engine": "te", "auto": "local"}
+"""Of each `model.transformer_impl`. The start replaces auto; a plan without a process needs some names, and any do."""
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

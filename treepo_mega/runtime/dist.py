@@ -26,12 +26,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 
-from treepo_mega.config import Config, check
+from treepo_mega.config import Config, ConfigError, check
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime.cpu_megatron import require_retargeted
 from treepo_mega.runtime.device import backend, bind, device, has_cuda
 from treepo_mega.runtime.files import atomic_directory
+from treepo_mega.runtime.layer_modules import automatic_impl
 from treepo_mega.runtime.seeding import derive_seed
 
 
@@ -87,7 +88,23 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
             distributed_timeout_minutes=max(1, round(cfg.distributed.timeout_s / 60)),
         )
     seed_everything(cfg.train.seed)
-    return notes
+    return notes + choose_layers(cfg)
+
+
+def choose_layers(cfg: Config) -> list[str]:
+    """Put what `model.transformer_impl=auto` stands for here into `cfg`; returns the note that says so, else nothing.
+
+    Collective over all ranks when the key is auto. Raises ConfigError when ranks would build different layers.
+    """
+    if cfg.model.transformer_impl != "auto":
+        return []
+    impl, reason = automatic_impl()
+    of_ranks = gather_objects(impl)
+    if len(set(of_ranks)) > 1:
+        named = ", ".join(f"rank {rank} {of_rank}" for rank, of_rank in enumerate(of_ranks))
+        raise ConfigError(f"model.transformer_impl=auto differs between ranks: {named}. Set it to local")
+    cfg.model.transformer_impl = impl
+    return [f"model.transformer_impl=auto takes {impl}: {reason}"]
 
 
 def seed_everything(seed: int, step: int = 0) -> None:
