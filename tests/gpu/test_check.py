@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,15 +149,26 @@ def test_the_budget_leaves_what_does_not_fit_for_the_next_time(path, capsys):
     assert second.ran == ["b"] and second.limits == [pytest.approx(720)]
 
 
-def test_a_killed_run_keeps_what_was_measured(path):
+def test_a_child_cut_off_by_the_budget_is_said_to_be_and_tried_again(path):
+    late = Recorder(a=Outcome("timed out", "", "passed its limit of 150 s", 150.0))
+    assert session(path, late, minutes=2.5) == check.SOME_FAILED
+    assert report.load(path)[0]["reason"] == "the budget ended after 150 s"
+    second = Recorder()
+    assert session(path, second) == check.OK and second.ran == ["a", "b"]
+
+
+def test_a_stopped_run_keeps_what_was_measured(path, monkeypatch, capsys):
     class Killed(Recorder):
         def __call__(self, item: plan.Check, limit: float) -> Outcome:
             if item.settles == "b":
                 raise KeyboardInterrupt
             return super().__call__(item, limit)
 
-    with pytest.raises(KeyboardInterrupt):
-        session(path, Killed())
+    monkeypatch.setattr(machine, "look_in_a_child", lambda: CARD)
+    monkeypatch.setattr(plan, "CHECKS", CHECKS)
+    monkeypatch.setattr(check, "Session", partial(check.Session, runner=Killed()))
+    assert check.main(["--report", str(path)]) == check.STOPPED
+    assert "the same command goes on with the rest" in capsys.readouterr().err
     assert [entry["check"] for entry in report.load(path)] == ["tests/a.py::test_a"]
     assert [item.name for item in path.parent.iterdir()] == ["gpu_report.json"]
 

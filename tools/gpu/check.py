@@ -9,7 +9,7 @@ Each result is appended to `gpu_report.json` as soon as it is there. A check wit
 versions and this code, is left out; time-outs and what could not run are tried again.
 
 Exit codes: 0, every check passed or says why it could not run; 1, some failed; 2, no GPU or bad input; 75, the budget
-is used up and nothing failed so far.
+is used up and nothing failed so far; 130, stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tools.gpu import children, machine, plan, report
 from treepo_mega.errors import TreepoError, nearest
 
 OK, SOME_FAILED, CANNOT_RUN, BUDGET_USED = 0, 1, 2, 75
+STOPPED = 130
 LIMIT_FACTOR = 3
 
 Runner = Callable[[plan.Check, float], children.Outcome]
@@ -103,7 +105,10 @@ class Session:
             else:
                 limit = min(LIMIT_FACTOR * check.minutes * 60, end - time.monotonic())
                 print(f"{'running':>10}  {check.name}  at most {limit:.0f} s", flush=True)
-                self.record(check, self.runner(check, limit))
+                outcome = self.runner(check, limit)
+                if outcome.status == children.TIMED_OUT and limit < LIMIT_FACTOR * check.minutes * 60:
+                    outcome = replace(outcome, reason=f"the budget ended after {outcome.seconds:.0f} s")
+                self.record(check, outcome)
         return self.conclude()
 
     def conclude(self) -> int:
@@ -166,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TreepoError as error:
         print(error, file=sys.stderr)
         return CANNOT_RUN
+    except KeyboardInterrupt:
+        print("stopped; the results so far are kept, and the same command goes on with the rest", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":
