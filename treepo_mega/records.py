@@ -32,6 +32,7 @@ class Records:
         self.started = started
         self.run_dir = Path(cfg.logging.run_dir)
         self.trees_interval = cfg.logging.trees_interval
+        # A new run in an old directory must not add to the sums that another run left there.
         self.summary: dict[str, Any] = self._read_summary() if resume_step else {}
         self.logger: MetricsLogger | None = None
         if dist.is_main():
@@ -72,6 +73,7 @@ class Records:
         summary = self.summary
         for name, key in (("eval/accuracy", "accuracy"), ("eval/greedy_accuracy", "greedy")):
             if name in metrics:
+                # The first evaluation stays, also after a resume: later ones must not move the starting point.
                 summary.setdefault(f"{key}_before", metrics[name])
                 summary[f"{key}_after"] = metrics[name]
         if "tree/token_ratio" in metrics:

@@ -43,10 +43,12 @@ class Saves:
         if directory is None:
             return 0
         actor = self.actor
+        # find_latest has just compared every file with its digest; a named directory is still unchecked.
         known_whole = self.cfg.checkpoint.load == "auto"
         state = checkpoint.load_training(
             directory, actor.models, actor.optimizer, actor.scheduler, known_whole=known_whole
         )
+        # The load writes in place: prepared copies of the output matrix would still hold the initial weights.
         actor.weights_changed()
         actor.skipped_in_a_row = state["skipped_in_a_row"]
         self.cursor.load_state_dict(state["cursor"], source=str(directory))
