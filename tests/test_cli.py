@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -51,6 +52,8 @@ def test_overrides_are_taken_on_either_side_of_the_options(capsys):
 
 def test_world_size_comes_from_the_launcher_and_the_option_wins(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "64")
+    # Under a launcher this machine is the one that runs, so its disk must hold the checkpoints: 3.6 TiB.
+    monkeypatch.setattr("treepo_mega.checkpoint.space.shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 50))
     assert main(["train", "examples/llama3_70b_16x8.yaml", "--dry-run"]) == 0
     assert "# world size 64 = " in capsys.readouterr().out
     assert dry_run(capsys, "llama3_70b_16x8.yaml", 96)[0] == 0

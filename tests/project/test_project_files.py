@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,16 @@ def test_the_changelog_has_a_section_for_this_version_and_one_for_what_comes():
     assert heads[:2] == ["Unreleased", treepo_mega.__version__]
     kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_every_finding_about_gpus_has_a_proof_that_exists() -> None:
+    path = ROOT / "tools" / "bench" / "gpu_static.py"
+    spec = importlib.util.spec_from_file_location("gpu_static", path)
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = bench
+    spec.loader.exec_module(bench)
+    assert bench.unknown_proofs() == []
+    for finding in bench.FINDINGS:
+        assert finding.status in ("mended", "answered", "open")
+        assert bool(finding.proof) == (finding.status != "open"), finding.id
