@@ -119,6 +119,7 @@ class BranchCache(KVConnectorBase_V1):
     def _candidates(self, request: Request, start: int) -> Iterator[tuple[int, KVCacheBlock]]:
         """(tokens in common, block) of all blocks behind the request's first `start` tokens."""
         k = start // self.block_size
+        # Never the last token: vLLM must compute it, for its logits give the first token to sample.
         wanted = request.all_token_ids[start : min(start + self.block_size, request.num_tokens - 1)]
         if not wanted:
             return
@@ -150,6 +151,7 @@ class BranchCache(KVConnectorBase_V1):
         """This pass's copies."""
         assert self._pool is not None
         copies = Copies(self._num_blocks, self._pairs)
+        # Unpinned after the whole pass was allocated: before, another request of the pass could be given the source.
         self._pool.free_blocks([block for block, _ in self._found.values()])
         self._pairs, self._found = [], {}
         self._new.clear()
@@ -161,6 +163,7 @@ class BranchCache(KVConnectorBase_V1):
             first = max(request.num_prompt_tokens - 1, 0) // self.block_size
             for k in range(first, -(-request.num_computed_tokens // self.block_size)):
                 self._leave(request, k, block_ids[k])
+        # False: vLLM frees the blocks at once. They stay readable until it gives them out again.
         return False, None
 
     def _leave(self, request: Request, k: int, block_id: int) -> None:
@@ -169,6 +172,7 @@ class BranchCache(KVConnectorBase_V1):
         start, block = k * self.block_size, self._pool.blocks[block_id]
         tokens = tuple(request.all_token_ids[start : min(start + self.block_size, request.num_computed_tokens)])
         parent: bytes = request.block_hashes[k - 1] if k else b""
+        # An earlier request may have left the same block behind, with other tokens in it.
         self._forget(block_id)
         if block.block_hash is None:
             # A token is at most 8 bytes; the mark keeps our hashes apart from vLLM's, which are of full blocks.

@@ -45,5 +45,6 @@ def private_segments() -> Iterator[None]:
         # Every rank of a group maps its segments before vLLM leaves their creation. Mapped memory outlives its name,
         # so a run that is killed later leaves nothing.
         for name in made:
+            # vLLM 0.32 puts the ranks of a group in brackets, which a glob would read as a set of characters.
             for segment in SHARED_MEMORY.glob(f"*{name.translate({ord('['): '?', ord(']'): '?'})}_*"):
                 segment.unlink(missing_ok=True)

@@ -82,6 +82,7 @@ class Engine:
     @property
     def kv_blocks(self) -> int:
         """Blocks of `block_size` tokens that the KV cache holds (one of them is vLLM's own)."""
+        # vLLM's block pool takes one block out as its null block, which no request is ever given.
         return int(self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks) - 1
 
     def submit(self, request: SegmentRequest) -> SegmentStream:
@@ -135,6 +136,7 @@ class Engine:
             if output.finished:
                 del self._open[vllm_id]
             else:
+                # Our own border ended it, of which vLLM knows nothing: it would sample on.
                 self._abort(vllm_id)
         return out
 
@@ -184,6 +186,7 @@ class Engine:
 
     def weight_target(self) -> VllmTarget:
         """This rank's part of the engine as the destination of a reshard (`engine/vllm_target.py`)."""
+        # The only answer: under `external_launcher` a process has one worker, that of its own rank.
         return self._llm.collective_rpc("weight_target")[0]
 
     def update_weights_by(self, reshard: Callable[[], Any]) -> Any:
@@ -200,6 +203,7 @@ class Engine:
         if self._open:
             raise EngineError(f"weights cannot change while requests run: {self.unfinished[:5]}")
         self._drain()
+        # Set before, cleared after success alone: an exception in between leaves weights of two updates.
         self._broken = "the last weight update did not complete"
         yield
         self.reset_prefix_cache()  # the KV of the old weights would be reused
@@ -216,8 +220,10 @@ class Engine:
             raise EngineError(f"scoring needs an idle engine; running: {self.unfinished[:5]}")
         self._drain()
         self._check_prefix(token_ids, 1, "score")
+        # vLLM takes prompt logprobs from the logits before temperature, so the logits themselves are scaled.
         old = self._llm.collective_rpc("scale_logits", args=(1.0 / temperature,))[0]
         try:
+            # A request with `prompt_logprobs` reads no prefix cache in vLLM; 0 asks for the prompt's own tokens alone.
             params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False)
             self._add(token_ids, params)
             outputs: list[Any] = []

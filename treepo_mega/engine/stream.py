@@ -144,6 +144,7 @@ class SegmentStream:
             self._tokens.append(token)
             self._logprobs.append(entry[token].logprob)
         if self._request.peek and entries:
+            # vLLM adds the sampled token to the likeliest ones, so there may be one entry more than was asked for.
             likeliest = sorted((entry.logprob for entry in entries[-1].values()), reverse=True)
             self._likeliest = likeliest[: self._request.peek]
 
@@ -196,6 +197,7 @@ class SegmentStream:
         seen = len(self._tokens) - self._start
         # A peeked-at token comes after the segment.
         last = seen - (request.peek > 0)
+        # With a peek, the stop token may be the peeked-at one: then the border before it ends the segment.
         ended_itself = reason == "stop" and not request.peek
         long_enough = last > 0 and self._min_tokens <= last
         if not ended_itself and long_enough and self._tokens[self._start + last - 1] in request.borders:

@@ -129,6 +129,7 @@ def process_left_alone() -> Iterator[None]:
         try:
             yield
         finally:
+            # The CPU worker of vLLM 0.32 leaves a function in its place that logs and sets nothing.
             torch.set_num_threads = set_num_threads
             random.setstate(python_state)
             np.random.set_state(numpy_state)
@@ -198,6 +199,7 @@ def build(
         raise EngineError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the engine lives in the trainer's process")
     # It reports once a process, before its logging has a level, that Triton (our kernels' compiler) has no CPU backend.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    # Applied before vLLM's import, which looks for Triton once.
     cuda_profile.apply()
     from vllm import LLM
 
@@ -232,6 +234,7 @@ def engine_arguments(cfg: Config, execution: Execution, max_model_len: int) -> d
         # (seed, position), and on CUDA vLLM warns of wrong samples without chunks.
         "enable_chunked_prefill": execution.model_runner == "v2",
         "enable_prefix_caching": True,
+        # vLLM's default is before temperature; the loss needs logprobs of the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": False,

@@ -107,6 +107,7 @@ class VllmTarget:
         module, short = self._modules[name]
         self._left[module].discard(short)
         if not self._left[module] and module in self._open:
+            # Packing it asks the other ranks, which finish modules in another order: packed here, they could deadlock.
             if _scale_is_shared(module):
                 self._whole.add(module)
             else:
@@ -119,6 +120,7 @@ class VllmTarget:
         """
         if missing := [n for n, (m, s) in self._modules.items() if s in self._left.get(m, ())]:
             raise VllmTargetError(f"finish_weight_update: {len(missing)} parameters missing, such as {missing[0]}")
+        # The map's order is the same on every rank of the engine: each of these packs asks the other ranks.
         for module in dict.fromkeys(self._modules[name][0] for name in self._layout or ()):
             if module in self._whole:
                 self._pack(module)

@@ -35,6 +35,7 @@ class Checksums:
     def add_target(self, layout: ParamLayout, value: Tensor, dtype: torch.dtype) -> None:
         """What a destination parameter holds now. `dtype`: that on the way."""
         for block in layout.blocks:
+            # In the dtype on the way: a wider destination holds the same values in other bits.
             part = value[block.local_index].reshape(block.shape).to(dtype)
             self._arrived[block.hf_name] += checksum(part, block.hf_slice)
 
@@ -44,6 +45,7 @@ class Checksums:
         for sent in dist.gather_objects({str(target): dict(sums) for target, sums in self._sent.items()}):
             expected.update(sent.get(str(rank), {}))
         names = sorted({*expected, *self._arrived})
+        # Each part wrapped around in int64, but Python's sum of parts does not: only the remainders are equal.
         return {name: (expected[name] % 2**64, self._arrived[name] % 2**64) for name in names}
 
 

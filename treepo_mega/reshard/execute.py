@@ -198,11 +198,13 @@ class Resharder:
         """
         check_chunks(chunks, self.source_layouts, self.source_dtype)
         if self._broken:
+            # After a failure, the ranks' counters may stand at different rounds: the old transport is not used again.
             self.transport = self._connect()
             self._broken = False
         transfer = _Transfer(self, chunks, target, Checksums() if checksums else None)
         try:
             transfer.run()
+        # KeyboardInterrupt too: modules that are half filled must get their old storage back.
         except BaseException:
             self._broken = True
             target.abort_weight_update()
@@ -277,6 +279,7 @@ class _Transfer:
     def _hand_over_padding(self) -> None:
         """Parameters without a single element of the model: a small vocabulary leaves nothing for the last ranks."""
         for destination in self.resharder.only_padding:
+            # Nothing is written, but asking for the buffer makes the target zero its padding.
             self.target.buffer(*destination)
             self._timed(self.target.update_weight, *destination)
 
@@ -328,6 +331,7 @@ class _Transfer:
             destination = (copy.chunk, copy.param)
             self.lacking[destination] -= 1
             if not self.lacking[destination]:
+                # Summed before the hand-over: packing or quantising replaces these bytes.
                 if self.checksums:
                     layout = self.resharder.target_layouts[copy.chunk][copy.param]
                     self.checksums.add_target(layout, self.target.buffer(*destination), self.resharder.wire_dtype)

@@ -362,6 +362,7 @@ def _intersect(block: Block, box: Box, chunk: int, name: str, start: int, row: i
 
 def _assign(routes: list[Route], holder_ranks: dict[tuple[int, ...], Ranks], target: Side, cluster: Cluster) -> None:
     """Choose every target's source: itself, else its node's least loaded holder, else the least loaded elsewhere."""
+    # Two loads: what a rank sends within its node does not use its network link.
     near_load = np.zeros(cluster.world_size, np.int64)
     far_load = np.zeros(cluster.world_size, np.int64)
     # Large routes first: the small ones even out what is left.
@@ -383,6 +384,7 @@ def _assign(routes: list[Route], holder_ranks: dict[tuple[int, ...], Ranks], tar
 
 def _spread(route: Route, which: Ranks, candidates: Ranks, load: Ranks) -> None:
     """Deal the targets `which` out over the candidates, least loaded first."""
+    # Stable: every rank makes this plan for itself, so equal loads must tie alike on all.
     order = candidates[np.argsort(load[candidates], kind="stable")]
     chosen = order[np.arange(which.size) % order.size]
     route.sources[which] = chosen

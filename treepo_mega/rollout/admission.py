@@ -75,6 +75,7 @@ class Admission:
                 f"{self.blocks}: raise rollout.engine.kv_cache_memory_mb (gpu_memory_utilization on a GPU)"
             )
         self._asked[key] = _Waiting(ends, tokens)
+        # Ordered by (rank, path): earlier trees go first, so fewer are open and more of their prefixes stay cached.
         heapq.heappush(self._waiting, key)
 
     def admit(self) -> list[Key]:
@@ -96,6 +97,7 @@ class Admission:
         """A running segment became a run of `tokens` tokens so far: it books more. It is not asked to wait."""
         key = (rank, path)
         self._asked[key].tokens = tokens
+        # Not asked to wait: it would keep what it holds, and two such runs could wait for each other for ever.
         more = self._alone(key) - self._own[key]
         self._own[key] += more
         self.used += more

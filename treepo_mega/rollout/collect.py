@@ -85,8 +85,10 @@ class Collector:
         jobs = [Job(Prompt(**carried["prompt"]), carried["state"]) for carried in resumed]
         rounds = 1 + (rollout.max_refills if rollout.dynamic_sampling else 0)
         for refill in range(rounds):
+            # A paused tree keeps its place in the batch: if each were replaced, they could pile up from step to step.
             missing = wanted - len(kept) - len(self.carried) - len(jobs)
             jobs += [Job(prompt) for prompt in self.cursor.take(draws(missing, rollout.oversample))]
+            # All ranks see the same trees and leave the loop together: sampling is collective.
             if not jobs:
                 break
             trees, counts = self.sample(jobs, step)
@@ -98,6 +100,7 @@ class Collector:
             jobs = []
         report_lost(self.pool.take_tally(), f"step {step}")
         surplus = max(0, len(kept) - wanted)
+        # The first drawn stay, not the first finished: choosing by speed would favour short responses.
         kept = kept[:wanted]
         self._check_filled(len(kept), totals["refills"], step)
         totals |= {"resumed": len(resumed), "carried": len(self.carried), "idle_share_max": max(waited)}
@@ -149,6 +152,7 @@ class Collector:
         for index, state in sampled.paused.items():
             self.carried.append({"prompt": asdict(jobs[index].prompt), "state": state})
         trees = [Tree.from_dict(row["tree"]) for row in sampled.rows.values()]
+        # Learnt from all trees on every rank: with other costs, ranks would deal other lists.
         self.generator.costs.update([jobs[index].prompt for index in sampled.rows], trees)
         counts = dict(sampled.counts)
         counts["lost"] = float(sum(row["lost"] for row in sampled.rows.values()))

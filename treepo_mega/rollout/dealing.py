@@ -236,6 +236,7 @@ class SharedQueue:
         """The engine with the most expected left; None: nobody has anything."""
         for owner in range(len(self._deal)):
             if self._left[owner] > 0:
+                # Adding 0 reads the counter; `get` would wait for a list that nobody has taken from yet.
                 self._left[owner] = self._remaining(owner, self._store.add(f"{self._name}/list {owner}", 0))
         rich = max(range(len(self._deal)), key=lambda owner: (self._left[owner], -owner))
         return rich if self._left[rich] > 0 else None

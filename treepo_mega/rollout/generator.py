@@ -250,6 +250,7 @@ class _Run:
             self._fill()
             if not self.room.running:
                 return
+            # The queue decides, not this rank's clock: ranks that share an engine must leave it at the same step.
             if self.queue.deadline_passed(time.monotonic() > deadline):
                 raise GenerationTimeout(self._unfinished())
             finished = self.engine.step()
@@ -312,6 +313,7 @@ class _Run:
         else:
             for want in new:
                 self._wait(rank, want)
+        # A tree that wants nothing yet waits for more of its segments: children will need these prefixes.
         if new or search.done or search.paused:
             self.room.settle(rank)
 

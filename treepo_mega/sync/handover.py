@@ -145,6 +145,7 @@ class Handover:
         try:
             self._give("grads", "optimizer")
             yield
+            # The new engine sleeps before the trainer's state returns: the device need not hold both at once.
             self._backend.sleep()
         finally:
             self._take_back()
@@ -350,6 +351,7 @@ class DeviceMemory:
         self._tensors = tensors
         self._level = level
         self._away: dict[str, list[tuple[torch.UntypedStorage, int, list[Tensor] | None]]] = {}
+        # vLLM builds an engine awake: the first `sleep` must not find that there is nothing to do.
         self._awake = {"weights", "kv_cache"}
 
     @property
@@ -369,10 +371,13 @@ class DeviceMemory:
             if storage.nbytes() == 0 or storage.data_ptr() in seen:
                 continue
             seen.add(storage.data_ptr())
+            # The whole storage: the tensor may be a view of a part of it, and the rest would be lost.
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             kept = None if part == "grads" else self.host.keep(flat)
             gone.append((storage, storage.nbytes(), kept))
+            # Resized, not replaced: Megatron and the optimizer hold other views, which would keep the old one alive.
             storage.resize_(0)
+        # PyTorch's allocator keeps freed memory; a waking engine asks the driver, which would have none of that.
         release_cached_memory()
         return sum(size for _, size, _ in gone)
 

@@ -60,9 +60,11 @@ class Memory:
     def _refit(self) -> dict[str, float]:
         handover = self.handover
         first = len(handover.log)
+        # Gradients and optimizer state leave before the engine's weights wake: together they would run out of memory.
         handover.offload()
         handover.wake_weights()
         metrics = handover.refit(self.weights.transfer)
+        # The trainer's weights leave before the KV cache wakes, which may need their memory.
         handover.free_actor()
         handover.wake_kv()
         moved = handover.log[first:]

@@ -116,6 +116,7 @@ class Refit:
         self.bound = self.resharder.plan.traffic().bound
         rng = random.Random(derive_seed("canary", cfg.train.seed))
         length = min(CANARY_TOKENS, cfg.max_model_len)
+        # Drawn from the seed, alike on every rank: one rank's logprobs of the actor serve the engines of all.
         self.prompts = [
             [rng.randrange(engine.vocab_size) for _ in range(length)] for _ in range(cfg.reshard.canary.prompts)
         ]
@@ -168,6 +169,7 @@ class Refit:
             diffs.append(np.abs(theirs - np.array(ours)))
         # A logprob that is not a number must exceed every limit: a comparison with NaN is false.
         here = np.nan_to_num(np.concatenate(diffs), nan=np.inf)
+        # The maximum over all ranks: a failed canary goes on with collectives, so all ranks must see the same.
         found = dist.max_over_ranks({"largest": float(here.max()), "mean": float(here.mean())})
         return Difference(**found)
 

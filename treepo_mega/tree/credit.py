@@ -100,6 +100,7 @@ def _sum_below(s: Segments, value: Floats) -> Floats:
         return np.zeros(0)
     # Sums of value[lo:hi]; every second one is of what lies between two intervals.
     borders = np.stack([s.leaf_lo, s.leaf_hi], 1).reshape(-1)
+    # The 0 at the end: `reduceat` refuses a border one past the last value.
     return np.add.reduceat(np.append(value, 0.0), borders)[::2]
 
 

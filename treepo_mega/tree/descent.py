@@ -42,6 +42,7 @@ def fair_leaves(tree: Tree) -> Tree:
     fair = [
         index
         for index, leaf in enumerate(tree.leaves)
+        # The whole path: only a fallback's own nodes are marked, not what branches below them.
         if not any(tree.nodes[node].fallback for node in tree.ancestry(leaf))
     ]
     return tree.only(fair)
@@ -56,6 +57,7 @@ def descent_shares(tree: Tree) -> list[float]:
     >>> descent_shares(tree)
     [0.5, 0.5]
     """
+    # Children may have lost all their leaves (ungraded, cut off): counting them would give shares to nobody.
     counted = set(tree.leaves_below())
     children = {node: sum(child in counted for child in tree.nodes[node].children) for node in counted}
     shares = []

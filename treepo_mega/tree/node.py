@@ -154,6 +154,7 @@ class Tree:
         """
         if self.rewards:
             raise ValueError(f"tree of prompt {self.prompt_id!r} is graded: its nodes keep their ids")
+        # Leaves before nodes: their ids are still places in the old order.
         self.leaves.sort(key=lambda i: (self.nodes[i].level, self.nodes[i].path))
         self.nodes.sort(key=lambda n: (n.level, n.id if n.fallback else 0, n.path))
         new = {node.id: i for i, node in enumerate(self.nodes)}

@@ -411,6 +411,7 @@ def plan_step(
     sizes = [sum(tokens[piece] for piece in chosen) for chosen in dealt]
     lengths = [max(1, -(-max(size, 2) // multiple)) * multiple for size in sizes]
     if equal_lengths:
+        # The longest of this rank's packs is enough: no pipeline spans two data-parallel ranks.
         lengths = [max(lengths)] * count
     packs = [_pack(batch, pieces, chosen, length, pad_id) for chosen, length in zip(dealt, lengths, strict=True)]
     return StepPlan(

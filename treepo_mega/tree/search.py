@@ -126,6 +126,7 @@ class TreeSearch:
         self._cfg = rollout
         self._transfer.rollout = rollout
         waiting = self._beyond_reach
+        # Emptied before the loop: `_ask` puts a want back that lies beyond the reach of this step as well.
         self._beyond_reach = []
         # A segment is sampled by one policy; those still waiting belong to the new one.
         for want in waiting:
@@ -255,6 +256,7 @@ class TreeSearch:
             )
             new.append(node)
             self._running[node.id] = size
+            # The seed is of the path, not of the id: ids follow the order of arrival.
             self._ask(Want(node.id, prefix, size, derive_seed(self._seed, *node.path), peek, min(shortest, size)))
         self.tree.counts["fallbacks"] += children * (fallback_level is not None)
         return new

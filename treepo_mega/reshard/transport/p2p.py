@@ -69,6 +69,7 @@ class PointToPointTransport:
     def wait_sent(self, number: int) -> None:
         """Wait for the round's messages, sent and received."""
         for work in self._running.pop(number, ()):
+            # With NCCL this makes the current stream wait, not the host: a missing rank does not show here.
             work.wait()
 
     def end(self) -> None:

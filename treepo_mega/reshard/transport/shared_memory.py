@@ -56,6 +56,7 @@ class _Segment:
 
     @classmethod
     def of_peer(cls, pid: int, fd: int, size: int) -> _Segment:
+        # An anonymous file has no path of its own; a process of the same user reaches it through its owner's /proc.
         opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
         return cls(opened, size)
 
@@ -116,6 +117,7 @@ class SharedMemoryTransport:
 
     def run(self, number: int) -> None:
         """Publish this rank's buffer."""
+        # The last act of a round: receivers read the buffer as soon as the counter has passed.
         self._own.set(_PUBLISHED, self._count_after(number))
 
     def received(self, number: int) -> Iterator[tuple[Parcel, Tensor]]:
@@ -123,6 +125,7 @@ class SharedMemoryTransport:
         for parcel in self._wanted.pop(number, ()):
             self._wait_for(parcel.source, _PUBLISHED, number, "publish its parcels of")
             buffers = self._peers[parcel.source].bytes.view(self._dtype).view(IN_FLIGHT, -1)
+            # A view is valid until `release`: then the source may pack a later round over it.
             yield parcel, buffers[number % IN_FLIGHT, parcel.offset : parcel.offset + parcel.numel]
 
     def release(self, number: int) -> None:
