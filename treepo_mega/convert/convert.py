@@ -125,6 +125,7 @@ def hf_to_mcore(
 
         def load(models: Models) -> dict[str, int]:
             load_from_hf(models, spec, cfg, hf_dir, reader=reader)
+            # Taken here: the verification reads the files once more through the same reader.
             return {"of": reader.total_bytes, "read": reader.bytes_read}
 
         def prove(models: Models, directory: Path) -> dict[str, Any]:
@@ -183,6 +184,7 @@ def mcore_to_hf(
 
 def _loader(load: str | Path, cfg: Config, spec: ModelSpec) -> Callable[[Models], dict[str, int]]:
     """The step that reads Megatron checkpoint `load`. Raises CheckpointError at once when it is not complete."""
+    # Here, not in `fill`: an incomplete checkpoint is found before a process group and a model exist.
     check_complete(Path(load))
 
     def fill(models: Models) -> dict[str, int]:
@@ -227,6 +229,7 @@ def _convert(
             with HostPeak() as verifying:
                 findings = steps.prove(models, directory)
             memory["verify_peak"] = verifying.bytes
+        # Every rank makes the note, because `_busiest` is collective; one rank writes it.
         note = {
             "architecture": spec.architecture,
             "params_dtype": cfg.model.params_dtype,

@@ -54,8 +54,10 @@ class LayerOutputs:
         """Watch `module`, whose output is [T, 1, K] or [1, T, K] and which HF calls `name`."""
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
+            # A layer of megatron-core 0.16 returns (hidden, context); one of transformers 5 returns the tensor alone.
             hidden = output[0] if isinstance(output, tuple) else output
             hidden = hidden.reshape(-1, hidden.shape[-1]).float().cpu()
+            # A CPU generator of its own: all ranks and both models draw the same directions, and no global state moves.
             generator = torch.Generator().manual_seed(0)
             self.found[name] = hidden @ torch.randn(hidden.shape[1], _DIRECTIONS, generator=generator)
 
@@ -63,6 +65,7 @@ class LayerOutputs:
 
     def watch_megatron(self, model: Any) -> list[Any]:
         """Hooks on what a Megatron chunk holds of the places that `watch_transformers` watches."""
+        # Megatron counts layers from 1 over all pipeline stages, transformers from 0.
         hooks = [self.hook(layer, f"model.layers.{layer.layer_number - 1}") for layer in model.decoder.layers]
         if model.pre_process:
             hooks.append(self.hook(model.embedding, _EMBED))
@@ -115,6 +118,7 @@ def megatron_logits(
     try:
         data = get_forward_backward_func()(
             forward_step_func=step,
+            # The interleaved schedule indexes its iterators by chunk, even if no chunk reads data.
             data_iterator=[None] * len(chunks) if many else None,
             model=chunks if many else chunks[0],
             num_microbatches=count_multiple(cfg),
@@ -134,6 +138,7 @@ def _full_logits(model: PolicyModel, vocab_size: int, hidden: Tensor, non_loss_d
     group = ps.get_tensor_model_parallel_group()
     parts = [torch.empty_like(local) for _ in range(torch_dist.get_world_size(group))]
     torch_dist.all_gather(parts, local, group=group)
+    # The padding is the end of the whole vocabulary, hence of the last TP ranks: it is cut after the gather.
     return {"logits": torch.cat(parts, dim=1)[:, :vocab_size].cpu()}
 
 
@@ -170,6 +175,7 @@ def _filled_on_demand(module: nn.Module, name: str, reader: HfReader, dtype: tor
         for key in module.state_dict():
             shape = reader.shape(f"{name}.{key}")
             state[key] = reader.read(f"{name}.{key}", tuple((0, n) for n in shape), dtype).float()
+        # Without `assign` the values would be copied into meta tensors, which does nothing.
         module.load_state_dict(state, strict=True, assign=True)
 
     def drop(module: nn.Module, _: Any, __: Any) -> None:
@@ -200,6 +206,7 @@ def compare_with_transformers(
     logits = megatron_logits(cfg, exact, tokens, spec.vocab_size)
     for hook in hooks:
         hook.remove()
+    # Each pipeline stage knows its own layers only, so one rank of every stage tells them.
     speaks = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank(with_context_parallel=True) == 0
     told = dist.gather_objects({n: t.tolist() for n, t in ours.found.items()} if speaks else {})
     found = {"difference": 0.0, "parameters": 0.0}
@@ -207,8 +214,10 @@ def compare_with_transformers(
     if logits is not None and speaks:
         expected, count = transformers_logits(reader, spec, tokens, next(models[0].parameters()).dtype, theirs)
         difference = (logits - expected).abs().max().item()
+        # An all-reduce may drop a NaN in a maximum; infinity survives it.
         found = {"difference": difference if np.isfinite(difference) else float("inf"), "parameters": float(count)}
         ours.found = {n: torch.tensor(t) for part in told for n, t in part.items()}
         diverging = ours.first_difference(theirs)
     found = dist.max_over_ranks(found)
+    # One rank names a layer, all others say "", the smallest string.
     return found["difference"], int(found["parameters"]), max(dist.gather_objects(diverging))

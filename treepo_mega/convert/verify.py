@@ -52,6 +52,7 @@ def read_back(models: list[PolicyModel], saved: Path) -> None:
     with torch.no_grad():
         for model in models:
             for p in model.parameters():
+                # NaN equals nothing, itself included: a parameter that the load leaves out can pass no comparison.
                 p.fill_(float("nan"))
     load_model_weights([*models], saved)
 
@@ -150,6 +151,7 @@ def compare(
             f"parameters: {parameter_count(spec)} by config.json, {elements} in the checkpoint, "
             f"{counted} in transformers"
         )
+    # Not `difference > tolerance`, which lets NaN pass.
     if not difference <= tolerance:
         raise ConversionError(
             f"logits of the probe prompt differ from transformers by {difference:.3g}; allowed {tolerance:.3g}; the "
@@ -176,6 +178,7 @@ def verify_checkpoint(
 
 def differing_from_memory(models: list[PolicyModel], saved: Path) -> list[str]:
     """Names, over all ranks, of the parameters that come back from `saved` with other bits."""
+    # Without copies each tensor would be compared with itself: `read_back` fills the same storage.
     kept = [{n: t.clone() for n, t in local_params(m).items()} for m in models]
     read_back(models, saved)
     wrong = [

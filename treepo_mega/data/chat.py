@@ -148,6 +148,7 @@ class Renderer:
         if isinstance(said, str) and not said.strip():
             raise PromptError(f"{where}: the prompt is empty: nothing but white space ({said[:20]!r})")
         try:
+            # JSON may spell half a surrogate pair. The tokenizer would refuse it later without naming a row.
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise PromptError(f"{where}: the prompt is not valid Unicode: {e}") from None

@@ -126,6 +126,7 @@ def _present(names: tuple[str, ...], keys: tuple[str, ...]) -> list[tuple[str, s
 
 
 def _is_empty(value: Any) -> bool:
+    # Not `not value`: 0 and false are truths.
     return value is MISSING or value is None or value in ("", [])
 
 

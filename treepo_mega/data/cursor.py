@@ -91,6 +91,7 @@ class PromptCursor:
             return
         self._order = list(range(len(self._prompts)))
         if self._shuffle:
+            # A generator of its own: the global one depends on what else the process drew, which differs between ranks.
             random.Random(derive_seed(self._seed, "prompts", self._epoch)).shuffle(self._order)
 
     def _begin_weighted(self) -> None:
@@ -100,6 +101,7 @@ class PromptCursor:
         slots = [i for _, i in sorted(keyed)]
         if self._shuffle:
             random.Random(derive_seed(self._seed, "prompts", self._epoch)).shuffle(slots)
+        # Computed, not carried over from the last epoch: a resumed run begins in the middle and has no history.
         drawn = [self._epoch * share for share in shares]
         first = [0]
         for count, _ in self._weights:
@@ -124,6 +126,7 @@ class PromptCursor:
 
     def _make_fingerprint(self) -> str:
         """`<n>:<order>:<hash>`: the number of prompts, the rule of their order, and what they say."""
+        # Not `hash`, which Python salts anew in every process.
         h = hashlib.blake2b(digest_size=8)
         # Repeated prompts share one list of tokens: its text, the longest part by far, is written once.
         texts: dict[int, str] = {}

@@ -77,6 +77,7 @@ def find_parts(spec: str) -> list[Part]:
     """
     text, start, stop = split_slice(spec)
     parts = [Part(file_stem(path), str(path), _reader(path)) for path in find_files(text)]
+    # Bound as a default: a free variable would be the last path in every function.
     sizes = [lambda path=Path(part.where): count_rows(path) for part in parts]
     return sliced(parts, sizes, start, stop, spec)
 
@@ -92,6 +93,7 @@ def sliced(
     if start is None and stop is None:
         return list(parts)
     begin = start or 0
+    # One file, no bound from the end: nothing is counted, because counting reads a .gz to its end.
     if len(parts) == 1 and begin >= 0 and (stop is None or stop >= 0):
         ranges = [(begin, stop)]
     else:
@@ -161,6 +163,7 @@ def _is_visible(path: Path, directory: Path) -> bool:
 
 def _matching(pattern: str) -> list[Path]:
     """The prompt files that match a glob (`**` reaches into subdirectories); other files that match are left out."""
+    # `glob` gives the file system's order. Ranks on other nodes would hold other prompts under the same number.
     matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     found = [path for path in matches if path.is_file() and file_format(path)[0]]
     if not found:
@@ -173,9 +176,11 @@ def _unmixed(files: list[Path], what: str, root: Path | None) -> list[Path]:
     """`files`, refused when they are of several splits or kinds: training on a test split would go unnoticed."""
     by_split: dict[str, Path] = {}
     for path in files:
+        # What stands further up does not count: people may keep all their data below /data/test.
         named = str(path.relative_to(root)) if root is not None else str(Path(path.parent.name) / path.name)
         words = [word for word in re.split(r"[^a-z]+", named.casefold()) if word in SPLITS]
         if words:
+            # The last word is the file's own: eval_sets/train.jsonl is of the split train.
             by_split.setdefault(SPLITS[words[-1]], path)
     if len(by_split) > 1:
         examples = _few([str(path) for path in by_split.values()])

@@ -38,6 +38,7 @@ def make_items(name: str, params: dict[str, Any], *, seed: int, size: int) -> li
     request = json.dumps({"name": name, "params": params, "seed": seed, "size": size})
     what = f"reasoning_gym: {name}"
     try:
+        # Another process, because Python reads PYTHONHASHSEED at its start and never again.
         done = subprocess.run(
             [sys.executable, "-P", "-m", "treepo_mega.data.gym"],
             input=request,

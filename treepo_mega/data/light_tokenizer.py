@@ -47,6 +47,7 @@ def template_environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
+    # Jinja's own filter escapes <, > and & for HTML, and transformers replaces it as well.
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -88,6 +89,7 @@ class LightTokenizer:
         source = chat_template or self.chat_template or ""
         if source not in self._compiled:
             self._compiled[source] = self._environment.from_string(source)
+        # transformers passes None: templates ask `tools is not none`, which is true of an undefined variable.
         options = {"tools": None, "documents": None, **self._special, **names}
         return str(self._compiled[source].render(messages=messages, **options))
 
@@ -104,6 +106,7 @@ def read_light_tokenizer(hf_dir: str | Path) -> LightTokenizer | None:
         inner = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path}: the tokenizer cannot be loaded: {error}") from None
+    # tokenizer.json may hold settings of truncation and padding, which transformers resets too.
     inner.no_truncation()
     inner.no_padding()
     settings = {**_read_json(directory / "special_tokens_map.json"), **_read_json(directory / "tokenizer_config.json")}

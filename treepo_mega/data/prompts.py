@@ -250,9 +250,11 @@ class Drafter:
             which = [one for one in fresh if one.templated is templated]
             if not which:
                 continue
+            # The chat template wrote the special tokens already; plain text still needs them.
             encoded = self.tokenizer([one.text for one in which], add_special_tokens=not templated)["input_ids"]
             for one, ids in zip(which, encoded, strict=True):
                 tokens = list(ids)
+                # Some tokenizers append EOS to plain text, which would end the response before it began.
                 if not templated and len(tokens) > 1 and tokens[-1] == eos and not self._ends_in_eos(one.text):
                     tokens.pop()
                 if bos is not None and tokens[:2] == [bos, bos]:
@@ -269,6 +271,7 @@ class Drafter:
         return bool(eos and text.endswith(eos))
 
     def _check_vocabulary(self, tokens: list[int], where: str) -> None:
+        # Megatron pads the embedding: an id in the padding would be looked up without an error.
         if self.vocab_size is None or max(tokens) < self.vocab_size:
             return
         token = next(token for token in tokens if token >= self.vocab_size)

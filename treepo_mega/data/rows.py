@@ -130,6 +130,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with _open(path, compression) as file:
             yield file
+    # BadGzipFile is an OSError, so this clause comes first; a file that ends too early raises EOFError.
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise PromptError(f"{path}: cannot be decompressed as gzip: {error}; is the file complete?") from None
     except OSError as error:
@@ -177,6 +178,7 @@ def _json_array(path: Path, file: BinaryIO, start: int, stop: int | None) -> Ite
 
 
 def _json_lines(path: Path, file: BinaryIO, start: int, stop: int | None) -> Iterator[Row]:
+    # Lines of bytes end at \n only. `str.splitlines` would also cut at U+2028, which JSON allows within a text.
     filled = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
     for index, (number, line) in islice(enumerate(filled), start, stop):
         where = f"{path}, line {number}"

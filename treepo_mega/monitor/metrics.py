@@ -68,6 +68,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as e:
         raise MetricsError(f"{path}: cannot read the metrics: {e}") from None
     rows: list[dict[str, Any]] = []
+    # Not splitlines: `split` gives one more piece after a last newline, so that the last number means a torn line.
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -88,6 +89,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> int | float | None:
     """A JSON number, or None when it is not finite (also for numpy and torch scalars)."""
+    # A bool is an int too, and `_parse_line` refuses a line that holds true or false.
     if isinstance(value, int):
         return int(value)
     # JSON has no NaN, and most readers of JSON lines die of it.
@@ -108,6 +110,7 @@ class MetricsLogger:
         self.path = self.run_dir / METRICS_FILE
         kept = self._keep_until(resume_step) if resume_step is not None else self._set_aside()
         self._last: dict[str, Any] | None = kept[-1] if kept else None
+        # Not append mode: the kernel would put every write at the end, and `log` could not extend the last line.
         self._file = self.path.open("r+b" if self.path.exists() else "w+b")
         self._offset = _last_line_offset(self._file)
         self._file.seek(0, os.SEEK_END)
@@ -117,6 +120,7 @@ class MetricsLogger:
         if not self.path.exists():
             return []
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        # The file is written anew even if no row goes: a torn last line would run into the next one.
         with atomic_file(self.path) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
@@ -147,6 +151,7 @@ class MetricsLogger:
         old = self._last if again and self._last is not None else {"step": step}
         values = {name: _plain(value) for name, value in metrics.items()}
         row = {**old, "time": round(time.time(), 3), **values}
+        # The whole line is counted, not `values` alone: the second part of a step must not hide the first one's losses.
         if lost := sum(value is None for name, value in row.items()):
             row["train/nonfinite_metrics"] = lost
         if again:

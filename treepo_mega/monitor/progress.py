@@ -45,6 +45,7 @@ class Progress:
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
+        # Without soft_wrap rich breaks the line of a step at 80 columns in a log, where it finds no terminal.
         self.console = Console(highlight=False, soft_wrap=True)
         self._bars: Bars | None = None
         self._task = TaskID(0)
@@ -54,6 +55,7 @@ class Progress:
         """Print lines."""
         if self.enabled:
             for line in lines:
+                # Rich would take a `[name]` in the line for its markup and leave it out.
                 self.console.print(line, markup=False)
 
     def begin(self, step: int, of: int) -> None:

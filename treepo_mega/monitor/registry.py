@@ -194,6 +194,7 @@ def check_known(name: str) -> Metric:
     """The documentation of `name`; KeyError names the nearest documented metric when there is none."""
     names = known_names()
     if name not in names:
+        # A verifier's dict may hold any number, which becomes `reward/<its name>`: nobody can list those beforehand.
         if name.startswith("reward/"):
             return names[ANY_REWARD]
         raise KeyError(f"metric {name!r} is not documented in monitor/registry.py{nearest(name, names)}")
@@ -204,6 +205,7 @@ _CLOCKED = (
     *("time", "timing_s/", "perf/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
+    # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
 )
 

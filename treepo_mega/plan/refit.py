@@ -51,6 +51,7 @@ class RefitPlan:
     def seconds(self, link: str) -> float:
         """The busiest rank's time on a link."""
         traffic = self.traffic
+        # A link carries both directions at once, so the fuller one decides. GB are decimal, as in a link's data sheet.
         return max(traffic.sent_max[link], traffic.received_max[link]) / 1e9 / self.speeds.of(link)
 
     def lines(self) -> list[str]:
@@ -87,6 +88,7 @@ class RefitPlan:
     @property
     def received(self) -> int:
         """Most bytes that a rank receives from others: at most this."""
+        # The two maxima may be of different ranks, so that their sum is a bound and no rank's own figure.
         return self.traffic.received_max["node"] + self.traffic.received_max["network"]
 
     @property
@@ -114,6 +116,7 @@ def plan_refit(
         raise ConfigError(f"world size {world_size} is not a multiple of {ranks_per_node} ranks a node")
     parallel = cfg.parallel
     tp_v = cfg.rollout.engine.tensor_parallel_size
+    # The narrower dtype travels, by the rule of `Resharder.between`: the sender casts down or the receiver casts up.
     dtype = min(cfg.model.params_dtype, cfg.rollout.engine.dtype or cfg.model.params_dtype, key=ITEMSIZE.__getitem__)
     plan = plan_reshard(
         mcore_side(spec, grid_of(cfg), world_size),

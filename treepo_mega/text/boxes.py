@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 _NUMBER = r"[-+]?\.?[0-9][0-9.,/]*\\?%?"
 _STOPS = r"\s$}\]);:!?"
+# The boxes come before `\\.`, which would eat the backslash of `\boxed{` and leave a plain brace.
 _TOKENS = re.compile(
     r"(?P<box>\\{1,4}(?:boxed|fbox)\s*\{)"
     rf"|\\{{1,4}}(?:boxed|fbox)\s*(?P<bare>{_NUMBER})(?=(?P<stop>[{_STOPS}])|\Z)"
@@ -52,6 +53,7 @@ def _boxes(text: str) -> Iterator[Box | None]:
     for match in _TOKENS.finditer(text):
         token = match.group()
         if token == "</think>":
+            # A box left open in the thinking would close at any brace behind it and give an answer that spans both.
             opened.clear()
             yield None
         elif token == "{":
@@ -79,6 +81,7 @@ def closed_box(text: str) -> int | None:
     >>> closed_box(r"so \boxed {42}. And")
     14
     """
+    # While sampling, the text is a prefix: `\boxed 4` at its end may become `\boxed 42`, and is not complete.
     return next((box.end for box in _boxes(text) if box is not None and box.complete), None)
 
 
@@ -94,6 +97,7 @@ def last_box(text: str) -> str | None:
     for box in _boxes(text):
         if box is None:
             found = None
+        # The inner box closes first. Its wrapper comes next and would replace the answer by the text of a box.
         elif found is not None and _wraps(text, box, found):
             found = Box(found.content, box.start, box.end, found.inner)
         else:

@@ -107,6 +107,7 @@ def accepted(ground_truth: str) -> list[str]:
     >>> accepted('["0.5", "1/2"]'), accepted("[1, 2]")
     (['0.5', '1/2'], ['[1, 2]'])
     """
+    # Only a list of texts names alternatives: `[1, 2]` is an interval or a list, an answer by itself.
     if ground_truth.lstrip().startswith('["'):
         try:
             found = json.loads(ground_truth)
@@ -129,6 +130,7 @@ def tidy(text: str) -> str:
     for spelling, plain in (("{,}", ","), ("\\$", ""), ("$", ""), ("\\(", ""), ("\\)", ""), ("\\[", ""), ("\\]", "")):
         text = text.replace(spelling, plain)
     text = text.replace("\\displaystyle", "").replace("\\!", "").replace("\\;", " ").replace("\\ ", " ")
+    # Between digits `\,` groups thousands. That is undone before `\,` becomes a space, as in `3\,m`.
     text = re.sub(r"(?<=[0-9])(?:\\,|~)(?=[0-9]{3})", "", text).replace("\\,", " ").replace("~", " ")
     text = text.strip().strip("`").removeprefix("**").removesuffix("**").strip()
     if text.endswith(".") and not text.endswith("..."):
@@ -284,6 +286,7 @@ def _settle_marked(truth: str, text: str) -> bool | None:
     other = as_number(given)
     if number is not None and other is not None:
         return _numbers_agree(number, other, "/" in wanted + given or "frac" in wanted + given)
+    # math-verify multiplies the letters of a word, so that silent would equal listen: it is not asked.
     return False if _units_differ(wanted, given) or _is_anagram(wanted, given) else None
 
 

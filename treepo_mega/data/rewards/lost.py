@@ -47,6 +47,7 @@ def report_lost(tally: Tally, when: str, *, fatal: bool = True) -> None:
     Raises RewardsLostError on every rank when all were lost and `fatal`.
     """
     lost, total, message = describe_lost(dist.gather_objects(tally), when)
+    # All ranks hold the same tallies and raise together. One alone would leave the others in their next collective.
     if lost and lost == total and fatal:
         raise RewardsLostError(message)
     if lost > MANY * total and dist.rank() == 0:

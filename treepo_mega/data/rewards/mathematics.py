@@ -55,10 +55,13 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 def _by_mathematics(truths: list[list[Any]], answer: Answer) -> dict[str, float]:
     text = answer.text if answer.mark == "none" else f"\\boxed{{{tidy(answer.text)}}}"
     try:
+        # By default both calls log a timeout and return [] or False: a wrong answer without a flag.
         found = parse(text, parsing_timeout=MATH_TIMEOUT_S, raise_on_error=True)
         right = any(verify(truth, found, timeout_seconds=MATH_TIMEOUT_S, raise_on_error=True) for truth in truths)
+    # It derives from BaseException in math-verify 0.9: `except Exception` below would not catch it.
     except TimeoutException:
         return _scored(0.0, timed_out=1.0)
+    # The worker has to see this one: it answers it by asking to be replaced.
     except MemoryError:
         raise
     except Exception:

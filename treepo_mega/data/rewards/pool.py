@@ -227,6 +227,7 @@ class _Worker:
             return "the grader closed its pipe"
         what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         size = os.fstat(self.log.fileno()).st_size
+        # Not seek and read: processes that the verifier started share this file offset, and may still write.
         tail = os.pread(self.log.fileno(), 400, max(0, size - 400)).decode("utf-8", "replace").strip()
         return f"the grader process died ({what})" + (f"; it last wrote: {tail!r}" if tail else "")
 
@@ -411,6 +412,7 @@ class _Call:
             if "load_error" in reply:
                 raise VerifierError(f"verifier {self.verifiers[item]!r} cannot be loaded: {reply['load_error']}")
             if reply.get("retire"):
+                # `read` took the item off; `_failed` charges the first of the batch, which has to be this one.
                 worker.batch.appendleft((item, *self._request(item)))
                 self._failed(worker, str(reply["error"]))
                 return

@@ -41,6 +41,7 @@ Verifier = Callable[..., Any]
 
 BUILT_IN = ("math", "boxed", "last_number", "exact", "reasoning_gym")
 
+# A sign behind a digit, a letter or a closing bracket is an operator: the last number of `5-3` is 3.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])[-+])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
@@ -115,11 +116,13 @@ def _load_reasoning_gym() -> Verifier:
                 "reasoning_gym: the prompt has no reference to its task in extra_info['reasoning_gym']; this "
                 "verifier grades prompts of data sources with a reasoning_gym key only"
             ) from None
+        # Not extra_info's own entry: JSON made lists of its tuples, and some scorers then misjudge.
         entry = task[index]
         if entry["question"] != question:
             raise ValueError(f"reasoning_gym: item {index} of {ref['name']} is not the prompt's question any more")
         answer = find_answer(solution_str).text.strip()
         raw = float(task.score_answer(answer, entry))
+        # reasoning-gym gives a little credit for any text: only full marks are right.
         return {"score": float(raw >= 1.0), "raw_score": raw}
 
     return compute_score
@@ -146,6 +149,7 @@ def check_verifier(name: str) -> None:
         )
     path, function = user
     try:
+        # Parsed, not imported: the trainer and the preflight call this, and a user's file runs in workers only.
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     except OSError as e:
         raise VerifierError(f"verifier {name!r}: cannot read {path}: {e.strerror or e}") from None
@@ -183,6 +187,7 @@ def load_verifier(name: str) -> Verifier:
     if user is None:
         return {"boxed": boxed, "last_number": last_number, "exact": exact}[name]
     path, function = user
+    # The path is in the name: two files called reward.py would otherwise replace each other in sys.modules.
     module_name = f"treepo_mega_user_verifier_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:

@@ -45,6 +45,7 @@ OWN_METRICS = ("lost", "mean", "overlong_penalty")
 
 def protect_streams() -> tuple[BinaryIO, BinaryIO]:
     """Move the protocol off file descriptors 0 and 1; returns (requests, replies)."""
+    # Copies by `os.dup` are not inherited. A program of the verifier would hold the pipe open after this process died.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -66,6 +67,8 @@ def watch_parent(parent: int) -> None:
     """End this process soon after its parent did, whatever the main thread is doing."""
 
     def watch() -> None:
+        # The id is told by the parent: asked for here, it could be init's already.
+        # PR_SET_PDEATHSIG would fire as soon as the thread that started this process ends.
         while os.getppid() == parent:
             time.sleep(1.0)
         os._exit(1)
@@ -164,6 +167,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeo
             data = data[replies.write(data) or 0 :]
 
     def cpu_alarm(seconds: float) -> None:
+        # math-verify uses SIGALRM, hence SIGPROF. A Python handler would wait for C code to return; the default kills.
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, seconds)
 

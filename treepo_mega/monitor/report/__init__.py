@@ -30,6 +30,7 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> list[Path]:
     """
     runs = [load_run(path) for path in run_dirs]
     figures = [summarise(run) for run in runs]
+    # Both texts exist before the first write: a run that cannot be drawn leaves the old report whole.
     texts = {
         "report.html": render_page(runs, figures),
         "report.json": json.dumps({"runs": figures}, indent=2, allow_nan=False) + "\n",

@@ -31,6 +31,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         high = high + pad
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
+    # The slack is for rounding: a raw step a hair above 0.2 would get the next round number, 0.5.
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
