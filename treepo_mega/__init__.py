@@ -24,6 +24,7 @@ class MegatronFinder:
         """The retargeted spec of a module of Megatron; None, which means "ask the next finder", for all else."""
         if fullname != "megatron" and not fullname.startswith("megatron."):
             return None
+        # Not at the top: it imports torch, which planning and `--help-config` do without.
         from treepo_mega.runtime import cpu_megatron
 
         return cpu_megatron.retargeted_spec(fullname, path)

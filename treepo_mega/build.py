@@ -68,6 +68,7 @@ def build_actor(cfg: Config) -> Actor:
     if cfg.model.load:
         checkpoint.load_model_weights(actor.models, cfg.model.load)
         actor.weights_changed()
+        # In bf16 the optimizer holds fp32 copies of the initial weights: its first step would write these back.
         actor.optimizer.reload_model_params()
     return actor
 

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"treepo-mega: error: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader left early, as in `treepo-mega train --help-config | head`
+        # Python flushes stdout once more at exit: into the closed pipe that would fail again, with a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

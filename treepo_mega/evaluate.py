@@ -90,6 +90,7 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     progress = Progress(enabled=cfg.logging.progress)
     spec = ModelSpec.from_hf(hf_dir)
     dist.initialize(cfg, spec)
+    # Only now: before the group exists, every rank takes itself for rank 0.
     progress.enabled = progress.enabled and dist.is_main()
     tokenizer = load_tokenizer(hf_dir, cfg.data)
     progress.say(*filter(None, [describe_size(len(tokenizer), spec.vocab_size)]))
@@ -107,6 +108,7 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
         for name, sampling in series(cfg, plan):
             mine: list[Point] = []
             for samples in plan.samples:
+                # The tokens are the same on every rank, so that all end a series together: a point is collective.
                 if plan.compute_budget and mine and mine[-1].tokens * samples / mine[-1].k > plan.compute_budget:
                     progress.say(
                         f"{name:>12}  stopped before {samples} samples: over {plan.compute_budget:g} tokens a prompt"

@@ -38,6 +38,7 @@ class Records:
         if dist.is_main():
             self.run_dir.mkdir(parents=True, exist_ok=True)
             dump_config(cfg, self.run_dir / "config.yaml")
+            # `or None`: a new run sets an older file aside, where step 0 would mean to go on with it.
             self.logger = MetricsLogger(
                 self.run_dir, tensorboard=cfg.logging.tensorboard, resume_step=resume_step or None
             )

@@ -80,6 +80,7 @@ class Saves:
         directory = settings.directory / f"step_{step:06d}"
         timeout_s = self.cfg.distributed.timeout_s
         checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s)
+        # After the new checkpoint has its name: a kill before that leaves the older ones to resume from.
         checkpoint.prune(settings.directory, settings.keep_last)
 
     def _set_aside_others(self) -> None:

@@ -37,6 +37,7 @@ def train(cfg: Config) -> int:
                 metrics |= evaluate(trainer, done)
         # Logged before it is saved: a kill in between repeats the step, and no step is without its line.
         trainer.records.log(done, metrics | trainer.timers.pop())
+        # Asked once for both uses: a signal between them would end the run without a checkpoint.
         asked_to_stop = trainer.stop.agreed()
         if done % cfg.checkpoint.save_interval == 0 or done == last or asked_to_stop:
             with trainer.timers("checkpoint"):

@@ -70,6 +70,7 @@ class Trainer:
         weights = Refit(cfg, self.actor.spec, self.actor.models, self.engine, self.score)
         self.memory = Memory(handover, weights, self.engine)
         self.saves = Saves(cfg, self.progress, self.actor, self.inputs.cursor, self.collector)
+        # Before the first refit, so that the engine gets the restored weights; before Records, which cuts to this step.
         self.step = self.saves.resume()
         self.records = Records(cfg, self.progress, started=started, resume_step=self.step)
 

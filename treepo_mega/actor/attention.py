@@ -57,8 +57,11 @@ class PackRegistry:
 
     def add(self, layout: PackLayout) -> Tensor:
         """Register `layout`; returns its handle, a CPU int64 tensor [1] to pass as `attention_mask`."""
+        # No number comes twice: a handle from an ended schedule must fail, not find another pack.
         number = next(self.numbers)
         self.layouts[number] = layout
+        # A tensor, because Megatron's recomputation keeps its arguments with `save_for_backward`.
+        # On the CPU, because reading a number from a GPU would wait for the device in every layer.
         return torch.tensor([number])
 
     def get(self, handle: Tensor) -> PackLayout:

@@ -37,6 +37,7 @@ FAR = 256
 GATHERED_KEYS = 1 << 15
 """Keys gathered for one batched call, at most (times query groups x head size elements)."""
 
+# Not F.scaled_dot_product_attention: it keeps the log-sum-exp to itself, and the backward operator takes it.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -222,6 +223,7 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: CpuLayout, scale: float) -> Tensor:
         """query [Q, H, D], key and value [T, G, D] -> [Q, H, D]."""
+        # Padding is in no run and keeps these zeros. Unwritten memory could hold NaN, and 0 times NaN is NaN.
         out = torch.zeros(query.shape, dtype=query.dtype)
         lse = torch.zeros(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
         for run in layout.runs:

@@ -127,6 +127,7 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
     depth: list[list[float]] = []
     for group in split_steps(range(len(trees)), cfg.train.num_steps_per_rollout):
         chosen = [i for i in group if trees[i].leaves]
+        # Every rank holds the same forest and so leaves out the same steps: an optimizer step is collective.
         if not chosen:
             continue
         segments = Segments.from_trees([trees[i] for i in chosen], chosen, cfg.train.prefix_sharing)

@@ -78,6 +78,7 @@ def rows_of(pack: Pack, part: slice) -> Pack:
 def predicting_rows(model: PolicyModel, hidden: Tensor, pack: Pack) -> Tensor:
     """Hidden states [N, K] that predict the pack's rows, from the last stage's [T, 1, K] or, under SP, [T/tp, 1, K]."""
     if model.config.sequence_parallel:
+        # True: backward sums the ranks' gradients before it splits them. False would lose what other shards gave.
         hidden = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         # Identity forward. Each rank's hidden gradient is its shard's part; this sums them over the group.

@@ -78,6 +78,7 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.fp8:
         te.use_te_linears(layer)
+    # Without these norms Megatron's spec has IdentityOp in both places, and that must stay.
     if config.qk_layernorm:
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm

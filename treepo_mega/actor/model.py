@@ -47,6 +47,7 @@ class PolicyModel(GPTModel):
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         out = list(super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs))
         angles = position_ids[0].float()[:, None] * self.inv_freq
+        # Place 1 of Megatron 0.16's tuple holds the rotary angles. Twice: Hugging Face rotates halves, not neighbours.
         out[1] = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, D]
         return tuple(out)
 
@@ -97,6 +98,7 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
         recompute_granularity=p.recompute_granularity,
         recompute_method=p.recompute_method,
         recompute_num_layers=p.recompute_num_layers,
+        # Else Megatron averages micro-batches and data-parallel ranks alike, and packs hold unequal numbers of pairs.
         calculate_per_token_loss=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -18,6 +18,7 @@ from treepo_mega.tree.pack import StepPlan
 def fill_old_logprobs(actor: Actor, plans: Sequence[StepPlan]) -> None:
     """The actor's logprobs before the update into the packs of last-stage ranks; the head's guard watches."""
     for plan in plans:
+        # Not strict: ranks of other stages get None, and take part in the pass all the same.
         for pack, logprobs in zip(plan.packs, actor.logprobs(plan.packs, watch=True) or (), strict=False):
             pack.old_logprobs = logprobs
 
@@ -33,6 +34,7 @@ def engine_mismatch(plans: Sequence[StepPlan]) -> dict[str, float]:
     """How far the engine's logprobs of its own samples are from the actor's, nats."""
     packs = [pack for plan in plans for pack in plan.packs]
     diffs = [np.abs(pack.old_logprobs - pack.rollout_logprobs) for pack in packs if pack.old_logprobs is not None]
+    # Only last-stage ranks have old logprobs. The others add zeros, because the sums are collective.
     sums = dist.sum_over_replicas(
         {"diff": float(sum(diff.sum() for diff in diffs)), "rows": float(sum(diff.size for diff in diffs))}
     )

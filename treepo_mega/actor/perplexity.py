@@ -38,6 +38,7 @@ def reference_texts(
     if not chosen:
         return []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # A begin mark belongs at the start of the prompt: one amid the text would be scored as a token of it.
     texts = tokenizer([prompt.reference for prompt in chosen], add_special_tokens=False)["input_ids"]
     out = []
     for i, (prompt, text) in enumerate(zip(chosen, texts, strict=True)):
@@ -66,6 +67,7 @@ def perplexity(policy: Policy, texts: Sequence[Trajectory], cfg: Config) -> floa
     In the precision of old logprobs. Collective over all ranks.
     """
     packs = plan_batch(Batch.flat(texts), cfg).packs
+    # Not at the sampling temperature: figures of runs with other temperatures could not be compared.
     logprobs = policy.logprobs(packs, temperature=1.0) or []
     sums = dist.sum_over_replicas(
         {
@@ -74,4 +76,5 @@ def perplexity(policy: Policy, texts: Sequence[Trajectory], cfg: Config) -> floa
         }
     )
     mean = sums["nll"] / sums["tokens"]
+    # math.exp raises OverflowError above 709 nats instead of returning infinity.
     return math.exp(mean) if mean < 700 else math.inf

@@ -98,6 +98,7 @@ class Policy:
         plan = plan_step(
             [one], dp_size=1, dp_rank=0, max_tokens=len(tokens), multiple=multiple, cp_size=cp_size, cp_rank=cp_rank
         )
+        # The interleaved schedule takes groups of PP micro-batches: the pack is repeated, and one result is read.
         got = self.logprobs(plan.packs * count_multiple(self.cfg), numerics=numerics)
         if got is None:
             return None
@@ -123,6 +124,7 @@ class Actor(Policy):
         )
         config = self.models[0].config
         self.chunks: list[DistributedDataParallel] = [
+            # One bucket for later chunks, as in Megatron's trainer: their reduction overlaps compute anyway.
             DistributedDataParallel(config=config, ddp_config=ddp, module=model, disable_bucketing=i > 0)
             for i, model in enumerate(self.models)
         ]
@@ -173,6 +175,7 @@ class Actor(Policy):
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
+        # Beside the buffers, not in their place: Megatron's optimizers clear `.grad` alone.
         self.optimizer.zero_grad()
         data = run_schedule(self.chunks, packs, self.head, loss=loss, gates=partial(clip_gates, self.cfg.algo))
         # Read before the step: the scheduler then moves on.
@@ -194,6 +197,7 @@ class Actor(Policy):
         # and a gradient norm that is reported afterwards comes too late.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
+        # The norm is all-reduced, so that every rank takes the same branch: the step is collective.
         if math.isfinite(grad_norm):
             self.optimizer.step()
             self.weights_changed()

@@ -71,6 +71,7 @@ class ShardTarget:
         self._whole.clear()
 
     def _write(self) -> None:
+        # The final name holds the number of shards, which no rank knows before all have written.
         name = f"rank{self._rank:05d}-{len(self.shards):05d}.safetensors"
         save_file(self._whole, self._directory / name, metadata={"format": "pt"})
         self.shards.append((name, list(self._whole), sum(tensor.nbytes for tensor in self._whole.values())))

@@ -93,6 +93,7 @@ def read_header(path: Path) -> dict[str, Stored]:
                     f"{path}: a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull` in {path.parent}"
                 )
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else LONGEST_HEADER + 1
+            # Before the read: eight damaged bytes can announce up to 2**64 bytes, and Python would try to hold them.
             if length > LONGEST_HEADER or 8 + length > size:
                 raise _unreadable(path, f"its {size} bytes do not hold the header that they announce")
             file.seek(8)
@@ -110,6 +111,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     whole = 8 + length + max(ends, default=0)
     if size < whole:
         raise _unreadable(path, f"{size} of {whole} bytes are there")
+    # safetensors refuses such a file as well, but only when a rank opens it, long after the start.
     if size > whole:
         raise _unreadable(path, f"{size - whole} bytes follow its last tensor")
     return tensors
@@ -128,6 +130,7 @@ def _by_index(directory: Path) -> dict[str, Stored]:
     except (ValueError, KeyError, TypeError) as e:
         raise HfCheckpointError(f"{index}: expected a JSON object with a weight_map: {e!r}") from e
     for name, file in names.items():
+        # A downloaded index must not lead to files outside of its directory.
         if not isinstance(file, str) or Path(file).name != file:
             raise HfCheckpointError(f"{index}: {name} lies in {file!r}; expected a file name in this directory")
     files = sorted(set(names.values()))

@@ -150,6 +150,7 @@ def copy_companions(source: str | Path, target: str | Path, chat_template: str |
 def set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     """Make config.json say the dtype of the weights, touching the file only when it says another."""
     config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers 5 writes `dtype`, earlier ones `torch_dtype`: a second key could contradict the first.
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     name = str(dtype).removeprefix("torch.")
     if config.get(key) != name:

@@ -61,6 +61,7 @@ def _model_state(models: Sequence[ModelChunk], metadata: dict[str, Any]) -> dict
 
 def _metadata() -> dict[str, Any]:
     return {
+        # Megatron 0.16's dp_reshardable loads only under another DP size; this one under any TP, PP and DP.
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
     }
@@ -192,6 +193,7 @@ def load_training(
     for i, model in enumerate(models):
         model.load_state_dict(loaded[f"model{i}"], strict=True)
     _restore_zero_step(optimizer, loaded["optimizer"])
+    # In fp32 the optimizer's shards are views of the parameters: autograd refuses to write into these.
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
     _separate_steps(optimizer)
@@ -209,6 +211,7 @@ def _merged(state: dict[str, Any]) -> dict[str, Any]:
 def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout_s: float) -> None:
     """The state's files into an empty directory, then the manifest. Collective over all ranks."""
     dist_checkpointing.save(state, str(directory))
+    # Every rank lists the directory to find its share: a file that another rank still writes would be missing.
     dist.barrier(f"saving to {directory}", timeout_s)
     digests = _digests(directory, _files(directory))
     if dist.is_main():
@@ -310,6 +313,7 @@ def _check_tensors(
     }
     wanted: dict[str, tuple[list[int], bool]] = {}
     here = {tensor.key: (list(tensor.global_shape), tensor.allow_shape_mismatch) for tensor in _sharded(state)}
+    # A stage holds its own layers alone: only all ranks together have the model's names.
     for told in dist.gather_objects(here):
         wanted |= told
     vocabulary = _vocab_size(models)
@@ -346,6 +350,7 @@ def find_latest(save: str | Path) -> Path | None:
 
 def step_directories(save: str | Path) -> list[Path]:
     """The checkpoints directly under `save`, oldest first, whole or not."""
+    # Six digits with leading zeros: the order of the names is that of the steps.
     return sorted(Path(save).glob("step_" + "[0-9]" * 6))
 
 

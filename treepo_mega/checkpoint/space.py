@@ -58,6 +58,7 @@ def check_space(cfg: Config, spec: ModelSpec) -> list[str]:
     """A sentence for each file system that has less room than the run needs there."""
     needs: dict[int, dict[Path, int]] = {}
     for directory, size in planned_bytes(cfg, spec).items():
+        # By device, not by directory: two directories on one disk share its room.
         needs.setdefault(nearest_existing(directory).stat().st_dev, {})[directory] = size
     bad = []
     for on_disk in needs.values():

@@ -38,6 +38,7 @@ RULES: dict[str, Callable[[Config], Any]] = {
     "rollout.engine.dtype": lambda cfg: cfg.model.params_dtype,
     "reshard.canary.max_abs_diff": lambda cfg: _canary_limit(cfg, 1e-3, 2.0, 4.0),
     "reshard.canary.mean_abs_diff": lambda cfg: _canary_limit(cfg, 5e-5, 0.15, 0.33),
+    # In this order: logprob_precision reads precision, and use_tis reads logprob_precision.
     "loss.precision": lambda cfg: cfg.model.params_dtype,
     "loss.logprob_precision": lambda cfg: cfg.loss.precision,
     "algo.use_tis": _precisions_differ,

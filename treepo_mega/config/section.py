@@ -22,6 +22,7 @@ class Section(BaseModel):
         for key, value in changes.items():
             name, _, rest = key.partition(".")
             attribute = type(self).attribute_of(name)
+            # A shallow copy shares its sections with `self`: one that changes is copied as well.
             old = getattr(copy, attribute)
             setattr(copy, attribute, old.replace({rest: value}) if rest else value)
         return copy

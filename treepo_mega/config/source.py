@@ -114,6 +114,7 @@ def _as_written(node: yaml.Node, data: Any, root: type[Section], path: tuple[Any
     if isinstance(node, yaml.MappingNode) and isinstance(data, dict):
         out = dict(data)
         for name, value in _entries(node, path, source):
+            # YAML reads a key such as `on` as true and resolves `<<`: neither stands in `data` under its written name.
             if name in out:
                 out[name] = _as_written(value, out[name], root, (*path, name), source)
         return out

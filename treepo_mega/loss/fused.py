@@ -95,10 +95,12 @@ def _slopes(
     loss: RowLoss, logp: Tensor, entropy: Tensor, part: slice, reports: list[Stats]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, d loss / d logp, d loss / d entropy or None) of a tile of rows; appends its statistics to `reports`."""
+    # torch runs the forward of an autograd function without gradients: they are switched on for the loss alone.
     with torch.enable_grad():
         leaves = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
         value, stats = loss(*leaves, part)
         g_logp, g_entropy = torch.autograd.grad(value, leaves, allow_unused=True)
+    # Detached: otherwise each tile's graph would live until the statistics are summed up.
     reports.append(stats.detach())
     return value.detach(), torch.zeros_like(logp) if g_logp is None else g_logp, g_entropy
 

@@ -105,6 +105,7 @@ class HeadGuard:
         rows = hidden.shape[0]
         if not self.watches or not rows:
             return None
+        # Evenly spread, not random: each row's sums cross the group, so that all its ranks must take the same rows.
         take = torch.linspace(0, rows - 1, min(rows, self.config.guard.sample_rows), device=hidden.device).long()
         low, exact = (self._logp(precision, hidden[take], weight, target[take], shard) for precision in ("fp8", "bf16"))
         diff = (low - exact).abs()

@@ -63,6 +63,8 @@ class Tiles:
         tile = self._buffer[: part.stop - part.start]
         self.ops.logits(part, tile, self.shard.temperature)
         exact = self.ops.exact_targets(part, self.local[part], self.shard.temperature)
+        # Before the sums are taken: the softmax must hold the same target logit in numerator and denominator.
+        # Where another shard owns the target, the clamped column gets its own logit back.
         if exact is not None and self.shard.valid:
             column = self.local[part, None]
             tile.scatter_(1, column, torch.where(self.mine[part, None], exact[:, None], tile.gather(1, column)))
@@ -79,6 +81,7 @@ class Tiles:
             return torch.full((count,), float("-inf"), dtype=z.dtype, device=z.device), sums
         # exp(z - peak) is at most 1: no overflow, whatever the logits.
         peak = z.amax(1)
+        # Before the loop, which overwrites z.
         sums[2] = torch.where(self.mine[part], z.gather(1, self.local[part, None])[:, 0], sums[2])
         if self._scratch is None:
             self._scratch = z.new_empty(min(self.rows, self.ops.hidden.shape[0]), min(COLUMNS, z.shape[1]))

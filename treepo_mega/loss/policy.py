@@ -48,6 +48,7 @@ def clipped_objective(ratio: Tensor, A_pos: Tensor, A_neg: Tensor, algo: AlgoCon
     below = ratio.clamp(min=1 - algo.eps_clip)
     if algo.eps_clip_c is not None:
         below = below.clamp(max=algo.eps_clip_c)
+    # Only A_neg needs `times`: the positive side's ratio is bounded above, the other one only under a dual clip.
     return A_pos * ratio.clamp(max=1 + algo.eps_clip_high) + times(A_neg, below)
 
 
@@ -176,6 +177,7 @@ class _PolicyLoss(torch.autograd.Function):
         # The slope is known now: keeping it spares backward the whole formula, and `rows` can be freed.
         ctx.save_for_backward(slope, multiplicity)
         ctx.entropy_coef = algo.entropy_coef
+        # A copy: torch hangs the graph on the returned tensor, and the statistics keep the other one.
         return loss.clone()
 
     @staticmethod

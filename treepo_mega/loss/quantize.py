@@ -179,6 +179,7 @@ def factors(amax: Tensor, largest: float, power_of_2: bool) -> Tensor:
     # A tiny `amax` would make the factor infinite, and 0 * inf is NaN.
     factor = torch.where(amax > 0, largest / amax, torch.ones_like(amax)).clamp(max=torch.finfo(torch.float32).max)
     if power_of_2:
+        # frexp's mantissa is in [0.5, 1), so 0.5 * 2**exponent rounds down exactly. A rounded log2 could miss a power.
         mantissa, exponent = torch.frexp(factor)
         factor = torch.ldexp(torch.full_like(mantissa, 0.5), exponent)
     return factor

@@ -99,12 +99,14 @@ def over_shards(shard: Shard, peak: Tensor, sums: Tensor) -> tuple[Tensor, Tenso
     """(logp, entropy, lse), each like `peak`, from `Tiles.sums_`; two all-reduces over the group. `sums` is used up."""
     top = peak
     if shard.shared:
+        # A copy: the all-reduce writes in place, and this shard's own peak is needed after it.
         top = peak.clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
         # A shard of nothing but padding has no part in the distribution.
         has = peak > float("-inf")
         lower = torch.where(has, peak - top, torch.zeros_like(peak))
         factor = torch.where(has, lower.exp(), torch.zeros_like(peak))
+        # In this order: moving the second sum to the common peak needs the first one unscaled.
         sums[1] = factor * (sums[1] + lower * sums[0])
         sums[0] *= factor
         dist.all_reduce(sums, group=shard.group)

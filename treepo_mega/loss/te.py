@@ -95,6 +95,7 @@ def gradient_products(dz: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tenso
     multiples of 16 in every direction: zeros are appended and cut off again.
     """
     te = transformer_engine("loss.fp8_grads")
+    # After transformer_engine.pytorch: that package loads the library that this module is made of.
     tex = importlib.import_module("transformer_engine_torch")
     gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_gemm
     count, vocabulary = dz.shape

@@ -120,6 +120,7 @@ def engine_length(spec: ModelSpec, longest: int) -> int:
     Never past the model's positions, nor past those of longrope's short factors where the actor uses these.
     """
     length = min(longest + 1, spec.max_position_embeddings or longest + 1)
+    # With one position more, vLLM would take the long factors for every token, and the actor the short ones.
     if spec.rope_type == "longrope" and not long_factors(spec, longest):
         return min(length, spec.rope_scaling[_ORIGINAL])
     return length
@@ -150,8 +151,10 @@ def engine_rope(spec: ModelSpec) -> dict[str, Any]:
     known = (*_NUMBERS[kind], *_OPTIONAL_NUMBERS.get(kind, ()), *_OTHER_KEYS.get(kind, ()))
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": spec.rope_theta}
     rope |= {key: spec.rope_scaling[key] for key in known if key in spec.rope_scaling}
+    # vLLM 0.32 tests for a float and takes anything else for a list of factors: an integer fails.
     if kind == "linear":
         rope["factor"] = float(rope["factor"])
+    # Without both, vLLM 0.32 derives its own scale from max_position_embeddings and ignores attention_factor.
     if kind == "longrope":
         rope["short_mscale"] = rope["long_mscale"] = attention_factor(spec)
     return rope

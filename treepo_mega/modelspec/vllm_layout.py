@@ -109,6 +109,7 @@ def _qkv(spec: ModelSpec, names: dict[str, str], kind: str, tp: int, tp_rank: in
     rest: Box = ((0, spec.hidden_size),) if kind == "weight" else ()
     # With more ranks than key/value heads, `shared` neighbouring ranks hold the same head.
     shared = max(1, tp // spec.num_key_value_heads)
+    # vLLM splits [q | k | v] at two places. Megatron interleaves the three by key/value head.
     query = _part(spec.num_attention_heads, tp, tp_rank)
     key = _part(spec.num_key_value_heads, tp // shared, tp_rank // shared)
     parts = [

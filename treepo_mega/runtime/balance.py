@@ -33,6 +33,7 @@ def fill(sizes: Sequence[int], cap: int) -> list[list[int]]:
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if sizes[i] > cap:
             raise ValueError(f"an item of {sizes[i]} does not fit a bin of {cap}")
+        # -1 comes before every bin's number, so that a bin with exactly this room is found.
         at = bisect.bisect_left(room, (sizes[i], -1))
         if at == len(room):
             out.append([i])

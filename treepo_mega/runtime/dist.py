@@ -72,11 +72,13 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
     require_retargeted()
     notes = check(cfg, world_size_from_env(), spec)
     _default_environment()
+    # Before the group: NCCL takes the current device, which is GPU 0 on every rank until then.
     bind()
     timeout = timedelta(seconds=cfg.distributed.timeout_s)
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timeout)
     _connect_all()
+    # Made here: inside the first barrier, making it would wait without that barrier's deadline and list of ranks.
     _cpu_group()
     parallel = cfg.parallel
     if not ps.model_parallel_is_initialized():
@@ -85,6 +87,7 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            # Megatron takes whole minutes: a deadline below half a minute must not round to none at all.
             distributed_timeout_minutes=max(1, round(cfg.distributed.timeout_s / 60)),
         )
     seed_everything(cfg.train.seed)
@@ -184,6 +187,7 @@ def barrier(what: str, timeout_s: float) -> None:
     with contextlib.suppress(RuntimeError):
         store().set(f"{key}/{rank()}", "here")
     try:
+        # On gloo, also beside a GPU: torch has no monitored barrier for NCCL.
         dist.monitored_barrier(_cpu_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as e:
         raise RankLost(
@@ -221,6 +225,7 @@ def gather_objects(value: Any) -> list[Any]:
     more broadcasts its own. A rank receives about what was said, however many ranks have nothing to say.
     """
     if world_size() == 1:
+        # Through JSON on one rank too: tuples become lists and keys text, as they do on several.
         return [json.loads(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
@@ -242,6 +247,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Element-wise sum of equally keyed dicts over all ranks, in fp64. Collective over all ranks."""
+    # Sorted: ranks may have filled their dicts in another order, and the reduction goes by place.
     keys = sorted(values)
     sums = torch.tensor([values[key] for key in keys], dtype=torch.float64)
     if world_size() > 1:

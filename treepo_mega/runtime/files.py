@@ -33,6 +33,7 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, not in /tmp: a rename is atomic only within one file system.
     partial = target.with_name(f".{target.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
