@@ -275,6 +275,8 @@ def test_compressed_files_have_the_ids_and_lines_of_the_plain_file(tmp_path: Pat
     compressed(tmp_path / f"t.jsonl{ending}", data)
     assert [p.id for p in load(f"{tmp_path}/t.jsonl{ending}")] == ["t:0", "t:1"]
     assert [p.id for p in load(f"{tmp_path}/t.jsonl{ending}@[-1:]")] == ["t:1"]
+    compressed(tmp_path / f"a.json{ending}", b'\n [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "1"}]')
+    assert [p.id for p in load(f"{tmp_path}/a.json{ending}")] == ["a:0", "a:1"]
     compressed(tmp_path / f"b.jsonl{ending}", data + b"{")
     with pytest.raises(PromptError, match=rf"b\.jsonl{ending}, line 4: not valid JSON"):
         load(f"{tmp_path}/b.jsonl{ending}")

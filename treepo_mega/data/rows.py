@@ -160,9 +160,9 @@ def _open_zstd(path: Path) -> BinaryIO:
 
 def _is_array(file: BinaryIO) -> bool:
     """Whether a .json file holds one array of records, rather than a record a line."""
-    head = file.read(64).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
-    file.seek(0)
-    return head.startswith("[")
+    # A stream of zstd cannot seek back, so the head is looked at and not read.
+    head: bytes = cast(io.BufferedReader, file).peek(64)[:64]
+    return head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n").startswith("[")
 
 
 def _json_array(path: Path, file: BinaryIO, start: int, stop: int | None) -> Iterator[Row]:
