@@ -16,6 +16,15 @@ class TreepoError(Exception):
     """Something that people can mend: the message names the file, line or key, what was expected, and what to do."""
 
 
+def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str | None:
+    """The known name most like `name`; None if none is like it.
+
+    >>> nearest_name("lerning_rate", ["learning_rate", "seed"])
+    'learning_rate'
+    """
+    return next(iter(difflib.get_close_matches(name, sorted(set(known)), n=1, cutoff=cutoff)), None)
+
+
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
     """` (did you mean 'x'?)` for the known name most like `name`, or nothing if none is like it.
 
@@ -24,5 +33,5 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
     >>> nearest("zzz", ["learning_rate"])
     ''
     """
-    found = difflib.get_close_matches(name, sorted(set(known)), n=1, cutoff=cutoff)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    found = nearest_name(name, known, cutoff=cutoff)
+    return f" (did you mean {found!r}?)" if found else ""

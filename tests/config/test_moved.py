@@ -79,3 +79,10 @@ def test_the_key_from_is_written_without_its_underscore():
     assert cfg.rollout.fallback.from_ == "any"
     with pytest.raises(ConfigError, match=r"rollout.fallback.from_: unknown key \(did you mean 'from'\?\)"):
         parse_config(base() | {"rollout": {"fallback": {"from_": "any"}}})
+
+
+def test_a_slip_in_another_trainers_name_gets_that_names_advice() -> None:
+    with pytest.raises(ConfigError, match=r"train\.leraning_rate: unknown key, like 'learning_rate'.*: set train\.lr"):
+        load_config(None, ["model.hf_checkpoint=m", "data.train=[{path: t.jsonl}]", "train.leraning_rate=1"])
+    with pytest.raises(ConfigError, match=r"train\.lrr: unknown key \(did you mean 'lr'\?\)"):
+        load_config(None, ["model.hf_checkpoint=m", "data.train=[{path: t.jsonl}]", "train.lrr=1"])

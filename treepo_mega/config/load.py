@@ -38,7 +38,7 @@ from treepo_mega.config.rules import (
 )
 from treepo_mega.config.section import Section
 from treepo_mega.config.source import SourceError, annotation_at, read_mapping, read_value, scalar_is_text
-from treepo_mega.errors import TreepoError, nearest
+from treepo_mega.errors import TreepoError, nearest, nearest_name
 from treepo_mega.modelspec.spec import ModelSpec
 
 
@@ -88,6 +88,10 @@ def _unknown(loc: tuple[Any, ...]) -> str:
     if name in KNOWN_ELSEWHERE:
         return f"not a key of this trainer: {KNOWN_ELSEWHERE[name]}"
     names = _known_names(loc)
+    # A slip in another trainer's name is nearer to that name than to any of ours.
+    foreign = nearest_name(name, [*names, *KNOWN_ELSEWHERE], cutoff=0.8)
+    if foreign in KNOWN_ELSEWHERE:
+        return f"unknown key, like {foreign!r}, which is not a key of this trainer: {KNOWN_ELSEWHERE[foreign]}"
     return f"unknown key{nearest(name, names) or '; known here: ' + ', '.join(names)}"
 
 
