@@ -17,7 +17,7 @@ from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Credit, credit_by_depth, fold, fold_nodes, leaf_weights
-from treepo_mega.tree.descent import leaf_shares
+from treepo_mega.tree.descent import descent_shares, leaf_shares
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
 from treepo_mega.tree.pack import Batch, StepPlan, plan_step, split_steps
@@ -79,9 +79,9 @@ def credit_of(segments: Segments, values: list[Floats], trees: list[Tree], cfg: 
     """Masses per segment; `values` are `advantages` of `trees`, which `segments` are of, in this order."""
     algo = cfg.algo
     fold_them = fold_nodes if algo.advantage_estimator in NODE_ESTIMATORS else fold
-    shares = [leaf_shares(tree, algo.leaf_weight) for tree in trees]
-    # Every tree counts alike, whether it has all its leaves or lost some.
-    counts = None if algo.leaf_weight == "uniform" else np.array(list(itertools.chain(*(of or [] for of in shares))))
+    # Shares of a tree add up to 1: every tree counts alike, whether it has all its leaves or lost some.
+    uniform = algo.leaf_weight == "uniform"
+    counts = None if uniform else np.concatenate([descent_shares(tree) for tree in trees])
     weights = leaf_weights(
         algo.loss_agg_mode,
         segments.flat_lengths(),

@@ -31,18 +31,13 @@ from treepo_mega.reshard.sides import files_side, grid_of, mcore_side
 from treepo_mega.runtime import dist
 
 
-class ShardTarget:
-    """This rank's shards as the destination of a reshard: whole tensors are collected and written, shard by shard."""
+class WholeTensors:
+    """Tensors [full HF shape] of this rank's share as the destination of a reshard, on the CPU, each made at need."""
 
-    def __init__(self, layout: Mapping[str, ParamLayout], directory: Path, rank: int, dtype: torch.dtype, limit: int):
+    def __init__(self, layout: Mapping[str, ParamLayout], dtype: torch.dtype) -> None:
         self._layout = layout
-        self._directory = directory
-        self._rank = rank
         self._dtype = dtype
-        self._limit = limit
         self._open: dict[str, Tensor] = {}
-        self._whole: dict[str, Tensor] = {}
-        self.shards: list[tuple[str, list[str], int]] = []
 
     def start_weight_update(self) -> None:
         """Nothing to do."""
@@ -52,6 +47,18 @@ class ShardTarget:
         if name not in self._open:
             self._open[name] = torch.empty(self._layout[name].shape, dtype=self._dtype)
         return self._open[name]
+
+
+class ShardTarget(WholeTensors):
+    """This rank's shards as the destination of a reshard: whole tensors are collected and written, shard by shard."""
+
+    def __init__(self, layout: Mapping[str, ParamLayout], directory: Path, rank: int, dtype: torch.dtype, limit: int):
+        super().__init__(layout, dtype)
+        self._directory = directory
+        self._rank = rank
+        self._limit = limit
+        self._whole: dict[str, Tensor] = {}
+        self.shards: list[tuple[str, list[str], int]] = []
 
     def update_weight(self, chunk: int, name: str) -> None:
         """Into the shard; a full shard is written first."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
+from treepo_mega.checkpoint.export import WholeTensors
 from treepo_mega.checkpoint.headers import HfCheckpointError
 from treepo_mega.checkpoint.hf import HfReader
 from treepo_mega.checkpoint.load import local_params
@@ -57,26 +57,15 @@ def read_back(models: list[PolicyModel], saved: Path) -> None:
     load_model_weights([*models], saved)
 
 
-class FileComparison:
+class FileComparison(WholeTensors):
     """This rank's share of the HF tensors as the destination of a reshard: each is compared by bits, none is kept."""
 
     def __init__(self, layout: Mapping[str, ParamLayout], reader: HfReader, dtype: torch.dtype) -> None:
-        self._layout = layout
+        super().__init__(layout, dtype)
         self._reader = reader
-        self._dtype = dtype
-        self._open: dict[str, Tensor] = {}
         self.elements = 0
         self.differing: list[str] = []
         self.unreadable = ""
-
-    def start_weight_update(self) -> None:
-        """Nothing to do."""
-
-    def buffer(self, chunk: int, name: str) -> Tensor:
-        """The tensor on the CPU, made when its first part arrives."""
-        if name not in self._open:
-            self._open[name] = torch.empty(self._layout[name].shape, dtype=self._dtype)
-        return self._open[name]
 
     def update_weight(self, chunk: int, name: str) -> None:
         """Compare a whole tensor with the file's."""

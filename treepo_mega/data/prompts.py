@@ -317,6 +317,7 @@ class _Loader:
         self._first_repeat = self._first_conflict = ""
 
     def read(self, source: PromptSource) -> None:
+        """Take the prompts of `source`. Raises PromptError for a row that cannot be used, by file and line."""
         verifier = verifier_of(source, self.data)
         truths = Truths(verifier, name_of(source))
         rows_read = 0

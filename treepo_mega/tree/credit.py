@@ -115,12 +115,17 @@ def credit_by_depth(s: Segments, c: Credit) -> list[float]:
     end = path_sums(s.parent, size)
     total = end[s.leaf_segment]
     net = np.abs(c.A_pos + c.A_neg) / np.maximum(c.n, 1e-30)
-    share, cur, of = np.zeros(QUARTERS), s.leaf_segment, np.arange(len(s.leaf_segment))
-    while len(cur):
-        unit = np.maximum(total[of], 1) / QUARTERS
-        for q in range(QUARTERS):
-            inside = np.minimum(end[cur], (q + 1) * unit) - np.maximum(end[cur] - size[cur], q * unit)
-            share[q] += (np.maximum(inside, 0) * net[cur]).sum()
-        cur = s.parent[cur]
-        of, cur = of[cur >= 0], cur[cur >= 0]
+    share = np.zeros(QUARTERS)
+    segment = s.leaf_segment
+    leaf_of_segment = np.arange(len(segment))
+    while len(segment):
+        unit = np.maximum(total[leaf_of_segment], 1) / QUARTERS
+        begin = end[segment] - size[segment]
+        for quarter in range(QUARTERS):
+            inside = np.minimum(end[segment], (quarter + 1) * unit) - np.maximum(begin, quarter * unit)
+            share[quarter] += (np.maximum(inside, 0) * net[segment]).sum()
+        segment = s.parent[segment]
+        goes_on = segment >= 0
+        leaf_of_segment = leaf_of_segment[goes_on]
+        segment = segment[goes_on]
     return (share / share.sum()).tolist() if share.sum() > 0 else [0.0] * QUARTERS
