@@ -52,6 +52,7 @@ GROUPS = {
     "reshard": "Weights to the engine: `reshard/`",
     "perf": "Speed: `perf/`",
     "timing_s": "Seconds by phase: `timing_s/`",
+    "cpu_s": "CPU seconds by phase: `cpu_s/`",
     "gpu": "Devices: `gpu/`",
     "eval": "Evaluation: `eval/`",
 }

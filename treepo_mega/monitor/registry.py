@@ -2,7 +2,7 @@
 
 One place for names, so that dashboards, the report and the trainer cannot drift apart: a test asks
 `check_known` for every name a run wrote. Prefixes follow what users of slime and verl expect
-(`train/ rollout/ tree/ reward/ reshard/ perf/ timing_s/ eval/`); `learning-rate` and `grad-norm` are
+(`train/ rollout/ tree/ reward/ reshard/ perf/ timing_s/ cpu_s/ eval/`); `learning-rate` and `grad-norm` are
 Megatron's own names, kept as they are for people with old dashboards.
 
 A name may hold alternatives in braces: `tree/stop_{eos,answer}` stands for two metrics. No name is
@@ -165,6 +165,12 @@ _PERF = (
         "rollout and update lead",
         "wall time of a phase on rank 0",
     ),
+    Metric(
+        "cpu_s/{rollout,reward,advantage,old_logprobs,ref_logprobs,update,reshard,checkpoint,eval,step}",
+        "s",
+        "near timing_s times the rank's threads on a CPU",
+        "CPU time of rank 0's process in a phase, all its threads; graders not included",
+    ),
 )
 
 _EVAL = (
@@ -202,7 +208,7 @@ def check_known(name: str) -> Metric:
 
 
 _CLOCKED = (
-    *("time", "timing_s/", "perf/"),
+    *("time", "timing_s/", "cpu_s/", "perf/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.

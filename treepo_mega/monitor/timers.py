@@ -1,9 +1,9 @@
-"""Phase timers: wall seconds by phase, handed to the metrics once a step.
+"""Phase timers: wall and CPU seconds by phase, handed to the metrics once a step.
 
     timers = Timers()
     with timers("rollout"):
         ...
-    logger.log(step, timers.pop())        # {"timing_s/rollout": 1.23}
+    logger.log(step, timers.pop())        # {"timing_s/rollout": 1.23, "cpu_s/rollout": 1.20}
 
 A phase entered several times in a step adds up. Phases may nest (`step` around all others). `pop` leaves phases that
 are still running alone: they appear in the next `pop` after they end.
@@ -15,14 +15,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PREFIX = "timing_s/"
+WALL = "timing_s/"
+CPU = "cpu_s/"
 
 
 class Timers:
-    """Accumulates seconds by phase name. `clock` is for tests: any function that returns seconds."""
+    """Accumulates seconds by phase name. `clock` and `cpu_clock` are for tests: functions that return seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._clocks = {WALL: clock, CPU: cpu_clock}
         self._total: dict[str, float] = {}
         self._running: set[str] = set()
 
@@ -37,15 +42,16 @@ class Timers:
         self._running.add(name)
         # Wall clock: a phase that only enqueues GPU work must end with something that waits for it. Every phase of the
         # loop does: it ends in a collective, a copy to the host or a barrier.
-        start = self._clock()
+        start = {prefix: clock() for prefix, clock in self._clocks.items()}
         try:
             yield
         finally:
             self._running.discard(name)
-            self._total[name] = self._total.get(name, 0.0) + self._clock() - start
+            for prefix, clock in self._clocks.items():
+                self._total[prefix + name] = self._total.get(prefix + name, 0.0) + clock() - start[prefix]
 
     def pop(self) -> dict[str, float]:
         """Seconds of the phases that ended since the last `pop`, as metrics; starts again from zero."""
-        out = {PREFIX + name: seconds for name, seconds in self._total.items()}
+        out = self._total
         self._total = {}
         return out

@@ -18,7 +18,7 @@ import yaml
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.metrics import METRICS_FILE, MetricsError, read_metrics
-from treepo_mega.monitor.timers import PREFIX
+from treepo_mega.monitor.timers import WALL
 
 Row = dict[str, Any]
 TOKENS = {
@@ -100,15 +100,15 @@ def percentile(values: list[float], share: float) -> float:
 
 def phases(run: Run) -> list[Row]:
     """Seconds by phase, longest first: name, steps (in which it ran), p50, p95, total, share of the step time."""
-    names = sorted({name for row in run.rows for name in row if name.startswith(PREFIX)} - {PREFIX + "step"})
+    names = sorted({name for row in run.rows for name in row if name.startswith(WALL)} - {WALL + "step"})
     found = []
     for name in names:
         values = run.series(name)[1]
         if values:
-            found.append(_phase(name.removeprefix(PREFIX), values))
+            found.append(_phase(name.removeprefix(WALL), values))
     phase_total = sum(part["total"] for part in found)
     outside = sum(part["total"] for part in found if part["name"] in OUTSIDE_STEP)
-    whole = max(sum(run.series(PREFIX + "step")[1]) + outside, phase_total)
+    whole = max(sum(run.series(WALL + "step")[1]) + outside, phase_total)
     if whole - phase_total > 1e-3 * whole:
         found.append({"name": "other", "steps": len(run.rows), "p50": None, "p95": None, "total": whole - phase_total})
     for phase in found:
