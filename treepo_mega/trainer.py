@@ -118,7 +118,8 @@ class Trainer:
     def update(self, plans: list[StepPlan]) -> dict[str, float]:
         """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""
         self.memory.weights_changed()
-        return optimizer_steps(self.actor, plans, PolicyLoss(self.cfg.algo, self.actor.head.backend))
+        loss = PolicyLoss(self.cfg.algo, self.actor.head.backend)
+        return optimizer_steps(self.actor, plans, loss, self.cfg.train.ppo_epochs)
 
     def score(self, tokens: list[int]) -> np.ndarray | None:
         """Actor logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere."""

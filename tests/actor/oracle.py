@@ -123,6 +123,10 @@ class Oracle:
     grad_norm: float
     weights: dict[str, Tensor]
     """After the step."""
+    second_loss: float
+    """Of the same batch at these weights, with the old logprobs from before the step: a second epoch begins with it."""
+    second_ratio_diff: float
+    """Largest |ratio - 1| there."""
     perplexity: float
     first_perplexity: float
     """Of the first trajectory alone."""
@@ -132,23 +136,34 @@ class Oracle:
         """The fields."""
         model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
         texts = {"perplexity": perplexity(model, batch), "first_perplexity": perplexity(model, batch[:1])}
-        loss, pairs = torch.zeros(()), 0
-        known: dict[tuple[int, ...], Tensor] = {}
-        for x in batch:
-            logp, entropy = logprobs(model, x, cfg.rollout.temperature)
-            same = logp.detach()
-            known[tuple(x.tokens)] = same
-            a = torch.full_like(logp, x.advantage)
-            total, _ = policy_loss(
-                logp, entropy, old_logprobs=same, rollout_logprobs=same, ref_logprobs=same, A_pos=a.clamp(min=0),
-                A_neg=a.clamp(max=0), n=torch.ones_like(logp), algo=cfg.algo,
-            )  # fmt: skip
-            loss, pairs = loss + total, pairs + len(logp)
-        (loss / pairs).backward()
+        known = {tuple(x.tokens): logprobs(model, x, cfg.rollout.temperature)[0].detach() for x in batch}
+        loss, _ = _loss(model, cfg, batch, known)
+        loss.backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters()}
         norm = float(torch.sqrt(sum((g**2).sum() for g in grads.values())))
-        step = {"loss": float(loss.detach()) / pairs, "logprobs": known, "grads": grads, "grad_norm": norm}
-        return {**step, "weights": _step(model, cfg), **texts}
+        step = {"loss": float(loss.detach()), "logprobs": known, "grads": grads, "grad_norm": norm}
+        step["weights"] = _step(model, cfg)
+        with torch.no_grad():
+            second, ratio_diff = _loss(model, cfg, batch, known)
+        return {**step, "second_loss": float(second), "second_ratio_diff": ratio_diff, **texts}
+
+
+def _loss(
+    model: torch.nn.Module, cfg: Config, batch: list[Trajectory], known: dict[tuple[int, ...], Tensor]
+) -> tuple[Tensor, float]:
+    """(mean loss over tokens [], largest |ratio - 1|); `known` are old, engine and reference logprobs alike."""
+    loss, pairs, furthest = torch.zeros(()), 0, 0.0
+    for x in batch:
+        logp, entropy = logprobs(model, x, cfg.rollout.temperature)
+        same = known[tuple(x.tokens)]
+        a = torch.full_like(logp, x.advantage)
+        total, _ = policy_loss(
+            logp, entropy, old_logprobs=same, rollout_logprobs=same, ref_logprobs=same, A_pos=a.clamp(min=0),
+            A_neg=a.clamp(max=0), n=torch.ones_like(logp), algo=cfg.algo,
+        )  # fmt: skip
+        loss, pairs = loss + total, pairs + len(logp)
+        furthest = max(furthest, float(((logp.detach() - same).exp() - 1).abs().max()))
+    return loss / pairs, furthest
 
 
 def _step(model: torch.nn.Module, cfg: Config) -> dict[str, Tensor]:

@@ -116,5 +116,10 @@ def measure_update(case: str, directory: Path) -> dict[str, float]:
     out["grad_norm_rel"] = abs(stats["grad-norm"] - oracle.grad_norm) / oracle.grad_norm
     out["loss_diff"] = abs(stats["loss"] - oracle.loss)
     out["clipped_by"] = oracle.grad_norm / cfg.train.clip_grad
+    # A second epoch over the same packs; what they hold is from before the first.
+    again = actor.update(step.packs, PolicyLoss(cfg.algo))
+    out["second_loss_diff"] = abs(again["loss"] - oracle.second_loss)
+    out["second_ratio_rel"] = abs(again["max_ratio_diff"] / oracle.second_ratio_diff - 1)
+    out["second_ratio_diff"] = again["max_ratio_diff"]
     leave_layout()
     return out

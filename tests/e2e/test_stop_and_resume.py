@@ -24,13 +24,14 @@ STEPS = 12
 
 
 def command(run_dir: Path) -> list[str]:
-    """Two ranks, tensor parallel, with a reference model, two optimizer steps a rollout and carried-over trees."""
+    """Two ranks, tensor parallel, with a reference model, twice two optimizer steps a rollout, carried-over trees."""
     return [
         *("train", "examples/tiny_cpu.yaml", f"logging.run_dir={run_dir}"),
         *("parallel.tensor_model_parallel_size=2", "rollout.rollout_batch_size=8", "rollout.n_samples_per_prompt=8"),
         *(
             "rollout.partial_rollout=24",
             "algo.kl_loss_coef=0.05",
+            "train.ppo_epochs=2",
             f"train.num_rollouts={STEPS}",
             "eval.at_start=false",
             "eval.max_prompts=8",

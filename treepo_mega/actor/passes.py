@@ -45,9 +45,13 @@ def engine_mismatch(plans: Sequence[StepPlan]) -> dict[str, float]:
     }
 
 
-def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss) -> dict[str, float]:
-    """One optimizer step a plan; their `train/` metrics: means, maxima of max_*, and the last step's norm and rate."""
-    stats = [actor.update(plan.packs, loss) for plan in plans]
+def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epochs: int = 1) -> dict[str, float]:
+    """`epochs` times one optimizer step a plan, in the order of `plans`.
+
+    Returns the `train/` metrics of all these steps: means, maxima of max_*, and the last step's norm and rate. What the
+    packs hold is not touched: every epoch has the ratios to the same old logprobs.
+    """
+    stats = [actor.update(plan.packs, loss) for _ in range(epochs) for plan in plans]
     out = {"train/skipped_steps": sum(step["skipped_steps"] for step in stats)}
     for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
         out[f"train/{name}"] = sum(step[name] for step in stats) / len(stats)

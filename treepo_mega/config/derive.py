@@ -44,7 +44,7 @@ RULES: dict[str, Callable[[Config], Any]] = {
     "algo.use_tis": _precisions_differ,
     "algo.whiten_advantages": lambda cfg: cfg.algo.advantage_estimator.startswith(("treepo", "reinforce")),
     "checkpoint.save": lambda cfg: str(Path(cfg.logging.run_dir) / "checkpoints"),
-    "train.lr_decay_iters": lambda cfg: cfg.train.num_rollouts * cfg.train.num_steps_per_rollout,
+    "train.lr_decay_iters": lambda cfg: cfg.train.num_rollouts * cfg.train.num_steps_per_rollout * cfg.train.ppo_epochs,
 }
 """Key to the value that it has when it is null."""
 

@@ -194,9 +194,10 @@ def batch_invariant(cfg: Config) -> str:
     """The batch sizes as one line for people; `check` verifies it."""
     rollout = cfg.rollout
     train = cfg.train
+    passes = "" if train.ppo_epochs == 1 else f", {train.ppo_epochs} times over"
     return (
         f"{rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} trajectories "
-        f"= {train.global_batch_size} trajectories x {train.num_steps_per_rollout} optimizer steps per rollout"
+        f"= {train.global_batch_size} trajectories x {train.num_steps_per_rollout} optimizer steps per rollout{passes}"
     )
 
 

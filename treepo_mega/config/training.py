@@ -111,6 +111,9 @@ class TrainConfig(Section):
     """Rollout steps in the whole run."""
     num_steps_per_rollout: int = Field(1, ge=1)
     """Optimizer steps (mini-batches) per rollout."""
+    ppo_epochs: int = Field(1, ge=1)
+    """Passes over a rollout's mini-batches, each in the same order. Old logprobs and corrections stay those from before
+    the first pass, so ratios leave 1 in later ones. The schedule of lr counts every optimizer step."""
     global_batch_size: int | None = Field(None, ge=1)
     """Trajectories per optimizer step; None: derived from the batch invariant."""
     max_tokens_per_gpu: int = Field(4096, ge=1)
