@@ -3,7 +3,8 @@
     records = Records(cfg, progress, resume_step=None)
     records.log(step, metrics)
 
-All of it lies under logging.run_dir and is written by rank 0; on other ranks the methods only keep the summary.
+All of it lies under logging.run_dir and is written by rank 0, but for traces, which every rank writes; on other ranks
+the methods only keep the summary.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from treepo_mega.config import Config, dump_config
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
+from treepo_mega.monitor.trace import Trace
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.files import atomic_file
 from treepo_mega.tree.node import Tree
@@ -32,6 +34,8 @@ class Records:
         self.started = started
         self.run_dir = Path(cfg.logging.run_dir)
         self.trees_interval = cfg.logging.trees_interval
+        self.trace_steps = cfg.logging.trace_steps
+        self.trace: Trace | None = None
         # A new run in an old directory must not add to the sums that another run left there.
         self.summary: dict[str, Any] = self._read_summary() if resume_step else {}
         self.logger: MetricsLogger | None = None
@@ -65,8 +69,28 @@ class Records:
         with atomic_file(self.run_dir / "trees" / f"step_{step:06d}.jsonl") as file:
             file.writelines(json.dumps(tree.to_dict()) + "\n" for tree in trees)
 
+    def timeline(self, step: int) -> Trace | None:
+        """The trace on which `step`, counted from 1, is drawn; None outside logging.trace_steps.
+
+        Asked at the beginning of every step: the one after the last writes the file.
+        """
+        if self.trace_steps is None:
+            return None
+        first, last = self.trace_steps
+        if first <= step <= last:
+            self.trace = self.trace or Trace(dist.rank())
+        else:
+            self._write_trace()
+        return self.trace
+
+    def _write_trace(self) -> None:
+        if self.trace is not None:
+            self.trace.write(self.run_dir / "trace" / f"rank_{dist.rank()}.json")
+            self.trace = None
+
     def close(self) -> None:
-        """Close the logs."""
+        """Write what is left of the trace, and close the logs."""
+        self._write_trace()
         if self.logger is not None:
             self.logger.close()
 

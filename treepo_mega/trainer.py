@@ -87,6 +87,7 @@ class Trainer:
     def begin_step(self, step: int) -> None:
         """Every step's global generators are a function of (seed, step): a checkpoint needs no RNG state."""
         dist.seed_everything(self.cfg.train.seed, step)
+        self.timers.trace = self.records.timeline(step + 1)
         self.progress.begin(step, self.cfg.train.num_rollouts)
 
     def collect(self, step: int) -> Forest:

@@ -32,6 +32,7 @@ RECIPE = [
     "eval.max_prompts=16",
     "eval.n_samples_per_prompt=2",
     "logging.trees_interval=1",
+    "logging.trace_steps=[2,2]",
     "logging.progress=true",
 ]
 
@@ -87,6 +88,22 @@ def test_tensorboard_shows_the_same_numbers(run, rows):
     events.Reload()
     seen = {e.step: e.value for e in events.Scalars("grad-norm")}
     assert seen == pytest.approx({s: rows[s]["grad-norm"] for s in (1, 2, 3)}, rel=1e-6)
+
+
+def test_every_rank_drew_the_phases_of_the_step_that_was_asked_for(run, rows):
+    for rank in (0, 1):
+        events = json.loads((run / "trace" / f"rank_{rank}.json").read_text())["traceEvents"][1:]
+        spans = {event["name"]: event for event in events}
+        assert {"step", "rollout", "sampling", "update", "reshard"} <= spans.keys() and {e["pid"] for e in events} == {
+            rank
+        }
+        assert len([event for event in events if event["name"] == "step"]) == 1, "step 2 alone"
+        parts = sum(event["dur"] for event in events if event["name"] in ("rollout", "reward"))
+        assert parts <= spans["step"]["dur"]
+    # The main rank's clock made the metric, too.
+    first = json.loads((run / "trace" / "rank_0.json").read_text())["traceEvents"]
+    drawn = next(event for event in first if event["name"] == "step")
+    assert drawn["dur"] / 1e6 == pytest.approx(rows[2]["timing_s/step"], rel=1e-2)
 
 
 def test_checkpoints_are_whole_and_the_summary_has_what_people_ask(run):

@@ -157,8 +157,18 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     trees_interval: int = Field(0, ge=0)
     """Every that many steps the forest is written to <run_dir>/trees/step_N.jsonl, one tree a line; 0: never."""
+    trace_steps: tuple[int, int] | None = None
+    """[first, last]: of these steps, counted from 1, every rank writes its phases to <run_dir>/trace/rank_N.json, which
+    chrome://tracing and ui.perfetto.dev open. None: never."""
     progress: bool = True
     """Progress bars on the console (rank 0)."""
+
+    @field_validator("trace_steps")
+    @classmethod
+    def _ascends(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 1 <= value[0] <= value[1]:
+            raise ValueError(f"expected [first, last] with 1 <= first <= last, got {list(value)}")
+        return value
 
     @field_validator("run_dir")
     @classmethod

@@ -7,13 +7,17 @@
 
 A phase entered several times in a step adds up. Phases may nest (`step` around all others). `pop` leaves phases that
 are still running alone: they appear in the next `pop` after they end.
+
+With a `trace`, every phase is a span of it, too. `span` names parts of a phase that only a trace shows.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from treepo_mega.monitor.trace import Trace
 
 WALL = "timing_s/"
 CPU = "cpu_s/"
@@ -30,6 +34,12 @@ class Timers:
         self._clocks = {WALL: clock, CPU: cpu_clock}
         self._total: dict[str, float] = {}
         self._running: set[str] = set()
+        self.trace: Trace | None = None
+        """Where phases and parts are drawn now; None: nowhere."""
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """A part of a phase, for the trace alone."""
+        return nullcontext() if self.trace is None else self.trace.span(name)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -44,7 +54,8 @@ class Timers:
         # loop does: it ends in a collective, a copy to the host or a barrier.
         start = {prefix: clock() for prefix, clock in self._clocks.items()}
         try:
-            yield
+            with self.span(name):
+                yield
         finally:
             self._running.discard(name)
             for prefix, clock in self._clocks.items():

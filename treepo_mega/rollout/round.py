@@ -75,25 +75,28 @@ def sample_and_grade(
     started = time.monotonic()
     queue = open_round(cfg, costs, name)
     with timers("rollout"):
-        grown = generator.grow(
-            jobs,
-            queue,
-            step=step,
-            policy_version=policy_version,
-            rollout=rollout,
-            temperature=temperature,
-            purpose=purpose,
-        )
+        with timers.span("sampling"):
+            grown = generator.grow(
+                jobs,
+                queue,
+                step=step,
+                policy_version=policy_version,
+                rollout=rollout,
+                temperature=temperature,
+                purpose=purpose,
+            )
         # Read before the barrier: the difference is what this engine waited for the others.
         busy_s = time.monotonic() - started
-        dist.barrier(waits_for, cfg.rollout.timeout_s)
+        with timers.span("waiting for other engines"):
+            dist.barrier(waits_for, cfg.rollout.timeout_s)
         engine_s = time.monotonic() - started
     idle_s = engine_s - busy_s
     report: dict[str, Any] = {"idle_share": idle_s / max(engine_s, 1e-9)}
     with timers("reward"):
         # The ranks of one engine hold the same trees: the first of them speaks for the engine.
         if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
-            report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row).items())
+            with timers.span("grading"):
+                report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row).items())
             report["paused"] = list(grown.paused.items())
             report["counts"] = {
                 "engine_steps": generator.counts["engine_steps"],
@@ -102,7 +105,8 @@ def sample_and_grade(
                 "idle_s": idle_s,
                 "engine_s": engine_s,
             }
-        return _merge(dist.gather_objects(report))
+        with timers.span("exchange"):
+            return _merge(dist.gather_objects(report))
 
 
 def open_round(cfg: Config, costs: Sequence[float], name: str) -> Queue:
