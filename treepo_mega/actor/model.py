@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from treepo_mega.actor.fusions import fused_operations
 from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, layer_spec
 from treepo_mega.config import Config
 from treepo_mega.loss import te
@@ -62,8 +63,10 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
-    """Megatron's configuration for this model and layout. Its fusions need Apex; of them only the one of weight
-    gradients is used, where it is there."""
+    """Megatron's configuration for this model and layout. Raises RuntimeError while `transformer_impl` is auto."""
+    impl = cfg.model.transformer_impl
+    if impl == "auto":
+        raise RuntimeError("model.transformer_impl is still auto: call runtime.dist.choose_layers first")
     p, dtype = cfg.parallel, DTYPES[cfg.model.params_dtype]
     pp = p.pipeline_model_parallel_size
     # With two stages the next and the previous rank are the same peer, and batched point-to-point
@@ -106,13 +109,9 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
         use_cpu_initialization=not has_cuda(),
         perform_initialization=False,
         gradient_accumulation_fusion=gradient_fusion(cfg.model) == "apex",
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        transformer_impl=cfg.model.transformer_impl,
+        transformer_impl=impl,
         finalize_model_grads_func=finalize_model_grads,
+        **fused_operations(impl, on_gpu=has_cuda(), rotation_factor=attention_factor(spec)),
         **te.body_fields(cfg.model),
     )
 
