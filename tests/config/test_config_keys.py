@@ -118,6 +118,20 @@ def leaves_without_a_stop(cfg: Config, seed: int) -> int:
         ({"partial_rollout": 8, "mode": "sequential"}, "rollout.partial_rollout needs rollout.mode tree"),
         ({"partial_rollout": 8, "debug.schedule": "level"}, "rollout.partial_rollout needs debug.schedule async"),
         ({"branching.budget.temperature_end": 1.0}, "has no effect with rollout.branching.budget.kind equal"),
+        ({"branching.budget.floor": 0.5}, "budget.floor has no effect with rollout.branching.budget.kind equal"),
+        ({"branching.budget.scale": "rank"}, "budget.scale has no effect with rollout.branching.budget.kind equal"),
+        (
+            {"branching.budget.kind": "entropy", "branching.budget.temperature_end": 1.0},
+            "budget.scale share, which has no temperature",
+        ),
+        (
+            {"branching.budget.kind": "entropy", "branching.budget.floor": 1.5},
+            "budget.floor 1.5 with rollout.branching.budget.scale share: expected at most 1",
+        ),
+        (
+            {"branching.budget.kind": "high_prob", "branching.budget.floor": 0.1},
+            "needs rollout.branching.budget.scale share, rank or zscore",
+        ),
         (
             {"segment.end": "newline", "segment.min_length": 17},
             "segment.min_length 17 exceeds rollout.segment.length 16",

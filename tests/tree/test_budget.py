@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mega.tree.budget import level_budget, mean_logprob, softmax_weights, split_by_weight, split_equally
+from treepo_mega.config.rollout import BudgetConfig
+from treepo_mega.tree.budget import (
+    budget_weights,
+    divergence,
+    level_budget,
+    mean_logprob,
+    reach_floor,
+    softmax_weights,
+    split_by_weight,
+    split_equally,
+    standings,
+)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +114,69 @@ def test_weights_are_the_papers_softmax():
         mean_logprob([])
     with pytest.raises(ValueError, match="cannot give"):
         split_by_weight(1, [0.5, 0.5])
+
+
+def budget(**keys: object) -> BudgetConfig:
+    return BudgetConfig(**keys)
+
+
+certainties = st.lists(st.floats(-20, 0), min_size=1, max_size=12)
+scales = st.sampled_from(["share", "rank", "zscore"])
+kinds = st.sampled_from(["low_prob", "high_prob", "entropy"])
+
+
+def test_the_papers_setting_is_the_papers_softmax_and_entropy_is_shared_out_by_itself():
+    xs = [-2.0, -0.5, -1.0]
+    assert budget_weights(xs, budget(kind="low_prob")) == softmax_weights(xs, 2.0, favour_low=True)
+    assert budget_weights(xs, budget(kind="high_prob")) == softmax_weights(xs, 2.0, favour_low=False)
+    assert budget_weights(xs, budget(kind="entropy")) == pytest.approx([2 / 3.5, 0.5 / 3.5, 1 / 3.5])
+
+
+def test_standings_by_hand():
+    xs = [-0.3, -0.1, -0.3, -0.5]
+    assert standings(xs, budget(kind="entropy", scale="nats")) == [0.3, 0.1, 0.3, 0.5]
+    assert standings(xs, budget(kind="entropy")) == pytest.approx([1.0, 1 / 3, 1.0, 5 / 3])
+    assert standings(xs, budget(kind="entropy", scale="rank")) == [0.75, 0.25, 0.75, 1.0]
+    assert standings(xs, budget(kind="high_prob", scale="rank")) == [0.75, 1.0, 0.75, 0.25]
+    deviation = math.sqrt(0.02)
+    assert standings(xs, budget(kind="low_prob", scale="zscore")) == pytest.approx(
+        [0.0, -0.2 / deviation, 0.0, 0.2 / deviation]
+    )
+
+
+@given(certainties, st.floats(1e-3, 1e3), kinds, scales)
+def test_other_scales_do_not_see_how_large_uncertainties_are(xs, factor, kind, scale):
+    """A thousandth of every uncertainty gives the same weights; the softmax in nats levels them."""
+    if kind == "high_prob" and scale == "share":
+        return
+    before = budget_weights(xs, budget(kind=kind, scale=scale, temperature=1.0))
+    spread = max(xs) - min(xs)
+    assert math.isclose(math.fsum(before), 1.0)
+    # Differences that drown in rounding, and the guard against them, are no scale.
+    if spread * min(1.0, factor) > 1e-6 or spread == 0:
+        scaled = budget_weights([x * factor for x in xs], budget(kind=kind, scale=scale, temperature=1.0))
+        assert scaled == pytest.approx(before, rel=1e-6, abs=1e-9)
+
+
+@given(certainties, kinds, scales, st.floats(0, 1))
+def test_some_border_always_reaches_a_relative_floor(xs, kind, scale, floor):
+    asked = floor - 1.0 if scale == "zscore" else floor
+    chosen = reach_floor(xs, budget(kind=kind, scale=scale, floor=asked))
+    assert any(chosen)
+    favour = standings(xs, budget(kind=kind, scale=scale))
+    assert all(
+        one <= other
+        for one, no in zip(favour, chosen, strict=True)
+        if not no
+        for other, yes in zip(favour, chosen, strict=True)
+        if yes
+    )
+
+
+def test_divergence_is_0_for_any_equal_split_and_counts_what_was_kept():
+    rng = random.Random(0)
+    for total, paths in ((16, 8), (7, 3), (5, 5), (9, 1), (23, 7)):
+        assert divergence(split_equally(total, paths, rng), total) == 0.0
+    assert divergence([1, 7], 8) == divergence([7, 1], 8) == 3 / 8
+    assert divergence([1, 1], 8) == 6 / 8
+    assert divergence([1, 2], 8) == 5 / 8

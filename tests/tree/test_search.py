@@ -6,6 +6,7 @@ recorded tokens are not what the sampler was conditioned on, also after a fallba
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -83,6 +84,8 @@ configs = st.builds(
     branching__budget__kind=st.sampled_from(["equal", "low_prob", "high_prob", "entropy"]),
     branching__budget__signal=st.sampled_from(["segment", "branch_point"]),
     branching__budget__temperature=st.sampled_from([0.01, 2.0]),
+    branching__budget__scale=st.sampled_from(["auto", "nats", "share", "rank", "zscore"]),
+    branching__budget__floor=st.sampled_from([None, None, 0.5, 1.0]),
 )
 rates = st.sampled_from([(0.0, 0.0), (0.05, 0.0), (0.3, 0.0), (0.9, 0.0), (0.05, 0.1), (0.0, 0.4), (1.0, 0.0)])
 
@@ -212,6 +215,87 @@ def test_a_weighted_budget_gives_more_leaves_to_unsure_or_to_sure_paths(transfer
             search.take(want.node_id, Segment(tokens, [-0.1 if sure else -3.0] * len(tokens), "length"))
     leaves = [sum(search.tree.nodes[i].path[0] == k for i in search.tree.leaves) for k in (0, 1)]
     assert sum(leaves) == 16 and leaves[favoured] >= 12, leaves
+
+
+@pytest.mark.parametrize("transfer", ["level", "quota"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"kind": "low_prob", "scale": "nats", "temperature": 0.05},
+        *({"kind": kind, "scale": scale} for kind in ("low_prob", "entropy") for scale in ("share", "rank", "zscore")),
+        *({"kind": "high_prob", "scale": scale} for scale in ("rank", "zscore")),
+        {"kind": "high_prob", "scale": "share"},
+        {"kind": "high_prob", "scale": "nats", "temperature": 0.05},
+        {"kind": "entropy", "scale": "nats", "temperature": 0.05},
+        {"kind": "entropy", "floor": 0.5},
+        {"kind": "entropy", "scale": "nats", "temperature": 100.0, "floor": 0.5},
+    ],
+    ids=lambda budget: "-".join(map(str, budget.values())),
+)
+def test_every_budget_changes_a_binary_tree_of_16_leaves(budget, transfer):
+    """Entropies as a trained model has them: 0.07 nats at most borders, now and then a decision."""
+    changes = {f"branching__budget__{key}": value for key, value in budget.items()}
+
+    def grown(**more: object) -> Tree:
+        cfg = config(n_samples_per_prompt=16, max_response_len=24, branching__transfer=transfer, **more)
+        search = TreeSearch("p", [7], cfg, seed=4, stop=StopRules.from_config(cfg, [EOS], decode))
+        while not search.done:
+            for want in search.wants():
+                tokens = sample(want.prefix, want.seed, want.max_tokens, 0.0, 0.0)
+                # No two borders alike: paths that tie share alike.
+                place = random.Random(want.seed).random()
+                decided = place < 2 / 3
+                chance = 0.99 + place / 100 if decided else place / 2
+                peek = [math.log(chance), *[math.log((1 - chance) / 9)] * 9][: want.peek]
+                logprobs = [-place / 100 if decided else -5 * place] * len(tokens)
+                search.take(want.node_id, Segment(tokens, logprobs, "length", peek))
+        return search.tree
+
+    equal = grown()
+    tree = grown(**changes)
+    assert len(tree.leaves) == 16 and tree.shortfall is None
+    assert equal.counts["budget_divergence"] == 0.0
+    assert (
+        tree.counts["budget_decisions"] > 0 and tree.counts["budget_divergence"] / tree.counts["budget_decisions"] > 0
+    )
+    assert [node.path for node in tree.nodes] != [node.path for node in equal.nodes]
+
+
+def test_under_the_floor_no_path_branches_and_its_branches_are_there_at_the_next_level():
+    cfg = config(
+        n_samples_per_prompt=16,
+        branching__budget__kind="entropy",
+        branching__budget__scale="nats",
+        branching__budget__floor=0.5,
+    )
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    sure, torn = [0.0, -20.0], [-0.7, -0.7]
+    widths = []
+    for peek in (sure, sure, torn):
+        level = search.wants()
+        widths.append(len(level))
+        for want in level:
+            search.take(want.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length", peek))
+    assert widths == [2, 2, 2] and len(search.wants()) == 2 * 2 + 2 + 2, "two levels have kept two branches each"
+
+
+def test_under_quota_the_floor_keeps_a_quota_whole():
+    cfg = config(
+        n_samples_per_prompt=8,
+        branching__transfer="quota",
+        branching__budget__kind="entropy",
+        branching__budget__scale="nats",
+        branching__budget__temperature=100.0,
+        branching__budget__floor=0.5,
+    )
+    search = TreeSearch("p", [7], cfg, seed=0, stop=StopRules.from_config(cfg, [EOS], decode))
+    first, second = search.wants()
+    search.take(first.node_id, Segment([4, 5, 6, 7], [-1.0] * 4, "length", [-0.01, -4.6]))
+    search.take(second.node_id, Segment([4, 5, 6, 8], [-1.0] * 4, "length", [-0.7, -0.7]))
+    wants = search.wants()
+    assert [want.prefix[-1] for want in wants] == [7, 8, 8]
+    search.take(wants[0].node_id, Segment([4, 5, 6, 9], [-1.0] * 4, "length", [-0.7, -0.7]))
+    assert [want.prefix[-1] for want in search.wants()] == [9, 9], "a border where it is torn: its leaves come now"
 
 
 def test_under_quota_a_weighted_family_waits_for_itself_and_gives_stopped_members_no_more_than_their_leaf():

@@ -83,12 +83,29 @@ class BudgetConfig(Section):
     branch_point: logprob of the likeliest next token after it, for which one token more is sampled and dropped."""
     top_k: int = Field(10, ge=1, le=20)
     """Next tokens over which entropy takes the entropy at a branch point (renormalised)."""
+    scale: Literal["auto", "nats", "share", "rank", "zscore"] = "auto"
+    """How certainties become weights. nats: the paper's softmax at `temperature`, for which the paths of a sure model
+    are nearly equal. share: in proportion to the uncertainty (high_prob: to the probability). rank: in proportion to
+    the place among the paths. zscore: a softmax at `temperature` over standard deviations. auto: share for entropy,
+    else nats."""
+    floor: float | None = None
+    """Least standing of a border at which a path branches. Below it the path goes on alone; its branches go to others,
+    or wait for a later level. In the unit of `scale`. nats: uncertainty, nats. share: multiples of the paths' mean, at
+    most 1. rank: place / paths, at most 1. zscore: standard deviations, at most 0. None: every border is good enough.
+    """
     temperature: float = Field(2.0, gt=0)
-    """Of the softmax over certainties (nats) in low_prob, high_prob and entropy. Higher is more equal."""
+    """Of the softmax over certainties (nats, or standard deviations under zscore). Higher is more equal."""
     temperature_end: float | None = Field(None, gt=0)
     """The temperature at the last of train.num_rollouts. None: constant. The paper's Naive2Low goes from 5.0 to 1.0."""
     temperature_schedule: Literal["linear", "cosine"] = "linear"
     """The way from temperature to temperature_end."""
+
+    @property
+    def scale_used(self) -> Literal["nats", "share", "rank", "zscore"]:
+        """`scale`, without auto."""
+        if self.scale == "auto":
+            return "share" if self.kind == "entropy" else "nats"
+        return self.scale
 
     def temperature_at(self, progress: float) -> float:
         """The temperature when a share `progress` in [0, 1] of the run is done."""

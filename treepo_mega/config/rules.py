@@ -116,11 +116,7 @@ def _check_tree(rollout: RolloutConfig) -> list[str]:
             f"rollout.token_budget {rollout.token_budget} is less than one segment (rollout.segment.length "
             f"{rollout.segment.length}): it could not begin a tree"
         )
-    if rollout.branching.budget.temperature_end is not None and rollout.branching.budget.kind == "equal":
-        bad.append(
-            "rollout.branching.budget.temperature_end has no effect with rollout.branching.budget.kind equal: "
-            "nothing is weighed"
-        )
+    bad += _check_budget(rollout)
     if rollout.partial_rollout is not None and rollout.debug.schedule == "level":
         bad.append("rollout.partial_rollout needs debug.schedule async")
     if rollout.branching.initial is not None:
@@ -145,6 +141,40 @@ def _check_tree(rollout: RolloutConfig) -> list[str]:
             f"at the prompt and rollout.branching.factor {rollout.branching.factor} after each of the other "
             f"{depth - 1} segments, paths that run to their end give {reachable} leaves; use another "
             f"rollout.fallback.from, more branches, or a smaller rollout.segment.length than {rollout.segment.length}"
+        )
+    return bad
+
+
+def _check_budget(rollout: RolloutConfig) -> list[str]:
+    """Every key of rollout.branching.budget has an effect, and some border can reach the floor."""
+    budget = rollout.branching.budget
+    scale = budget.scale_used
+    if budget.kind == "equal":
+        unused = {
+            "temperature_end": budget.temperature_end is not None,
+            "scale": budget.scale != "auto",
+            "floor": budget.floor is not None,
+        }
+        why = "has no effect with rollout.branching.budget.kind equal: nothing is weighed"
+        return [f"rollout.branching.budget.{name} {why}" for name, is_set in unused.items() if is_set]
+    bad = []
+    if budget.temperature_end is not None and scale in ("share", "rank"):
+        bad.append(
+            f"rollout.branching.budget.temperature_end has no effect with rollout.branching.budget.scale {scale}, "
+            "which has no temperature; use nats or zscore"
+        )
+    if budget.floor is None:
+        return bad
+    most = {"share": 1.0, "rank": 1.0, "zscore": 0.0}.get(scale)
+    if most is not None and budget.floor > most:
+        bad.append(
+            f"rollout.branching.budget.floor {budget.floor:g} with rollout.branching.budget.scale {scale}: expected at "
+            f"most {most:g}, which the best border of a level always reaches"
+        )
+    if budget.kind == "high_prob" and scale == "nats":
+        bad.append(
+            "rollout.branching.budget.floor with rollout.branching.budget.kind high_prob needs "
+            "rollout.branching.budget.scale share, rank or zscore: in nats a probable border has no uncertainty"
         )
     return bad
 

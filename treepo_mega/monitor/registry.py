@@ -108,6 +108,12 @@ _TREE = (
     Metric("tree/depth_max", "segments", "at most max_depth", "depth of the deepest leaf"),
     Metric("tree/duplicates", "count", "small beside leaves", "leaves whose response equals another's of the tree"),
     Metric("tree/budget_temperature", "nats", "follows its schedule", "temperature of the branching budget"),
+    Metric(
+        "tree/budget_divergence",
+        "share",
+        "0 to 1; 0 for equal",
+        "mean distance (total variation) of the allocation of branches from an equal one, over decisions",
+    ),
     Metric("tree/leaves", "count", "prompts x n_samples_per_prompt", "trajectories trained on"),
     Metric(
         "tree/credit_q{1,2,3,4}",

@@ -231,6 +231,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "tree/depth_max": max(depths),
         "tree/leaves": sum(len(tree.leaves) for tree in kept),
         "tree/shortfall": len(seen) * cfg.rollout.n_samples_per_prompt - counts["leaves"],
+        "tree/budget_divergence": counts.get("budget_divergence", 0.0) / max(1.0, counts.get("budget_decisions", 0.0)),
         "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),
         "reward/lost": totals["lost"],
         "reward/mean": sum(trained) / max(1, len(trained)),

@@ -3,9 +3,10 @@
 At the end of a level a tree has A living paths, F finished ones (f of them finished in this level) and may
 have w leaves in all. With branch factor N the level's budget is (paper section 2.2, "budget transfer")
 
-    total = max(A, min(w - F, N * (A + f)))
+    total = max(A, min(w - F, N * (A + f) + kept))
 
 so the branches of paths that stopped go to their living siblings, and a tree never promises more than w leaves.
+`kept`: branches that earlier levels did not use, because no border of theirs reached `budget.floor`.
 
 `budget: equal` splits the total equally. The other budgets weigh a path by its *local* certainty x (nats):
 
@@ -14,21 +15,23 @@ so the branches of paths that stopped go to their living siblings, and a tree ne
     minus the entropy of the k likeliest next tokens there   entropy
 
 The first is what the paper calls the last tokens when fallback is aligned to segments (section 4.4). The others look
-at the distribution that the children's first tokens are drawn from. Weights are softmax(-+ (x - min x) / temperature),
-- for low_prob and entropy, + for high_prob: the first two favour paths the model is unsure of.
+at the distribution that the children's first tokens are drawn from. `standings` and `budget_weights` say how
+`budget.scale` makes weights of them.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from treepo_mega.config import RolloutConfig
+from treepo_mega.config.rollout import BudgetConfig
 from treepo_mega.tree.node import Node
 
 
-def level_budget(active: int, finished: int, just_finished: int, width: int, branch_factor: int) -> int:
+def level_budget(active: int, finished: int, just_finished: int, width: int, branch_factor: int, kept: int = 0) -> int:
     """Children to make after a level: `active` = A, `finished` = F (with this level's), `just_finished` = f.
 
     Raises ValueError when the paths alive and finished are already more than `width`.
@@ -36,7 +39,7 @@ def level_budget(active: int, finished: int, just_finished: int, width: int, bra
     if active + finished > width:
         raise ValueError(f"{active} living + {finished} finished paths exceed the width {width}")
     # By induction active <= width - finished: no living path is dropped and no leaf is too many.
-    return max(active, min(width - finished, branch_factor * (active + just_finished)))
+    return max(active, min(width - finished, branch_factor * (active + just_finished) + kept))
 
 
 def split_equally(total: int, paths: int, rng: random.Random) -> list[int]:
@@ -113,10 +116,113 @@ def certainty(node: Node, rollout: RolloutConfig) -> float:
     return mean_logprob(node.logprobs)
 
 
+def standings(certainties: Sequence[float], budget: BudgetConfig) -> list[float]:
+    """How much each path is favoured beside the others, in the unit of `budget.scale`; monotone in the certainty.
+
+    The budget looks at v: the uncertainty -x, or for high_prob the certainty x (nats).
+
+    nats: v itself. share: v as a multiple of its mean (high_prob: exp(v), a probability); 1 for all where the mean is
+    0. rank: the place of v, lowest first, divided by the number of paths; equals share their highest place.
+    zscore: (v - mean) / standard deviation (of these paths); 0 for all where they are equal.
+    """
+    sign = 1.0 if budget.kind == "high_prob" else -1.0
+    values = [sign * value for value in certainties]
+    scale = budget.scale_used
+    if scale == "nats":
+        return values
+    if scale == "rank":
+        places = sorted(values)
+        # The highest of equals: somebody always has the place 1.0, the most that a floor may ask for.
+        return [bisect_right(places, v) / len(values) for v in values]
+    if scale == "share":
+        # An entropy of 0 may be a rounding error below 0.
+        shown = [math.exp(v) if budget.kind == "high_prob" else max(0.0, v) for v in values]
+        mean = math.fsum(shown) / len(shown)
+        return [v / mean for v in shown] if mean > 0 else [1.0] * len(shown)
+    mean = math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    # Relative to the values: a deviation of rounding errors must not become a z-score.
+    if deviation <= 1e-9 * max(1.0, *map(abs, values)):
+        return [0.0] * len(values)
+    return [(v - mean) / deviation for v in values]
+
+
+def budget_weights(certainties: Sequence[float], budget: BudgetConfig) -> list[float]:
+    """Weights of paths with these certainties (nats), sum 1: what split_by_weight divides by.
+
+    nats: the paper's softmax(-+ (x - min x) / temperature), + for high_prob. zscore: softmax(z / temperature).
+    share and rank: the standings themselves, without a temperature.
+    """
+    if budget.scale_used == "nats":
+        return softmax_weights(certainties, budget.temperature, favour_low=budget.kind != "high_prob")
+    favour = standings(certainties, budget)
+    if budget.scale_used == "zscore":
+        return softmax_weights(favour, budget.temperature, favour_low=False)
+    total = math.fsum(favour)
+    return [value / total for value in favour]
+
+
+def reach_floor(certainties: Sequence[float], budget: BudgetConfig) -> list[bool]:
+    """Whether each path branches at all: its standing is at least `budget.floor`."""
+    if budget.floor is None:
+        return [True] * len(certainties)
+    # A mean of equal values may be a rounding error above them.
+    return [value >= budget.floor - 1e-9 for value in standings(certainties, budget)]
+
+
 def split_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:
-    """`total` children (or leaves) over living nodes, in their order, for every budget but `equal`."""
-    certainties = [certainty(node, rollout) for node in living]
-    favour_low = rollout.branching.budget.kind != "high_prob"
-    return split_by_weight(
-        total, softmax_weights(certainties, rollout.branching.budget.temperature, favour_low=favour_low)
-    )
+    """`total` leaves or children over living nodes, in their order, at least one each, for every budget but `equal`."""
+    return split_by_weight(total, budget_weights(_certainties(living, rollout), rollout.branching.budget))
+
+
+def children_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:
+    """Children of living nodes, in their order: `split_by_certainty` over those that reach the floor, one for the rest.
+
+    They are `total` together, or one each where no node reaches the floor.
+    """
+    budget = rollout.branching.budget
+    certainties = _certainties(living, rollout)
+    branches = reach_floor(certainties, budget)
+    chosen = [index for index, does in enumerate(branches) if does]
+    children = [1] * len(living)
+    if chosen:
+        weights = budget_weights(certainties, budget)
+        # Above 0: the highest weight is among the chosen, because weights and standings rise together.
+        sum_of_chosen = math.fsum(weights[index] for index in chosen)
+        held = len(living) - len(chosen)
+        shares = split_by_weight(total - held, [weights[index] / sum_of_chosen for index in chosen])
+        for index, share in zip(chosen, shares, strict=True):
+            children[index] = share
+    return children
+
+
+def divergence(shares: Sequence[int], total: int) -> float:
+    """How far `shares` of `total` branches are from an equal split: total variation distance, 0 to 1.
+
+    What is missing from `total` was kept for later. Which paths an equal split gives one more is nobody's merit, so
+    the nearest equal split is meant: 0.0 exactly for what `split_equally` returns.
+
+    >>> divergence([2, 3, 2], 7), divergence([3, 1], 4), divergence([1, 1], 4)
+    (0.0, 0.25, 0.5)
+    """
+    base, extra = divmod(total, len(shares))
+    equal = [base + (place < extra) for place in range(len(shares))]
+    kept = total - sum(shares)
+    apart = sum(abs(share - fair) for share, fair in zip(sorted(shares, reverse=True), equal, strict=True))
+    return (apart + kept) / (2 * total)
+
+
+def count_decision(counts: dict[str, float], shares: Sequence[int], total: int) -> None:
+    """Add an allocation of `total` branches to the tree's `budget_decisions` and `budget_divergence` (a sum).
+
+    Nothing is added where nothing was to decide: one branch a path, or one path that took all.
+    """
+    if total == len(shares) or (len(shares) == 1 and shares[0] == total):
+        return
+    counts["budget_decisions"] += 1
+    # A multiple of 2**-20: under quota decisions come in any order, and such numbers add up to the same sum in each.
+    counts["budget_divergence"] += round(divergence(shares, total) * 2**20) / 2**20
+
+
+def _certainties(living: Sequence[Node], rollout: RolloutConfig) -> list[float]:
+    return [certainty(node, rollout) for node in living]

@@ -12,7 +12,8 @@ likes: the tree does not change. `tree/README.md` says why, and gives the algori
 
 `tree.counts` (per tree): `segments`; `generated_tokens` (all that were sampled); `dropped_tokens` (of those, the ones
 cut off after an answer); `levels` (under quota: rounds, 1 + how often it fell back); `fallbacks` (nodes made by
-fallback); `duplicates` (leaves whose response equals an earlier leaf's).
+fallback); `duplicates` (leaves whose response equals an earlier leaf's); `budget_decisions` and `budget_divergence`
+(of `tree/budget.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,19 @@ from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.stop import StopRules
 from treepo_mega.tree.transfer import make_transfer
+
+COUNTS = (
+    "segments",
+    "generated_tokens",
+    "dropped_tokens",
+    "peeked_tokens",
+    "levels",
+    "fallbacks",
+    "duplicates",
+    "budget_decisions",
+    "budget_divergence",
+)
+"""Names in `tree.counts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +114,7 @@ class TreeSearch:
         # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
         self._running: dict[int, int] = {}
         self._transfer = make_transfer(rollout, seed, self._rng, self._affordable)
-        names = ("segments", "generated_tokens", "dropped_tokens", "peeked_tokens", "levels", "fallbacks", "duplicates")
-        self.tree.counts = dict.fromkeys(names, 0)
+        self.tree.counts = dict.fromkeys(COUNTS, 0)
         width = self._initial_width()
         self._transfer.begin(width)
         self._grow(self.tree.nodes[ROOT], width)
@@ -199,6 +212,8 @@ class TreeSearch:
         version, internal, gauss = state["rng"]
         self._rng.setstate((version, tuple(internal), gauss))
         self.tree = Tree.from_dict(state["tree"])
+        # A tree of an older version lacks the counts that came later.
+        self.tree.counts = dict.fromkeys(COUNTS, 0) | self.tree.counts
         self._seed = state["seed"]
         self._align = state["align"]
         self._step = state["step"]

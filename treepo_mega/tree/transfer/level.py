@@ -2,7 +2,8 @@
 
 The leaves that ended paths leave over go to the living paths of the same level. Once living and ended paths are as
 many as leaves were asked for, nothing is left to decide (`full`): no path waits for another any more, and the tree is
-still the one that levels give.
+still the one that levels give. Branches that no border was uncertain enough for (`budget.floor`) are kept for the next
+level.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from treepo_mega.config import RolloutConfig
-from treepo_mega.tree.budget import level_budget, split_by_certainty, split_equally
+from treepo_mega.tree.budget import children_by_certainty, count_decision, level_budget, split_equally
 from treepo_mega.tree.node import Node, Tree
 
 
@@ -26,6 +27,8 @@ class LevelTransfer:
         self._affordable = affordable
         self._waiting: set[int] = set()
         self._arrived: list[Node] = []
+        self._kept = 0
+        """Branches that earlier levels left over."""
 
     def begin(self, width: int) -> None:
         """The root is about to get `width` children."""
@@ -62,17 +65,21 @@ class LevelTransfer:
             return []
         width = self.rollout.n_samples_per_prompt
         just_finished = len(level) - len(living)
-        total = level_budget(len(living), len(tree.leaves), just_finished, width, self.rollout.branching.factor)
+        factor = self.rollout.branching.factor
+        total = level_budget(len(living), len(tree.leaves), just_finished, width, factor, self._kept)
         # Living paths are finished whatever the token budget says: cutting them would favour short responses.
         total = max(len(living), self._affordable(total))
-        self.full = total + len(tree.leaves) == width
-        return list(zip(living, self._split(total, living), strict=True))
+        shares = self._split(total, living)
+        count_decision(tree.counts, shares, total)
+        self._kept = total - sum(shares)
+        self.full = sum(shares) + len(tree.leaves) == width
+        return list(zip(living, shares, strict=True))
 
     def _split(self, total: int, living: Sequence[Node]) -> list[int]:
-        """`total` children over the living paths of a level, by `rollout.branching.budget`."""
+        """At most `total` children over the living paths of a level, by `rollout.branching.budget`."""
         if self.rollout.branching.budget.kind == "equal":
             return split_equally(total, len(living), self._rng)
-        return split_by_certainty(total, living, self.rollout)
+        return children_by_certainty(total, living, self.rollout)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-safe state; `load_state_dict` is its inverse."""
@@ -80,6 +87,7 @@ class LevelTransfer:
             "full": self.full,
             "waiting": sorted(self._waiting),
             "arrived": [node.id for node in self._arrived],
+            "kept": self._kept,
         }
 
     def load_state_dict(self, state: dict[str, Any], nodes: Sequence[Node]) -> None:
@@ -87,3 +95,5 @@ class LevelTransfer:
         self.full = state["full"]
         self._waiting = set(state["waiting"])
         self._arrived = [nodes[i] for i in state["arrived"]]
+        # A state of before there was a floor kept nothing.
+        self._kept = state.get("kept", 0)

@@ -5,8 +5,9 @@ share its quota, each at least one leaf; a node with quota 1 goes on as a single
 leaf. Fallback spends the rest of its quota when nothing of the tree is running any more. The price is more fallback
 when paths stop early; the gain is that no segment waits for another path.
 
-`budget: low_prob | high_prob` compare siblings. Their shares are known when the segments of the whole *family* (the
-children made at once at one node) have arrived. Its members then share the family's quota by weight.
+Every budget but `equal` compares siblings. Their shares are known when the segments of the whole *family* (the
+children made at once at one node) have arrived. Its members then share the family's quota by weight. A member that does
+not reach `budget.floor` goes on as one child, which has its whole quota.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree.budget import split_by_certainty, split_equally
+from treepo_mega.tree.budget import certainty, count_decision, reach_floor, split_by_certainty, split_equally
 from treepo_mega.tree.node import ROOT, Node, Tree
 
 
@@ -84,7 +85,21 @@ class QuotaTransfer:
         """The nodes that branch now, each with its number of children."""
         branching = self._quotas_known_by(node)
         self._branching |= {parent.id: quota for parent, quota in branching}
-        return [(parent, min(self.rollout.branching.factor, quota)) for parent, quota in branching]
+        factor = self.rollout.branching.factor
+        branches = self._reach_floor(branching)
+        # What a node under the floor has beyond its one child is kept for later.
+        spent = [quota if does else 1 for (_, quota), does in zip(branching, branches, strict=True)]
+        if branching:
+            count_decision(tree.counts, spent, sum(quota for _, quota in branching))
+        return [(parent, min(factor, most)) for (parent, _), most in zip(branching, spent, strict=True)]
+
+    def _reach_floor(self, branching: list[tuple[Node, int]]) -> list[bool]:
+        """Whether each of these nodes, which were decided together, branches if its quota allows it."""
+        budget = self.rollout.branching.budget
+        # With one leaf to come there may be no look at the next token.
+        if budget.kind == "equal" or budget.floor is None or all(quota == 1 for _, quota in branching):
+            return [True] * len(branching)
+        return reach_floor([certainty(parent, self.rollout) for parent, _ in branching], budget)
 
     def _quotas_known_by(self, node: Node) -> list[tuple[Node, int]]:
         """The living nodes whose quotas are settled by the arrival of `node`, with their quotas."""
