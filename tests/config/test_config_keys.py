@@ -157,3 +157,46 @@ def test_subgroups_can_only_be_rejected_by_an_estimator_that_has_them(estimator)
     assert check(load_config(None, overrides), 1)
     with pytest.raises(ConfigError, match=f"needs algo.advantage_estimator treepo or .*: {estimator} has no subgroups"):
         check(load_config(None, [*overrides, f"algo.advantage_estimator={estimator}"]), 1)
+
+
+@pytest.mark.parametrize(
+    "rollout, says",
+    [
+        (
+            {"branching.transfer": "quota"},
+            "rollout.branching.transfer quota has no effect with rollout.branching.at fork",
+        ),
+        ({"branching.budget.kind": "entropy"}, "rollout.branching.budget.kind entropy has no effect"),
+        ({"max_depth": 9}, "rollout.max_depth has no effect"),
+        ({"debug.segment_alignment": "kv_block"}, "debug.segment_alignment kv_block has no effect"),
+        (
+            {"branching.fork.threshold": 0.5, "branching.fork.signal": "logprob"},
+            "rollout.branching.fork.threshold needs rollout.branching.fork.signal entropy, which is logprob",
+        ),
+        (
+            {"branching.fork.threshold": 0.5, "token_budget": 512},
+            "rollout.branching.fork.threshold with rollout.token_",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_with_forks_are_refused(rollout, says):
+    assert says in complaint(**{"branching.at": "fork", **rollout})
+
+
+def test_forks_go_with_what_is_said_to_go_with_them():
+    for rollout in (
+        {"fallback.from": "none"},
+        {"token_budget": 512},
+        {"partial_rollout": 16},
+        {"segment.end": "newline"},
+    ):
+        assert check(config(**{"branching.at": "fork", **rollout}), 1)
+
+
+def test_descent_wants_forks_that_are_fair_samples():
+    cfg = config(**{"branching.at": "fork", "fallback.from": "none"})
+    cfg.algo.leaf_weight = "descent"
+    with pytest.raises(ConfigError, match=r"leaf_weight descent .* set rollout.branching.fork.threshold"):
+        check(cfg, 1)
+    cfg.rollout.branching.fork.threshold = 0.5
+    assert check(cfg, 1)

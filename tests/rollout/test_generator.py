@@ -172,6 +172,59 @@ def test_peeks_are_the_distribution_behind_their_node(generator, tiny_llama):
         assert node.children, "only living paths are peeked at"
 
 
+def forking(generator: Generator, **fields: object) -> RolloutConfig:
+    return change(generator, branching__at="fork", branching__initial=(2, 2), **fields)
+
+
+def test_forks_inside_blocks_compute_nothing_twice(generator, copies):
+    """Trunks have ended before branches start from their blocks, most of which are cut by a fork somewhere inside."""
+    trees = generator.rollout(prompts(4), step=0, rollout=forking(generator, branching__fork__waves=2))
+    c = generator.counts
+    assert c["forks"] == 4 * 6 and {len(t.leaves) for t in trees} == {8}
+    inside = [n for t in trees for n in t.nodes if n.fork and (len(t.prefix(n.parent)) - 1) % BLOCK]
+    assert len(inside) > 12
+    unique = sum(len(n.tokens) for t in trees for n in t.nodes)
+    if copies:
+        assert c["forwarded_tokens"] - c["dropped_tokens"] <= 1.01 * unique, "prompts included"
+    else:
+        assert c["forwarded_tokens"] - c["dropped_tokens"] > 1.1 * unique
+
+
+@pytest.mark.parametrize("signal", ["entropy", "logprob"])
+def test_forks_start_where_the_model_was_uncertain(generator, tiny_llama, signal):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    generator.eos_token_ids = list(range(2, 6))
+    r = forking(generator, branching__fork__signal=signal, branching__fork__top_k=4)
+    trees = generator.rollout(prompts(3), step=0, rollout=r)
+    assert generator.counts["fork_uncertainty"] > 0
+    for tree in trees:
+        for leaf in tree.leaves:
+            path = tree.prefix(leaf)
+            with torch.no_grad():
+                law = model(torch.tensor([path])).logits[0, :-1].double().log_softmax(-1)[len(tree.prompt_tokens) - 1 :]
+            sampled = law.gather(1, torch.tensor(tree.response(leaf))[:, None])[:, 0]
+            assert np.abs(sampled.numpy() - np.array(logprobs_of(tree, leaf))).max() <= 1e-4
+            entropies = [value for node in tree.ancestry(leaf)[1:] for value in tree.nodes[node].entropies]
+            if signal == "logprob":
+                assert not entropies
+            else:
+                top = law.sort(descending=True).values[:, :4].log_softmax(-1)
+                assert entropies == pytest.approx((-top.exp() * top).sum(1).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "debug", [{"debug__schedule": "level"}, {"stop__answer_box": False, "stop__repetition_window": 0}]
+)
+def test_forked_trees_do_not_depend_on_the_schedule_the_company_or_how_runs_are_watched(generator, debug):
+    generator.decode = lambda ids: ""
+    r = forking(generator, branching__fork__threshold=2.0)
+    trees = generator.rollout(prompts(4), step=1, rollout=r)
+    assert {n.fork for t in trees for n in t.nodes} == {None, "rank", "threshold"}
+    assert tokens(trees) == tokens(generator.rollout(prompts(4), step=1, rollout=rollout_config(r, **debug)))
+    apart = [generator.rollout([p], step=1, rollout=r)[0] for p in reversed(prompts(4))][::-1]
+    assert tokens(apart) == tokens(trees)
+
+
 @pytest.mark.parametrize("transfer", ["level", "quota"])
 def test_segments_end_at_steps_of_reasoning(generator, tiny_llama, transfer):
     r = change(generator, segment__end=["a", "q", "="], segment__min_length=3, branching__transfer=transfer)

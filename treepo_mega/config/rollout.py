@@ -117,13 +117,34 @@ class BudgetConfig(Section):
         return self.temperature + share * (self.temperature_end - self.temperature)
 
 
+class ForkConfig(Section):
+    """Where branches start with branching.at fork."""
+
+    signal: Literal["entropy", "logprob"] = "entropy"
+    """How uncertain the model was at a token. entropy: of the `top_k` likeliest tokens there (renormalised), which the
+    engine then reports for every token. logprob: minus the logprob of the sampled token, which costs nothing."""
+    top_k: int = Field(10, ge=1, le=20)
+    """Tokens over which entropy is taken."""
+    waves: int = Field(3, ge=1)
+    """Rounds in which the missing leaves start. A later round also sees what the earlier ones sampled."""
+    distance: int = Field(4, ge=1)
+    """Fewest tokens on a path between two branch points, and between one and the prompt."""
+    threshold: float | None = Field(None, gt=0)
+    """None: the most uncertain points of the tree fork. Nats: a path forks at its first token above this entropy, in
+    branching.factor branches that share its leaves. Such leaves are fair samples (algo.leaf_weight descent)."""
+
+
 class BranchingConfig(Section):
     """How a tree branches."""
 
+    at: Literal["border", "fork"] = "border"
+    """Where paths branch. border: after segments, while they grow. fork: first some paths are sampled to their ends.
+    Then branches start where the model was uncertain, at any token, until the tree has its leaves."""
     factor: int = Field(2, ge=1)
     """Children of a node while the budget lasts (the paper's N)."""
     initial: tuple[int, int] | None = None
-    """[lo, hi]: children of the root, drawn per prompt. None: `factor`."""
+    """[lo, hi]: children of the root, drawn per prompt. None: `factor`; with `at: fork` a quarter of the leaves."""
+    fork: ForkConfig = Field(default_factory=ForkConfig)
     transfer: Literal["level", "quota"] = "level"
     """Where the branches of stopped paths go. level: to their living siblings, level by level. A tree waits only for
     itself. quota: every node has a quota of leaves that its children share. They start when their parent ends. Fallback
@@ -209,8 +230,22 @@ class RolloutConfig(Section):
         """Segments allowed on a path: 1 in sequential mode."""
         if self.mode == "sequential":
             return 1
+        # A fork cuts segments in two anywhere: the length limit alone ends a path.
+        if self.forks:
+            return self.max_response_len
         shortest = self.segment.length if self.segment.end == "length" else self.segment.min_length
         return self.max_depth or math.ceil(self.max_response_len / shortest)
+
+    @property
+    def forks(self) -> bool:
+        """Whether branches start where ended paths were uncertain (branching.at fork)."""
+        return self.mode == "tree" and self.branching.at == "fork"
+
+    @property
+    def entropy_top_k(self) -> int:
+        """Likeliest tokens whose entropy is wanted at every sampled token; 0: no entropies."""
+        fork = self.branching.fork
+        return fork.top_k if self.forks and fork.signal == "entropy" else 0
 
     @property
     def segment_tokens(self) -> int:
@@ -221,7 +256,7 @@ class RolloutConfig(Section):
     def alignment(self) -> int:
         """Tokens of the KV block that segments are aligned to; 0: they are not (see debug.segment_alignment)."""
         wanted = self._debug.segment_alignment
-        fixed = self.mode == "tree" and self.segment.end == "length"
+        fixed = self.mode == "tree" and self.segment.end == "length" and not self.forks
         divides = self.segment.length % self.engine.block_size == 0
         aligned = wanted == "kv_block" or (wanted == "auto" and divides)
         return self.engine.block_size if fixed and aligned else 0
@@ -238,7 +273,7 @@ class RolloutConfig(Section):
     def peek(self) -> int:
         """Likeliest next tokens to look at after a segment (`budget.top_k`, or 1); 0: the budget does not ask."""
         budget = self.branching.budget
-        if self.mode == "sequential" or budget.kind == "equal":
+        if self.mode == "sequential" or self.forks or budget.kind == "equal":
             return 0
         if budget.kind == "entropy":
             return budget.top_k

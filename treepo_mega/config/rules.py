@@ -59,6 +59,12 @@ def check_batch(cfg: Config) -> list[str]:
             f"algo.leaf_weight descent with rollout.fallback.from {fallback}: leaves made by fallback are no fair "
             "samples of the policy and would count nothing, but cost their tokens; set rollout.fallback.from=none"
         )
+    branching = cfg.rollout.branching
+    if cfg.algo.leaf_weight == "descent" and cfg.rollout.forks and branching.fork.threshold is None:
+        bad.append(
+            "algo.leaf_weight descent with rollout.branching.at fork: branches at the most uncertain tokens are no "
+            "fair samples of the policy and would count nothing; set rollout.branching.fork.threshold"
+        )
     if train.max_tokens_per_gpu < cfg.max_model_len:
         bad.append(
             f"train.max_tokens_per_gpu {train.max_tokens_per_gpu} is smaller than the longest trajectory "
@@ -104,7 +110,7 @@ def _check_tree(rollout: RolloutConfig) -> list[str]:
     if rollout.mode != "tree":
         odd = [name for name in ("token_budget", "partial_rollout") if getattr(rollout, name) is not None]
         return [f"rollout.{name} needs rollout.mode tree: sequential samples have one segment" for name in odd]
-    bad = _check_segments(rollout)
+    bad = [*_check_segments(rollout), *_check_forks(rollout)]
     first = rollout.branching.factor
     width = rollout.n_samples_per_prompt
     if rollout.token_budget is not None and rollout.branching.transfer == "quota":
@@ -128,6 +134,8 @@ def _check_tree(rollout: RolloutConfig) -> list[str]:
                 f"rollout.branching.initial {[low, first]} exceeds rollout.n_samples_per_prompt {width}: a tree with "
                 f"{width} leaves cannot begin with more branches than that"
             )
+    if rollout.forks:
+        return bad
     # A path ends by its length, whatever max_depth allows.
     depth = min(rollout.depth_limit, -(-rollout.max_response_len // rollout.segment.length))
     # Bounded exponent: past 2**64 leaves the answer is the same, and a depth of 10,000 would make a huge integer.
@@ -175,6 +183,37 @@ def _check_budget(rollout: RolloutConfig) -> list[str]:
         bad.append(
             "rollout.branching.budget.floor with rollout.branching.budget.kind high_prob needs "
             "rollout.branching.budget.scale share, rank or zscore: in nats a probable border has no uncertainty"
+        )
+    return bad
+
+
+def _check_forks(rollout: RolloutConfig) -> list[str]:
+    """Keys that belong to branching at borders are not set when branches start at forks, and the other way round."""
+    branching = rollout.branching
+    fork = branching.fork
+    if branching.at != "fork":
+        return []
+    unused = {
+        "rollout.branching.transfer quota": branching.transfer == "quota",
+        f"rollout.branching.budget.kind {branching.budget.kind}": branching.budget.kind != "equal",
+        "rollout.max_depth": rollout.max_depth is not None,
+        "debug.segment_alignment kv_block": rollout.debug.segment_alignment == "kv_block",
+    }
+    bad = [
+        f"{name} has no effect with rollout.branching.at fork, where branches start at tokens, not at levels of "
+        "segments; leave it out, or set rollout.branching.at=border"
+        for name, is_set in unused.items()
+        if is_set
+    ]
+    if fork.threshold is not None and fork.signal != "entropy":
+        bad.append(
+            f"rollout.branching.fork.threshold needs rollout.branching.fork.signal entropy, which is {fork.signal}: "
+            "the logprob of a token is not known before the token is sampled"
+        )
+    if fork.threshold is not None and rollout.token_budget is not None:
+        bad.append(
+            "rollout.branching.fork.threshold with rollout.token_budget: what other paths cost would decide which "
+            "tokens fork, and the leaves would be no fair samples; use one of them"
         )
     return bad
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.tree.budget import top_k_entropy
 
 
 class EngineError(TreepoError):
@@ -30,6 +31,7 @@ class SegmentRequest:
 
     `temperature` 0 is greedy. `borders`: token ids that end the segment too, from its `min_tokens`-th token on.
     `peek` > 0: one token more is sampled and dropped, for the logprobs of the `peek` likeliest ones in its place.
+    `entropy` > 0: with every token, the entropy over that many likeliest ones in its place.
     `run` > 0: sample up to that many tokens in all, several segments in one stream. Where it is `reported_by_segment`
     (or has borders), each segment is delivered as soon as it is there, and `extend` or `cancel` says what follows;
     else all of it is delivered at once at the end.
@@ -47,6 +49,12 @@ class SegmentRequest:
     min_tokens: int = 1
     run: int = 0
     reported_by_segment: bool = False
+    entropy: int = 0
+
+    @property
+    def likeliest(self) -> int:
+        """Likeliest tokens that vLLM has to report at every position, beside the sampled one."""
+        return max(self.peek, self.entropy)
 
     @property
     def total_tokens(self) -> int:
@@ -73,6 +81,8 @@ class Finished:
     num_cached_tokens: int
     peek: list[float] = field(default_factory=list)
     """Logprobs of the likeliest tokens after the last one, descending, where they were asked for."""
+    entropies: list[float] = field(default_factory=list)
+    """Nats, one a token, where they were asked for: of the likeliest tokens, renormalised."""
     more: bool = False
     """A segment of a run that has not ended: its stream waits for `extend` or `cancel`."""
 
@@ -135,6 +145,7 @@ class SegmentStream:
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._likeliest: list[float] = []
+        self._entropies: list[float] = []
         self._start = 0  # where the present segment begins
 
     def add(self, sampled: Sampled) -> None:
@@ -143,10 +154,10 @@ class SegmentStream:
         for token, entry in zip(sampled.token_ids, entries, strict=True):
             self._tokens.append(token)
             self._logprobs.append(entry[token].logprob)
+            if self._request.entropy:
+                self._entropies.append(top_k_entropy(likeliest(entry, self._request.entropy)))
         if self._request.peek and entries:
-            # vLLM adds the sampled token to the likeliest ones, so there may be one entry more than was asked for.
-            likeliest = sorted((entry.logprob for entry in entries[-1].values()), reverse=True)
-            self._likeliest = likeliest[: self._request.peek]
+            self._likeliest = likeliest(entries[-1], self._request.peek)
 
     def next_segment(self, reason: str | None, cached_tokens: int, vocab_size: int) -> Finished | None:
         """The segment that has just ended, None while it goes on. `reason`: vLLM's, None while it samples.
@@ -157,6 +168,7 @@ class SegmentStream:
         if ended is None:
             return None
         end, why = ended
+        begin = self._start
         tokens = self._tokens[self._start : end]
         logprobs = self._logprobs[self._start : end]
         if len(logprobs) != len(tokens) or not all(map(math.isfinite, logprobs)):
@@ -168,7 +180,8 @@ class SegmentStream:
         if more:
             self._start = end
             self.waits = True
-        return Finished(self.name, tokens, logprobs, why, cached_tokens, peek, more)
+        entropies = self._entropies[begin:end]
+        return Finished(self.name, tokens, logprobs, why, cached_tokens, peek, entropies, more)
 
     def extend(self, name: str, max_tokens: int, min_tokens: int = 1) -> None:
         """Go on with a segment of at most `max_tokens`; the stream is called `name` from now on.
@@ -210,3 +223,9 @@ class SegmentStream:
         if request.peek and seen > self._max_tokens:
             return self._max_tokens, "length"
         return len(self._tokens), reason
+
+
+def likeliest(entry: Mapping[int, TokenLogprob], count: int) -> list[float]:
+    """Logprobs (nats) of the `count` likeliest tokens of a position, descending."""
+    # vLLM adds the sampled token to the likeliest ones, so there may be one entry more than was asked for.
+    return sorted((found.logprob for found in entry.values()), reverse=True)[:count]

@@ -240,8 +240,9 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         out[f"reward/{name}"] = totals[SUM + name] / totals[COUNT + name]
     for name in ("generated_tokens", "dropped_tokens", "cached_tokens", "recomputed_tokens", "forwarded_tokens"):
         out[f"rollout/{name}"] = counts.get(name, 0.0)
-    for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "duplicates"):
+    for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates"):
         out[f"tree/{name}"] = counts.get(name, 0.0)
+    out["tree/fork_uncertainty_mean"] = counts.get("fork_uncertainty", 0.0) / max(1.0, counts.get("forks", 0.0))
     for reason in ("eos", "answer", "length", "depth", "repetition"):
         out[f"tree/stop_{reason}"] = counts[f"stop/{reason}"]
     return {name: float(value) for name, value in out.items()}

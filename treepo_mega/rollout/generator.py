@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from treepo_mega.config import Config, RolloutConfig
@@ -308,14 +308,15 @@ class _Run:
         """Queue what tree `rank` newly wants; once that is known, its older prefixes need not be kept."""
         search = self.searches[rank]
         new = search.wants() if new is None else new
+        # A tree that wants nothing yet waits for more of its segments: children will need these prefixes.
+        if new or search.done or search.paused:
+            # Before the new wants: where forks cut segments, they may have the names of those that have arrived.
+            self.room.settle(rank)
         if self.rollout.debug.schedule == "level":
             self.later += [(rank, want) for want in new]
         else:
             for want in new:
                 self._wait(rank, want)
-        # A tree that wants nothing yet waits for more of its segments: children will need these prefixes.
-        if new or search.done or search.paused:
-            self.room.settle(rank)
 
     def _wait(self, rank: int, want: Want) -> None:
         tree = self.searches[rank].tree
@@ -341,6 +342,7 @@ class _Run:
                 min_tokens=want.min_tokens,
                 run=want.run,
                 reported_by_segment=self.streams,
+                entropy=want.entropy,
             )
             stream = self.engine.submit(request)
             self.runs[key] = _SegmentRun(key, stream)
@@ -358,14 +360,14 @@ class _Run:
         if not run.delivered_tokens:
             counts.add_prefix(len(self.wants[key].prefix), finished)
         counts.add_forwarded(len(finished.tokens))
-        rest = Segment(finished.tokens, finished.logprobs, finished.finish_reason, finished.peek)
+        rest = Segment(finished.tokens, finished.logprobs, finished.finish_reason, finished.peek, finished.entropies)
         # A run may bring several segments at once. The tree gets one at a time, and says whether it wants the next.
         while True:
             want = self.wants.pop(key)
             size = min(len(rest.tokens), want.max_tokens)
-            search.take(want.node_id, replace(rest, tokens=rest.tokens[:size], logprobs=rest.logprobs[:size]))
+            search.take(want.node_id, rest.part(0, size))
             run.delivered_tokens += size
-            rest = replace(rest, tokens=rest.tokens[size:], logprobs=rest.logprobs[size:])
+            rest = rest.part(size, len(rest.tokens))
             new = search.wants()
             following = next((one for one in new if one.after is not None and one.after == want.node_id), None)
             if following is None or not (rest.tokens or finished.more):

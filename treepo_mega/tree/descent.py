@@ -1,6 +1,6 @@
 """What a leaf counts: every leaf alike, or by the chance that a random descent ends in it. Pure Python.
 
-    tree = fair_leaves(tree)                # without the leaves that a fallback made
+    tree = fair_leaves(tree)                # without leaves of a fallback, or of forks by rank
     shares = descent_shares(tree)           # one a leaf, in the order of tree.leaves; they add up to 1
 
 Leaves of a tree are no fair sample of the policy once paths may end early: a path that goes on becomes several
@@ -16,6 +16,10 @@ The policy gradient of `sum p_i (R_i - b)` is exact in the same sense (`tools/be
 A fallback breaks the argument: it goes where paths *have ended*, so whether it adds children to a node depends on
 how the node's first children came out. Its leaves have p = 0. Counting them as further children shifts the mean
 reward of the bench's process by 0.006 under `transfer: level` and by 0.026 under `quota`.
+
+Forks by rank (`tree/fork.py`) break it in the same way: whether a token is among the most uncertain depends on what
+came after it. Their leaves have p = 0, and trunks, which are independent, share 1 equally. Forks by a threshold do not
+break it: a path's first token above a threshold is a stopping time, known before the token is drawn.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ LeafWeight = Literal["uniform", "descent"]
 
 
 def fair_leaves(tree: Tree) -> Tree:
-    """The tree with the leaves alone that no fallback made; nodes are shared with `tree`, rewards are kept in order.
+    """The tree with the leaves alone that are fair samples; nodes are shared with `tree`, rewards are kept in order.
 
     >>> tree = Tree.start("p", [1])
     >>> tree.leaves = [tree.add_child(0).id, tree.add_child(0, fallback=True).id]
@@ -42,8 +46,8 @@ def fair_leaves(tree: Tree) -> Tree:
     fair = [
         index
         for index, leaf in enumerate(tree.leaves)
-        # The whole path: only a fallback's own nodes are marked, not what branches below them.
-        if not any(tree.nodes[node].fallback for node in tree.ancestry(leaf))
+        # The whole path: only the nodes that a fallback or a fork made are marked, not what comes below them.
+        if not any(tree.nodes[node].fallback or tree.nodes[node].fork == "rank" for node in tree.ancestry(leaf))
     ]
     return tree.only(fair)
 

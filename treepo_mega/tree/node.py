@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 ROOT = 0
+
+ForkRule = Literal["rank", "threshold"]
+"""Why a branch started where it did; `tree/fork.py` explains both rules."""
 
 
 @dataclass(slots=True)
@@ -28,6 +31,8 @@ class Node:
     `peek`: logprobs (nats, descending) of the likeliest tokens to come next, where the budget asked for them.
     `policy_version`: the step whose weights sampled the segment. `level`: one more than its parent's;
     for nodes made by fallback one more than the highest before it.
+    `entropies`: of the distribution that each token was drawn from (nats, over its likeliest tokens), where
+    `rollout.branching.fork` asks for them; else empty. `fork`: the rule by which this branch started at a fork.
     """
 
     id: int
@@ -41,6 +46,8 @@ class Node:
     policy_version: int = 0
     peek: list[float] = field(default_factory=list)
     level: int = 0
+    entropies: list[float] = field(default_factory=list)
+    fork: ForkRule | None = None
 
     @property
     def depth(self) -> int:
@@ -84,6 +91,49 @@ class Tree:
         up.children.append(node.id)
         self.nodes.append(node)
         return node
+
+    def split(self, node_id: int, offset: int) -> Node:
+        """Cut a segment in two before its token `offset`; returns the second part, the only child of the first.
+
+        The first part keeps the id. The second takes over the stop reason, the leaf and the children, and `renumber`
+        must follow: it comes after its children. Raises ValueError when a part would be empty or the node is the root.
+
+        >>> tree = Tree.start("p", [1])
+        >>> child = tree.add_child(0)
+        >>> child.tokens, child.logprobs, tree.leaves = [5, 6, 7], [-0.5, -0.6, -0.7], [1]
+        >>> tree.split(1, 2).tokens, child.tokens, tree.leaves, tree.nodes[2].path
+        ([7], [5, 6], [2], (0, 0))
+        """
+        first = self.nodes[node_id]
+        if node_id == ROOT or not 0 < offset < len(first.tokens):
+            raise ValueError(f"node {node_id} of {len(first.tokens)} tokens cannot be cut before token {offset}")
+        second = replace(
+            first,
+            id=len(self.nodes),
+            parent=node_id,
+            path=(*first.path, 0),
+            tokens=first.tokens[offset:],
+            logprobs=first.logprobs[offset:],
+            entropies=first.entropies[offset:],
+            fork=None,
+        )
+        first.tokens = first.tokens[:offset]
+        first.logprobs = first.logprobs[:offset]
+        first.entropies = first.entropies[:offset]
+        first.children = [second.id]
+        first.stop = None
+        first.peek = []
+        self.nodes.append(second)
+        self.leaves = [second.id if leaf == node_id else leaf for leaf in self.leaves]
+        for child in second.children:
+            self.nodes[child].parent = second.id
+        # A path names the children on the way, and there is one more now.
+        below = list(second.children)
+        while below:
+            node = self.nodes[below.pop()]
+            node.path = (*second.path, *node.path[len(first.path) :])
+            below += node.children
+        return second
 
     def ancestry(self, node_id: int) -> list[int]:
         """Node ids from the root to `node_id`, both included."""
@@ -145,9 +195,10 @@ class Tree:
         """Response tokens of all trajectories one by one: shared tokens count once a trajectory."""
         return sum(len(self.response(leaf)) for leaf in self.leaves)
 
-    def renumber(self) -> None:
-        """Give the nodes new ids by level, in a level by path; sort `leaves` so; parents still precede children.
+    def renumber(self) -> dict[int, int]:
+        """Give the nodes new ids by level, in a level by path; sort `leaves` so; parents precede children.
 
+        Returns the new id of each old one.
         Nodes made by fallback keep their order: they were all made at once, while the tree was at rest. Two trees that
         hold the same paths are equal afterwards, whatever order their nodes were made in. Call it before rewards are
         assigned and while nobody outside holds a node id: raises ValueError if graded.
@@ -163,6 +214,7 @@ class Tree:
             node.parent = new.get(node.parent, -1)
             node.children = [new[i] for i in node.children]
         self.leaves = [new[i] for i in self.leaves]
+        return new
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` is its inverse."""

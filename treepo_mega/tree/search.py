@@ -12,8 +12,8 @@ likes: the tree does not change. `tree/README.md` says why, and gives the algori
 
 `tree.counts` (per tree): `segments`; `generated_tokens` (all that were sampled); `dropped_tokens` (of those, the ones
 cut off after an answer); `levels` (under quota: rounds, 1 + how often it fell back); `fallbacks` (nodes made by
-fallback); `duplicates` (leaves whose response equals an earlier leaf's); `budget_decisions` and `budget_divergence`
-(of `tree/budget.py`).
+fallback); `forks` (branches that started at a fork) and `fork_uncertainty` (their sum over forks, nats); `duplicates`
+(leaves whose response equals an earlier leaf's); `budget_decisions` and `budget_divergence` (of `tree/budget.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from treepo_mega.config import RolloutConfig
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.fallback import CANDIDATES, cut
+from treepo_mega.tree.fork import Fork, decisions, open_forks
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.stop import StopRules
-from treepo_mega.tree.transfer import make_transfer
+from treepo_mega.tree.transfer import ForkTransfer, make_transfer
 
 COUNTS = (
     "segments",
@@ -38,6 +39,8 @@ COUNTS = (
     "peeked_tokens",
     "levels",
     "fallbacks",
+    "forks",
+    "fork_uncertainty",
     "duplicates",
     "budget_decisions",
     "budget_divergence",
@@ -55,6 +58,8 @@ class Want:
     `run` > 0: no branch will start on this path. The driver may sample up to `run` tokens in one request and deliver
     them segment by segment. After each delivery the tree wants the next, with `after` naming the delivered node. If no
     such want follows, the path has ended and the remaining tokens are void.
+
+    `entropy` > 0: the entropy over that many likeliest tokens is wanted with every sampled token.
     """
 
     node_id: int
@@ -65,6 +70,7 @@ class Want:
     min_tokens: int = 1
     run: int = 0
     after: int | None = None
+    entropy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +78,23 @@ class Segment:
     """A sampled segment. `logprobs`: nats, one a token. `finish_reason`: "stop", "length" or "border".
 
     `peek`: logprobs of the likeliest next tokens, descending; empty where none were wanted or the path ended.
+    `entropies`: nats, one a token where they were wanted, else empty.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
     peek: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+
+    def part(self, begin: int, end: int) -> Segment:
+        """Its tokens `begin` .. `end` - 1; the peek and the reason stay."""
+        return replace(
+            self,
+            tokens=self.tokens[begin:end],
+            logprobs=self.logprobs[begin:end],
+            entropies=self.entropies[begin:end],
+        )
 
 
 class CarriedTreeError(TreepoError):
@@ -156,7 +173,7 @@ class TreeSearch:
         """Accept the segment of `node_id`. What follows from it (a level, a node's children) is wanted from now on.
 
         Raises ValueError for a node that is not waited for, a second delivery, an empty or too long segment, or
-        logprobs that do not match the tokens: a driver's error, never the model's.
+        logprobs or entropies that do not match the tokens: a driver's error, never the model's.
         """
         where = f"prompt {self.tree.prompt_id!r}, node {node_id}"
         if node_id not in self._running:
@@ -167,6 +184,9 @@ class TreeSearch:
             raise ValueError(f"{where}: wanted 1 to {self._running[node_id]} tokens, got {len(segment.tokens)}")
         if len(segment.logprobs) != len(segment.tokens):
             raise ValueError(f"{where}: {len(segment.tokens)} tokens but {len(segment.logprobs)} logprobs")
+        entropies = len(segment.tokens) if self._cfg.entropy_top_k else 0
+        if len(segment.entropies) != entropies:
+            raise ValueError(f"{where}: wanted {entropies} entropies, got {len(segment.entropies)}")
         del self._running[node_id]
         node = self.tree.nodes[node_id]
         # Asked before the segment counts: then the node's quota is gone.
@@ -194,19 +214,20 @@ class TreeSearch:
             "rng": [version, list(internal), gauss],
             "running": list(self._running.items()),
             "beyond_reach": [asdict(want) for want in self._beyond_reach],
-            "transfer": {"kind": self._cfg.branching.transfer, "state": self._transfer.state_dict()},
+            "transfer": {"kind": self._rule, "state": self._transfer.state_dict()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the paused search that `state_dict` wrote down, over ranks, steps and restarts.
 
-        Raises CarriedTreeError when the state was written under another `rollout.branching.transfer`.
+        Raises CarriedTreeError when the state was written under another rule.
         """
         saved = state["transfer"]["kind"]
-        if saved != self._cfg.branching.transfer:
+        if saved != self._rule:
+            key = "rollout.branching.at" if "fork" in (saved, self._rule) else "rollout.branching.transfer"
             raise CarriedTreeError(
-                f"prompt {state['tree']['prompt_id']!r} was carried over under another rollout.branching.transfer "
-                f"({saved}) than {self._cfg.branching.transfer!r}: finish the run with the old one, or start from a "
+                f"prompt {state['tree']['prompt_id']!r} was carried over under another {key} "
+                f"({saved}) than {self._rule!r}: finish the run with the old one, or start from a "
                 "checkpoint without carried-over trees"
             )
         version, internal, gauss = state["rng"]
@@ -222,12 +243,18 @@ class TreeSearch:
         self._beyond_reach = [Want(**want) for want in state["beyond_reach"]]
         self._transfer.load_state_dict(state["transfer"]["state"], self.tree.nodes)
 
+    @property
+    def _rule(self) -> str:
+        """What the saved state of the transfer rule belongs to."""
+        return "fork" if self._cfg.forks else self._cfg.branching.transfer
+
     def _initial_width(self) -> int:
         width = self._cfg.n_samples_per_prompt
         if self._cfg.mode == "sequential":
             return width
         between = self._cfg.branching.initial
-        drawn = self._cfg.branching.factor if between is None else self._rng.randint(*between)
+        usual = width // 4 if self._cfg.forks else self._cfg.branching.factor
+        drawn = usual if between is None else self._rng.randint(*between)
         return max(1, min(width, drawn, self._affordable(width)))
 
     def _affordable(self, most: int) -> int:
@@ -251,7 +278,9 @@ class TreeSearch:
         self._transfer.started(parent, children)
         self._let_run(children, after)
 
-    def _branch(self, parent: int, children: int, *, fallback_level: int | None = None) -> list[Node]:
+    def _branch(
+        self, parent: int, children: int, *, fallback_level: int | None = None, fork: Fork | None = None
+    ) -> list[Node]:
         """Give `parent` that many children and want a segment for each; returns them."""
         prefix = self.tree.prefix(parent)
         room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
@@ -269,12 +298,22 @@ class TreeSearch:
                 policy_version=self._version,
                 level=fallback_level,
             )
+            node.fork = fork.rule if fork else None
             new.append(node)
             self._running[node.id] = size
-            # The seed is of the path, not of the id: ids follow the order of arrival.
-            self._ask(Want(node.id, prefix, size, derive_seed(self._seed, *node.path), peek, min(shortest, size)))
+            want = Want(node.id, prefix, size, self._seed_of(node), peek, min(shortest, size))
+            self._ask(replace(want, entropy=self._cfg.entropy_top_k))
         self.tree.counts["fallbacks"] += children * (fallback_level is not None)
         return new
+
+    def _seed_of(self, node: Node) -> int:
+        """The seed of a new node's segment."""
+        # Of the path, not of the id: ids follow the order of arrival.
+        if not self._cfg.forks:
+            return derive_seed(self._seed, *node.path)
+        # Forks cut segments, and a later node would get the path, and the seed, of an earlier one.
+        before = len(self.tree.response(node.parent))
+        return derive_seed(self._seed, "fork", *decisions(self.tree, node.id), before)
 
     def _let_run(self, nodes: Sequence[Node], after: int | None = None) -> None:
         """Mark the wants of new nodes that will not branch: they may be sampled to the end of their path."""
@@ -306,7 +345,7 @@ class TreeSearch:
         tree.counts["levels"] = max(node.level for node in tree.nodes)
         missing = self._cfg.n_samples_per_prompt - len(tree.leaves)
         if missing:
-            made = self._fall_back()
+            made = self._fork(missing) if self._cfg.forks else self._fall_back()
             self._transfer.started_anew(made, missing)
             self._let_run(made)
         if self.done:
@@ -318,6 +357,7 @@ class TreeSearch:
         verdict = self._stop.judge(self.tree.response(node.parent), segment.tokens, node.depth)
         node.tokens = segment.tokens[: verdict.keep]
         node.logprobs = segment.logprobs[: verdict.keep]
+        node.entropies = segment.entropies[: verdict.keep]
         node.stop = verdict.reason
         # An ended path has no next token, even where the engine reported one.
         node.peek = list(segment.peek) if verdict.reason is None else []
@@ -327,6 +367,27 @@ class TreeSearch:
         self.tree.counts["generated_tokens"] += len(segment.tokens)
         self.tree.counts["dropped_tokens"] += len(segment.tokens) - verdict.keep
         self.tree.counts["peeked_tokens"] += bool(segment.peek)
+
+    def _fork(self, missing: int) -> list[Node]:
+        """Every path ended, leaves are missing: branch where the paths were uncertain, or give up and say so."""
+        assert isinstance(self._transfer, ForkTransfer)
+        affordable = self._affordable(missing)
+        forks = self._transfer.choose(self.tree, missing, affordable) if affordable else []
+        if not forks:
+            self._fall_short(missing, bool(affordable))
+        made: list[Node] = []
+        for parent, fork in open_forks(self.tree, forks):
+            made += self._branch(parent, fork.branches, fork=fork)
+            self.tree.counts["forks"] += fork.branches
+            self.tree.counts["fork_uncertainty"] += fork.branches * fork.uncertainty
+        return made
+
+    def _fall_short(self, missing: int, affordable: bool) -> None:
+        """Say in the tree why it keeps fewer leaves than were asked for."""
+        budget = f"rollout.token_budget {self._cfg.token_budget} is spent"
+        why = "rollout.fallback.from is none" if affordable else budget
+        width = self._cfg.n_samples_per_prompt
+        self.tree.shortfall = f"{missing} of {width} leaves missing: all paths ended, {why}"
 
     def _fall_back(self) -> list[Node]:
         """Every path ended, leaves are missing: sample again from borders of ended paths, or give up and say so.
@@ -338,8 +399,7 @@ class TreeSearch:
         missing = width - len(tree.leaves)
         left = self._affordable(missing)
         if self._cfg.fallback.from_ == "none" or not left:
-            why = "rollout.fallback.from is none" if left else f"rollout.token_budget {self._cfg.token_budget} is spent"
-            tree.shortfall = f"{missing} of {width} leaves missing: all paths ended, {why}"
+            self._fall_short(missing, bool(left))
             return []
         made: list[Node] = []
         level = max(node.level for node in tree.nodes) + 1

@@ -1,4 +1,4 @@
-"""How a tree spends its budget of leaves: `level.py` level by level, `quota.py` as quotas; one protocol for both.
+"""How a tree spends its budget of leaves: `level.py` level by level, `quota.py` as quotas, `fork.py` at the end.
 
     transfer = make_transfer(rollout, seed, rng, affordable)
     transfer.begin(width)                            # the root is about to get that many children
@@ -11,7 +11,8 @@ A transfer decides who branches and how widely. It makes no node, no seed and no
 """
 
 from treepo_mega.tree.transfer.base import Transfer, make_transfer
+from treepo_mega.tree.transfer.fork import ForkTransfer
 from treepo_mega.tree.transfer.level import LevelTransfer
 from treepo_mega.tree.transfer.quota import QuotaTransfer
 
-__all__ = ["LevelTransfer", "QuotaTransfer", "Transfer", "make_transfer"]
+__all__ = ["ForkTransfer", "LevelTransfer", "QuotaTransfer", "Transfer", "make_transfer"]

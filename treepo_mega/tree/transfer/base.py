@@ -1,4 +1,4 @@
-"""What `TreeSearch` asks of a transfer rule, and the rule that `rollout.branching.transfer` names."""
+"""What `TreeSearch` asks of a transfer rule, and the rule that `rollout.branching` names (`at`, then `transfer`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.tree.node import Node, Tree
+from treepo_mega.tree.transfer.fork import ForkTransfer
 from treepo_mega.tree.transfer.level import LevelTransfer
 from treepo_mega.tree.transfer.quota import QuotaTransfer
 
@@ -42,10 +43,12 @@ class Transfer(Protocol):
 
 
 def make_transfer(rollout: RolloutConfig, seed: int, rng: random.Random, affordable: Callable[[int], int]) -> Transfer:
-    """The rule of `rollout.branching.transfer`. `seed` and `rng` are the tree's.
+    """The rule of `rollout.branching`. `seed` and `rng` are the tree's.
 
     `affordable` caps new segments by the budget.
     """
+    if rollout.forks:
+        return ForkTransfer(rollout)
     if rollout.branching.transfer == "quota":
         return QuotaTransfer(rollout, seed, rng)
     return LevelTransfer(rollout, rng, affordable)
