@@ -108,6 +108,19 @@ _TREE = (
     Metric("tree/depth_max", "segments", "at most max_depth", "depth of the deepest leaf"),
     Metric("tree/duplicates", "count", "small beside leaves", "leaves whose response equals another's of the tree"),
     Metric("tree/budget_temperature", "nats", "follows its schedule", "temperature of the branching budget"),
+    Metric("tree/distinct_share", "share", "near 1", "distinct responses / leaves, in each tree"),
+    Metric(
+        "tree/effective_samples",
+        "count",
+        "1 to n_samples_per_prompt, the higher the better",
+        "1 / sum of squared shares of the distinct responses of a tree, mean over trees",
+    ),
+    Metric(
+        "tree/divergence_depth",
+        "tokens",
+        "below response_len_mean",
+        "response tokens before the first difference of two unlike leaves of a tree, mean over pairs",
+    ),
     Metric(
         "tree/budget_divergence",
         "share",

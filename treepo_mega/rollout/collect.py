@@ -34,6 +34,7 @@ from treepo_mega.rollout.shaping import reward_leaves, without_cut
 from treepo_mega.runtime import dist
 from treepo_mega.tree.advantage import has_signal
 from treepo_mega.tree.descent import fair_leaves, policy_mean
+from treepo_mega.tree.diversity import common_tokens, distinct_responses, effective_samples
 from treepo_mega.tree.node import Tree
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,17 @@ def shortage(trained: int, carried: int, refills: int, cfg: Config, step: int) -
     )
 
 
+def _diversity(trees: list[Tree]) -> dict[str, float]:
+    """How different the leaves of a tree are (see `tree/diversity.py`)."""
+    leaves = sum(len(tree.leaves) for tree in trees)
+    common = [common_tokens(tree) for tree in trees]
+    return {
+        "tree/distinct_share": sum(map(distinct_responses, trees)) / max(1, leaves),
+        "tree/effective_samples": sum(map(effective_samples, trees)) / max(1, len(trees)),
+        "tree/divergence_depth": sum(tokens for tokens, _ in common) / max(1, sum(pairs for _, pairs in common)),
+    }
+
+
 def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: Config, step: int) -> dict[str, float]:
     """The `rollout/`, `tree/` and `reward/` lines of the step (see monitor/registry.py)."""
     counts = summarize(seen)
@@ -231,6 +243,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "tree/depth_max": max(depths),
         "tree/leaves": sum(len(tree.leaves) for tree in kept),
         "tree/shortfall": len(seen) * cfg.rollout.n_samples_per_prompt - counts["leaves"],
+        **_diversity(seen),
         "tree/budget_divergence": counts.get("budget_divergence", 0.0) / max(1.0, counts.get("budget_decisions", 0.0)),
         "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),
         "reward/lost": totals["lost"],
