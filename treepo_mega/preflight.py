@@ -29,6 +29,7 @@ from treepo_mega.data.trial import try_sources
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.rotary import check_rotary
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.plugins import check_plugins
 
 LARGEST_SEED = 2**32 - 1
 """Of numpy's older generators, which some reasoning-gym tasks use."""
@@ -70,7 +71,7 @@ def preflight(
         attempt(lambda: check_rotary(model, cfg.max_model_len, f"{hf_dir}/config.json"))
         problems += [] if elsewhere else check_space(cfg, spec)
         notes += describe_space(cfg, spec)
-    problems += check_directories(cfg)
+    problems += check_directories(cfg) + check_plugins(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
     for source in [*cfg.data.train, *cfg.data.eval]:
         if source.reasoning_gym is not None:

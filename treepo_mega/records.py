@@ -19,6 +19,8 @@ from treepo_mega.config import Config, dump_config
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.trace import Trace
+from treepo_mega.plugins import open_sinks
+from treepo_mega.plugins.record import record_plugins
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.files import atomic_file
 from treepo_mega.tree.node import Tree
@@ -44,8 +46,12 @@ class Records:
             dump_config(cfg, self.run_dir / "config.yaml")
             # `or None`: a new run sets an older file aside, where step 0 would mean to go on with it.
             self.logger = MetricsLogger(
-                self.run_dir, tensorboard=cfg.logging.tensorboard, resume_step=resume_step or None
+                self.run_dir,
+                tensorboard=cfg.logging.tensorboard,
+                resume_step=resume_step or None,
+                sinks=open_sinks(cfg.logging.sinks),
             )
+            progress.say(*record_plugins(cfg, self.run_dir, resumed=bool(resume_step)))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """The line of metrics after `step` finished steps; `summary.json` keeps what a reader asks first."""

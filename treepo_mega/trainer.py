@@ -33,6 +33,7 @@ from treepo_mega.loss.operands import Numerics
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.plugins import require_plugins
 from treepo_mega.records import Records
 from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.eval import Evaluator
@@ -54,6 +55,7 @@ class Trainer:
         hf_dir = cfg.model.hf_checkpoint
         spec = ModelSpec.from_hf(hf_dir)
         check_canary_limits(cfg)
+        require_plugins(cfg)
         notes = dist.initialize(cfg, spec)
         self.stop = StopRequest().install()
         self.timers = Timers()

@@ -14,7 +14,9 @@ from megatron.core import parallel_state as ps
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.plugins import PluginError, is_per_node, plugin_advantages
 from treepo_mega.runtime import dist
+from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Credit, credit_by_depth, fold, fold_nodes, leaf_weights
 from treepo_mega.tree.descent import descent_shares, leaf_shares
@@ -25,20 +27,30 @@ from treepo_mega.tree.segments import Floats, Segments
 
 
 def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
-    """One array a tree: per node under `segment` and `rloo`, else per leaf in the order of `tree.leaves`.
+    """One array a tree: per node under `segment` and `rloo`, else per leaf in the order of `tree.leaves`; under a
+    plug-in, as it returns them.
 
     Whitened over all (trajectory, token) pairs of the rollout when `algo.whiten_advantages` says so. A tree whose
     rewards are all equal compares nothing: it is left out of the whitening and has advantage 0. Under `reinforce_pp`,
-    which compares with the batch and not with the tree, it takes part.
+    which compares with the batch and not with the tree, it takes part; under a plug-in, unless all it says is 0.
+
+    Raises PluginError for a plug-in that answers per leaf for one tree and per node for another.
     """
     algo = cfg.algo
     shares = [leaf_shares(tree, algo.leaf_weight) for tree in trees]
     raw = [_raw_advantages(tree, of_tree, algo) for tree, of_tree in zip(trees, shares, strict=True)]
+    by_plugin = is_function_path(algo.advantage_estimator)
+    if by_plugin:
+        _require_one_kind(raw, trees, algo.advantage_estimator)
     if algo.whiten_advantages:
         # With a baseline of its own, a tree without signal would only get what whitening takes off the others.
-        teaches = [algo.advantage_estimator == "reinforce_pp" or has_signal(tree) for tree in trees]
+        compares_batch = algo.advantage_estimator == "reinforce_pp"
+        teaches = [
+            any(values) if by_plugin else compares_batch or has_signal(tree)
+            for tree, values in zip(trees, raw, strict=True)
+        ]
         chosen = [index for index, take_part in enumerate(teaches) if take_part]
-        pairs = [_pairs(trees[index], shares[index], algo) for index in chosen]
+        pairs = [_pairs(trees[index], shares[index], is_per_node(raw[index], trees[index])) for index in chosen]
         flat = iter(whiten(list(itertools.chain(*(raw[index] for index in chosen))), list(itertools.chain(*pairs))))
         for index, take_part in enumerate(teaches):
             raw[index] = list(itertools.islice(flat, len(raw[index]))) if take_part else [0.0] * len(raw[index])
@@ -49,6 +61,8 @@ def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
 
 def _raw_advantages(tree: Tree, shares: list[float] | None, algo: AlgoConfig) -> list[float]:
     """Before whitening; per node or per leaf, as the estimator has it."""
+    if is_function_path(algo.advantage_estimator):
+        return plugin_advantages(algo.advantage_estimator, tree, shares=shares, algo=algo)
     if algo.advantage_estimator in NODE_ESTIMATORS:
         return node_advantages(tree, algo.advantage_estimator, shares=shares, sqrt_n=algo.segment_sqrt_n)
     return leaf_advantages(
@@ -62,13 +76,25 @@ def _raw_advantages(tree: Tree, shares: list[float] | None, algo: AlgoConfig) ->
     )
 
 
-def _pairs(tree: Tree, shares: list[float] | None, algo: AlgoConfig) -> list[float]:
+def _require_one_kind(values: list[list[float]], trees: list[Tree], name: str) -> None:
+    """Raise PluginError when some trees have advantages per node and others per leaf."""
+    first: dict[bool, Tree] = {}
+    for of_tree, tree in zip(values, trees, strict=True):
+        first.setdefault(is_per_node(of_tree, tree), tree)
+    if len(first) > 1:
+        raise PluginError(
+            f"advantage plug-in {name!r} (algo.advantage_estimator) returned one value a node for prompt "
+            f"{first[True].prompt_id!r} and one a leaf for prompt {first[False].prompt_id!r}; expected the same for all"
+        )
+
+
+def _pairs(tree: Tree, shares: list[float] | None, per_node: bool) -> list[float]:
     """(trajectory, token) pairs that carry each of the tree's advantages; the root's tokens carry none.
 
     Shares are scaled so that the tree counts as many trajectories as it has.
     """
     counts = [1.0] * len(tree.leaves) if shares is None else [share * len(tree.leaves) for share in shares]
-    if algo.advantage_estimator not in NODE_ESTIMATORS:
+    if not per_node:
         return [count * len(tree.response(leaf)) for count, leaf in zip(counts, tree.leaves, strict=True)]
     below = tree.leaves_below()
     below.pop(ROOT, None)
@@ -78,7 +104,8 @@ def _pairs(tree: Tree, shares: list[float] | None, algo: AlgoConfig) -> list[flo
 def credit_of(segments: Segments, values: list[Floats], trees: list[Tree], cfg: Config) -> Credit:
     """Masses per segment; `values` are `advantages` of `trees`, which `segments` are of, in this order."""
     algo = cfg.algo
-    fold_them = fold_nodes if algo.advantage_estimator in NODE_ESTIMATORS else fold
+    per_node = any(is_per_node(of_tree, tree) for of_tree, tree in zip(values, trees, strict=True))
+    fold_them = fold_nodes if per_node else fold
     # Shares of a tree add up to 1: every tree counts alike, whether it has all its leaves or lost some.
     uniform = algo.leaf_weight == "uniform"
     counts = None if uniform else np.concatenate([descent_shares(tree) for tree in trees])
@@ -122,6 +149,9 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
     """The optimizer steps of this rollout of the model `spec` for this rank, those without trajectories left out; and
     metrics of credit and of tokens. Collective over all ranks."""
     values = advantages(trees, cfg)
+    if is_function_path(cfg.algo.advantage_estimator):
+        what = f"advantage plug-in {cfg.algo.advantage_estimator!r} (algo.advantage_estimator)"
+        dist.require_agreement([array.tolist() for array in values], what)
     cost = pair_cost(spec)
     plans: list[StepPlan] = []
     depth: list[list[float]] = []

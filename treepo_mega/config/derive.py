@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treepo_mega.text.function_path import is_function_path
+
 if TYPE_CHECKING:
     from treepo_mega.config.root import Config
 
@@ -33,6 +35,12 @@ def _precisions_differ(cfg: Config) -> bool:
     return precisions != {"fp32"} or cfg.rollout.partial_rollout is not None
 
 
+def _whitens(cfg: Config) -> bool:
+    """Whether the estimator is made to be whitened; a plug-in says itself what an advantage is."""
+    estimator = cfg.algo.advantage_estimator
+    return estimator.startswith(("treepo", "reinforce")) and not is_function_path(estimator)
+
+
 RULES: dict[str, Callable[[Config], Any]] = {
     "train.global_batch_size": _trajectories_per_step,
     "rollout.engine.dtype": lambda cfg: cfg.model.params_dtype,
@@ -42,7 +50,7 @@ RULES: dict[str, Callable[[Config], Any]] = {
     "loss.precision": lambda cfg: cfg.model.params_dtype,
     "loss.logprob_precision": lambda cfg: cfg.loss.precision,
     "algo.use_tis": _precisions_differ,
-    "algo.whiten_advantages": lambda cfg: cfg.algo.advantage_estimator.startswith(("treepo", "reinforce")),
+    "algo.whiten_advantages": _whitens,
     "checkpoint.save": lambda cfg: str(Path(cfg.logging.run_dir) / "checkpoints"),
     "train.lr_decay_iters": lambda cfg: cfg.train.num_rollouts * cfg.train.num_steps_per_rollout * cfg.train.ppo_epochs,
 }

@@ -18,6 +18,8 @@ from treepo_mega.config.everyday import EVERYDAY
 from treepo_mega.config.load import section_in
 from treepo_mega.config.root import Config
 from treepo_mega.config.section import Section
+from treepo_mega.config.source import FunctionPath
+from treepo_mega.text.function_path import FORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ def type_name(annotation: object, separator: str = " | ") -> str:
         return separator.join(type_name(member, separator) for member in typing.get_args(annotation))
     if annotation is type(None):
         return "null"
+    if annotation == FunctionPath:
+        return FORM
+    if typing.get_origin(annotation) is list:
+        return f"list[{type_name(typing.get_args(annotation)[0], separator)}]"
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__
     return str(annotation).replace("typing.", "")

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -37,7 +38,7 @@ from treepo_mega.config.rules import (
     check_sampling,
 )
 from treepo_mega.config.section import Section
-from treepo_mega.config.source import SourceError, annotation_at, read_mapping, read_value, scalar_is_text
+from treepo_mega.config.source import SourceError, annotation_at, members, read_mapping, read_value, scalar_is_text
 from treepo_mega.errors import TreepoError, nearest, nearest_name
 from treepo_mega.modelspec.spec import ModelSpec
 
@@ -97,6 +98,7 @@ def _unknown(loc: tuple[Any, ...]) -> str:
 
 def _explain(error: ValidationError, source: str) -> str:
     lines = []
+    wrong: dict[tuple[Any, ...], list[Any]] = {}
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
@@ -104,8 +106,33 @@ def _explain(error: ValidationError, source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, but not set")
         else:
-            lines.append(f"{key}: {problem['msg']} (got {problem.get('input')!r})")
+            wrong.setdefault(_without_member(problem["loc"]), []).append(problem)
+    lines += [_wrong_value(loc, problems) for loc, problems in wrong.items()]
     return f"{source}: " + "; ".join(lines)
+
+
+def _without_member(loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Where a value stands. A key of several types has an error for each, whose place ends with the type's name."""
+    for end in range(len(loc), 0, -1):
+        if annotation_at(Config, loc[:end]) is not None:
+            return loc[:end]
+    return loc
+
+
+def _wrong_value(loc: tuple[Any, ...], problems: list[Any]) -> str:
+    """What was expected at `loc` in place of the value there, with the nearest word that is allowed."""
+    got = problems[0].get("input")
+    # The words last: the value stands behind them.
+    first, *others = [problem["msg"] for problem in sorted(problems, key=lambda p: p["type"] == "literal_error")]
+    expected = ", or ".join([first, *(message.removeprefix("Input should be ") for message in others)])
+    choices = [
+        choice
+        for member in members(annotation_at(Config, loc))
+        if typing.get_origin(member) is Literal
+        for choice in typing.get_args(member)
+    ]
+    hint = nearest(got, map(str, choices)) if isinstance(got, str) else ""
+    return f"{'.'.join(map(str, loc))}: {expected} (got {got!r}){hint}"
 
 
 def _refuse_moved(raw: dict[str, Any], source: str) -> None:

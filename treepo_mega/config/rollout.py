@@ -10,6 +10,8 @@ from pydantic import Field, PrivateAttr
 
 from treepo_mega.config.debug import DebugConfig
 from treepo_mega.config.section import Section
+from treepo_mega.config.source import FunctionPath
+from treepo_mega.text.function_path import is_function_path
 
 
 class EngineConfig(Section):
@@ -74,15 +76,17 @@ class SegmentConfig(Section):
 class BudgetConfig(Section):
     """Who gets the branches of a level."""
 
-    kind: Literal["equal", "low_prob", "high_prob", "entropy"] = "equal"
+    kind: Literal["equal", "low_prob", "high_prob", "entropy"] | FunctionPath = "equal"
     """equal: every path alike. low_prob: more for paths that the model found improbable. high_prob: more for probable
     ones. entropy: more for paths with an uncertain next token. The paper found equal at least as good as low_prob and
-    high_prob."""
+    high_prob. path/to/file.py:function: a plug-in that says how many each path gets."""
     signal: Literal["segment", "branch_point"] = "segment"
-    """What low_prob and high_prob look at. segment: mean logprob of the newest segment's tokens (the paper's).
-    branch_point: logprob of the likeliest next token after it, for which one token more is sampled and dropped."""
+    """What low_prob, high_prob and a plug-in look at. segment: mean logprob of the newest segment's tokens (the
+    paper's). branch_point: logprob of the likeliest next token after it, for which one token more is sampled and
+    dropped."""
     top_k: int = Field(10, ge=1, le=20)
-    """Next tokens over which entropy takes the entropy at a branch point (renormalised)."""
+    """Next tokens over which entropy takes the entropy at a branch point (renormalised), and which a plug-in sees under
+    signal branch_point."""
     scale: Literal["auto", "nats", "share", "rank", "zscore"] = "auto"
     """How certainties become weights. nats: the paper's softmax at `temperature`, for which the paths of a sure model
     are nearly equal. share: in proportion to the uncertainty (high_prob: to the probability). rank: in proportion to
@@ -189,9 +193,10 @@ class RolloutConfig(Section):
     step, under the weights of then (Node.policy_version says which segment is whose); None: trees are finished."""
     dynamic_sampling: bool = True
     """Drop prompts whose rewards are all equal, and refill from new prompts."""
-    filter_metric: Literal["reward", "acc"] = "reward"
+    filter_metric: Literal["reward", "acc"] | FunctionPath = "reward"
     """What dynamic sampling looks at. reward: the rewards that are trained on. acc: the verifier's verdict before any
-    penalty (the number `acc` of its dict, else its score), as DAPO does: shaped rewards nearly always differ."""
+    penalty (the number `acc` of its dict, else its score), as DAPO does: shaped rewards nearly always differ.
+    path/to/file.py:function: a plug-in that says for each tree whether the step trains on it."""
     oversample: float = Field(1.0, ge=1)
     """Prompts drawn in a round of dynamic sampling, as a multiple of those that are missing. What is left over is not
     trained on."""
@@ -275,7 +280,8 @@ class RolloutConfig(Section):
         budget = self.branching.budget
         if self.mode == "sequential" or self.forks or budget.kind == "equal":
             return 0
-        if budget.kind == "entropy":
+        by_plugin = is_function_path(budget.kind) and budget.signal == "branch_point"
+        if budget.kind == "entropy" or by_plugin:
             return budget.top_k
         return 1 if budget.signal == "branch_point" else 0
 

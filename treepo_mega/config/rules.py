@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.text.function_path import is_function_path
 
 if TYPE_CHECKING:
     from treepo_mega.config import Config, RolloutConfig
@@ -165,6 +166,12 @@ def _check_budget(rollout: RolloutConfig) -> list[str]:
         }
         why = "has no effect with rollout.branching.budget.kind equal: nothing is weighed"
         return [f"rollout.branching.budget.{name} {why}" for name, is_set in unused.items() if is_set]
+    if is_function_path(budget.kind):
+        odd = [name for name in ("scale", "floor") if getattr(budget, name) not in ("auto", None)]
+        return [
+            f"rollout.branching.budget.{name} has no effect with the plug-in {budget.kind}, which divides by itself"
+            for name in odd
+        ]
     bad = []
     if budget.temperature_end is not None and scale in ("share", "rank"):
         bad.append(
@@ -259,7 +266,7 @@ def check_loss(cfg: Config) -> list[str]:
     loss = cfg.loss
     bad = []
     estimator = cfg.algo.advantage_estimator
-    if cfg.algo.reject_zero_std_subgroups and not estimator.startswith("treepo"):
+    if cfg.algo.reject_zero_std_subgroups and estimator not in ("treepo", "treepo_size_weighted"):
         bad.append(
             "algo.reject_zero_std_subgroups needs algo.advantage_estimator treepo or treepo_size_weighted: "
             f"{estimator} has no subgroups"

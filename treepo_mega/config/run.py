@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from treepo_mega.config.section import Section
-from treepo_mega.config.source import expand_path
+from treepo_mega.config.source import FunctionPath, expand_path
 
 
 class PromptSource(Section):
@@ -160,6 +160,8 @@ class LoggingConfig(Section):
     trace_steps: tuple[int, int] | None = None
     """[first, last]: of these steps, counted from 1, every rank writes its phases to <run_dir>/trace/rank_N.json, which
     chrome://tracing and ui.perfetto.dev open. None: never."""
+    sinks: list[FunctionPath] = Field(default_factory=list)
+    """Functions that take each step's metrics as well, such as a tracker of your own: path/to/file.py:function."""
     progress: bool = True
     """Progress bars on the console (rank 0)."""
 

@@ -11,12 +11,15 @@ import os
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from treepo_mega.config.section import Section
 from treepo_mega.errors import TreepoError
+from treepo_mega.text.function_path import FORM, is_function_path
 
 NULL_WORDS = frozenset({"", "~", "null", "Null", "NULL", "None", "none"})
 """What people write for "not set" in a key that can be null. Inside quotes these are words."""
@@ -172,6 +175,16 @@ def expand_path(text: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{text!r} names a user's home that is not known here")
     return expanded
+
+
+def _function_path(text: str) -> str:
+    if not is_function_path(text):
+        raise PydanticCustomError("function_path", f"Input should be {FORM}")
+    return expand_path(text)
+
+
+FunctionPath = Annotated[str, AfterValidator(_function_path)]
+"""A function of people's own, `path/to/file.py:function`; `~` and `$VAR` are expanded."""
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -7,18 +7,20 @@ from typing import Literal
 from pydantic import Field
 
 from treepo_mega.config.section import Section
+from treepo_mega.config.source import FunctionPath
 
 
 class AlgoConfig(Section):
     """Advantages and loss."""
 
-    advantage_estimator: Literal[
-        "treepo", "treepo_size_weighted", "segment", "grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"
-    ] = "treepo"
+    advantage_estimator: (
+        Literal["treepo", "treepo_size_weighted", "segment", "grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+        | FunctionPath
+    ) = "treepo"
     """treepo, treepo_size_weighted: TreePO's means over subgroups (eq. 5, 6). segment: the change of the expected
     reward at each segment, from branch to branch. rloo: against the leaves that do not share the token. grpo: against
     the tree's mean, in its standard deviations. reinforce_pp: against the batch's mean. reinforce_pp_baseline: against
-    the tree's mean, in the batch's standard deviations."""
+    the tree's mean, in the batch's standard deviations. path/to/file.py:function: a plug-in, per leaf or per node."""
     leaf_weight: Literal["uniform", "descent"] = "uniform"
     """What a leaf counts in means, advantages, loss and metrics. uniform: all alike, as in the paper; long responses
     are then over-represented. descent: the chance that a random walk from the root ends in it, which makes the

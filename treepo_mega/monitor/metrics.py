@@ -23,7 +23,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +36,9 @@ __all__ = ["METRICS", "METRICS_FILE", "Metric", "MetricsError", "MetricsLogger",
 
 METRICS_FILE = "metrics.jsonl"
 _RESERVED = ("step", "time")
+
+Sink = Callable[[int, Mapping[str, float | None]], None]
+"""Takes what `MetricsLogger.log` takes, after it is written; None is a number that was not finite."""
 
 
 class MetricsError(TreepoError):
@@ -98,13 +101,21 @@ def _plain(value: Any) -> int | float | None:
 
 
 class MetricsLogger:
-    """Writes metrics.jsonl and TensorBoard events; see the module's page.
+    """Writes metrics.jsonl and TensorBoard events, and hands the numbers to `sinks`; see the module's page.
 
     `resume_step`: the last step whose line is kept; None starts a new file. Raises MetricsError when
     resuming from a malformed file, ValueError from `log` for a step before the last one.
     """
 
-    def __init__(self, run_dir: str | Path, *, tensorboard: bool = True, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self._sinks = sinks
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / METRICS_FILE
@@ -163,7 +174,11 @@ class MetricsLogger:
         self._file.truncate()
         self._file.flush()
         self._last = row
-        self._to_tensorboard(row, [*values, *(["train/nonfinite_metrics"] if lost else [])])
+        names = [*values, *(["train/nonfinite_metrics"] if lost else [])]
+        self._to_tensorboard(row, names)
+        # Last: a sink that raises ends the run, whose own record then has the step.
+        for sink in self._sinks:
+            sink(step, {name: row[name] for name in names})
 
     def _to_tensorboard(self, row: dict[str, Any], names: list[str]) -> None:
         if self._writer is None:

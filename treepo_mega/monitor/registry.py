@@ -71,7 +71,10 @@ _ROLLOUT = (
     Metric("rollout/response_len_max", "tokens", "at most max_response_len", "longest response"),
     Metric("rollout/truncated_share", "share", "below 0.2", "trajectories cut by length or depth"),
     Metric(
-        "rollout/prompts_dropped_zero_std", "count", "below half", "prompts dropped: all rewards equal, or no leaf left"
+        "rollout/prompts_dropped_zero_std",
+        "count",
+        "below half",
+        "prompts dropped: all rewards equal, refused by a filter plug-in, or no leaf left",
     ),
     Metric("rollout/leaves_masked", "count", "0 without algo.mask_truncated_samples", "cut leaves that count nothing"),
     Metric("rollout/prompts_trained", "count", "rollout.rollout_batch_size", "prompts that the step trained on"),

@@ -4,9 +4,9 @@ Sampling and grading are `rollout/round.py`'s. Afterwards every rank holds the s
 advantages and packing are computed alike everywhere, without messages.
 
 Dynamic sampling (DAPO): a prompt whose rewards (or verdicts: `rollout.filter_metric`) are all equal has no signal and
-is dropped. New prompts are drawn to replace it, `rollout.oversample` times as many as are missing, at most
-`rollout.max_refills` times. A step that is not full then goes on with fewer and says so, or ends the run
-(`rollout.allow_smaller_batch`).
+is dropped; or a plug-in says which are. New prompts are drawn to replace it, `rollout.oversample` times as many as are
+missing, at most `rollout.max_refills` times. A step that is not full then goes on with fewer and says so, or ends the
+run (`rollout.allow_smaller_batch`).
 
 Partial rollouts: a tree with paths that reach beyond the step (`rollout.partial_rollout`) is carried over, as a state
 that every rank holds and a checkpoint keeps; the next step goes on with it in place of a new prompt.
@@ -26,12 +26,14 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.plugins import plugin_keeps
 from treepo_mega.rollout.counts import summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.rollout.shaping import reward_leaves, without_cut
 from treepo_mega.runtime import dist
+from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal
 from treepo_mega.tree.descent import fair_leaves, policy_mean
 from treepo_mega.tree.diversity import common_tokens, distinct_responses, effective_samples
@@ -97,7 +99,11 @@ class Collector:
             totals = {name: totals.get(name, 0.0) + value for name, value in counts.items()}
             totals["refills"] = refill
             seen += trees
-            kept += [tree for tree in self._trainable(trees) if self._teaches(tree)]
+            chosen = [tree for tree in self._trainable(trees) if self._teaches(tree, step)]
+            if is_function_path(rollout.filter_metric):
+                what = f"filter plug-in {rollout.filter_metric!r} (rollout.filter_metric)"
+                dist.require_agreement([tree.prompt_id for tree in chosen], what)
+            kept += chosen
             jobs = []
         report_lost(self.pool.take_tally(), f"step {step}")
         surplus = max(0, len(kept) - wanted)
@@ -108,11 +114,13 @@ class Collector:
         totals["surplus"] = surplus
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
 
-    def _teaches(self, tree: Tree) -> bool:
+    def _teaches(self, tree: Tree, step: int) -> bool:
         """Whether the step keeps a tree that has leaves."""
         rollout = self.cfg.rollout
         if not rollout.dynamic_sampling:
             return True
+        if is_function_path(rollout.filter_metric):
+            return plugin_keeps(rollout.filter_metric, tree, step=step)
         return len(set(tree.verdicts)) > 1 if rollout.filter_metric == "acc" else has_signal(tree)
 
     def _check_filled(self, trained: int, refills: float, step: int) -> None:
@@ -186,9 +194,13 @@ def shortage(trained: int, carried: int, refills: int, cfg: Config, step: int) -
             "the others lost all of theirs; rollout/ and reward/ metrics say to what. Mend the verifier, or raise "
             "rollout.max_response_len"
         )
-    looked_at = "verdicts (rollout.filter_metric acc)" if rollout.filter_metric == "acc" else "rewards"
+    passed = "have rewards that differ"
+    if rollout.filter_metric != "reward":
+        passed = "have verdicts (rollout.filter_metric acc) that differ"
+    if is_function_path(rollout.filter_metric):
+        passed = f"were kept by {rollout.filter_metric} (rollout.filter_metric)"
     return (
-        f"step {step}: {trained} of {wanted} prompts (rollout.rollout_batch_size) have {looked_at} that differ{held}, "
+        f"step {step}: {trained} of {wanted} prompts (rollout.rollout_batch_size) {passed}{held}, "
         f"after {refills} refills (rollout.max_refills {rollout.max_refills}, rollout.oversample "
         f"{rollout.oversample:g}). Choose prompts that are neither too easy nor too hard, raise rollout.oversample, "
         "rollout.max_refills or rollout.n_samples_per_prompt"

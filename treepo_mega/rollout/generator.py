@@ -23,6 +23,7 @@ from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.engine.stream import EngineError, Finished, SegmentEngine, SegmentRequest, SegmentStream
 from treepo_mega.errors import TreepoError
+from treepo_mega.plugins import split_of
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import TokenCounts, summarize
@@ -165,6 +166,7 @@ class Generator:
                 stop=stop,
                 policy_version=policy_version,
                 align=now.alignment,
+                split=split_of(now, prompt.id),
             )
             if job.state is not None:
                 search.load_state_dict(job.state)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -34,6 +35,10 @@ from treepo_mega.runtime.device import backend, bind, device, has_cuda
 from treepo_mega.runtime.files import atomic_directory
 from treepo_mega.runtime.layer_modules import automatic_impl
 from treepo_mega.runtime.seeding import derive_seed
+
+
+class RanksDisagree(TreepoError):
+    """What every rank computes for itself came out differently; the message names it."""
 
 
 class RankLost(TreepoError):
@@ -243,6 +248,18 @@ def gather_objects(value: Any) -> list[Any]:
             parts[speaker] = data if speaker == rank() else torch.empty(length, dtype=torch.uint8)
             dist.broadcast(parts[speaker], src=speaker)
     return [json.loads(bytes(part[:length].numpy())) for part, length in zip(parts, lengths, strict=True)]
+
+
+def require_agreement(value: Any, what: str) -> None:
+    """Raise RanksDisagree on every rank unless all have an equal JSON-able `value`. Collective over all ranks."""
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    digests = gather_objects(digest)
+    others = [rank_ for rank_, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise RanksDisagree(
+            f"{what} gave other results on ranks {others} than on rank 0. It must be a function of its arguments "
+            "alone: no clock, no unseeded random numbers, no order of a set"
+        )
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.config.rollout import BudgetConfig
@@ -168,6 +168,10 @@ def reach_floor(certainties: Sequence[float], budget: BudgetConfig) -> list[bool
         return [True] * len(certainties)
     # A mean of equal values may be a rounding error above them.
     return [value >= budget.floor - 1e-9 for value in standings(certainties, budget)]
+
+
+Split = Callable[[int, Sequence[Node], RolloutConfig], list[int]]
+"""A plug-in that says who gets how many of a total, in the place of certainties."""
 
 
 def split_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:

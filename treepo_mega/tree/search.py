@@ -26,6 +26,7 @@ from typing import Any
 from treepo_mega.config import RolloutConfig
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.budget import Split
 from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.fork import Fork, decisions, open_forks
 from treepo_mega.tree.node import ROOT, Node, Tree
@@ -102,7 +103,10 @@ class CarriedTreeError(TreepoError):
 
 
 class TreeSearch:
-    """Grows one tree. `seed` names the tree (run seed, step, prompt id); see the module docstring."""
+    """Grows one tree. `seed` names the tree (run seed, step, prompt id); see the module docstring.
+
+    `split` divides branches where `rollout.branching.budget` names a plug-in.
+    """
 
     def __init__(
         self,
@@ -114,6 +118,7 @@ class TreeSearch:
         stop: StopRules,
         policy_version: int = 0,
         align: int = 0,
+        split: Split | None = None,
     ) -> None:
         if not prompt_tokens:
             raise ValueError(f"prompt {prompt_id!r} has no tokens: there is nothing to condition on")
@@ -130,7 +135,7 @@ class TreeSearch:
         self._step = 1
         # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
         self._running: dict[int, int] = {}
-        self._transfer = make_transfer(rollout, seed, self._rng, self._affordable)
+        self._transfer = make_transfer(rollout, seed, self._rng, self._affordable, split)
         self.tree.counts = dict.fromkeys(COUNTS, 0)
         width = self._initial_width()
         self._transfer.begin(width)

@@ -20,24 +20,30 @@ its question compared.
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
-import os
 import re
-import sys
-import zlib
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from treepo_mega.data.rewards.answers import accepted, after_thinking, as_number, find_answer, plain
 from treepo_mega.data.rewards.truths import check_truth
 from treepo_mega.errors import TreepoError, nearest
+from treepo_mega.runtime.user_code import (
+    UserCodeError,
+    check_defined,
+    check_parameters,
+    import_function,
+    parameters_of,
+)
 from treepo_mega.text.boxes import last_box
+from treepo_mega.text.function_path import FORM, is_function_path
 
 Verifier = Callable[..., Any]
+
+PARAMETERS = ("data_source", "solution_str", "ground_truth", "extra_info")
+OPTIONAL_PARAMETERS = ("trajectory",)
+"""What a verifier is called with, by name (`plugins/contracts.py: Reward`)."""
 
 BUILT_IN = ("math", "boxed", "last_number", "exact", "reasoning_gym")
 
@@ -128,12 +134,6 @@ def _load_reasoning_gym() -> Verifier:
     return compute_score
 
 
-def _split_user(name: str) -> tuple[Path, str] | None:
-    """(file, function) of `path/to/file.py:function`; None when `name` is no such thing."""
-    path, colon, function = name.rpartition(":")
-    return (Path(path), function) if colon and path.endswith(".py") and function else None
-
-
 def check_verifier(name: str) -> None:
     """Raise VerifierError unless `name` is built in or a function that its file defines (nothing is run).
 
@@ -141,36 +141,18 @@ def check_verifier(name: str) -> None:
     """
     if name in BUILT_IN:
         return
-    user = _split_user(name)
-    if user is None:
+    if not is_function_path(name):
         raise VerifierError(
-            f"unknown verifier {name!r}{nearest(name, BUILT_IN)}: expected {', '.join(BUILT_IN)} or "
-            "path/to/file.py:function"
+            f"unknown verifier {name!r}{nearest(name, BUILT_IN)}: expected {', '.join(BUILT_IN)} or {FORM}"
         )
-    path, function = user
+    what = f"verifier {name!r}"
     try:
         # Parsed, not imported: the trainer and the preflight call this, and a user's file runs in workers only.
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    except OSError as e:
-        raise VerifierError(f"verifier {name!r}: cannot read {path}: {e.strerror or e}") from None
-    except (SyntaxError, ValueError) as e:
-        raise VerifierError(f"verifier {name!r}: {path} is not valid Python: {e}") from None
-    defined = _top_level_names(tree)
-    if function not in defined:
-        hint = nearest(function, defined) or f"; it defines: {', '.join(sorted(defined)) or 'nothing'}"
-        raise VerifierError(f"verifier {name!r}: {path} defines no {function!r}{hint}")
-
-
-def _top_level_names(tree: ast.Module) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names.update((a.asname or a.name).split(".")[0] for a in node.names)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
+        written = check_defined(name, what)
+        if written is not None:
+            check_parameters(written, PARAMETERS, OPTIONAL_PARAMETERS, what)
+    except UserCodeError as error:
+        raise VerifierError(str(error)) from None
 
 
 def load_verifier(name: str) -> Verifier:
@@ -183,20 +165,13 @@ def load_verifier(name: str) -> Verifier:
         return _load_math()
     if name == "reasoning_gym":
         return _load_reasoning_gym()
-    user = _split_user(name)
-    if user is None:
+    if name in BUILT_IN:
         return {"boxed": boxed, "last_number": last_number, "exact": exact}[name]
-    path, function = user
-    # The path is in the name: two files called reward.py would otherwise replace each other in sys.modules.
-    module_name = f"treepo_mega_user_verifier_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise VerifierError(f"verifier {name!r}: {path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and the like look their module up
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # its neighbours, after everything else
-    spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise VerifierError(f"verifier {name!r}: {function!r} is {type(found).__name__}, expected a function")
-    return found
+    what = f"verifier {name!r}"
+    try:
+        function = import_function(name, what)
+        check_parameters(parameters_of(function), PARAMETERS, OPTIONAL_PARAMETERS, what)
+    except UserCodeError as error:
+        # The cause is what the file raised; the pool says whose it is.
+        raise error.__cause__ or VerifierError(str(error)) from None
+    return function

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from treepo_mega.config import RolloutConfig
+from treepo_mega.text.function_path import is_function_path
+from treepo_mega.tree.budget import Split
 from treepo_mega.tree.node import Node, Tree
 from treepo_mega.tree.transfer.fork import ForkTransfer
 from treepo_mega.tree.transfer.level import LevelTransfer
@@ -42,13 +44,18 @@ class Transfer(Protocol):
         """Replace all state by that of `state_dict`; `nodes` are the tree's."""
 
 
-def make_transfer(rollout: RolloutConfig, seed: int, rng: random.Random, affordable: Callable[[int], int]) -> Transfer:
+def make_transfer(
+    rollout: RolloutConfig, seed: int, rng: random.Random, affordable: Callable[[int], int], split: Split | None
+) -> Transfer:
     """The rule of `rollout.branching`. `seed` and `rng` are the tree's.
 
-    `affordable` caps new segments by the budget.
+    `affordable` caps new segments by the budget. `split` divides where the budget is a plug-in; raises ValueError
+    when it is missing there.
     """
+    if split is None and is_function_path(rollout.branching.budget.kind):
+        raise ValueError(f"budget {rollout.branching.budget.kind!r} is a plug-in: pass `split` (plugins.split_of)")
     if rollout.forks:
         return ForkTransfer(rollout)
     if rollout.branching.transfer == "quota":
-        return QuotaTransfer(rollout, seed, rng)
-    return LevelTransfer(rollout, rng, affordable)
+        return QuotaTransfer(rollout, seed, rng, split)
+    return LevelTransfer(rollout, rng, affordable, split)

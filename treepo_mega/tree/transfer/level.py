@@ -13,18 +13,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from treepo_mega.config import RolloutConfig
-from treepo_mega.tree.budget import children_by_certainty, count_decision, level_budget, split_equally
+from treepo_mega.tree.budget import Split, children_by_certainty, count_decision, level_budget, split_equally
 from treepo_mega.tree.node import Node, Tree
 
 
 class LevelTransfer:
     """See the module docstring. `affordable(n)`: new segments that the token budget still holds, at most n."""
 
-    def __init__(self, rollout: RolloutConfig, rng: random.Random, affordable: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        rollout: RolloutConfig,
+        rng: random.Random,
+        affordable: Callable[[int], int],
+        split: Split | None = None,
+    ) -> None:
         self.rollout = rollout
         self.full = False
         self._rng = rng
         self._affordable = affordable
+        self._plugin = split
         self._waiting: set[int] = set()
         self._arrived: list[Node] = []
         self._kept = 0
@@ -79,6 +86,8 @@ class LevelTransfer:
         """At most `total` children over the living paths of a level, by `rollout.branching.budget`."""
         if self.rollout.branching.budget.kind == "equal":
             return split_equally(total, len(living), self._rng)
+        if self._plugin is not None:
+            return self._plugin(total, living, self.rollout)
         return children_by_certainty(total, living, self.rollout)
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
-from treepo_mega.tree.budget import certainty, count_decision, reach_floor, split_by_certainty, split_equally
+from treepo_mega.tree.budget import Split, certainty, count_decision, reach_floor, split_by_certainty, split_equally
 from treepo_mega.tree.node import ROOT, Node, Tree
 
 
@@ -38,11 +38,12 @@ class QuotaTransfer:
     `seed` is the tree's, `rng` its generator, which only a fallback draws from.
     """
 
-    def __init__(self, rollout: RolloutConfig, seed: int, rng: random.Random) -> None:
+    def __init__(self, rollout: RolloutConfig, seed: int, rng: random.Random, split: Split | None = None) -> None:
         self.rollout = rollout
         self.full = False
         self._seed = seed
         self._rng = rng
+        self._plugin = split
         self._quota: dict[int, int] = {}
         self._family: dict[int, _Family] = {}
         self._branching: dict[int, int] = {}
@@ -116,7 +117,8 @@ class QuotaTransfer:
         if family.waiting or not family.living:
             return []
         living = sorted(family.living, key=lambda member: member.path)
-        return list(zip(living, split_by_certainty(family.quota, living, self.rollout), strict=True))
+        divide = self._plugin or split_by_certainty
+        return list(zip(living, divide(family.quota, living, self.rollout), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-safe state; `load_state_dict` is its inverse."""
