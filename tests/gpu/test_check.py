@@ -201,7 +201,10 @@ def test_list_needs_no_gpu_and_prints_every_check(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--stage", "vlm"], "--stage vlm: expected one of torch, megatron, vllm, gpus (did you mean 'vllm'?)"),
+        (
+            ["--stage", "vlm"],
+            "--stage vlm: expected one of torch, megatron, vllm, figures, gpus (did you mean 'vllm'?)",
+        ),
         (["--budget-minutes", "0"], "--budget-minutes 0: expected more than 0"),
     ],
 )

@@ -245,8 +245,9 @@ class ScriptedEngine:
 class Bench:
     """The engine, the prompts, and the three ways to sample them."""
 
-    def __init__(self, hf: Path, dtype: str, prompts: int) -> None:
-        self.cfg = config(hf, dtype)
+    def __init__(self, hf: Path, dtype: str, prompts: int, **engine: Any) -> None:
+        """`engine` replaces keys of rollout.engine."""
+        self.cfg = config(hf, dtype, **engine)
         self.engine = Engine(hf, self.cfg)
         rng = random.Random(7)
         self.prompts = self.all_prompts = [
@@ -380,8 +381,8 @@ class NoText:
         return ""
 
 
-def config(hf: Path, dtype: str) -> Config:
-    """The run that the bench samples for; shapes replace its rollout section."""
+def config(hf: Path, dtype: str, **engine: Any) -> Config:
+    """The run that the bench samples for; shapes replace its rollout section, `engine` keys of rollout.engine."""
     raw = {
         "model": {"hf_checkpoint": str(hf), "params_dtype": dtype},
         "data": {"train": [{"reasoning_gym": "chain_sum"}], "max_prompt_len": PROMPT},
@@ -390,20 +391,20 @@ def config(hf: Path, dtype: str) -> Config:
             "segment": {"length": 32},
             "n_samples_per_prompt": 16,
             "stop": {"answer_box": False, "repetition_window": 0},
-            "engine": {"kv_cache_memory_mb": 1024, "max_num_seqs": 1024, "max_num_batched_tokens": 8192},
+            "engine": {"kv_cache_memory_mb": 1024, "max_num_seqs": 1024, "max_num_batched_tokens": 8192} | engine,
         },
     }
     return parse_config(raw)
 
 
-def make_model(directory: Path, dtype: str) -> int:
-    """Write the random model; returns its number of parameters."""
+def make_model(directory: Path, dtype: str, sizes: dict[str, Any] = MODEL) -> int:
+    """Write a random model; returns its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    model = LlamaForCausalLM(LlamaConfig(**MODEL, dtype=name, eos_token_id=2, bos_token_id=1))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, dtype=name, eos_token_id=2, bos_token_id=1))
     model.to(getattr(torch, name)).save_pretrained(directory)
     return sum(p.numel() for p in model.parameters())
 

@@ -58,6 +58,7 @@ STAGES = (
     Stage("torch", "torch and triton alone", BASE, 1, "whether the loss kernels compute what torch computes"),
     Stage("megatron", "with megatron-core", TRAINER, 1, "whether attention and the actor train as on a CPU"),
     Stage("vllm", "with vLLM", ENGINE, 1, "whether the engine starts, resets, branches and takes weights"),
+    Stage("figures", "ratios to the card's bounds", BASE, 1, "how far kernels, refit and decoding are from them"),
     Stage("gpus", "several GPUs", ENGINE, 2, "whether ranks exchange weights over NCCL and engines span GPUs"),
 )
 
@@ -65,6 +66,7 @@ KERNELS = "tests/loss/test_gpu.py"
 TREES = "tests/actor/test_layers.py::test_trees_on_a_gpu_against_transformers_on_the_cpu"
 
 DEVICE = "tests/gpu/test_device.py"
+FIGURES = "tests/gpu/test_figures.py"
 
 CHECKS = (
     Check("torch", f"{DEVICE}::test_one_rank_over_nccl", 1, "first collective and a batch of sends, one rank"),
@@ -93,6 +95,13 @@ CHECKS = (
     Check("vllm", "tests/engine/test_branch_cache.py", 6, "copies of blocks behind a branch", marked=False),
     Check("vllm", "tests/engine/test_engine.py", 6, "logprobs, resets, scores", marked=False),
     Check("vllm", "tests/rollout/test_generator.py", 8, "whole trees, admission, aborts", marked=False),
+    Check(
+        "figures", f"{FIGURES}::test_shares_of_the_loss_head", 2, "fused head against torch, Liger, CCE", needs=TRAINER
+    ),
+    Check("figures", f"{FIGURES}::test_shares_of_attention", 3, "packs against flash attention", needs=TRAINER),
+    Check("figures", f"{FIGURES}::test_shares_of_a_refit", 2, "refit against a copy", needs=TRAINER),
+    Check("figures", f"{FIGURES}::test_seconds_of_the_hand_over", 4, "offload, sleep and wake", needs=ENGINE),
+    Check("figures", f"{FIGURES}::test_shares_of_decoding", 5, "trees against independent samples", needs=ENGINE),
     Check("gpus", f"{DEVICE}::test_a_rank_without_operations_holds_up_nobody", 2, "NCCL with a rank that is silent"),
     Check(
         "gpus",
