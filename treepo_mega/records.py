@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from treepo_mega.config import Config, dump_config
+from treepo_mega.monitor import completions
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.trace import Trace
@@ -36,6 +37,8 @@ class Records:
         self.started = started
         self.run_dir = Path(cfg.logging.run_dir)
         self.trees_interval = cfg.logging.trees_interval
+        self.trees_prompts = cfg.logging.trees_prompts
+        self.completions = cfg.logging.completions
         self.trace_steps = cfg.logging.trace_steps
         self.trace: Trace | None = None
         # A new run in an old directory must not add to the sums that another run left there.
@@ -69,11 +72,20 @@ class Records:
             self.logger.log(step, metrics)
 
     def save_trees(self, step: int, trees: Sequence[Tree]) -> None:
-        """Every logging.trees_interval steps, the forest as one JSON tree a line."""
-        if not self.trees_interval or step % self.trees_interval or not dist.is_main():
+        """After step 1 and every logging.trees_interval steps, trees of logging.trees_prompts prompts, one a line."""
+        wanted = bool(self.trees_interval) and (step == 1 or step % self.trees_interval == 0)
+        if not wanted or not dist.is_main():
             return
         with atomic_file(self.run_dir / "trees" / f"step_{step:06d}.jsonl") as file:
-            file.writelines(json.dumps(tree.to_dict()) + "\n" for tree in trees)
+            file.writelines(json.dumps(tree.to_dict()) + "\n" for tree in trees[: self.trees_prompts])
+
+    def show_completions(self, step: int, trees: Sequence[Tree], decode: Callable[[list[int]], str]) -> None:
+        """logging.completions leaves of the step as a table on the console; nothing for 0."""
+        if not self.completions or not self.progress.enabled:
+            return
+        found = completions.table(trees, self.completions, decode, title=f"step {step}: what the model wrote")
+        if found is not None:
+            self.progress.show_table(found)
 
     def timeline(self, step: int) -> Trace | None:
         """The trace on which `step`, counted from 1, is drawn; None outside logging.trace_steps.

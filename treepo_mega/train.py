@@ -60,10 +60,12 @@ def one_step(trainer: Trainer, step: int) -> dict[str, float]:
     trainer.memory.to_engine()
     forest = trainer.collect(step)
     metrics = dict(forest.metrics)
-    trainer.records.save_trees(step + 1, forest.trees)
     with trainer.timers("advantage"):
         plans, credit = trainer.plan(forest)
     metrics |= credit
+    # After the plan, which writes the advantages into the trees.
+    trainer.records.save_trees(step + 1, forest.trees)
+    trainer.records.show_completions(step + 1, forest.trees, trainer.inputs.tokenizer.decode)
     if not plans:
         trainer.progress.say(f"step {step}: {why_nothing(metrics)}; weights unchanged")
         return metrics

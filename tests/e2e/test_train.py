@@ -32,6 +32,7 @@ RECIPE = [
     "eval.max_prompts=16",
     "eval.n_samples_per_prompt=2",
     "logging.trees_interval=1",
+    "logging.completions=2",
     "logging.trace_steps=[2,2]",
     "logging.progress=true",
 ]
@@ -79,6 +80,7 @@ def test_trees_share_tokens_and_have_all_their_leaves(run, rows):
     trees = [json.loads(x) for x in (run / "trees" / "step_000001.jsonl").read_text().splitlines()]
     assert trees and all(len(t["leaves"]) == 8 == len(t["rewards"]) for t in trees)
     assert rows[1]["tree/leaves"] == 8 * len(trees)
+    assert all(len(t["advantages"]) == 8 and any(t["advantages"]) for t in trees), "what the step trained with"
 
 
 def test_tensorboard_shows_the_same_numbers(run, rows):
@@ -138,6 +140,7 @@ def test_the_same_command_goes_on_where_it_stopped(run):
     before = (run / "metrics.jsonl").read_text().splitlines()
     out = run_ranks(2, CLI, *arguments(run, "train.num_rollouts=4", "checkpoint.save_hf=false"), timeout=280)
     assert "resumed from" in out and "next step 3" in out
+    assert "step 4: what the model wrote" in out and "advantage" in out, "logging.completions"
     after = (run / "metrics.jsonl").read_text().splitlines()
     assert after[:4] == before and json.loads(after[4])["step"] == 4
 

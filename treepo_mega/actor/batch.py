@@ -147,11 +147,13 @@ def plan_batch(batch: Batch, cfg: Config, cost: float = 0.0) -> StepPlan:
 
 def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[StepPlan], dict[str, float]]:
     """The optimizer steps of this rollout of the model `spec` for this rank, those without trajectories left out; and
-    metrics of credit and of tokens. Collective over all ranks."""
+    metrics of credit and of tokens. Writes `advantages` into the trees. Collective over all ranks."""
     values = advantages(trees, cfg)
     if is_function_path(cfg.algo.advantage_estimator):
         what = f"advantage plug-in {cfg.algo.advantage_estimator!r} (algo.advantage_estimator)"
         dist.require_agreement([array.tolist() for array in values], what)
+    for tree, of_tree in zip(trees, values, strict=True):
+        tree.advantages = of_tree.tolist()
     cost = pair_cost(spec)
     plans: list[StepPlan] = []
     depth: list[list[float]] = []

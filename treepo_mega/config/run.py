@@ -155,8 +155,13 @@ class LoggingConfig(Section):
 
     run_dir: str = "runs/default"
     tensorboard: bool = True
-    trees_interval: int = Field(0, ge=0)
-    """Every that many steps the forest is written to <run_dir>/trees/step_N.jsonl, one tree a line; 0: never."""
+    trees_interval: int = Field(20, ge=0)
+    """After step 1 and every that many steps trees are written to <run_dir>/trees/step_N.jsonl, one a line, for
+    `treepo-mega tree`; 0: never."""
+    trees_prompts: int | None = Field(16, ge=1)
+    """Trees of the first so many prompts of such a step are written; null: all. A token takes about 30 bytes, once."""
+    completions: int = Field(0, ge=0)
+    """Leaves a step that are shown as a table on the console (rank 0): the best and the worst of a prompt; 0: none."""
     trace_steps: tuple[int, int] | None = None
     """[first, last]: of these steps, counted from 1, every rank writes its phases to <run_dir>/trace/rank_N.json, which
     chrome://tracing and ui.perfetto.dev open. None: never."""

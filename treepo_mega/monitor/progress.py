@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 COLUMNS = (
     ("rollout/accuracy_policy", "acc", ".3f"),
@@ -26,6 +27,8 @@ COLUMNS = (
     ("eval/greedy_accuracy", "greedy", ".3f"),
     ("perf/step_s", "s", ".1f"),
 )
+LOG_WIDTH = 160
+"""Characters of a table in a log or a pipe."""
 
 
 def quieten_libraries() -> None:
@@ -57,6 +60,18 @@ class Progress:
             for line in lines:
                 # Rich would take a `[name]` in the line for its markup and leave it out.
                 self.console.print(line, markup=False)
+
+    def show_table(self, table: Table) -> None:
+        """Print a table: as wide as the terminal, or LOG_WIDTH where there is none."""
+        if not self.enabled:
+            return
+        self.close()
+        width = None if self.console.is_terminal else LOG_WIDTH
+        # Into a string first: a console that knows no Unicode would end the run with an UnicodeEncodeError.
+        with self.console.capture() as captured:
+            self.console.print(table, soft_wrap=False, width=width)
+        encoding = self.console.encoding
+        self.console.out(captured.get().encode(encoding, "replace").decode(encoding), end="", highlight=False)
 
     def begin(self, step: int, of: int) -> None:
         """Name what comes."""

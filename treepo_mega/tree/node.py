@@ -69,6 +69,9 @@ class Tree:
     """What sampling this tree cost (generated, cached, recomputed tokens, fallbacks, ...)."""
     verdicts: list[float] = field(default_factory=list)
     """What the verifier said of each leaf before any penalty, in the order of `leaves`, once graded."""
+    advantages: list[float] = field(default_factory=list)
+    """What the step trains with, once planned: one a leaf, in the order of `leaves`; under `segment` and `rloo` one a
+    node. A tree has more nodes than leaves, so the number tells which."""
 
     @classmethod
     def start(cls, prompt_id: str, prompt_tokens: list[int]) -> Tree:
@@ -173,6 +176,8 @@ class Tree:
     def only(self, indices: Sequence[int]) -> Tree:
         """The tree with the leaves at these indices alone; nodes are shared, rewards and verdicts are kept in order.
 
+        Advantages go: they were of all leaves.
+
         >>> tree = Tree.start("p", [1])
         >>> tree.leaves = [tree.add_child(0).id, tree.add_child(0).id]
         >>> tree.rewards = [1.0, 0.0]
@@ -184,6 +189,7 @@ class Tree:
             leaves=[self.leaves[index] for index in indices],
             rewards=[self.rewards[index] for index in indices] if self.rewards else [],
             verdicts=[self.verdicts[index] for index in indices] if self.verdicts else [],
+            advantages=[],
         )
 
     def unique_tokens(self) -> int:
