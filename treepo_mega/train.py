@@ -72,6 +72,15 @@ def one_step(trainer: Trainer, step: int) -> dict[str, float]:
     with trainer.timers("old_logprobs"):
         trainer.memory.to_trainer()
         metrics |= trainer.old_logprobs(plans)
+        plans, corrections = trainer.correct(plans)
+    metrics |= corrections
+    if not plans:
+        rejected = int(metrics["rollout/leaves_rejected"])
+        trainer.progress.say(
+            f"step {step}: all {rejected} trajectories were rejected, because engine and trainer are too far apart "
+            "(algo.rollout_rs, algo.rollout_token_veto_threshold); weights unchanged"
+        )
+        return metrics | trainer.memory.to_engine()
     with trainer.timers("ref_logprobs"):
         trainer.ref_logprobs(plans)
     with trainer.timers("update"):

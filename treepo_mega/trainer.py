@@ -20,6 +20,7 @@ from treepo_mega import build
 from treepo_mega.actor.batch import plan_rollout
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.passes import (
+    correct_leaves,
     engine_mismatch,
     fill_old_logprobs,
     fill_reference_logprobs,
@@ -112,6 +113,10 @@ class Trainer:
             fill_old_logprobs(self.actor, plans)
             self.actor.guard.take_drift()
         return metrics | engine_mismatch(plans)
+
+    def correct(self, plans: list[StepPlan]) -> tuple[list[StepPlan], dict[str, float]]:
+        """Weigh and reject trajectories by how far the engine is from the actor; the plans that have some left."""
+        return correct_leaves(plans, self.cfg.algo)
 
     def ref_logprobs(self, plans: list[StepPlan]) -> None:
         """Fill in the reference's logprobs, when a KL term needs them."""

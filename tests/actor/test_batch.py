@@ -97,6 +97,41 @@ def test_corrections_that_do_not_fit_are_refused():
         )
 
 
+@pytest.mark.parametrize(
+    "overrides, wanted",
+    [
+        (("algo.rollout_is=sequence", "algo.use_tis=false"), "rollout_is sequence with algo.use_tis false"),
+        (("algo.tis_clip_low=1", "algo.tis_clip=0.9"), "tis_clip_low 1 exceeds algo.tis_clip 0.9"),
+        (("algo.rollout_rs_threshold_lower=0.5",), "has no effect without algo.rollout_rs"),
+    ],
+)
+def test_corrections_that_would_do_nothing_are_refused(overrides, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        check(config("train.max_tokens_per_gpu=8192", *overrides), 1)
+
+
+@pytest.mark.parametrize(
+    "override, wanted",
+    [
+        ("algo.rollout_rs=token", "sequence"),
+        ("algo.rollout_rs_threshold=0.5", "rollout_rs_threshold"),
+        ("algo.rollout_is_threshold=3", "set algo.tis_clip"),
+        ("algo.rollout_is_level=sequence", "set algo.rollout_is"),
+    ],
+)
+def test_names_and_values_of_other_trainers_are_answered(override, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        config(override)
+
+
+def test_weighing_trajectories_switches_importance_sampling_on():
+    assert not config().algo.use_tis, "both sides compute in fp32"
+    asked = config("algo.rollout_is=geometric").algo
+    assert asked.use_tis and asked.weighs_leaves and not asked.rejects_leaves
+    assert not config("algo.rollout_is=token").algo.weighs_leaves
+    assert config("algo.rollout_token_veto_threshold=1e-4").algo.rejects_leaves
+
+
 def test_reinforce_is_whitened_by_default():
     assert config("algo.advantage_estimator=reinforce_pp").algo.whiten_advantages
     assert not config("algo.advantage_estimator=segment").algo.whiten_advantages

@@ -77,6 +77,17 @@ UPDATES = {
     ),
     4: ("llama:tied:2:2:1:0", "qwen3:tied:2:2:1:1", "qwen2:untied:2:2:2:1", "llama:tied:1:2:2:0"),
 }
+CORRECTED = (
+    ("algo.leaf_weight=descent", "algo.rollout_is=sequence", "algo.policy_loss=cispo"),
+    ("algo.rollout_rs=sequence", "algo.rollout_rs_threshold=30", "algo.loss_agg_mode=seq-mean-token-sum-norm"),
+    (
+        *("algo.leaf_weight=descent", "algo.rollout_is=geometric", "algo.rollout_rs=geometric"),
+        *("algo.rollout_rs_threshold=1.5", "algo.rollout_token_veto_threshold=0.01"),
+    ),
+)
+"""What weighs and rejects trajectories: their tokens lie on several ranks."""
+MEET = ((0, 0), (2, 1), (4, 2), (5, 0))
+"""(index into LAYOUTS[2], index into CORRECTED): TP, PP, CP and DP."""
 OTHER = ("seq-mean-token-mean", "seq-mean-token-sum")
 
 
@@ -106,6 +117,7 @@ def cells(ranks: int, lane: str) -> list[dict[str, Any]]:
         out.append({**more, "exact": True})
     if not slow and ranks == 2:
         out.append({**out[1], "twins": "transformer_engine"})
+        out += [{**out[layout], "depth": 2, "overrides": list(CORRECTED[which])} for layout, which in MEET]
     return sorted(
         out, key=lambda c: (str(c["layout"]), c["kind"], c["recompute"], c.get("exact", False), c.get("twins", ""))
     )
@@ -150,6 +162,7 @@ def check(got: dict[str, Any], cell: dict[str, Any]) -> None:
     assert got["gradient_diff"] <= 1e-5, "of every parameter, relative"
     assert got["loss_diff"] <= 1e-6 * max(1.0, got["loss_scale"])
     assert got["entropy_diff"] <= 1e-6
+    check_corrections(got, " ".join(cell.get("overrides", ())))
     if cell["depth"] == 0:
         assert got["token_ratio"] == 1
     elif cell["depth"] >= 3 and "sharing" not in cell:
@@ -166,6 +179,18 @@ def check(got: dict[str, Any], cell: dict[str, Any]) -> None:
         assert len(fused_norms) == (2 * 4 if cell["twins"] == "transformer_engine" else 0)
     else:
         assert not got.get("fused")
+
+
+def check_corrections(got: dict[str, Any], overrides: str) -> None:
+    """Trajectories were weighed and rejected where that was asked for, and some of them only."""
+    said = got["corrections"]
+    assert ("rollout/leaves_rejected" in said) == ("rollout_rs" in overrides)
+    assert ("rollout/is_weight_mean" in said) == ("rollout_is" in overrides)
+    if "rollout_rs" in overrides:
+        assert 0 < said["rollout/leaves_rejected"] < got["leaves"]
+    if "rollout_is=sequence" in overrides:
+        assert said["rollout/is_ratio_min"] < 1 and said["rollout/is_ratio_max"] > 2, "the bound cut some"
+        assert 0 < said["rollout/is_weight_mean"] < 2
 
 
 def check_exact(got: dict[str, Any]) -> None:

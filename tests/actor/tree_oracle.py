@@ -1,8 +1,8 @@
 """Plain autograd on flat sequences through transformers: what training on a tree must equal.
 
-The loss is written out a trajectory at a time, as the papers have it, without masses and multiplicities. Old,
-reference and engine logprobs are the model's own plus noise that is a function of the token's whole prefix, so that
-every clip regime occurs and shared tokens agree.
+The loss is written out a trajectory at a time (flat_loss.py), without masses and multiplicities. Old, reference and
+engine logprobs are the model's own plus noise that is a function of the token's whole prefix, so that every clip regime
+occurs and shared tokens agree.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.actor.flat_loss import aggregate, is_kept, shares, trajectory_loss
 from tests.actor.oracle import VOCAB
 from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.tree.node import Tree
@@ -60,37 +61,13 @@ def noise(prefix: tuple[int, ...], kind: str) -> float:
     return x.gauss(0, SCALES[kind]) - (3.5 if kind == "old" and x.random() < 0.05 else 0.0)
 
 
-def trajectory_loss(logp: Tensor, entropy: Tensor, kept: dict[str, Tensor], a: float, algo: AlgoConfig) -> Tensor:
-    """The loss of each token of one trajectory with advantage `a`: (dual) clip, importance weight, KL, entropy."""
-    change = logp - kept["old"]
-    ratio = (change.mean().expand_as(change) if algo.ratio_level == "sequence" and len(change) else change).exp()
-    term = torch.minimum(ratio * a, ratio.clamp(1 - algo.eps_clip, 1 + algo.eps_clip_high) * a)
-    if a < 0 and algo.eps_clip_c is not None:
-        term = torch.maximum(term, torch.full_like(term, algo.eps_clip_c * a))
-    if algo.use_tis:
-        term = term * (kept["old"] - kept["rollout"]).exp().clamp(max=algo.tis_clip)
-    d = kept["ref"] - logp
-    kl = {"k1": -d, "k2": 0.5 * d * d, "k3": d.exp() - d - 1}[algo.kl_loss_type]
-    return -term + algo.kl_loss_coef * kl - algo.entropy_coef * entropy
-
-
-def aggregate(per_token: list[Tensor], mode: str) -> Tensor:
-    """`loss_agg_mode`, by its definition."""
-    if mode == "token-mean":
-        return torch.cat(per_token).mean()
-    filled = [x for x in per_token if len(x)]
-    if mode == "seq-mean-token-mean":
-        return torch.stack([x.mean() for x in filled]).mean()
-    return torch.stack([x.sum() for x in filled]).mean()
-
-
 def flat_step(hf_dir: Path, cfg: Config, trees: list[Tree], dtype: torch.dtype) -> dict[str, Any]:
     """Loss, gradients and each token's logprob and entropy from transformers, one trajectory at a time."""
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype)
-    per_token, logprobs, entropies = [], {}, 0.0
+    per_token, counts, logprobs, entropies = [], [], {}, 0.0
     for tree, values in zip(trees, advantages(trees), strict=True):
         start = len(tree.prompt_tokens)
-        for leaf, a in zip(tree.leaves, values.tolist(), strict=True):
+        for leaf, advantage, count in zip(tree.leaves, values.tolist(), shares(tree, cfg.algo), strict=True):
             tokens = tree.prefix(leaf)
             ids = torch.tensor([tokens])
             dist = (model(ids).logits[0, start - 1 : -1] / cfg.rollout.temperature).log_softmax(-1)
@@ -98,9 +75,12 @@ def flat_step(hf_dir: Path, cfg: Config, trees: list[Tree], dtype: torch.dtype) 
             prefixes = [tuple(tokens[: i + 1]) for i in range(start, len(tokens))]
             logprobs |= dict(zip(prefixes, logp.tolist(), strict=True))
             kept = {k: logp.detach() + torch.tensor([noise(p, k) for p in prefixes], dtype=dtype) for k in SCALES}
-            per_token.append(trajectory_loss(logp, entropy, kept, a, cfg.algo))
+            if not is_kept(kept["old"] - kept["rollout"], cfg.algo):
+                continue
+            per_token.append(trajectory_loss(logp, entropy, kept, torch.full_like(logp, advantage), cfg.algo))
+            counts.append(count)
             entropies += float(entropy.detach().sum())
-    loss = aggregate(per_token, cfg.algo.loss_agg_mode)
+    loss = aggregate(per_token, counts, cfg.algo.loss_agg_mode, cfg.rollout.max_response_len)
     loss.backward()
     pairs = sum(len(x) for x in per_token)
     grads = {n: p.grad for n, p in model.named_parameters()}

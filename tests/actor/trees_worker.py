@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, pref
 from tests.actor.update_cells import measure_update
 from tests.ranks import leave_layout
 from tests.whole import whole_tensors
-from treepo_mega.actor.batch import plan_batch
+from treepo_mega.actor.batch import lesson_of, plan_batch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.model import PolicyModel
+from treepo_mega.actor.passes import correct_leaves
 from treepo_mega.actor.update import Actor
 from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.runtime import dist
-from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch, StepPlan
 from treepo_mega.tree.segments import Segments
@@ -70,9 +71,9 @@ def config_of(cell: dict[str, Any], hf_dir: Path) -> Config:
 
 def plan(trees: list[Tree], cfg: Config) -> StepPlan:
     """This rank's packs of all of `trees` as one optimizer step."""
-    s = Segments.from_trees(trees, range(len(trees)), cfg.train.prefix_sharing)
-    weights = leaf_weights(cfg.algo.loss_agg_mode, s.flat_lengths())
-    return plan_batch(Batch(s, fold(s, np.concatenate(advantages(trees)), weights)), cfg)
+    segments = Segments.from_trees(trees, range(len(trees)), cfg.train.prefix_sharing)
+    lesson = lesson_of(segments, advantages(trees), trees, cfg)
+    return replace(plan_batch(Batch(segments, lesson.credit()), cfg), lesson=lesson)
 
 
 def oracle(directory: Path, hf_dir: Path, cell: dict[str, Any], cfg: Config, trees: list[Tree]) -> dict[str, Any]:
@@ -95,6 +96,10 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
     for pack, got in zip(step.packs, known or (), strict=False):
         expected = np.array([want["logprobs"][p] for p in prefixes_of_rows(pack)])
         far = max(far, float(np.abs(got - expected).max(initial=0)))
+    # As in training: only the last stage knows old logprobs, and all ranks judge by what it says.
+    if known:
+        fill_in(step.packs, want["logprobs"])
+    _, corrections = correct_leaves([step], cfg.algo)
     fill_in(step.packs, want["logprobs"])
     for chunk in actor.chunks:
         chunk.train()
@@ -108,6 +113,8 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
     counts = dist.sum_over_ranks({"real": float(step.real_tokens), "flat": float(step.flat_tokens)})
     return dist.max_over_ranks({"logprob_diff": far, "gradient_diff": worst, "packs": float(len(step.packs))}) | {
         "loss_diff": abs(stats["loss"] - want["loss"]),
+        "corrections": corrections,
+        "leaves": sum(len(tree.leaves) for tree in trees),
         "entropy_diff": abs(stats["entropy"] - want["entropy"]),
         "token_ratio": counts["real"] / counts["flat"],
         "regimes": sorted(regimes(step.packs, want["logprobs"], cfg.algo)),

@@ -7,6 +7,7 @@ context-parallel) rank.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from megatron.core import parallel_state as ps
@@ -18,7 +19,7 @@ from treepo_mega.plugins import PluginError, is_per_node, plugin_advantages
 from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
-from treepo_mega.tree.credit import Credit, credit_by_depth, fold, fold_nodes, leaf_weights
+from treepo_mega.tree.credit import Lesson, credit_by_depth
 from treepo_mega.tree.descent import descent_shares, leaf_shares
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
@@ -101,21 +102,20 @@ def _pairs(tree: Tree, shares: list[float] | None, per_node: bool) -> list[float
     return [len(node.tokens) * sum(counts[index] for index in below.get(node.id, ())) for node in tree.nodes]
 
 
-def credit_of(segments: Segments, values: list[Floats], trees: list[Tree], cfg: Config) -> Credit:
-    """Masses per segment; `values` are `advantages` of `trees`, which `segments` are of, in this order."""
+def lesson_of(segments: Segments, values: list[Floats], trees: list[Tree], cfg: Config) -> Lesson:
+    """What a step teaches; `values` are `advantages` of `trees`, which `segments` are of, in this order."""
     algo = cfg.algo
-    per_node = any(is_per_node(of_tree, tree) for of_tree, tree in zip(values, trees, strict=True))
-    fold_them = fold_nodes if per_node else fold
     # Shares of a tree add up to 1: every tree counts alike, whether it has all its leaves or lost some.
     uniform = algo.leaf_weight == "uniform"
     counts = None if uniform else np.concatenate([descent_shares(tree) for tree in trees])
-    weights = leaf_weights(
-        algo.loss_agg_mode,
-        segments.flat_lengths(),
+    return Lesson(
+        segments,
+        np.concatenate(values),
+        per_node=any(is_per_node(of_tree, tree) for of_tree, tree in zip(values, trees, strict=True)),
+        loss_agg_mode=algo.loss_agg_mode,
         counts=counts,
         max_response_len=cfg.rollout.max_response_len,
     )
-    return fold_them(segments, np.concatenate(values), weights)
 
 
 def pair_cost(spec: ModelSpec) -> float:
@@ -163,8 +163,9 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
         if not chosen:
             continue
         segments = Segments.from_trees([trees[i] for i in chosen], chosen, cfg.train.prefix_sharing)
-        credit = credit_of(segments, [values[i] for i in chosen], [trees[i] for i in chosen], cfg)
-        plans.append(plan_batch(Batch(segments, credit), cfg, cost))
+        lesson = lesson_of(segments, [values[i] for i in chosen], [trees[i] for i in chosen], cfg)
+        credit = lesson.credit()
+        plans.append(replace(plan_batch(Batch(segments, credit), cfg, cost), lesson=lesson))
         depth.append(credit_by_depth(segments, credit))
     if not plans:
         return [], {}

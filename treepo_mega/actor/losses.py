@@ -74,7 +74,9 @@ class PolicyLoss:
         which = on_device(trajectory_of_row)
         length = on_device(sizes, logp.dtype)
         change = logp.new_zeros(len(sizes)).index_add(0, which, logp - terms["old_logprobs"]) / length
-        mean = terms["old_logprobs"] + change[which]
+        # The value of the mean, the gradient of the token's own logprob: importance weights then multiply token by
+        # token. Weighed alike, the two gradients of a trajectory are the same.
+        mean = logp + (terms["old_logprobs"] + change[which] - logp).detach()
         # The mean ratio must not enter the KL term: it is added here, per token.
         total, stats = policy_loss(mean, entropy, **terms, algo=algo, with_kl=False)
         if algo.kl_loss_coef > 0:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treepo_mega.actor.losses import PackLoss
+from treepo_mega.actor.losses import LossError, PackLoss
 from treepo_mega.actor.update import Actor, Policy
+from treepo_mega.config import AlgoConfig
 from treepo_mega.runtime import dist
+from treepo_mega.tree.correction import Verdict, gather_evidence, judge
 from treepo_mega.tree.pack import StepPlan
 
 
@@ -43,6 +45,45 @@ def engine_mismatch(plans: Sequence[StepPlan]) -> dict[str, float]:
         "rollout/logprob_abs_diff_mean": sums["diff"] / max(1.0, sums["rows"]),
         "rollout/logprob_abs_diff_max": peak["max"],
     }
+
+
+def correct_leaves(plans: Sequence[StepPlan], algo: AlgoConfig) -> tuple[list[StepPlan], dict[str, float]]:
+    """Weigh and reject trajectories by the distance of engine and trainer, once old logprobs are filled in.
+
+    Returns the plans that have a trajectory left, their packs' masses renewed; and metrics. Collective over all ranks.
+    """
+    if not (algo.weighs_leaves or algo.rejects_leaves):
+        return list(plans), {}
+    left: list[StepPlan] = []
+    verdicts: list[Verdict] = []
+    for plan in plans:
+        if plan.lesson is None:
+            raise LossError(
+                "the plan has no lesson: trajectories can be weighed only where it is known what they teach"
+            )
+        segments = plan.lesson.segments
+        mine = gather_evidence(plan.packs, len(segments), algo)
+        # All ranks judge by the same sums, and so leave out the same plans: an optimizer step is collective.
+        verdict = judge(segments, dist.sum_array_over_replicas(mine), algo)
+        credit = plan.lesson.credit(verdict.factors, verdict.kept)
+        for pack in plan.packs:
+            pack.relearn(credit)
+        verdicts.append(verdict)
+        if (credit.count * segments.length)[segments.trained].any():
+            left.append(plan)
+    metrics: dict[str, float] = {}
+    if algo.weighs_leaves:
+        factors = np.concatenate([verdict.factors for verdict in verdicts if verdict.factors is not None])
+        ratios = np.concatenate([verdict.ratios for verdict in verdicts if verdict.ratios is not None])
+        metrics |= {
+            "rollout/is_weight_mean": float(factors.mean()),
+            "rollout/is_ratio_min": float(ratios.min()),
+            "rollout/is_ratio_max": float(ratios.max()),
+        }
+    if algo.rejects_leaves:
+        rejected = sum(int((~verdict.kept).sum()) for verdict in verdicts if verdict.kept is not None)
+        metrics["rollout/leaves_rejected"] = float(rejected)
+    return left, metrics
 
 
 def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epochs: int = 1) -> dict[str, float]:

@@ -30,7 +30,9 @@ def _canary_limit(cfg: Config, fp32: float, low: float, quantized: float) -> flo
 
 
 def _precisions_differ(cfg: Config) -> bool:
-    """Whether samples come from another policy than the one whose logprobs are trained on."""
+    """Whether samples come from another policy than the one whose logprobs are trained on, or are to be weighed so."""
+    if cfg.algo.rollout_is is not None:
+        return True
     precisions = {cfg.rollout.engine.dtype, cfg.model.params_dtype, cfg.loss.logprob_precision}
     return precisions != {"fp32"} or cfg.rollout.partial_rollout is not None
 

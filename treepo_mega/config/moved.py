@@ -116,6 +116,10 @@ KNOWN_ELSEWHERE: dict[str, str] = {
     "overlong_buffer_cfg": "set reward.overlong.buffer_len and reward.overlong.penalty",
     "mask_truncated_completions": "set algo.mask_truncated_samples",
     "tis_imp_ratio_cap": "set algo.tis_clip",
+    "rollout_is_threshold": "set algo.tis_clip",
+    "rollout_is_level": "set algo.rollout_is",
+    "rollout_is_mode": "set algo.rollout_is to weigh (truncate), algo.rollout_rs to reject (mask)",
+    "rollout_is_veto_threshold": "set algo.rollout_token_veto_threshold",
 }
 """Last part of a key of verl, slime or TRL to why it is not here and what to set instead."""
 

@@ -15,7 +15,7 @@ from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.text.function_path import is_function_path
 
 if TYPE_CHECKING:
-    from treepo_mega.config import Config, RolloutConfig
+    from treepo_mega.config import AlgoConfig, Config, RolloutConfig
 
 
 def check_batch(cfg: Config) -> list[str]:
@@ -54,6 +54,7 @@ def check_batch(cfg: Config) -> list[str]:
         bad.append(
             f"algo.icepop_range {list(icepop)}: expected [low, high] with 0 <= low < 1 < high, such as [0.5, 5.0]"
         )
+    bad += _check_corrections(cfg.algo)
     fallback = cfg.rollout.fallback.from_
     if cfg.algo.leaf_weight == "descent" and cfg.rollout.mode == "tree" and fallback != "none":
         bad.append(
@@ -70,6 +71,23 @@ def check_batch(cfg: Config) -> list[str]:
         bad.append(
             f"train.max_tokens_per_gpu {train.max_tokens_per_gpu} is smaller than the longest trajectory "
             f"(data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len})"
+        )
+    return bad
+
+
+def _check_corrections(algo: AlgoConfig) -> list[str]:
+    """The corrections for the distance between engine and trainer do not contradict one another."""
+    bad = []
+    if algo.rollout_is is not None and not algo.use_tis:
+        bad.append(
+            f"algo.rollout_is {algo.rollout_is} with algo.use_tis false: nothing would be weighed; drop one of them"
+        )
+    if algo.tis_clip_low > algo.tis_clip:
+        bad.append(f"algo.tis_clip_low {algo.tis_clip_low:g} exceeds algo.tis_clip {algo.tis_clip:g}")
+    if algo.rollout_rs_threshold_lower is not None and algo.rollout_rs is None:
+        bad.append(
+            f"algo.rollout_rs_threshold_lower {algo.rollout_rs_threshold_lower:g} has no effect without "
+            "algo.rollout_rs (sequence or geometric)"
         )
     return bad
 

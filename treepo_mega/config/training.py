@@ -65,12 +65,39 @@ class AlgoConfig(Section):
     """sequence: GSPO's ratio, the geometric mean over a trajectory's tokens; needs train.prefix_sharing none, and goes
     with loss_agg_mode seq-mean-token-mean."""
     use_tis: bool | None = None
-    """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, and with
-    rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over)."""
+    """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, with
+    rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over), and with
+    rollout_is."""
     tis_clip: float = Field(2.0, gt=0)
+    """Largest importance weight, at every level."""
+    tis_clip_low: float = Field(0.0, ge=0, le=1)
+    """Smallest importance weight, at every level."""
+    rollout_is: Literal["token", "sequence", "geometric"] | None = None
+    """What an importance weight is of. token: a token's probability ratio trainer / engine. sequence: the product of a
+    trajectory's ratios. geometric: their geometric mean. None: token. All are exact on shared tokens: a trajectory's
+    weight is a factor of its share of their masses. KL and entropy are not weighed."""
+    rollout_rs: Literal["sequence", "geometric"] | None = None
+    """Rejection: trajectories whose product (or geometric mean) of ratios trainer / engine is out of range leave loss
+    and averages; their rewards stay in the baselines. Exact on shared tokens. For single tokens: icepop_range."""
+    rollout_rs_threshold: float = Field(2.0, gt=1)
+    """rollout_rs: largest ratio that is kept."""
+    rollout_rs_threshold_lower: float | None = Field(None, gt=0, lt=1)
+    """rollout_rs: smallest ratio that is kept. None: 1 / rollout_rs_threshold."""
+    rollout_token_veto_threshold: float | None = Field(None, gt=0, lt=1)
+    """A trajectory with a token whose ratio trainer / engine is below this is rejected. None: no veto."""
     icepop_range: tuple[float, float] | None = None
     """[low, high]: tokens whose probability ratio trainer / engine is outside count nothing in the policy loss
     (IcePop). None: all count. Exact on shared tokens."""
+
+    @property
+    def weighs_leaves(self) -> bool:
+        """Whether importance weights are of trajectories."""
+        return bool(self.use_tis) and self.rollout_is in ("sequence", "geometric")
+
+    @property
+    def rejects_leaves(self) -> bool:
+        """Whether trajectories may be rejected for the distance of engine and trainer."""
+        return self.rollout_rs is not None or self.rollout_token_veto_threshold is not None
 
 
 class GuardConfig(Section):

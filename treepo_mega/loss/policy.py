@@ -190,10 +190,12 @@ def engine_weight(old_logprobs: Tensor, rollout_logprobs: Tensor, algo: AlgoConf
     """Weight of each row [N] for the engine having sampled from another policy than the trainer's.
 
     Truncated importance sampling bounds the ratio of a token; IcePop drops the token outside `algo.icepop_range`
-    (Ant's Ling team, 2025). Both look at one row, so both are exact on shared tokens. Without them it is 1.
+    (Ant's Ling team, 2025). Both look at one row, so both are exact on shared tokens. Without them it is 1. Weights of
+    whole trajectories stand in the masses (`tree/correction.py`).
     """
     ratio = (old_logprobs - rollout_logprobs).exp()
-    weight = ratio.clamp(max=algo.tis_clip) if algo.use_tis else torch.ones_like(ratio)
+    by_token = algo.use_tis and not algo.weighs_leaves
+    weight = ratio.clamp(algo.tis_clip_low, algo.tis_clip) if by_token else torch.ones_like(ratio)
     if algo.icepop_range is not None:
         low, high = algo.icepop_range
         weight = torch.where((ratio >= low) & (ratio <= high), weight, torch.zeros_like(weight))

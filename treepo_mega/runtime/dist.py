@@ -282,6 +282,15 @@ def sum_over_replicas(values: dict[str, float], *, counts: bool = True) -> dict[
     return sum_over_ranks({name: float(value) if included else 0.0 for name, value in values.items()})
 
 
+def sum_array_over_replicas(values: np.ndarray, *, counts: bool = True) -> np.ndarray:
+    """As `sum_over_replicas`, of an fp64 array of the same shape on all ranks. Collective over all ranks."""
+    included = counts and ps.get_tensor_model_parallel_rank() == 0
+    sums = torch.from_numpy(values.astype(np.float64) if included else np.zeros(values.shape))
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    return sums.numpy()
+
+
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Element-wise maximum of equally keyed dicts over all ranks. Collective over all ranks."""
     keys = sorted(values)

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
-from treepo_mega.tree.segments import Floats, Ints, Segments, path_sums
+from treepo_mega.tree.segments import Bools, Floats, Ints, Segments, path_sums
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 QUARTERS = 4
@@ -77,31 +78,74 @@ def leaf_weights(
     return per_trajectory / np.maximum(lengths, 1.0)
 
 
-def fold(s: Segments, advantages: Floats, weights: Floats) -> Credit:
-    """Advantages [L] and weights [L], both in the caller's order of leaves, summed over the leaves below."""
+def fold(s: Segments, advantages: Floats, weights: Floats, factors: Floats | None = None) -> Credit:
+    """Advantages [L] and weights [L], both in the caller's order of leaves, summed over the leaves below.
+
+    `factors` [L] weigh a trajectory in the masses alone, not in `n`: importance weights, which KL and entropy have none
+    of. None: 1.
+    """
     a, w = advantages[s.leaf_number], weights[s.leaf_number]
+    m = w if factors is None else w * factors[s.leaf_number]
     return Credit(
-        _sum_below(s, w * np.maximum(a, 0)),
-        _sum_below(s, w * np.minimum(a, 0)),
+        _sum_below(s, m * np.maximum(a, 0)),
+        _sum_below(s, m * np.minimum(a, 0)),
         _sum_below(s, w),
         s.leaf_hi - s.leaf_lo,
     )
 
 
-def fold_nodes(s: Segments, advantages: Floats, weights: Floats) -> Credit:
-    """Advantages per node (numbered over all trees in the caller's order) and weights [L] of trajectories."""
+def fold_nodes(s: Segments, advantages: Floats, weights: Floats, factors: Floats | None = None) -> Credit:
+    """Advantages per node (numbered over all trees in the caller's order) and weights [L] of trajectories.
+
+    `factors` as in `fold`.
+    """
     a, n = advantages[s.node], _sum_below(s, weights[s.leaf_number])
-    return Credit(n * np.maximum(a, 0), n * np.minimum(a, 0), n, s.leaf_hi - s.leaf_lo)
+    m = n if factors is None else _sum_below(s, (weights * factors)[s.leaf_number])
+    return Credit(m * np.maximum(a, 0), m * np.minimum(a, 0), n, s.leaf_hi - s.leaf_lo)
 
 
-def _sum_below(s: Segments, value: Floats) -> Floats:
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What an optimizer step teaches: it can be folded anew when the weights of its leaves change."""
+
+    segments: Segments
+    advantages: Floats
+    """[L], or per node, both in the caller's order."""
+    per_node: bool
+    loss_agg_mode: str
+    counts: Floats | None = None
+    """[L] as in `leaf_weights`."""
+    max_response_len: int | None = None
+
+    def credit(self, factors: Floats | None = None, kept: Bools | None = None) -> Credit:
+        """Masses, weights and counts, with `factors` [L] on the masses and without the leaves that are not `kept` [L].
+
+        A leaf that is not kept is as if it had never been sampled, except that its reward stays in the baselines: it
+        leaves the masses, `n`, `count`, P and N.
+        """
+        lengths = self.segments.flat_lengths()
+        counts = self.counts
+        if kept is not None:
+            # A trajectory without tokens counts in neither P nor N.
+            lengths = lengths * kept
+            counts = counts if counts is None else counts * kept
+        weights = leaf_weights(self.loss_agg_mode, lengths, counts=counts, max_response_len=self.max_response_len)
+        if kept is not None:
+            weights = weights * kept
+        folded = (fold_nodes if self.per_node else fold)(self.segments, self.advantages, weights, factors)
+        if kept is not None:
+            folded.count = _sum_below(self.segments, kept[self.segments.leaf_number].astype(np.int64))
+        return folded
+
+
+def _sum_below(s: Segments, value: npt.NDArray) -> npt.NDArray:
     """[S] sum of `value` [L, depth-first] over the leaves at or below each segment."""
     if not len(s):
-        return np.zeros(0)
+        return np.zeros(0, value.dtype)
     # Sums of value[lo:hi]; every second one is of what lies between two intervals.
     borders = np.stack([s.leaf_lo, s.leaf_hi], 1).reshape(-1)
     # The 0 at the end: `reduceat` refuses a border one past the last value.
-    return np.add.reduceat(np.append(value, 0.0), borders)[::2]
+    return np.add.reduceat(np.append(value, np.zeros(1, value.dtype)), borders)[::2]
 
 
 def credit_by_depth(s: Segments, c: Credit) -> list[float]:

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treepo_mega.runtime.balance import balance, deal, fill
-from treepo_mega.tree.credit import Credit, fold, leaf_weights
+from treepo_mega.tree.credit import Credit, Lesson, fold, leaf_weights
 from treepo_mega.tree.segments import Bools, Floats, Ints, Segments, Trajectory
 from treepo_mega.tree.split import pieces as cut_pieces
 
@@ -82,6 +82,8 @@ class Pack:
     """[N] the engine's logprob of the token, nats."""
     trajectory: Ints
     """[N] number of the (first) trajectory through the token."""
+    segment: Ints
+    """[N] segment of the step that the token belongs to: new masses are looked up by it (`relearn`)."""
     local: Ints | None = None
     """[T/cp] pack indices of this context-parallel rank, ascending; None: all of them."""
     order: Ints | None = None
@@ -103,6 +105,13 @@ class Pack:
         end = self.blocks[-1][1] if self.blocks else 0
         return int((self.position[:end] + 1).sum())
 
+    def relearn(self, credit: Credit) -> None:
+        """Give the rows the masses, weights and counts of `credit`, which is of the step's segments."""
+        self.A_pos = credit.A_pos[self.segment]
+        self.A_neg = credit.A_neg[self.segment]
+        self.n = credit.n[self.segment]
+        self.count = credit.count[self.segment].astype(np.float64)
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -115,6 +124,8 @@ class StepPlan:
     """Tokens computed, padding included."""
     flat_tokens: int = 0
     """Tokens (prompts included) of the trajectories whose leaves are here, one by one."""
+    lesson: Lesson | None = None
+    """What the packs of all ranks were folded from; None where nothing changes it."""
 
 
 @dataclass(slots=True)
@@ -277,6 +288,7 @@ def _pack(batch: Batch, pieces: _Pieces, chosen: Sequence[int], length: int, pad
         count=credit.count[segment_of_row].astype(np.float64),
         rollout_logprobs=batch.segments.logprobs[source_of_token[token_of_row]],
         trajectory=batch.segments.leaf_number[batch.segments.leaf_lo[segment_of_row]],
+        segment=segment_of_row,
     )
 
 
@@ -342,7 +354,7 @@ def own_part(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
     local_of_token = np.full(length, -1, np.int64)
     local_of_token[local] = np.arange(len(local))
     kept = local_of_token[pack.predictor] >= 0
-    rows = ("target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory")
+    rows = ("target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory", "segment")
     return Pack(
         tokens=pack.tokens,
         position=pack.position,

@@ -179,6 +179,12 @@ class Segments:
         trained_of_leaf[self.leaf_number] = end_of_leaf - prompt_of_leaf
         return trained_of_leaf
 
+    def leaf_sums(self, value: npt.NDArray) -> npt.NDArray:
+        """[L] sum of `value` [S] over each trajectory's segments, in the caller's order of leaves."""
+        of_leaf = np.empty(len(self.leaf_number), value.dtype)
+        of_leaf[self.leaf_number] = path_sums(self.parent, value)[self.leaf_segment]
+        return of_leaf
+
 
 @dataclass(slots=True)
 class _Copies:
@@ -248,11 +254,11 @@ def levels(parent: Ints) -> list[Ints]:
     return np.split(by_depth, np.cumsum(np.bincount(depth, minlength=1))[:-1])
 
 
-def path_sums(parent: Ints, value: Ints) -> Ints:
-    """[S] sum of `value` from the root to each segment, itself included."""
+def path_sums(parent: Ints, value: npt.NDArray) -> npt.NDArray:
+    """[S] sum of `value` from the root to each segment, itself included; of `value`'s dtype."""
     # Pointer jumping, as in `levels`; entry S is an ancestor of the roots, of value 0, where everything ends.
     above_roots = len(parent)
-    total = np.append(value.astype(np.int64), 0)
+    total = np.append(value, np.zeros(1, value.dtype))
     ancestor = np.append(np.where(parent >= 0, parent, above_roots), above_roots)
     while (ancestor < above_roots).any():
         total = total + total[ancestor]
