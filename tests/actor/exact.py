@@ -24,6 +24,7 @@ from treepo_mega.actor.update import Policy
 from treepo_mega.config import Config
 from treepo_mega.loss.stats import Stats
 from treepo_mega.tree.credit import fold, leaf_weights
+from treepo_mega.tree.merge import merge_equal
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch
 from treepo_mega.tree.segments import Segments
@@ -78,6 +79,20 @@ def even(levels: int) -> Tree:
     return tree
 
 
+def alike(leaves: int) -> Tree:
+    """Paths of two segments over two symbols: many begin alike, some are copies."""
+    rng, tree = random.Random(leaves), Tree.start("p", [3, 1])
+    for _ in range(leaves):
+        at = 0
+        for size in (rng.randrange(1, 4), rng.randrange(4)):
+            node = tree.add_child(at)
+            node.tokens, at = [rng.randrange(2) for _ in range(size)], node.id
+            node.logprobs = [0.0] * size
+        tree.leaves.append(at)
+    tree.rewards = [0.0] * leaves
+    return tree
+
+
 SHAPES: dict[str, list[Tree]] = {
     "a single path": [chain(1, 9)],
     "one leaf, 28 segments": [chain(28, 3)],
@@ -85,6 +100,7 @@ SHAPES: dict[str, list[Tree]] = {
     "64 leaves, 6 levels": [even(6)],
     "depth 28, a leaf at each": [comb(28)],
     "a long prompt": [forest(2, 7)[0], star(3), comb(5)],
+    "siblings alike": [alike(24), alike(9)],
 }
 EXAMPLES = 20
 
@@ -116,10 +132,11 @@ def double(policy: Policy) -> None:
 
 def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int) -> dict[str, Any]:
     """Loss, gradients and logprobs of one pass in the given layout, in fp64."""
-    s = Segments.from_trees(trees, range(len(trees)), sharing)
+    s = Segments.from_trees(trees, range(len(trees)), "tree" if sharing == "content" else sharing)
     g = np.random.default_rng(len(s.leaf_number))
     advantages = g.normal(size=len(s.leaf_number))
-    batch = Batch(s, fold(s, advantages, leaf_weights(cfg.algo.loss_agg_mode, s.flat_lengths())))
+    credit = fold(s, advantages, leaf_weights(cfg.algo.loss_agg_mode, s.flat_lengths()))
+    batch = Batch(*(merge_equal(s, credit) if sharing == "content" else (s, credit)))
     cfg = cfg.model_copy(deep=True)
     cfg.train.max_tokens_per_gpu = most
     packs = plan_batch(batch, cfg).packs
@@ -147,14 +164,14 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
 
 
 def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> dict[str, float]:
-    """Worst differences from flat of trees whole, and cut to `room` tokens above their longest trajectory; and the
-    packs of either."""
+    """Worst differences from flat of trees whole, cut to `room` tokens above their longest trajectory, and cut after
+    equal tokens were merged; and the tokens of each."""
     longest = max(len(t.prefix(leaf)) for t in trees for leaf in t.leaves)
     flat = step(policy, cfg, trees, "none", 4 * longest)
     out = {"loss": 0.0, "grads": 0.0, "logprobs": 0.0, "entropy": 0.0}
     packs = []
-    for most in (4096, longest + room):
-        got = step(policy, cfg, trees, "tree", most)
+    for most, sharing in ((4096, "tree"), (longest + room, "tree"), (longest + room, "content")):
+        got = step(policy, cfg, trees, sharing, most)
         apart = {
             "loss": abs(got["loss"] - flat["loss"]),
             "entropy": abs(got["entropy"] - flat["entropy"]),
@@ -165,7 +182,7 @@ def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> di
             raise AssertionError("packed and flat ask for different tokens")
         out = {k: max(v, apart[k]) for k, v in out.items()}
         packs.append(got["tokens"])
-    return out | {"whole": packs[0], "cut": packs[1]}
+    return out | {"whole": packs[0], "cut": packs[1], "merged": packs[2]}
 
 
 def check(apart: dict[str, float]) -> None:

@@ -161,3 +161,11 @@ def test_pair_cost_knows_the_default_head_size_of_qwen3():
     qwen3 = ModelSpec.from_config(shape | {"architectures": ["Qwen3ForCausalLM"]})
     assert pair_cost(qwen3) == 1024 / (2 * 64 * 512 + 2 * 64 * 256 + 3 * 64 * 192)
     assert pair_cost(ModelSpec.from_config(shape)) == 128 / (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)
+
+
+def test_merging_equal_tokens_is_refused_where_an_engine_logprob_cannot_speak_for_all_copies():
+    with pytest.raises(ConfigError, match=r"prefix_sharing content with rollout\.partial_rollout"):
+        check(config("train.prefix_sharing=content", "rollout.partial_rollout=64", "train.max_tokens_per_gpu=8192"), 1)
+    sequence = ("algo.use_tis=true", "algo.rollout_is=sequence")
+    with pytest.raises(ConfigError, match=r"prefix_sharing content with algo\.rollout_is sequence"):
+        check(config("train.prefix_sharing=content", *sequence, "train.max_tokens_per_gpu=8192"), 1)

@@ -199,6 +199,8 @@ def check_exact(got: dict[str, Any]) -> None:
     assert sorted(got["shapes"]) == sorted(exact.SHAPES)
     for apart in got["shapes"].values():
         exact.check(apart)
+    alike = got["shapes"]["siblings alike"]
+    assert alike["merged"] < 0.7 * alike["whole"], "equal tokens were merged"
     assert got["drawn"]["examples"] >= exact.EXAMPLES
     for kind in ("cut", "empty_segment", "single_path", "several_trees"):
         assert got["drawn"][kind] > 0, kind

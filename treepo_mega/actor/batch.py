@@ -21,10 +21,11 @@ from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Lesson, credit_by_depth
 from treepo_mega.tree.descent import descent_shares, leaf_shares
+from treepo_mega.tree.merge import merge_equal
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
 from treepo_mega.tree.pack import Batch, StepPlan, plan_step, split_steps
-from treepo_mega.tree.segments import Floats, Segments
+from treepo_mega.tree.segments import Floats, Segments, Sharing
 
 
 def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
@@ -145,6 +146,12 @@ def plan_batch(batch: Batch, cfg: Config, cost: float = 0.0) -> StepPlan:
     )
 
 
+def sampled_sharing(cfg: Config) -> Sharing:
+    """How segments are laid out before equal tokens are merged; credit is given on these."""
+    sharing = cfg.train.prefix_sharing
+    return "tree" if sharing == "content" else sharing
+
+
 def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[StepPlan], dict[str, float]]:
     """The optimizer steps of this rollout of the model `spec` for this rank, those without trajectories left out; and
     metrics of credit and of tokens. Writes `advantages` into the trees. Collective over all ranks."""
@@ -162,11 +169,15 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
         # Every rank holds the same forest and so leaves out the same steps: an optimizer step is collective.
         if not chosen:
             continue
-        segments = Segments.from_trees([trees[i] for i in chosen], chosen, cfg.train.prefix_sharing)
+        segments = Segments.from_trees([trees[i] for i in chosen], chosen, sampled_sharing(cfg))
         lesson = lesson_of(segments, [values[i] for i in chosen], [trees[i] for i in chosen], cfg)
         credit = lesson.credit()
-        plans.append(replace(plan_batch(Batch(segments, credit), cfg, cost), lesson=lesson))
         depth.append(credit_by_depth(segments, credit))
+        if cfg.train.prefix_sharing == "content":
+            # No lesson goes with it: what rows teach is looked up by the segments from before the merge.
+            plans.append(plan_batch(Batch(*merge_equal(segments, credit)), cfg, cost))
+        else:
+            plans.append(replace(plan_batch(Batch(segments, credit), cfg, cost), lesson=lesson))
     if not plans:
         return [], {}
     return plans, {f"tree/credit_q{q + 1}": float(x) for q, x in enumerate(np.mean(depth, axis=0))} | _tokens(plans)

@@ -55,6 +55,8 @@ def check_batch(cfg: Config) -> list[str]:
             f"algo.icepop_range {list(icepop)}: expected [low, high] with 0 <= low < 1 < high, such as [0.5, 5.0]"
         )
     bad += _check_corrections(cfg.algo)
+    if train.prefix_sharing == "content":
+        bad += _check_merging(cfg)
     fallback = cfg.rollout.fallback.from_
     if cfg.algo.leaf_weight == "descent" and cfg.rollout.mode == "tree" and fallback != "none":
         bad.append(
@@ -71,6 +73,23 @@ def check_batch(cfg: Config) -> list[str]:
         bad.append(
             f"train.max_tokens_per_gpu {train.max_tokens_per_gpu} is smaller than the longest trajectory "
             f"(data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len})"
+        )
+    return bad
+
+
+def _check_merging(cfg: Config) -> list[str]:
+    """A merged token has one engine logprob, and belongs to no one segment of the sampler's."""
+    bad = []
+    if cfg.rollout.partial_rollout is not None:
+        bad.append(
+            "train.prefix_sharing content with rollout.partial_rollout: equal tokens that weights of different steps "
+            "sampled have different engine logprobs, and a merged token has one; set train.prefix_sharing=tree"
+        )
+    if cfg.algo.weighs_leaves or cfg.algo.rejects_leaves:
+        bad.append(
+            "train.prefix_sharing content with algo.rollout_is sequence or geometric, algo.rollout_rs or "
+            "algo.rollout_token_veto_threshold: trajectories are weighed by the sampler's segments, which merging "
+            "joins; set train.prefix_sharing=tree"
         )
     return bad
 

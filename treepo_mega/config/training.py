@@ -147,8 +147,9 @@ class TrainConfig(Section):
     """Trajectories per optimizer step; None: derived from the batch invariant."""
     max_tokens_per_gpu: int = Field(4096, ge=1)
     """Tokens in one micro-batch of one data-parallel rank; a larger tree is cut, its pieces repeat their ancestors."""
-    prefix_sharing: Literal["tree", "prompt", "none"] = "tree"
-    """What a micro-batch computes once. tree: every shared token. prompt: only the prompt. none: nothing (flat)."""
+    prefix_sharing: Literal["tree", "content", "prompt", "none"] = "tree"
+    """What a micro-batch computes once. tree: every token that the sampler shared. content: also what siblings sampled
+    alike, in both modes of rollout. prompt: only the prompt. none: nothing (flat). Gradients are the same."""
     lr: float = Field(1e-6, gt=0)
     min_lr: float = Field(0.0, ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"

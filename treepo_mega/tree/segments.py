@@ -311,35 +311,68 @@ def _build(
     logprobs[is_scored] = np.fromiter(scores, np.float64, int(is_scored.sum()))
     source_of_node = np.cumsum(length_of_node) - length_of_node
     copies = _copies(parent_of_node, leaves, sharing)
-    copy, parent, segment_of_copy, below = _depth_first(copies.parent_of_copy, copies.copy_of_leaf)
-    node = copies.node_of_copy[copy]
-    length = length_of_node[node]
-    is_root = parent < 0
-    if (empty := length[is_root] == 0).any():
-        raise ValueError(
-            f"the prompt of tree {int(np.flatnonzero(empty)[0])} is empty: nothing predicts its first token"
-        )
-    segment_of_leaf = segment_of_copy[copies.copy_of_leaf]
-    leaves_before = np.concatenate([[0], np.cumsum(np.bincount(segment_of_leaf, minlength=len(parent)))])
-    leaves_before = leaves_before.astype(np.int64)
-    leaf_number = np.argsort(segment_of_leaf, kind="stable")
-    return Segments(
-        group=np.cumsum(is_root) - 1,
-        parent=parent,
-        below=below,
+    node = copies.node_of_copy
+    built, _ = arrange(
+        parent=copies.parent_of_copy,
+        leaves=copies.copy_of_leaf,
+        length=length_of_node[node],
         source=source_of_node[node],
-        length=length,
-        position=path_sums(parent, length) - length,
         node=node,
         trained=trained_of_node[node],
-        leaf_lo=leaves_before[:-1],
-        leaf_hi=leaves_before[np.arange(len(parent)) + below],
-        leaf_segment=segment_of_leaf[leaf_number],
-        leaf_number=leaf_number,
-        prompt=prompt_of_node[node[is_root]],
+        prompt=prompt_of_node[node],
         tokens=tokens,
         logprobs=logprobs,
     )
+    return built
+
+
+def arrange(
+    *,
+    parent: Ints,
+    leaves: Ints,
+    length: Ints,
+    source: Ints,
+    node: Ints,
+    trained: Bools,
+    prompt: Ints,
+    tokens: Ints,
+    logprobs: Floats,
+) -> tuple[Segments, Ints]:
+    """Pieces in any order with parents first, as segments in their order; and [S] the piece that each one is.
+
+    `leaves` [L]: the piece at which each leaf ends, in the caller's order. `tokens` and `logprobs` are what `source`
+    points into, the rest is [C], one a piece. Pieces without a leaf below them are left out. Raises ValueError for an
+    empty prompt.
+    """
+    piece, parent_of_segment, segment_of_piece, below = _depth_first(parent, leaves)
+    length_of_segment = length[piece]
+    is_root = parent_of_segment < 0
+    if (empty := length_of_segment[is_root] == 0).any():
+        raise ValueError(
+            f"the prompt of tree {int(np.flatnonzero(empty)[0])} is empty: nothing predicts its first token"
+        )
+    segment_of_leaf = segment_of_piece[leaves]
+    leaves_before = np.concatenate([[0], np.cumsum(np.bincount(segment_of_leaf, minlength=len(piece)))])
+    leaves_before = leaves_before.astype(np.int64)
+    leaf_number = np.argsort(segment_of_leaf, kind="stable")
+    built = Segments(
+        group=np.cumsum(is_root) - 1,
+        parent=parent_of_segment,
+        below=below,
+        source=source[piece],
+        length=length_of_segment,
+        position=path_sums(parent_of_segment, length_of_segment) - length_of_segment,
+        node=node[piece],
+        trained=trained[piece],
+        leaf_lo=leaves_before[:-1],
+        leaf_hi=leaves_before[np.arange(len(piece)) + below],
+        leaf_segment=segment_of_leaf[leaf_number],
+        leaf_number=leaf_number,
+        prompt=prompt[piece[is_root]],
+        tokens=tokens,
+        logprobs=logprobs,
+    )
+    return built, piece
 
 
 def _depth_first(parent_of_copy: Ints, copy_of_leaf: Ints) -> tuple[Ints, Ints, Ints, Ints]:
