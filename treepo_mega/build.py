@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
+from treepo_mega.data.rewards.weighted import check_truths
 from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
 from treepo_mega.modelspec.mcore_layout import ModelSpec
@@ -32,6 +34,8 @@ class Inputs:
     cursor: PromptCursor
     eval_prompts: list[Prompt]
     references: list[Any]
+    examples: list[Prompt]
+    """A prompt for each verifier of theirs."""
 
 
 def load_inputs(cfg: Config, spec: ModelSpec, progress: Progress) -> Inputs:
@@ -59,7 +63,11 @@ def load_inputs(cfg: Config, spec: ModelSpec, progress: Progress) -> Inputs:
     progress.say(f"{len(prompts)} prompts to train on, {len(eval_prompts)} to evaluate{losses}")
     if eval_prompts:
         progress.say(describe_references(len(references), len(eval_prompts), cfg.data.reference_key))
-    return Inputs(tokenizer, cursor, eval_prompts, references)
+    check_truths(cfg.reward.functions, itertools.chain(prompts, eval_prompts))
+    examples: dict[str, Prompt] = {}
+    for prompt in itertools.chain(prompts, eval_prompts):
+        examples.setdefault(prompt.verifier, prompt)
+    return Inputs(tokenizer, cursor, eval_prompts, references, list(examples.values()))
 
 
 def build_actor(cfg: Config) -> Actor:

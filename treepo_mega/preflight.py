@@ -25,6 +25,7 @@ from treepo_mega.config import Config, PromptSource, check
 from treepo_mega.config.rules import check_directories
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import check_verifier
+from treepo_mega.data.rewards.weighted import check_functions
 from treepo_mega.data.trial import try_sources
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.rotary import check_rotary
@@ -73,6 +74,7 @@ def preflight(
         notes += describe_space(cfg, spec)
     problems += check_directories(cfg) + check_plugins(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
+    problems += check_functions(cfg.reward.functions)
     for source in [*cfg.data.train, *cfg.data.eval]:
         if source.reasoning_gym is not None:
             attempt(lambda source=source: check_gym(source, make_one=not starting))  # type: ignore[misc]  # no default

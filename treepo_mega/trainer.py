@@ -30,6 +30,7 @@ from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.checkpoint.export import export_hf
 from treepo_mega.config import Config
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.data.rewards.trial import try_rewards
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import Progress
@@ -64,6 +65,7 @@ class Trainer:
         self.progress.say(*notes)
         self.pool = RewardPool(cfg.reward)
         self.inputs = build.load_inputs(cfg, spec, self.progress)
+        self.progress.say(*try_rewards(self.pool, cfg.reward, self.inputs.examples))
         self.actor = build.build_actor(cfg)
         self.reference = build.build_reference(cfg, self.actor)
         self.engine, handover = build.build_engine(cfg, self.actor)

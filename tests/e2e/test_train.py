@@ -1,16 +1,20 @@
 """The command people type, on two ranks: train, log, evaluate, save, export; then resume; everything real.
 
 Two starts of the engine in all: the first run (3 steps) under torchrun, and the resumed one (a 4th) in forked ranks.
+The 4th step is taken with a plug-in of every kind.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from examples.plugins.filter import neither_easy_nor_hopeless
 from tests.actor.oracle import perplexity
 from tests.ranks import CLI, REPO, launch_ranks, run_ranks
 from treepo_mega.actor.perplexity import reference_texts
@@ -20,6 +24,7 @@ from treepo_mega.data.prompts import load_prompts
 from treepo_mega.data.rewards.verifiers import boxed
 from treepo_mega.monitor.metrics import read_metrics
 from treepo_mega.monitor.registry import check_known
+from treepo_mega.tree.node import Tree
 
 RECIPE = [
     "parallel.tensor_model_parallel_size=2",
@@ -38,14 +43,45 @@ RECIPE = [
 ]
 
 
+SINK = """
+import csv
+from pathlib import Path
+
+
+def tell(step, metrics):
+    with Path(__file__).with_name("told.csv").open("a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+"""
+
+PLUGINS = [
+    "algo.advantage_estimator=examples/plugins/advantage.py:against_siblings",
+    "rollout.filter_metric=examples/plugins/filter.py:neither_easy_nor_hopeless",
+    "rollout.branching.budget.kind=examples/plugins/budget.py:most_surprised",
+    "reward.functions=[{verifier: boxed}, {verifier: 'examples/plugins/reward.py:form', weight: 0.25}]",
+]
+
+
+def sink_of(run: Path) -> Path:
+    """The file of the run's own sink, which writes told.csv beside it."""
+    return run.parent / "sink.py"
+
+
 def arguments(run: Path, *overrides: str) -> tuple[str, ...]:
     """Of the command, for a run in the directory `run`."""
-    return ("train", "examples/tiny_cpu.yaml", *RECIPE, f"logging.run_dir={run}", *overrides)
+    return (
+        "train",
+        "examples/tiny_cpu.yaml",
+        *RECIPE,
+        f"logging.run_dir={run}",
+        f"logging.sinks=[{sink_of(run)}:tell]",
+        *overrides,
+    )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("train") / "run"
+    sink_of(directory).write_text(SINK)
     launch_ranks(2, "-m", "treepo_mega.cli", *arguments(directory, "train.num_rollouts=3"), timeout=280)
     return directory
 
@@ -136,13 +172,42 @@ def test_transformers_loads_the_export_and_finds_the_same_accuracy(run, rows):
     assert rows[0]["eval/perplexity"] != rows[3]["eval/perplexity"]
 
 
-def test_the_same_command_goes_on_where_it_stopped(run):
-    before = (run / "metrics.jsonl").read_text().splitlines()
-    out = run_ranks(2, CLI, *arguments(run, "train.num_rollouts=4", "checkpoint.save_hf=false"), timeout=280)
-    assert "resumed from" in out and "next step 3" in out
-    assert "step 4: what the model wrote" in out and "advantage" in out, "logging.completions"
-    after = (run / "metrics.jsonl").read_text().splitlines()
-    assert after[:4] == before and json.loads(after[4])["step"] == 4
+@pytest.fixture(scope="module")
+def resumed(run, rows) -> str:
+    """What the same command says when it goes on for a step, with a plug-in of every kind and a changed sink."""
+    # `rows` before: they are the first run's.
+    assert len(rows) == 4
+    sink_of(run).write_text(SINK + "# another\n")
+    return run_ranks(2, CLI, *arguments(run, "train.num_rollouts=4", "checkpoint.save_hf=false", *PLUGINS), timeout=280)
+
+
+def test_the_same_command_goes_on_where_it_stopped(run, rows, resumed):
+    assert "resumed from" in resumed and "next step 3" in resumed
+    assert "step 4: what the model wrote" in resumed and "advantage" in resumed, "logging.completions"
+    after = read_metrics(run / "metrics.jsonl")
+    assert after[:4] == list(rows.values()) and after[4]["step"] == 4
+
+
+def test_plugins_of_every_kind_decide_a_step(run, resumed):
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    for name in set(last) - {"step", "time"}:
+        check_known(name)
+    trees = [Tree.from_dict(json.loads(x)) for x in (run / "trees" / "step_000004.jsonl").read_text().splitlines()]
+    assert trees and len(trees) == last["rollout/prompts_trained"]
+    assert all(neither_easy_nor_hopeless(tree) for tree in trees), "the filter"
+    # A right answer is 1, a form without fault 0.25.
+    for tree in trees:
+        assert set(tree.verdicts) == {0.0, 1.0} and set(np.subtract(tree.rewards, tree.verdicts)) <= {0.0, 0.125, 0.25}
+    assert (
+        0 < last["reward/form"] <= 1 and last["reward/form.ended"] >= last["reward/boxed"] == last["rollout/accuracy"]
+    )
+    told = list(csv.reader(sink_of(run).with_name("told.csv").read_text().splitlines()))
+    assert {int(step) for step, _, _ in told} == {0, 1, 2, 3, 4}, "the sink, before and after"
+    assert ["4", "grad-norm", str(last["grad-norm"])] in told
+    assert f"logging.sinks.0: {sink_of(run)}:tell has changed since this run began" in resumed
+    kept = json.loads((run / "plugins" / "plugins.json").read_text())
+    assert len(kept) == 5 and all((run / "plugins" / entry["copy"]).exists() for entry in kept.values())
+    assert {"algo.advantage_estimator", "reward.functions.1.verifier", "logging.sinks.0"} <= kept.keys()
 
 
 def test_the_report_reads_the_run(run, tmp_path):

@@ -31,6 +31,7 @@ from treepo_mega.config.run import (
     LoggingConfig,
     PromptSource,
     RewardConfig,
+    RewardFunction,
 )
 from treepo_mega.config.section import Section
 from treepo_mega.config.training import AlgoConfig, GuardConfig, LossConfig, TrainConfig
@@ -57,6 +58,7 @@ __all__ = [
     "PromptSource",
     "ReshardConfig",
     "RewardConfig",
+    "RewardFunction",
     "RolloutConfig",
     "Section",
     "SegmentConfig",

@@ -91,6 +91,26 @@ class OverlongConfig(Section):
     """What a response of rollout.max_response_len tokens loses."""
 
 
+class RewardFunction(Section):
+    """A part of a reward that is a weighted sum."""
+
+    verifier: str | None = None
+    """As data.verifier. None: the prompt's own."""
+    weight: float = 1.0
+    """What its score is multiplied by; 0: it is only logged."""
+    name: str | None = Field(None, min_length=1, pattern=r"^[\w@-]+$")
+    """Its metric is reward/<name>. None: the verifier's or the function's name; answer for the prompt's own."""
+
+    @property
+    def label(self) -> str:
+        """The name that its metric has.
+
+        >>> RewardFunction(verifier="rewards/mine.py:style").label
+        'style'
+        """
+        return self.name or (self.verifier or "answer").rpartition(":")[2]
+
+
 class RewardConfig(Section):
     """Grading, in killable worker processes, and what becomes of the scores."""
 
@@ -107,6 +127,9 @@ class RewardConfig(Section):
     on_lost: Literal["drop"] | float = "drop"
     """The reward of an answer whose verifier raised, hung or died. drop: its leaf leaves the tree. A number: that, so
     that answers which kill graders are not spared. reward/lost counts them either way."""
+    functions: list[RewardFunction] = Field(default_factory=list)
+    """Several verifiers whose scores are added with weights, each logged as reward/<name>. The first says whether the
+    answer is right, and evaluation looks at it alone. Empty: the prompt's own verifier is the reward."""
     overlong: OverlongConfig = Field(default_factory=OverlongConfig)
 
 

@@ -47,6 +47,8 @@ def named_functions(cfg: Config) -> dict[str, str]:
     verifiers = {"data.verifier": cfg.data.verifier}
     for part, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
         verifiers |= {f"data.{part}.{index}.verifier": each.verifier or "" for index, each in enumerate(sources)}
+    parts = enumerate(cfg.reward.functions)
+    verifiers |= {f"reward.functions.{index}.verifier": each.verifier or "" for index, each in parts}
     named = {key: name for key, (_, name) in plugins_of(cfg).items()} | verifiers
     return {key: name for key, name in named.items() if is_function_path(name)}
 

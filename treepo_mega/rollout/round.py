@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from treepo_mega.config import Config, RolloutConfig
+from treepo_mega.config import Config, RewardFunction, RolloutConfig
 from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
+from treepo_mega.data.rewards.weighted import combine, expand, used_functions
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost
 from treepo_mega.rollout.generator import Generator, Job
@@ -96,7 +97,8 @@ def sample_and_grade(
         # The ranks of one engine hold the same trees: the first of them speaks for the engine.
         if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
             with timers.span("grading"):
-                report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row).items())
+                functions = used_functions(cfg.reward.functions, purpose)
+            report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row, functions).items())
             report["paused"] = list(grown.paused.items())
             report["counts"] = {
                 "engine_steps": generator.counts["engine_steps"],
@@ -130,7 +132,12 @@ def _rounds() -> itertools.count[int]:
 
 
 def _grade(
-    generator: Generator, pool: RewardPool, jobs: Sequence[Job], trees: dict[int, Tree], make_row: MakeRow
+    generator: Generator,
+    pool: RewardPool,
+    jobs: Sequence[Job],
+    trees: dict[int, Tree],
+    make_row: MakeRow,
+    functions: Sequence[RewardFunction],
 ) -> dict[int, Row]:
     """Rows of this engine's trees by the index of their job. All texts are graded in one call of the pool."""
     texts = {index: [generator.decode(tree.response(leaf)) for leaf in tree.leaves] for index, tree in trees.items()}
@@ -144,7 +151,7 @@ def _grade(
             for leaf, text in zip(tree.leaves, texts[index], strict=True)
         ]
     # One call for all trees: the pool's workers stay busy until the last answer.
-    results = iter(pool.score(items)) if items else iter(())
+    results = iter(combine(pool.score(expand(items, functions)), functions) if items else ())
     rows: dict[int, Row] = {}
     for index, tree in trees.items():
         rows[index] = make_row(tree, texts[index], [next(results) for _ in texts[index]])

@@ -14,14 +14,12 @@ from typing import Any
 
 from treepo_mega.config import Config, RewardConfig
 from treepo_mega.data.rewards import RewardResult
+from treepo_mega.data.rewards.weighted import VERDICT
 from treepo_mega.tree.advantage import set_rewards
 from treepo_mega.tree.node import Tree
 
 CUT = ("length", "depth")
 """Reasons of paths that ended because they may not be longer, in the middle of what they said."""
-
-VERDICT = "acc"
-"""The number of a verifier's dict that says whether the answer is right."""
 
 
 def reward_leaves(tree: Tree, results: Sequence[RewardResult], cfg: Config) -> dict[str, Any]:

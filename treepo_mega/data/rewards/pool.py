@@ -97,6 +97,8 @@ class RewardResult:
     score: float | None
     error: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    wrong_return: bool = False
+    """Whether the verifier did return, but no reward."""
 
 
 class Tally(TypedDict):
@@ -417,7 +419,7 @@ class _Call:
                 self._failed(worker, str(reply["error"]))
                 return
             if "error" in reply:
-                self.results[item] = RewardResult(None, str(reply["error"]))
+                self.results[item] = RewardResult(None, str(reply["error"]), wrong_return="returned" in reply)
             else:
                 self.results[item] = RewardResult(float(reply["score"]), None, dict(reply["extra"]))
         if not worker.batch:

@@ -4,8 +4,8 @@ Protocol, one JSON message a line. In: a list of requests `{"id", "verifier", "d
 "ground_truth", "extra_info", "trajectory"}`, or a single one. Out: `{"ready": true}` at the start; then in the order of
 the requests `{"id", "loaded": true}` when its verifier was imported for it (so that imports have a deadline of their
 own) or `{"id", "load_error"}`, and `{"id", "score", "extra"}` or `{"id", "error"}`, the latter with `"retire": true`
-when the process ran out of memory and should be replaced. Each reply is written before the next request is begun, so
-the first request without a reply is the one that hung or crashed.
+when the process ran out of memory and should be replaced, and with `"returned"`, a type, when that is no reward. Each
+reply is written before the next request is begun, so the first request without a reply is the one that hung or crashed.
 
 It grades untrusted text with code that may misbehave, so: the protocol's pipes are moved to private file
 descriptors and 0 and 1 pointed elsewhere (what a verifier prints, even from C, goes to stderr, and it
@@ -39,7 +39,7 @@ MAX_EXTRAS = 32
 MAX_TEXT = 500
 """Characters of an error or an extra that are sent back."""
 
-OWN_METRICS = ("lost", "mean", "overlong_penalty")
+OWN_METRICS = ("lost", "mean", "overlong_penalty", "kl", "kl_penalty")
 """Numbers that a verifier's dict cannot hold, because `reward/<name>` is a metric of the trainer."""
 
 
@@ -142,20 +142,24 @@ def grade(function: Verifier, request: dict[str, Any]) -> dict[str, Any]:
     """Run a verifier on one request; whatever it raises, SystemExit included, becomes an error text."""
     try:
         more = {"trajectory": request.get("trajectory")} if wants_trajectory(function) else {}
-        return interpret(
-            function(
-                data_source=request["data_source"],
-                solution_str=request["solution_str"],
-                ground_truth=request["ground_truth"],
-                extra_info=request["extra_info"],
-                **more,
-            )
+        returned = function(
+            data_source=request["data_source"],
+            solution_str=request["solution_str"],
+            ground_truth=request["ground_truth"],
+            extra_info=request["extra_info"],
+            **more,
         )
     except MemoryError as e:
         # What filled the memory may be what earlier items left behind: this process must take no more of them.
         return {"error": _reason(e), "retire": True}
     except BaseException as e:
         return {"error": _reason(e)}
+    try:
+        return interpret(returned)
+    except MemoryError as e:
+        return {"error": _reason(e), "retire": True}
+    except BaseException as e:
+        return {"error": _reason(e), "returned": type(returned).__name__}
 
 
 def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeout_s: float) -> None:
