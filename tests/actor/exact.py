@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from hypothesis import strategies as st
 
 from tests.actor.oracle import VOCAB
 from tests.actor.tree_oracle import fill_in, flat_step, forest, prefixes_of_rows
-from treepo_mega.actor.batch import plan_batch
+from treepo_mega.actor.batch import lesson_of, plan_batch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.losses import PolicyLoss
+from treepo_mega.actor.passes import correct_leaves
 from treepo_mega.actor.update import Policy
 from treepo_mega.config import Config
 from treepo_mega.loss.stats import Stats
-from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.merge import merge_equal
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch
@@ -103,6 +104,14 @@ SHAPES: dict[str, list[Tree]] = {
     "siblings alike": [alike(24), alike(9)],
 }
 EXAMPLES = 20
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "weighed": {"leaf_weight": "descent", "rollout_is": "sequence", "policy_loss": "cispo"},
+    "rejected": {
+        "rollout_rs": "sequence", "rollout_rs_threshold": 30.0, "rollout_token_veto_threshold": 0.01,
+        "loss_agg_mode": "seq-mean-token-sum-norm",
+    },
+}  # fmt: skip
+"""Keys of `algo` under which trajectories are weighed and rejected."""
 
 
 @st.composite
@@ -134,12 +143,13 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
     """Loss, gradients and logprobs of one pass in the given layout, in fp64."""
     s = Segments.from_trees(trees, range(len(trees)), "tree" if sharing == "content" else sharing)
     g = np.random.default_rng(len(s.leaf_number))
-    advantages = g.normal(size=len(s.leaf_number))
-    credit = fold(s, advantages, leaf_weights(cfg.algo.loss_agg_mode, s.flat_lengths()))
+    lesson = lesson_of(s, [g.normal(size=len(tree.leaves)) for tree in trees], trees, cfg)
+    credit = lesson.credit()
     batch = Batch(*(merge_equal(s, credit) if sharing == "content" else (s, credit)))
     cfg = cfg.model_copy(deep=True)
     cfg.train.max_tokens_per_gpu = most
-    packs = plan_batch(batch, cfg).packs
+    plan = replace(plan_batch(batch, cfg), lesson=lesson)
+    packs = plan.packs
     logprobs: dict[tuple[int, ...], float] = {}
 
     class Keep:
@@ -153,6 +163,7 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
 
     run_schedule(policy.chunks, packs, policy.head, loss=Keep())
     fill_in(packs, logprobs)
+    _, corrections = correct_leaves([plan], cfg.algo)
     for model in policy.models:
         model.zero_grad()
     data = run_schedule(policy.chunks, packs, policy.head, loss=PolicyLoss(cfg.algo))
@@ -160,7 +171,8 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
     loss = sum(float(d.sums["loss"]) for d in data)
     tokens = sum(b - a for p in packs for a, b in p.blocks)
     entropy = sum(float(d.sums["entropy"]) for d in data)
-    return {"loss": loss, "grads": grads, "logprobs": logprobs, "entropy": entropy, "tokens": tokens}
+    found = {"loss": loss, "grads": grads, "logprobs": logprobs, "entropy": entropy, "tokens": tokens}
+    return found | {"corrections": corrections}
 
 
 def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> dict[str, float]:
@@ -170,7 +182,11 @@ def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> di
     flat = step(policy, cfg, trees, "none", 4 * longest)
     out = {"loss": 0.0, "grads": 0.0, "logprobs": 0.0, "entropy": 0.0}
     packs = []
-    for most, sharing in ((4096, "tree"), (longest + room, "tree"), (longest + room, "content")):
+    layouts = [(4096, "tree"), (longest + room, "tree")]
+    # Trajectories are weighed by the sampler's segments, which merging joins.
+    if not (cfg.algo.weighs_leaves or cfg.algo.rejects_leaves):
+        layouts.append((longest + room, "content"))
+    for most, sharing in layouts:
         got = step(policy, cfg, trees, sharing, most)
         apart = {
             "loss": abs(got["loss"] - flat["loss"]),
@@ -182,7 +198,7 @@ def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> di
             raise AssertionError("packed and flat ask for different tokens")
         out = {k: max(v, apart[k]) for k, v in out.items()}
         packs.append(got["tokens"])
-    return out | {"whole": packs[0], "cut": packs[1], "merged": packs[2]}
+    return out | dict(zip(("whole", "cut", "merged"), packs, strict=False)) | flat["corrections"]
 
 
 def check(apart: dict[str, float]) -> None:
@@ -217,7 +233,8 @@ def measure_drawn(policy: Policy, cfg: Config) -> Counter[str]:
 
 
 def measure_exact(cfg: Config, hf_dir: Path) -> dict[str, Any]:
-    """{"shapes": {name: worst differences}, "drawn": what hypothesis looked at, "transformers": distance in fp64}."""
+    """What fp64 shows: worst differences of each of SHAPES ("shapes") and CORRECTIONS ("corrected"), what hypothesis
+    looked at ("drawn"), and the distance to transformers."""
     policy = Policy(cfg, hf_dir)
     double(policy)
     shapes = {name: compare(policy, cfg, trees) for name, trees in SHAPES.items()}
@@ -225,4 +242,8 @@ def measure_exact(cfg: Config, hf_dir: Path) -> dict[str, Any]:
     want = flat_step(hf_dir, cfg, trees, torch.float64)
     got = step(policy, cfg, trees, "tree", 4096)
     far = max(abs(got["logprobs"][k] - v) for k, v in want["logprobs"].items())
-    return {"shapes": shapes, "drawn": measure_drawn(policy, cfg), "transformers": far}
+    corrected = {}
+    for name, keys in CORRECTIONS.items():
+        other = cfg.model_copy(update={"algo": cfg.algo.model_copy(update=keys)})
+        corrected[name] = compare(policy, other, SHAPES["a long prompt"])
+    return {"shapes": shapes, "corrected": corrected, "drawn": measure_drawn(policy, cfg), "transformers": far}

@@ -58,6 +58,28 @@ def test_trees_without_signal_get_nothing_and_change_nothing():
     assert advantages([*forest(), flat], config("algo.advantage_estimator=reinforce_pp"))[2].min() > 0
 
 
+@pytest.mark.parametrize("weight", ["uniform", "descent"])
+def test_dr_grpo_is_the_reward_minus_the_trees_mean(weight):
+    """On trees as on independent samples; the mean is that of the leaves as they count."""
+    trees = forest()
+    third = trees[0].add_child(0)
+    third.tokens = [3] * 2
+    trees[0].leaves.append(third.id)
+    trees[0].rewards.append(0.0)
+    chosen = ("algo.advantage_estimator=grpo", "algo.norm_adv_by_std=false", f"algo.leaf_weight={weight}")
+    first, second = advantages(trees, config(*chosen))
+    mean = 1 / 3 if weight == "uniform" else 1 / 4
+    assert first == pytest.approx([1 - mean, -mean, -mean]) and second == pytest.approx([-0.5, 0.5])
+
+
+def test_reinforce_pp_baseline_divides_by_the_batchs_deviation():
+    got = np.concatenate(advantages(forest(), config("algo.advantage_estimator=reinforce_pp_baseline")))
+    # R - mean is 0.5 and -0.5 in both trees; its tokens are 4 and 8 in the first, and the other way round.
+    centred = np.repeat([0.5, -0.5, -0.5, 0.5], [4, 8, 4, 8])
+    want = (np.array([0.5, -0.5, -0.5, 0.5]) - centred.mean()) / centred.std(ddof=1)
+    assert got == pytest.approx(want)
+
+
 def test_descent_counts_a_leaf_by_its_chance():
     """In whitening, each (trajectory, token) pair counts its trajectory's share; advantages can be bounded."""
     trees = forest()

@@ -201,6 +201,10 @@ def check_exact(got: dict[str, Any]) -> None:
         exact.check(apart)
     alike = got["shapes"]["siblings alike"]
     assert alike["merged"] < 0.7 * alike["whole"], "equal tokens were merged"
+    weighed, rejected = got["corrected"]["weighed"], got["corrected"]["rejected"]
+    exact.check(weighed)
+    exact.check(rejected)
+    assert weighed["rollout/is_ratio_max"] > 2 and rejected["rollout/leaves_rejected"] > 0
     assert got["drawn"]["examples"] >= exact.EXAMPLES
     for kind in ("cut", "empty_segment", "single_path", "several_trees"):
         assert got["drawn"][kind] > 0, kind

@@ -33,6 +33,8 @@ RECIPE = [
     "train.num_steps_per_rollout=1",
     "train.lr_warmup_iters=0",
     "algo.kl_loss_coef=0.01",
+    "algo.rollout_is=sequence",
+    "algo.rollout_rs=geometric",
     "checkpoint.save_interval=2",
     "eval.max_prompts=16",
     "eval.n_samples_per_prompt=2",
@@ -109,6 +111,13 @@ def test_the_first_step_starts_from_equal_models(rows):
     # Random tokens, far less probable than sampled ones: rounding shows in the largest difference, not in the mean.
     assert all(rows[s]["reshard/canary_abs_diff"] <= 1e-3 for s in (1, 2, 3))
     assert all(rows[s]["reshard/canary_mean_abs_diff"] <= 2e-5 for s in (0, 1, 2, 3))
+
+
+def test_engine_and_trainer_agree_so_no_trajectory_is_weighed_or_rejected(rows):
+    for step in (1, 2, 3):
+        assert rows[step]["rollout/is_weight_mean"] == pytest.approx(1, abs=1e-3)
+        assert rows[step]["rollout/is_ratio_min"] != rows[step]["rollout/is_ratio_max"], "both sides were compared"
+        assert rows[step]["rollout/leaves_rejected"] == 0
 
 
 def test_trees_share_tokens_and_have_all_their_leaves(run, rows):
