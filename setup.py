@@ -60,6 +60,7 @@ EXTRAS = {
         "mypy==2.4.1",  # likewise
         "import-linter==2.16",  # likewise
         "types-PyYAML",
+        "uv>=0.8",  # resolves .[gpu] for another platform without downloading a wheel
     ],
     # Apart from [test]: only `make docs` builds the site. The generated pages are checked without it.
     "docs": [
