@@ -92,7 +92,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["treepo_mega", "treepo_mega.*"]),
-    package_data={"treepo_mega": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.html", "**/*.css"]},
+    package_data={"treepo_mega": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.html", "**/*.css", "**/*.js"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["treepo-mega = treepo_mega.cli:main"]},

@@ -118,6 +118,7 @@ def test_a_config_json_without_sizes_is_named(capsys, tmp_path):
         (["train", "nothing.yaml", "--dry-run"], "nothing.yaml: cannot read the configuration"),
         (["train", "examples/llama3_70b_16x8.yaml", "--world-size", "8"], "only goes with --dry-run"),
         (["report", "no/such/run"], "no/such/run"),
+        (["tree", "no/such/run"], "no/such/run: no such run directory"),
         (["convert", "to-mcore", "--hf", "no/such", "--save", "x"], "no/such/config.json"),
         (["convert", "to-hf", "--load", "no/such", "--save", "x"], "no/such/hf/config.json: no such file; name"),
         (["convert", "relayout", "--load", "no/such", "--save", "x", "--hf", "examples/tiny_reasoner"], "no/such: no"),
@@ -198,6 +199,7 @@ def test_help_config_names_every_key():
         ["train", "examples/llama3_70b_16x8.yaml", "--dry-run", "--world-size", "128"],
         ["train", "--help-config"],
         ["report", "no/such/run"],
+        ["tree", "no/such/run"],
         ["convert", "relayout", "--help"],
     ],
 )

@@ -8,11 +8,12 @@
                                                          accuracy against compute: trees, independent samples
     treepo-mega plan CONFIG.yaml [a.b=c ...]             bytes and seconds of a refit on a cluster
     treepo-mega report RUN [RUN ...]                     report.html and report.json of finished or live runs
+    treepo-mega tree RUN [--step N] [--prompt K]         a page of a step's trees, to read and to search
     treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
                                                          checkpoints between Hugging Face and Megatron, verified
 
-`--dry-run`, `--help-config`, `plan` and `report` need neither a GPU nor torch, vLLM or Megatron: they work on a
-laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
+`--dry-run`, `--help-config`, `plan`, `report` and `tree` need neither a GPU nor torch, vLLM or Megatron: they work on
+a laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
 `train` and `eval` otherwise exit with what they return.
 """
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "report":
             return _report(args.runs, args.output)
+        if args.command == "tree":
+            return _tree(args)
         if args.command == "convert":
             return convert(args)
         if args.command == "eval":
@@ -102,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (holds metrics.jsonl)")
     report.add_argument("--output", type=Path, help="directory to write to (default: the first RUN)")
+    tree = commands.add_parser("tree", help="write one HTML page of the trees of a step")
+    tree.add_argument("run", type=Path, metavar="RUN", help="run directory (holds trees/)")
+    tree.add_argument("--step", type=int, metavar="N", help="default: the last step with trees")
+    tree.add_argument("--prompt", metavar="K", help="only this prompt: its id, or its number in the file")
+    tree.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/trees/step_N.html")
     return parser
 
 
@@ -233,6 +241,16 @@ def _report(runs: list[Path], output: Path | None) -> int:
 
     for path in write_report(runs, output or runs[0]):
         print(f"wrote {path}")
+    return 0
+
+
+def _tree(args: argparse.Namespace) -> int:
+    from treepo_mega.monitor.tree_page import write_tree_page
+
+    path, notes = write_tree_page(args.run, args.step, prompt=args.prompt, output=args.output)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {path}")
     return 0
 
 

@@ -20,6 +20,7 @@ from treepo_mega.monitor import completions
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.trace import Trace
+from treepo_mega.monitor.tree_page.read import trees_path
 from treepo_mega.plugins import open_sinks
 from treepo_mega.plugins.record import record_plugins
 from treepo_mega.runtime import dist
@@ -76,7 +77,7 @@ class Records:
         wanted = bool(self.trees_interval) and (step == 1 or step % self.trees_interval == 0)
         if not wanted or not dist.is_main():
             return
-        with atomic_file(self.run_dir / "trees" / f"step_{step:06d}.jsonl") as file:
+        with atomic_file(trees_path(self.run_dir, step)) as file:
             file.writelines(json.dumps(tree.to_dict()) + "\n" for tree in trees[: self.trees_prompts])
 
     def show_completions(self, step: int, trees: Sequence[Tree], decode: Callable[[list[int]], str]) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +24,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from treepo_mega.data.tokenizer import TokenizerError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2): printable ones for themselves."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_level_alphabet()
 
 
 class _Generation(Extension):
@@ -81,6 +93,31 @@ class LightTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of one sequence, special tokens included."""
         return str(self._inner.decode(ids, skip_special_tokens=False))
+
+    def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
+        """UTF-8 bytes of each token as it stands within a text; joined they are the text of a sequence.
+
+        Decoders of the SentencePiece kind drop the space before a text's first token; here it stays. An id that the
+        tokenizer does not know is `<id?>`.
+        """
+        decoder = self._inner.decoder
+        # Its serialised form: the library tells its kind and its parts nowhere else.
+        rules = decoder.__getstate__().decode() if decoder is not None else ""
+        added = {token.content for token in self._inner.get_added_tokens_decoder().values()}
+        return [self._bytes_of(one, '"ByteLevel"' in rules, '"ByteFallback"' in rules, added) for one in ids]
+
+    def _bytes_of(self, one: int, byte_level: bool, byte_fallback: bool, added: set[str]) -> bytes:
+        piece = self._inner.id_to_token(one)
+        if piece is None:
+            return f"<{one}?>".encode()
+        if piece in added:
+            return str(piece).encode()
+        if byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        if byte_level and all(character in BYTE_OF for character in piece):
+            return bytes(BYTE_OF[character] for character in piece)
+        # The second of two: at the beginning of a text some decoders drop a space.
+        return str(self._inner.decode([one, one], skip_special_tokens=False))[len(self.decode([one])) :].encode()
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], /, chat_template: str | None = None, tokenize: bool = False, **names: Any

@@ -2,7 +2,7 @@
 
     table(trees, 4, decode, title="step 3/40")
 
-Prompts with differing rewards come first. Such a prompt shows its best leaf, then its worst. `⑂` stands where a path
+Prompts with differing rewards come first. Such a prompt shows its best leaf, then its worst. `├` stands where a path
 branches. What the model wrote is hostile: it is no markup here, and characters that steer a terminal are left out.
 """
 
@@ -20,7 +20,7 @@ Decode = Callable[[list[int]], str]
 
 PROMPT_CHARACTERS = 200
 RESPONSE_CHARACTERS = 800
-BRANCH = "⑂"
+BRANCH = "├"
 CUT = " … "
 PARTIAL = "\ufffd"
 """What decoders write for a character of which bytes are missing."""
@@ -81,10 +81,20 @@ def shorten(text: str, limit: int) -> str:
     >>> shorten("abcdefghij", 8)
     'abc … ij'
     """
-    if len(text) <= limit:
-        return text
+    head, tail = kept(len(text), limit)
+    return text if head == len(text) else text[:head] + CUT + text[len(text) - tail :]
+
+
+def kept(length: int, limit: int) -> tuple[int, int]:
+    """Characters that stay at the beginning and at the end of a text of `length`; all at the beginning if it is short.
+
+    >>> kept(10, 8), kept(8, 8)
+    ((3, 2), (8, 0))
+    """
+    if length <= limit:
+        return length, 0
     tail = (limit - len(CUT)) // 2
-    return text[: limit - len(CUT) - tail] + CUT + text[len(text) - tail :]
+    return limit - len(CUT) - tail, tail
 
 
 def table(trees: Sequence[Tree], count: int, decode: Decode, *, title: str) -> Table | None:
@@ -109,14 +119,17 @@ def table(trees: Sequence[Tree], count: int, decode: Decode, *, title: str) -> T
 def _response(tree: Tree, index: int, decode: Decode) -> Text:
     leaf = tree.leaves[index]
     below = tree.leaves_below()
-    marked = ""
+    text = Text()
     for node_id, piece in zip(tree.ancestry(leaf)[1:], pieces(tree, leaf, decode), strict=True):
         siblings = [child for child in tree.nodes[tree.nodes[node_id].parent].children if child in below]
         # The prompt's end is a branch point of every tree: a mark there says nothing.
         branches = len(siblings) > 1 and tree.nodes[node_id].parent != ROOT
-        marked += (BRANCH if branches else "") + printable(piece).replace(BRANCH, "")
-    text = Text(shorten(marked, RESPONSE_CHARACTERS))
-    text.highlight_regex(BRANCH, "bold cyan")
+        # A style of its own tells the mark from one that the model wrote.
+        text.append(BRANCH if branches else "", "bold cyan")
+        text.append(printable(piece))
+    head, tail = kept(len(text), RESPONSE_CHARACTERS)
+    if head + tail < len(text):
+        text = Text.assemble(text[:head], CUT, text[len(text) - tail :])
     if stop := tree.nodes[leaf].stop:
         text.append(f" ({stop})", "dim")
     return text
