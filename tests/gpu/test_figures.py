@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.bench import profiles
 from tools.bench.gpu import attention, card, every, head
 from treepo_mega.runtime.device import has_cuda
 
@@ -137,3 +138,29 @@ def test_seconds_of_the_hand_over(record_property):
 @needs_cuda
 def test_shares_of_decoding(record_property):
     measure("decode", record_property)
+
+
+def nodes(*segments: list[int]) -> list[dict]:
+    return [{"nodes": [{"tokens": tokens, "logprobs": [-0.5] * len(tokens)} for tokens in segments]}]
+
+
+def test_the_first_difference_of_two_forests_is_named():
+    same = [nodes([1], [2, 3]), nodes([4])]
+    assert profiles.first_difference(same, [nodes([1], [2, 3]), nodes([4])]) is None
+    found = profiles.first_difference(same, [nodes([1], [2, 9]), nodes([7])])
+    assert found == {
+        **{"step": 1, "tree": 0, "node": 1, "place": 1, "ours_token": 3, "theirs_token": 9},
+        **{"ours_logprob": -0.5, "theirs_logprob": -0.5},
+    }
+    shorter = profiles.first_difference(same, [nodes([1], [2]), nodes([4])])
+    assert (shorter["place"], shorter["ours_token"], shorter["theirs_token"]) == (1, 3, None)
+    assert profiles.first_difference(same, [nodes([1]), nodes([4])]) == {"step": 1, "tree": 0, "nodes": [2, 1]}
+
+
+def test_an_evaluation_is_compared_by_kind():
+    ours = {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.25, "perf/step_s": 1.0}
+    theirs = ours | {"eval/accuracy": 0.75}
+    assert profiles.eval_difference(ours, theirs, greedy=False) == 0.25
+    assert profiles.eval_difference(ours, theirs, greedy=True) == 0.0
+    with pytest.raises(RuntimeError, match="the evaluation has no greedy figure"):
+        profiles.eval_difference({"eval/accuracy": 0.5}, theirs, greedy=True)

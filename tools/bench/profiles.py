@@ -29,7 +29,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runs import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench.runs import run
 
 VARIABLE = "TREEPO_ENGINE_PROFILE"
 PROFILES = ("", "async", "cuda")
