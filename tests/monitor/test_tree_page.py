@@ -269,6 +269,13 @@ def test_the_page_in_a_browser(browser, run):
     head = browser.evaluate("document.querySelector('#path .head').textContent")
     assert "leaf 2 of 3: reward 0" in head and "advantage \u22120.25" in head and "equal to leaf 3" in head
     assert browser.evaluate("document.querySelectorAll('#path script, #path img, #canvas img').length") == 0
+    looks = "[...document.querySelectorAll('.node')].map(one => one.style.background).join()"
+    seen = set()
+    for mode, legend in (("value", "V(node)"), ("surprisal", "nats"), ("version", "1 older"), ("credit", "treepo")):
+        browser.evaluate(f"byId('colour').value = '{mode}'; byId('colour').dispatchEvent(new Event('change'))")
+        assert legend in browser.evaluate("byId('legend').textContent")
+        seen.add(browser.evaluate(looks))
+    assert len(seen) == 4, "each figure has its colours"
     browser.press("ArrowLeft")
     assert "segment 1" in browser.evaluate("document.querySelector('#path .head').textContent")
     browser.press("j")

@@ -17,18 +17,15 @@ function layOut(tree) {
   return { rows, top, height };
 }
 
-// Figures of a scale: the ends of the colours over all nodes of a tree.
+// The ends of the colours, over all nodes of a tree; `known`: whether any node has the figure.
 function scaleOf(tree, mode) {
-  const { credit, value, surprisal, version } = tree.head;
-  const known = (list) => list.filter((one) => one !== null);
-  if (mode === "credit") return { low: 0, high: Math.max(1e-9, ...known(credit).map(Math.abs)) };
-  if (mode === "value") {
-    const rewards = known(tree.head.rewards);
-    return { low: Math.min(0, ...rewards), high: Math.max(1e-9, ...rewards) };
-  }
-  if (mode === "surprisal") return { low: 0, high: Math.max(1e-9, ...known(surprisal)) };
-  const newest = Math.max(...version.slice(1));
-  return { low: 0, high: Math.max(1, newest - Math.min(...version.slice(1))), newest };
+  const figures = tree.head[mode].slice(1).filter((one) => one !== null);
+  const known = figures.length > 0;
+  if (mode === "credit") return { known, low: 0, high: Math.max(1e-9, ...figures.map(Math.abs)) };
+  if (mode === "value") return { known, low: Math.min(0, ...figures), high: Math.max(1e-9, ...figures) };
+  if (mode === "surprisal") return { known, low: 0, high: Math.max(1e-9, ...figures) };
+  const newest = Math.max(...figures);
+  return { known, low: 0, high: Math.max(1, newest - Math.min(...figures)), newest };
 }
 
 function figureOf(tree, node, mode, scale) {

@@ -73,6 +73,7 @@ function showLegend(mode, scale, by) {
     surprisal: ["0", show(scale.high), "mean surprisal of the sampled tokens, nats"],
     version: ["newest", `${show(scale.high)} older`, "age of the weights, steps"],
   }[mode];
+  if (!scale.known) return byId("legend").replaceChildren(make("span", "", `no such figure in this file: ${words[2]}`));
   const bar = make("span", mode === "credit" ? "ramp both" : "ramp");
   byId("legend").replaceChildren(make("span", "", words[0]), bar, make("span", "", `${words[1]}  ${words[2]}`));
 }
@@ -126,8 +127,10 @@ function leafLabel(tree, node) {
   label.append(make("b", "reward", show(tree.head.rewards[index])));
   label.append(make("span", "credit", signed(tree.head.credit[node])));
   label.append(make("span", "stop", tree.head.stop[node] ?? ""));
-  label.append(make("span", "alike", group === null ? "" : `≡${group + 1}`));
-  if (group !== null) label.title = "the responses with this mark are equal";
+  if (group !== null) {
+    label.append(make("span", "alike", `≡${group + 1}`));
+    label.title = "the responses with this mark are equal";
+  }
   return label;
 }
 
