@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treepo_mega.actor.batch import advantages, pair_cost
+from treepo_mega.actor.batch import advantages, lesson_of, pair_cost
 from treepo_mega.config import Config, ConfigError, check, load_config
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.tree.descent import leaf_counts
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.node_advantage import node_advantages
+from treepo_mega.tree.segments import Segments
 
 
 def config(*overrides: str) -> Config:
@@ -95,6 +97,59 @@ def test_descent_counts_a_leaf_by_its_chance():
     assert (values**2 * pairs).sum() / (pairs.sum() - 1) == pytest.approx(1)
     bounded = advantages(trees, config("algo.leaf_weight=descent", "algo.advantage_clip=0.5"))
     assert np.abs(np.concatenate(bounded)).max() == 0.5
+
+
+def uneven() -> list[Tree]:
+    """Trees of two and three leaves."""
+    trees = forest()
+    third = trees[0].add_child(0)
+    third.tokens, third.logprobs = [3] * 2, [-1.0] * 2
+    trees[0].leaves.append(third.id)
+    trees[0].rewards.append(0.0)
+    return trees
+
+
+@pytest.mark.parametrize("estimator", ["treepo", "segment"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_a_tree_counts_as_one_prompt_where_it_is_told_to(mode, estimator):
+    """As if every leaf of the tree of two stood in the batch three times, and of the tree of three twice."""
+    keys = (f"algo.loss_agg_mode={mode}", f"algo.advantage_estimator={estimator}", "algo.whiten_advantages=false")
+    trees = uneven()
+    alike = config(*keys)
+    values = advantages(trees, alike)
+
+    def masses(cfg: Config, times: list[int]) -> list[np.ndarray]:
+        """A_pos, A_neg and n by segment of each tree, of the loss as it is divided by the pairs of the batch."""
+        chosen = [index for index, often in enumerate(times) for _ in range(often)]
+        batch = [trees[index] for index in chosen]
+        segments = Segments.from_trees(batch, list(range(len(batch))), "tree")
+        credit = lesson_of(segments, [values[index] for index in chosen], batch, cfg).credit()
+        table = np.stack([credit.A_pos, credit.A_neg, credit.n]) / segments.flat_lengths().sum()
+        by_tree = [table[:, segments.group == group] for group in range(len(batch))]
+        return [sum(by_tree[at] for at, index in enumerate(chosen) if index == tree) for tree in (0, 1)]
+
+    prompt = masses(config(*keys, "algo.tree_weight=prompt"), [1, 1])
+    for got, want in zip(prompt, masses(alike, [2, 3]), strict=True):
+        assert got == pytest.approx(want, rel=1e-12, abs=1e-15)
+    leaves = masses(config(*keys, "algo.tree_weight=leaves"), [1, 1])
+    assert not np.allclose(leaves[0], prompt[0]) and np.array_equal(leaves[0], masses(alike, [1, 1])[0])
+
+
+def test_whitening_counts_a_tree_as_one_prompt_where_it_is_told_to():
+    first, second = advantages(uneven(), config("algo.tree_weight=prompt"))
+    # Two and a half trajectories each: 4, 8 and 2 tokens in the first, 4 and 8 in the second.
+    pairs = np.array([4, 8, 2, 0, 0]) * 2.5 / 3 + np.array([0, 0, 0, 4, 8]) * 2.5 / 2
+    values = np.concatenate([first, second])
+    assert (values * pairs).sum() == pytest.approx(0, abs=1e-12)
+    assert (values**2 * pairs).sum() / (pairs.sum() - 1) == pytest.approx(1)
+
+
+def test_descent_and_leaves_scale_the_shares_of_a_tree():
+    trees = uneven()
+    assert leaf_counts(trees, "uniform", "auto") is None
+    assert leaf_counts(trees, "descent", "auto") == leaf_counts(trees, "descent", "prompt")
+    assert leaf_counts(trees, "descent", "auto") == [0.25, 0.25, 0.5, 0.5, 0.5]
+    assert leaf_counts(trees, "descent", "leaves") == [0.75, 0.75, 1.5, 1.0, 1.0]
 
 
 def test_descent_refuses_to_pay_for_leaves_that_count_nothing():

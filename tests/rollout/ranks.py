@@ -20,13 +20,17 @@ from transformers import AutoTokenizer
 from tests.engine_weights import write_weights
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.prompts import Prompt
-from treepo_mega.data.rewards import RewardPool
+from treepo_mega.data.rewards import RewardPool, RewardResult
 from treepo_mega.engine.cpu_segments import SHARED_MEMORY
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout import generator as generator_module
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator, Job
+from treepo_mega.rollout.round import sample_and_grade
+from treepo_mega.rollout.shaping import reward_leaves
+from treepo_mega.tree.node import Tree
+from treepo_mega.tree.regrow import with_grades
 
 
 @contextlib.contextmanager
@@ -62,6 +66,26 @@ def evaluations(generator: Generator, cfg: Config, slow: int) -> dict[str, objec
     stolen = sum(m.pop("stolen") for m in both)
     same = [{k: v for k, v in m.items() if k not in ("forwarded_tokens", "idle_share_max")} for m in both]
     return {"stolen": stolen, "metrics": same}
+
+
+def grown_on(generator: Generator, cfg: Config) -> list[list]:
+    """Trees that begin with a handful of leaves and grow on once that is graded, on the engines that have them."""
+    prompts = [Prompt(f"g{k}", "", [3 + k] * 20, str(k), "last_number", "test") for k in range(3)]
+
+    def report(tree: Tree, texts: list[str], results: list[RewardResult]) -> dict:
+        return reward_leaves(tree, results, cfg)
+
+    with RewardPool(cfg.reward) as pool:
+        jobs = [Job(prompt, leaves=3) for prompt in prompts]
+        first = sample_and_grade(generator, pool, jobs, report, name="handfuls", costs=[1.0] * 3, step=4)
+        begun = [Tree.from_dict(row["tree"]) for row in first.rows.values()]
+        jobs = [Job(prompt, leaves=8, begun=tree) for prompt, tree in zip(prompts, begun, strict=True)]
+        engines = [first.engines[index] for index in range(3)]
+        rest = sample_and_grade(generator, pool, jobs, report, name="rest", costs=[1.0] * 3, step=4, engines=engines)
+    new = [Tree.from_dict(row["tree"]) for row in rest.rows.values()]
+    assert [len(tree.leaves) for tree in begun] == [3] * 3 and [len(tree.rewards) for tree in new] == [5] * 3
+    trees = [with_grades(tree, before) for tree, before in zip(new, begun, strict=True)]
+    return [[tree.leaves, tree.rewards, [(n.path, n.tokens, n.stop) for n in tree.nodes]] for tree in trees]
 
 
 def deadline_of_the_first_rank(generator: Generator, jobs: list[Job], store: dist.Store) -> None:
@@ -118,6 +142,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
     evaluated = [evaluations(generator, cfg, slow) for slow in ((0, 1) if tp == 1 else (-1,))]
     if tp > 1:
         deadline_of_the_first_rank(generator, [Job(p) for p in prompts], store)
+    whole = grown_on(generator, cfg)
     write_weights(engine, other, tp=tp, tp_rank=rank % tp)
     scores = engine.score(prompts[0].tokens, 0.7)
     total = torch.ones(1)
@@ -130,7 +155,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
         parts = paths[:1] if tp > 1 else paths
         assert tp == 1 or paths[0] == paths[1]
         trees = sorted(t for part in parts for t in part)  # type: ignore[attr-defined]
-        print(json.dumps({"trees": trees, "scores": scores, "evaluated": evaluated}))
+        print(json.dumps({"trees": trees, "scores": scores, "evaluated": evaluated, "grown_on": whole}))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # not through the engine's destructor, which tears the process group down under the other ranks

@@ -59,13 +59,13 @@ class Table(Collector):
         return trees, counts
 
 
-def graded(name: str, right: int) -> Tree:
+def graded(name: str, right: int, width: int = WIDTH) -> Tree:
     tree = Tree.start(name, [1])
-    for _ in range(WIDTH):
+    for _ in range(width):
         node = tree.add_child(ROOT)
         node.tokens, node.logprobs, node.stop = [5, 6], [0.0, 0.0], "eos"
         tree.leaves.append(node.id)
-    set_rewards(tree, [float(index < right) for index in range(WIDTH)])
+    set_rewards(tree, [float(index < right) for index in range(width)])
     return tree
 
 
@@ -134,6 +134,65 @@ def test_a_step_whose_trees_are_all_carried_over_is_no_shortage(caplog: pytest.L
     assert why_nothing(forest.metrics) == "no tree was finished, 3 go on in the next step (rollout.partial_rollout)"
     assert names(collector.collect(1)) == ["0-x", "1-x", "2-x"], "they are the next step's batch"
     assert collector.asked == ["0-x 1-x 2-x", "0-x 1-x 2-x"]
+
+
+class Handfuls(Table):
+    """A digit says how many of the first two leaves are right; of the later ones, every second one."""
+
+    def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
+        trees, counts = super().sample(jobs, step)
+        self.asked[-1] = " ".join(f"{job.prompt.id}:{job.leaves}" for job in jobs)
+        out = []
+        for job, tree in zip(jobs, trees, strict=True):
+            assert job.begun is None or job.begun.rewards, "its first leaves are graded"
+            first = int(job.prompt.id[-1])
+            rewards = [float(index < first if index < 2 else index % 2) for index in range(job.leaves)]
+            out.append(graded(tree.prompt_id, 0, width=job.leaves))
+            set_rewards(out[-1], rewards)
+        return out, counts
+
+
+def adaptive(**rollout: Any) -> Config:
+    return config(leaves="adaptive", first_leaves=2, **rollout)
+
+
+def leaves(forest: Forest) -> list[tuple[str, int]]:
+    return [(tree.prompt_id, len(tree.leaves)) for tree in forest.trees]
+
+
+def test_settled_prompts_leave_their_leaves_to_mixed_ones():
+    """Three prompts of four leaves are twelve: three handfuls of two, and the rest for the two that are mixed."""
+    collector = Handfuls(adaptive(dynamic_sampling=False), "1021")
+    forest = collector.collect(0)
+    assert collector.asked == ["0-1:2 1-0:2 2-2:2", "0-1:8"]
+    assert leaves(forest) == [("0-1", 8), ("1-0", 2), ("2-2", 2)]
+    metrics = forest.metrics
+    assert [metrics[f"tree/leaves_per_prompt_{name}"] for name in ("min", "mean", "max")] == [2, 4, 8]
+    assert metrics["tree/leaves"] == 12 and metrics["tree/shortfall"] == 0 and metrics["rollout/leaves_unspent"] == 0
+
+
+def test_new_prompts_begin_while_the_mixed_ones_cannot_take_all(caplog: pytest.LogCaptureFixture):
+    collector = Handfuls(adaptive(most_leaves=4), "0010112")
+    with caplog.at_level(logging.WARNING):
+        forest = collector.collect(0)
+    # 12 - 6 left, one mixed prompt may take 2: two more begin. Then 2 are left, which the mixed ones take.
+    assert collector.asked == ["0-0:2 1-0:2 2-1:2", "3-0:2 4-1:2", "2-1:3 4-1:3"]
+    assert leaves(forest) == [("2-1", 3), ("4-1", 3)]
+    assert caplog.text == "", "the step has spent its leaves: nothing is missing"
+    assert forest.metrics["rollout/refills"] == 1 and forest.metrics["rollout/prompts_dropped_zero_std"] == 3
+
+
+def test_leaves_that_nobody_can_take_are_said(caplog: pytest.LogCaptureFixture):
+    collector = Handfuls(adaptive(most_leaves=4, max_refills=0), "001")
+    with caplog.at_level(logging.WARNING):
+        forest = collector.collect(0)
+    assert leaves(forest) == [("2-1", 4)] and "1 of 3 prompts" in caplog.text
+    assert forest.metrics["rollout/leaves_unspent"] == 4
+
+
+def test_a_step_of_settled_prompts_grows_nothing():
+    collector = Handfuls(adaptive(max_refills=0), "020")
+    assert collector.collect(0).trees == [] and len(collector.asked) == 1
 
 
 def test_draws():

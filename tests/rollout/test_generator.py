@@ -190,6 +190,24 @@ def test_forks_inside_blocks_compute_nothing_twice(generator, copies):
         assert c["forwarded_tokens"] - c["dropped_tokens"] > 1.1 * unique
 
 
+def test_a_tree_that_grows_on_finds_its_tokens_in_the_cache(generator, copies):
+    """Graded in between: its forks then start inside blocks that the call before has left."""
+    r = forking(generator, n_samples_per_prompt=8)
+    queue = LocalQueue(range(4))
+    jobs = [Job(prompt, leaves=2) for prompt in prompts(4)]
+    begun = generator.grow(jobs, queue, step=0, rollout=r).trees
+    before = sum(tree.counts["forwarded_tokens"] for tree in begun.values())
+    jobs = [Job(prompt, begun=begun[index]) for index, prompt in enumerate(prompts(4))]
+    trees = generator.grow(jobs, LocalQueue(range(4)), step=0, rollout=r).trees
+    assert [len(trees[index].leaves) for index in range(4)] == [8] * 4
+    whole = [generator.rollout([prompt], step=0, rollout=r)[0] for prompt in prompts(4)]
+    assert [tree.nodes[1].tokens[:1] for tree in whole] == [trees[index].nodes[1].tokens[:1] for index in range(4)]
+    spent = sum(tree.counts["forwarded_tokens"] - tree.counts["dropped_tokens"] for tree in trees.values())
+    unique = sum(len(node.tokens) for tree in trees.values() for node in tree.nodes)
+    assert spent > before
+    assert (spent <= 1.01 * unique) == copies, "prompts included"
+
+
 @pytest.mark.parametrize("signal", ["entropy", "logprob"])
 def test_forks_start_where_the_model_was_uncertain(generator, tiny_llama, signal):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)

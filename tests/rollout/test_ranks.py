@@ -23,6 +23,7 @@ def test_trees_and_scores_are_the_same_in_either_layout(tiny_llama, make_tiny_ll
     other = make_tiny_llama(seed=1)
     apart, together = launch(tiny_llama, other, 1), launch(tiny_llama, other, 2)
     assert len(apart["trees"]) == 3 and apart["trees"] == together["trees"]
+    assert len(apart["grown_on"]) == 3 and apart["grown_on"] == together["grown_on"]
     (whole,) = together["evaluated"]
     assert whole["stolen"] == 0 and whole["metrics"][0]["samples"] == 12 and whole["metrics"][1]["samples"] == 36
     for slow in apart["evaluated"]:

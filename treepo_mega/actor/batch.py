@@ -20,7 +20,7 @@ from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Lesson, credit_by_depth
-from treepo_mega.tree.descent import descent_shares, leaf_shares
+from treepo_mega.tree.descent import leaf_counts, leaf_shares
 from treepo_mega.tree.merge import merge_equal
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
@@ -52,7 +52,12 @@ def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
             for tree, values in zip(trees, raw, strict=True)
         ]
         chosen = [index for index, take_part in enumerate(teaches) if take_part]
-        pairs = [_pairs(trees[index], shares[index], is_per_node(raw[index], trees[index])) for index in chosen]
+        # As one prompt, a tree counts as many trajectories as trees have on average.
+        mean = sum(len(trees[index].leaves) for index in chosen) / max(1, len(chosen))
+        counted = mean if algo.tree_weight == "prompt" else None
+        pairs = [
+            _pairs(trees[index], shares[index], is_per_node(raw[index], trees[index]), counted) for index in chosen
+        ]
         flat = iter(whiten(list(itertools.chain(*(raw[index] for index in chosen))), list(itertools.chain(*pairs))))
         for index, take_part in enumerate(teaches):
             raw[index] = list(itertools.islice(flat, len(raw[index]))) if take_part else [0.0] * len(raw[index])
@@ -90,12 +95,15 @@ def _require_one_kind(values: list[list[float]], trees: list[Tree], name: str) -
         )
 
 
-def _pairs(tree: Tree, shares: list[float] | None, per_node: bool) -> list[float]:
+def _pairs(tree: Tree, shares: list[float] | None, per_node: bool, counted: float | None = None) -> list[float]:
     """(trajectory, token) pairs that carry each of the tree's advantages; the root's tokens carry none.
 
-    Shares are scaled so that the tree counts as many trajectories as it has.
+    The tree counts as `counted` trajectories; None: as many as it has.
     """
-    counts = [1.0] * len(tree.leaves) if shares is None else [share * len(tree.leaves) for share in shares]
+    width = len(tree.leaves)
+    counts = [1.0] * width if shares is None else [share * width for share in shares]
+    if counted is not None:
+        counts = [count * counted / width for count in counts]
     if not per_node:
         return [count * len(tree.response(leaf)) for count, leaf in zip(counts, tree.leaves, strict=True)]
     below = tree.leaves_below()
@@ -106,15 +114,13 @@ def _pairs(tree: Tree, shares: list[float] | None, per_node: bool) -> list[float
 def lesson_of(segments: Segments, values: list[Floats], trees: list[Tree], cfg: Config) -> Lesson:
     """What a step teaches; `values` are `advantages` of `trees`, which `segments` are of, in this order."""
     algo = cfg.algo
-    # Shares of a tree add up to 1: every tree counts alike, whether it has all its leaves or lost some.
-    uniform = algo.leaf_weight == "uniform"
-    counts = None if uniform else np.concatenate([descent_shares(tree) for tree in trees])
+    counts = leaf_counts(trees, algo.leaf_weight, algo.tree_weight)
     return Lesson(
         segments,
         np.concatenate(values),
         per_node=any(is_per_node(of_tree, tree) for of_tree, tree in zip(values, trees, strict=True)),
         loss_agg_mode=algo.loss_agg_mode,
-        counts=counts,
+        counts=None if counts is None else np.array(counts, np.float64),
         max_response_len=cfg.rollout.max_response_len,
     )
 

@@ -50,7 +50,8 @@ class PolicyLoss:
         self.algo = algo
         self.needs_whole_packs = algo.ratio_level == "sequence"
         # The kernel's statistics count rows by their loss weight, which is their number of trajectories only here.
-        counts_rows = algo.loss_agg_mode == "token-mean" and algo.leaf_weight == "uniform"
+        alike = algo.leaf_weight == "uniform" and algo.tree_weight != "prompt"
+        counts_rows = algo.loss_agg_mode == "token-mean" and alike
         stated = algo.policy_loss == "ppo" and algo.kl_loss_type != "low_var_kl"
         self.kernel = backend == "triton" and counts_rows and stated
 

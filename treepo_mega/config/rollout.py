@@ -175,6 +175,14 @@ class RolloutConfig(Section):
     """Prompts trained on per rollout step."""
     n_samples_per_prompt: int = Field(16, ge=1)
     """Leaves per tree (the paper's width w)."""
+    leaves: Literal["fixed", "adaptive"] = "fixed"
+    """fixed: every tree has n_samples_per_prompt leaves. adaptive: a step has rollout_batch_size x n_samples_per_prompt
+    leaves. Trees begin with `first_leaves`. Prompts whose rewards are then all equal are settled, and the others share
+    what is left."""
+    first_leaves: int = Field(4, ge=2)
+    """Leaves that decide whether a prompt is settled, with leaves adaptive."""
+    most_leaves: int | None = Field(None, ge=2)
+    """Most leaves of a tree, with leaves adaptive. None: twice n_samples_per_prompt."""
     temperature: float = Field(1.0, ge=0.01)
     """Of sampling, and of the logprobs trained on. The engine would take anything below 0.01 for 0.01."""
     max_response_len: int = Field(1024, ge=1)
@@ -229,6 +237,13 @@ class RolloutConfig(Section):
         own = {key: value for key, value in changes.items() if not key.startswith("debug.")}
         switches = {key.removeprefix("debug."): value for key, value in changes.items() if key not in own}
         return super().replace(own).with_debug(self._debug.replace(switches))
+
+    @property
+    def leaves_at_most(self) -> int:
+        """Leaves of the widest tree of a step."""
+        if self.leaves == "fixed":
+            return self.n_samples_per_prompt
+        return 2 * self.n_samples_per_prompt if self.most_leaves is None else self.most_leaves
 
     @property
     def depth_limit(self) -> int:

@@ -121,6 +121,7 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
             f"{rollout.engine.tensor_parallel_size}"
         )
     bad += _check_tree(rollout)
+    bad += _check_leaves(rollout)
     if rollout.engine.max_num_batched_tokens < cfg.max_model_len:
         bad.append(
             f"rollout.engine.max_num_batched_tokens {rollout.engine.max_num_batched_tokens} is smaller than the "
@@ -178,15 +179,45 @@ def _check_tree(rollout: RolloutConfig) -> list[str]:
     depth = min(rollout.depth_limit, -(-rollout.max_response_len // rollout.segment.length))
     # Bounded exponent: past 2**64 leaves the answer is the same, and a depth of 10,000 would make a huge integer.
     reachable = first * rollout.branching.factor ** min(depth - 1, 64)
-    if rollout.fallback.from_ == "none" and reachable < width:
+    widest = rollout.leaves_at_most
+    if rollout.fallback.from_ == "none" and reachable < widest:
+        key = "n_samples_per_prompt" if rollout.leaves == "fixed" else "most_leaves"
         begin = (
             "rollout.branching.factor" if rollout.branching.initial is None else "the most of rollout.branching.initial"
         )
         bad.append(
-            f"rollout.n_samples_per_prompt {width} is out of reach: with rollout.fallback.from none, {begin} {first} "
+            f"rollout.{key} {widest} is out of reach: with rollout.fallback.from none, {begin} {first} "
             f"at the prompt and rollout.branching.factor {rollout.branching.factor} after each of the other "
             f"{depth - 1} segments, paths that run to their end give {reachable} leaves; use another "
             f"rollout.fallback.from, more branches, or a smaller rollout.segment.length than {rollout.segment.length}"
+        )
+    return bad
+
+
+def _check_leaves(rollout: RolloutConfig) -> list[str]:
+    """A handful decides about the rest of the leaves, and the trees can hold the leaves of a step."""
+    width = rollout.n_samples_per_prompt
+    if rollout.leaves == "fixed":
+        if rollout.most_leaves is None:
+            return []
+        return [f"rollout.most_leaves {rollout.most_leaves} has no effect with rollout.leaves fixed; set adaptive"]
+    bad = [
+        f"rollout.leaves adaptive with rollout.{name}: {why}"
+        for name, why, is_set in (
+            ("partial_rollout", "a handful must be graded in the step in which it began", rollout.partial_rollout),
+            ("token_budget", "it decides on leaves by itself; use one of them", rollout.token_budget),
+        )
+        if is_set is not None
+    ]
+    if rollout.first_leaves >= width:
+        bad.append(
+            f"rollout.first_leaves {rollout.first_leaves} is not below rollout.n_samples_per_prompt {width}: nothing "
+            "would be left to deal out"
+        )
+    if rollout.leaves_at_most < width:
+        bad.append(
+            f"rollout.most_leaves {rollout.most_leaves} is below rollout.n_samples_per_prompt {width}: a step "
+            "could not spend its leaves even if no prompt were settled"
         )
     return bad
 

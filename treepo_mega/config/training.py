@@ -25,6 +25,9 @@ class AlgoConfig(Section):
     """What a leaf counts in means, advantages, loss and metrics. uniform: all alike, as in the paper; long responses
     are then over-represented. descent: the chance that a random walk from the root ends in it, which makes the
     gradient that of the policy; leaves made by fallback count nothing."""
+    tree_weight: Literal["auto", "leaves", "prompt"] = "auto"
+    """What a tree counts in loss and whitening beside trees with more or fewer leaves. leaves: as many samples as it
+    has leaves. prompt: one, whatever its leaves. auto: leaves; with leaf_weight descent one prompt in the loss."""
     norm_adv_by_std: bool = True
     """grpo: divide by the tree's standard deviation. Off: Dr.GRPO's R - mean."""
     segment_sqrt_n: bool = False

@@ -84,6 +84,12 @@ _ROLLOUT = (
     Metric("rollout/leaves_masked", "count", "0 without algo.mask_truncated_samples", "cut leaves that count nothing"),
     Metric("rollout/prompts_trained", "count", "rollout.rollout_batch_size", "prompts that the step trained on"),
     Metric(
+        "rollout/leaves_unspent",
+        "count",
+        "near 0; always 0 under rollout.leaves fixed",
+        "leaves of the step that no prompt with signal could take (rollout.most_leaves)",
+    ),
+    Metric(
         "rollout/prompts_surplus", "count", "0 with oversample 1", "prompts with signal that the batch had no room for"
     ),
     Metric("rollout/refills", "count", "at most rollout.max_refills", "extra generation rounds to replace them"),
@@ -136,6 +142,12 @@ _TREE = (
         "tokens",
         "below response_len_mean",
         "response tokens before the first difference of two unlike leaves of a tree, mean over pairs",
+    ),
+    Metric(
+        "tree/leaves_per_prompt_{min,mean,max}",
+        "count",
+        "n_samples_per_prompt; around it under rollout.leaves adaptive",
+        "leaves of a tree that is trained on",
     ),
     Metric(
         "tree/budget_divergence",

@@ -8,6 +8,9 @@ is dropped; or a plug-in says which are. New prompts are drawn to replace it, `r
 missing, at most `rollout.max_refills` times. A step that is not full then goes on with fewer and says so, or ends the
 run (`rollout.allow_smaller_batch`).
 
+Adaptive leaves (`rollout.leaves`): trees begin with a handful of leaves, and those whose rewards differ grow on in a
+last round, with the leaves that settled prompts do not need (`adaptive.py`).
+
 Partial rollouts: a tree with paths that reach beyond the step (`rollout.partial_rollout`) is carried over, as a state
 that every rank holds and a checkpoint keeps; the next step goes on with it in place of a new prompt.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +31,7 @@ from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.plugins import plugin_keeps
+from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.counts import summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator, Job
@@ -38,6 +43,7 @@ from treepo_mega.tree.advantage import has_signal
 from treepo_mega.tree.descent import fair_leaves, policy_mean
 from treepo_mega.tree.diversity import common_tokens, distinct_responses, effective_samples
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.regrow import with_grades
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +76,8 @@ class Collector:
         self.timers = timers
         self.carried: list[dict[str, Any]] = []
         """Unfinished trees with their prompts, JSON-safe, the same on every rank; part of a checkpoint."""
+        self._engine_of: dict[str, int] = {}
+        """Prompt id -> the engine that sampled its tree in this step."""
 
     def collect(self, step: int) -> Forest:
         """Trees of `rollout_batch_size` prompts with signal (all prompts without dynamic sampling).
@@ -81,8 +89,10 @@ class Collector:
         wanted = rollout.rollout_batch_size
         kept: list[Tree] = []
         seen: list[Tree] = []
+        drawn: dict[str, Prompt] = {}
         totals: dict[str, float] = {}
-        waited: list[float] = []
+        budget = LeafBudget.of(rollout) if rollout.leaves == "adaptive" else None
+        first = None if budget is None else budget.first
         resumed = self.carried[:wanted]
         self.carried = self.carried[wanted:]
         jobs = [Job(Prompt(**carried["prompt"]), carried["state"]) for carried in resumed]
@@ -90,14 +100,15 @@ class Collector:
         for refill in range(rounds):
             # A paused tree keeps its place in the batch: if each were replaced, they could pile up from step to step.
             missing = wanted - len(kept) - len(self.carried) - len(jobs)
-            jobs += [Job(prompt) for prompt in self.cursor.take(draws(missing, rollout.oversample))]
+            count = draws(missing, rollout.oversample)
+            count = count if budget is None else budget.begin(count, len(kept))
+            jobs += [Job(prompt, leaves=first) for prompt in self.cursor.take(count)]
             # All ranks see the same trees and leave the loop together: sampling is collective.
             if not jobs:
                 break
+            drawn |= {job.prompt.id: job.prompt for job in jobs}
             trees, counts = self.sample(jobs, step)
-            waited.append(counts.pop("idle_share_max"))
-            totals = {name: totals.get(name, 0.0) + value for name, value in counts.items()}
-            totals["refills"] = refill
+            add_counts(totals, counts | {"refills": float(refill > 0)})
             seen += trees
             chosen = [tree for tree in self._trainable(trees) if self._teaches(tree, step)]
             if is_function_path(rollout.filter_metric):
@@ -105,20 +116,53 @@ class Collector:
                 dist.require_agreement([tree.prompt_id for tree in chosen], what)
             kept += chosen
             jobs = []
-        report_lost(self.pool.take_tally(), f"step {step}")
         surplus = max(0, len(kept) - wanted)
         # The first drawn stay, not the first finished: choosing by speed would favour short responses.
         kept = kept[:wanted]
-        self._check_filled(len(kept), totals["refills"], step)
-        totals |= {"resumed": len(resumed), "carried": len(self.carried), "idle_share_max": max(waited)}
-        totals["surplus"] = surplus
+        asked = len(seen) * rollout.n_samples_per_prompt
+        if budget is not None:
+            seen, kept = self._grow_on(seen, kept, drawn, budget, totals, step)
+            asked = wanted * rollout.n_samples_per_prompt - budget.left
+        report_lost(self.pool.take_tally(), f"step {step}")
+        # Leaves that went to other prompts of the step are not missing.
+        if budget is None or budget.left:
+            self._check_filled(len(kept), totals["refills"], step)
+        totals |= {"resumed": len(resumed), "carried": len(self.carried), "surplus": surplus, "asked": asked}
+        totals["unspent"] = 0 if budget is None else budget.left
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
+
+    def _grow_on(
+        self,
+        seen: list[Tree],
+        kept: list[Tree],
+        drawn: dict[str, Prompt],
+        budget: LeafBudget,
+        totals: dict[str, float],
+        step: int,
+    ) -> tuple[list[Tree], list[Tree]]:
+        """`seen` and `kept` after those of `kept` whose rewards differ have got the leaves that are left."""
+        by_prompt = {tree.prompt_id: tree for tree in seen}
+        mixed = [tree.prompt_id for tree in kept if self._differs(tree, step)]
+        jobs = [
+            Job(drawn[name], leaves=budget.first + more, begun=by_prompt[name])
+            for name, more in zip(mixed, budget.share(len(mixed)), strict=True)
+            if more
+        ]
+        if not jobs:
+            return seen, kept
+        trees, counts = self.sample(jobs, step)
+        add_counts(totals, counts)
+        grown = {tree.prompt_id: tree for tree in trees}
+        trained = {tree.prompt_id: tree for tree in self._trainable(trees)}
+        return [grown.get(tree.prompt_id, tree) for tree in seen], [trained.get(tree.prompt_id, tree) for tree in kept]
 
     def _teaches(self, tree: Tree, step: int) -> bool:
         """Whether the step keeps a tree that has leaves."""
+        return not self.cfg.rollout.dynamic_sampling or self._differs(tree, step)
+
+    def _differs(self, tree: Tree, step: int) -> bool:
+        """Whether a tree has signal, by rollout.filter_metric."""
         rollout = self.cfg.rollout
-        if not rollout.dynamic_sampling:
-            return True
         if is_function_path(rollout.filter_metric):
             return plugin_keeps(rollout.filter_metric, tree, step=step)
         return len(set(tree.verdicts)) > 1 if rollout.filter_metric == "acc" else has_signal(tree)
@@ -157,10 +201,14 @@ class Collector:
             step=step,
             policy_version=step,
             timers=self.timers,
+            engines=[self._engine_of[job.prompt.id] for job in jobs] if jobs[0].begun else None,
+        )
+        self._engine_of = {jobs[index].prompt.id: engine for index, engine in sampled.engines.items()} | (
+            {} if jobs[0].begun is None else self._engine_of
         )
         for index, state in sampled.paused.items():
             self.carried.append({"prompt": asdict(jobs[index].prompt), "state": state})
-        trees = [Tree.from_dict(row["tree"]) for row in sampled.rows.values()]
+        trees = [with_earlier_grades(jobs[index], row) for index, row in sampled.rows.items()]
         # Learnt from all trees on every rank: with other costs, ranks would deal other lists.
         self.generator.costs.update([jobs[index].prompt for index in sampled.rows], trees)
         counts = dict(sampled.counts)
@@ -171,6 +219,19 @@ class Collector:
                 counts[COUNT + name] = counts.get(COUNT + name, 0.0) + count
         counts["idle_share_max"] = sampled.idle_share_max
         return trees, counts
+
+
+def with_earlier_grades(job: Job, row: dict[str, Any]) -> Tree:
+    """The tree of a row; one that grew on has its first leaves and their grades again."""
+    tree = Tree.from_dict(row["tree"])
+    return tree if job.begun is None else with_grades(tree, job.begun)
+
+
+def add_counts(totals: dict[str, float], counts: dict[str, float]) -> None:
+    """Add what a round cost to the step's totals; of idle_share_max the largest."""
+    for name, value in counts.items():
+        both = max if name == "idle_share_max" else operator.add
+        totals[name] = both(totals.get(name, 0.0), value)
 
 
 def draws(missing: int, oversample: float) -> int:
@@ -205,6 +266,16 @@ def shortage(trained: int, carried: int, refills: int, cfg: Config, step: int) -
         f"{rollout.oversample:g}). Choose prompts that are neither too easy nor too hard, raise rollout.oversample, "
         "rollout.max_refills or rollout.n_samples_per_prompt"
     )
+
+
+def _leaves_per_prompt(trees: list[Tree]) -> dict[str, float]:
+    """The fewest, the mean and the most leaves of trees that are trained on."""
+    leaves = [len(tree.leaves) for tree in trees] or [0]
+    return {
+        "tree/leaves_per_prompt_min": min(leaves),
+        "tree/leaves_per_prompt_mean": sum(leaves) / len(leaves),
+        "tree/leaves_per_prompt_max": max(leaves),
+    }
 
 
 def _diversity(trees: list[Tree]) -> dict[str, float]:
@@ -254,7 +325,9 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "tree/depth_mean": sum(depths) / len(depths),
         "tree/depth_max": max(depths),
         "tree/leaves": sum(len(tree.leaves) for tree in kept),
-        "tree/shortfall": len(seen) * cfg.rollout.n_samples_per_prompt - counts["leaves"],
+        **_leaves_per_prompt(kept),
+        "rollout/leaves_unspent": totals["unspent"],
+        "tree/shortfall": totals["asked"] - counts["leaves"],
         **_diversity(seen),
         "tree/budget_divergence": counts.get("budget_divergence", 0.0) / max(1.0, counts.get("budget_decisions", 0.0)),
         "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),

@@ -79,6 +79,16 @@ def deal_by_cost(costs: Sequence[float], engines: int) -> list[list[int]]:
     return [sorted(indices, key=lambda i: (-costs[i], i)) for indices in balance(costs, engines)]
 
 
+def deal_to(engine_of: Sequence[int], costs: Sequence[float], engines: int) -> list[list[int]]:
+    """Indices for each engine, most expensive first: `engine_of[i]` gets i, where its prefixes may be cached.
+
+    >>> deal_to([1, 0, 1], [5.0, 1.0, 9.0], 2)
+    [[1], [2, 0]]
+    """
+    by_cost = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+    return [[index for index in by_cost if engine_of[index] == engine] for engine in range(engines)]
+
+
 class Queue(Protocol):
     """Hands out prompts to begin. `stolen`: how many of them were dealt to another engine."""
 

@@ -52,10 +52,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A tree to grow: a prompt, and the state of its tree when it was carried over from an earlier step."""
+    """A tree to grow: a prompt, and the state of its tree when it was carried over from an earlier step.
+
+    `leaves`: how many the tree is to have; None: rollout.n_samples_per_prompt. `begun`: the tree of this step, sampled
+    and graded with fewer leaves, that grows on.
+    """
 
     prompt: Prompt
     state: dict[str, Any] | None = None
+    leaves: int | None = None
+    begun: Tree | None = None
 
 
 @dataclass(slots=True)
@@ -140,7 +146,8 @@ class Generator:
         """Grow the trees of the jobs that `queue` hands out, to their end or to the reach of this step.
 
         Seeds come from (train.seed, purpose, step, prompt id), so ids must be unique within a step (those of
-        `PromptCursor` are unique within a run): equal ids would give equal trees.
+        `PromptCursor` are unique within a run): equal ids would give equal trees. Where trees grow on (`Job.begun`),
+        the prefix cache of the call before is kept.
 
         Raises PromptError for a repeated id or a prompt that does not fit the engine, GenerationTimeout after
         rollout.timeout_s naming the unfinished segments, EngineError from the engine. After an error the engine is
@@ -151,22 +158,26 @@ class Generator:
         budget_temperature = rollout.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
         now = rollout.replace({"branching.budget.temperature": budget_temperature})
         self._check(jobs, now)
-        # What a step costs, and how its numbers are rounded, must not depend on what ran before.
-        self.engine.reset_prefix_cache()
+        # What a step costs, and how its numbers are rounded, must not depend on what ran before. Trees that grow on are
+        # part of one step: what they branch from is still there.
+        if not any(job.begun for job in jobs):
+            self.engine.reset_prefix_cache()
         stop = StopRules.from_config(now, self.eos_token_ids, self.decode)
 
         def begin(job: Job) -> TreeSearch:
             """A new tree, or a carried-over one that goes on in this step."""
             prompt = job.prompt
+            width = leaves_of(job, now)
             search = TreeSearch(
                 prompt.id,
                 prompt.tokens,
-                now,
+                now if width == now.n_samples_per_prompt else now.replace({"n_samples_per_prompt": width}),
                 seed=derive_seed(self.cfg.train.seed, purpose, step, prompt.id),
                 stop=stop,
                 policy_version=policy_version,
                 align=now.alignment,
                 split=split_of(now, prompt.id),
+                begun=job.begun,
             )
             if job.state is not None:
                 search.load_state_dict(job.state)
@@ -395,7 +406,7 @@ class _Run:
     def _report(self) -> None:
         now = sum(len(search.tree.leaves) for search in self.searches)
         if self.generator.progress is not None and now > self.leaves:
-            self.generator.progress(now, len(self.jobs) * self.rollout.n_samples_per_prompt)
+            self.generator.progress(now, sum(leaves_of(job, self.rollout) for job in self.jobs))
         self.leaves = now
 
     def _unfinished(self) -> str:
@@ -405,6 +416,11 @@ class _Run:
             f"generation passed its deadline of {self.rollout.timeout_s} s (rollout.timeout_s) with {len(keys)} "
             f"segments unfinished: " + ", ".join(some) + (", ..." if len(keys) > len(some) else "")
         )
+
+
+def leaves_of(job: Job, rollout: RolloutConfig) -> int:
+    """Leaves that the job's tree is to have."""
+    return rollout.n_samples_per_prompt if job.leaves is None else job.leaves
 
 
 def _name(key: Key) -> str:

@@ -23,10 +23,11 @@ from treepo_mega.config import Config, RewardFunction, RolloutConfig
 from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
 from treepo_mega.data.rewards.weighted import combine, expand, used_functions
 from treepo_mega.monitor.timers import Timers
-from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost
+from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost, deal_to
 from treepo_mega.rollout.generator import Generator, Job
 from treepo_mega.runtime import dist
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.regrow import new_leaves
 
 Row = dict[str, Any]
 """What a graded tree is reported as; JSON-safe."""
@@ -43,6 +44,8 @@ class SampledRound:
     """By the index of the job, ascending."""
     paused: dict[int, dict[str, Any]] = field(default_factory=dict)
     """States of unfinished trees by the index of their job, ascending; JSON-safe."""
+    engines: dict[int, int] = field(default_factory=dict)
+    """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
     """Sums over engines: engine_steps, running, stolen (prompts), idle_s and engine_s (seconds)."""
     idle_share_max: float = 0.0
@@ -64,17 +67,19 @@ def sample_and_grade(
     purpose: str = "train",
     waits_for: str = "generation",
     timers: Timers | None = None,
+    engines: Sequence[int] | None = None,
 ) -> SampledRound:
     """Sample and grade the trees of `jobs`, the same list on every rank. Collective over all ranks.
 
     `costs`: expected tokens a job. `name` and `waits_for` stand in the messages about lost ranks. `timers` gets the
-    phases `rollout` and `reward`. The other arguments are those of `Generator.grow`. Raises what `Generator.grow`
-    raises, and RankLost when an engine has not finished rollout.timeout_s after this one.
+    phases `rollout` and `reward`. `engines`: the engine a job is dealt to; None: dealt by cost. Of a tree that grows on
+    (`Job.begun`), only new leaves are graded and reported. The other arguments are those of `Generator.grow`. Raises
+    what it raises, and RankLost when an engine has not finished rollout.timeout_s after this one.
     """
     cfg = generator.cfg
     timers = timers or Timers()
     started = time.monotonic()
-    queue = open_round(cfg, costs, name)
+    queue = open_round(cfg, costs, name, engines)
     with timers("rollout"):
         with timers.span("sampling"):
             grown = generator.grow(
@@ -98,7 +103,8 @@ def sample_and_grade(
         if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
             with timers.span("grading"):
                 functions = used_functions(cfg.reward.functions, purpose)
-            report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row, functions).items())
+                report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row, functions).items())
+            report["engine"] = dist.rank() // cfg.rollout.engine.tensor_parallel_size
             report["paused"] = list(grown.paused.items())
             report["counts"] = {
                 "engine_steps": generator.counts["engine_steps"],
@@ -111,11 +117,14 @@ def sample_and_grade(
             return _merge(dist.gather_objects(report))
 
 
-def open_round(cfg: Config, costs: Sequence[float], name: str) -> Queue:
-    """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike."""
+def open_round(cfg: Config, costs: Sequence[float], name: str, dealt_to: Sequence[int] | None = None) -> Queue:
+    """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike.
+
+    `dealt_to`: the engine of each prompt; None: as even as can be.
+    """
     tp = cfg.rollout.engine.tensor_parallel_size
     engines = max(1, dist.world_size() // tp)
-    deal = deal_by_cost(costs, engines)
+    deal = deal_by_cost(costs, engines) if dealt_to is None else deal_to(dealt_to, costs, engines)
     # A name of its own for every round: a list in the store is a counter, and counters only go up.
     key = f"round {next(_rounds())}, {name}"
     if engines == tp == 1:
@@ -140,6 +149,8 @@ def _grade(
     functions: Sequence[RewardFunction],
 ) -> dict[int, Row]:
     """Rows of this engine's trees by the index of their job. All texts are graded in one call of the pool."""
+    begun = {index: jobs[index].begun for index in trees}
+    trees = {index: tree if (old := begun[index]) is None else new_leaves(tree, old) for index, tree in trees.items()}
     texts = {index: [generator.decode(tree.response(leaf)) for leaf in tree.leaves] for index, tree in trees.items()}
     items: list[RewardItem] = []
     for index, tree in trees.items():
@@ -176,6 +187,7 @@ def _merge(reports: Sequence[dict[str, Any]]) -> SampledRound:
     paused: dict[int, dict[str, Any]] = {}
     for report in reports:
         rows |= dict(report.get("rows", ()))
+        merged.engines |= {index: report["engine"] for index, _ in report.get("rows", ())}
         paused |= dict(report.get("paused", ()))
         for key, value in report.get("counts", {}).items():
             merged.counts[key] = merged.counts.get(key, 0) + value

@@ -83,6 +83,28 @@ def leaf_shares(tree: Tree, leaf_weight: str) -> list[float] | None:
     return descent_shares(tree) if leaf_weight == "descent" else None
 
 
+def leaf_counts(trees: Sequence[Tree], leaf_weight: str, tree_weight: str) -> list[float] | None:
+    """What each leaf counts in the loss, tree by tree: `leaf_weight` within a tree, `tree_weight` beside other trees.
+
+    None: every leaf alike. The unit does not matter. Both are those of `algo`.
+
+    >>> tree = Tree.start("p", [1])
+    >>> tree.leaves = [tree.add_child(0).id, tree.add_child(0).id]
+    >>> leaf_counts([tree, tree.only([0])], "uniform", "prompt")
+    [0.5, 0.5, 1.0]
+    """
+    by_tree = [leaf_shares(tree, leaf_weight) for tree in trees]
+    if tree_weight != "prompt" and leaf_weight == "uniform":
+        return None
+    counts: list[float] = []
+    for tree, shares in zip(trees, by_tree, strict=True):
+        width = len(tree.leaves)
+        # Shares of a tree add up to 1: by themselves they count a tree as one, whether it has all its leaves or not.
+        of_leaf = shares or [1 / width] * width
+        counts += [share * width for share in of_leaf] if tree_weight == "leaves" else of_leaf
+    return counts
+
+
 def policy_mean(trees: Sequence[Tree], value: Callable[[Tree, int], float]) -> float:
     """Estimate of the policy's mean of `value(tree, index of the leaf)`: prompts count alike, leaves by their shares.
 

@@ -30,6 +30,7 @@ from treepo_mega.tree.budget import Split
 from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.fork import Fork, decisions, open_forks
 from treepo_mega.tree.node import ROOT, Node, Tree
+from treepo_mega.tree.regrow import ungraded
 from treepo_mega.tree.stop import StopRules
 from treepo_mega.tree.transfer import ForkTransfer, make_transfer
 
@@ -105,7 +106,8 @@ class CarriedTreeError(TreepoError):
 class TreeSearch:
     """Grows one tree. `seed` names the tree (run seed, step, prompt id); see the module docstring.
 
-    `split` divides branches where `rollout.branching.budget` names a plug-in.
+    `split` divides branches where `rollout.branching.budget` names a plug-in. `begun`: a graded tree of the same prompt
+    and seed to grow on, with fewer leaves than `rollout` asks for.
     """
 
     def __init__(
@@ -119,16 +121,19 @@ class TreeSearch:
         policy_version: int = 0,
         align: int = 0,
         split: Split | None = None,
+        begun: Tree | None = None,
     ) -> None:
         if not prompt_tokens:
             raise ValueError(f"prompt {prompt_id!r} has no tokens: there is nothing to condition on")
-        self.tree = Tree.start(prompt_id, prompt_tokens)
+        self.tree = Tree.start(prompt_id, prompt_tokens) if begun is None else ungraded(begun)
+        begun_leaves = len(self.tree.leaves)
         self._cfg = rollout
         self._seed = seed
         self._stop = stop
         self._version = policy_version
         self._align = align
-        self._rng = random.Random(derive_seed(seed, "tree"))
+        # A tree that grows on must not draw again what it drew before.
+        self._rng = random.Random(derive_seed(seed, "tree", *([begun_leaves] if begun_leaves else [])))
         self._new: list[Want] = []
         # rollout.partial_rollout: wanted in a later step.
         self._beyond_reach: list[Want] = []
@@ -136,9 +141,16 @@ class TreeSearch:
         # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
         self._running: dict[int, int] = {}
         self._transfer = make_transfer(rollout, seed, self._rng, self._affordable, split)
-        self.tree.counts = dict.fromkeys(COUNTS, 0)
-        width = self._initial_width()
-        self._transfer.begin(width)
+        self.tree.counts = dict.fromkeys(COUNTS, 0) | self.tree.counts
+        missing = rollout.n_samples_per_prompt - begun_leaves
+        if missing <= 0:
+            raise ValueError(f"prompt {prompt_id!r}: {begun_leaves} leaves already, {missing} to grow")
+        # Forks start on what was sampled; a tree that branches at borders gets more branches of the prompt.
+        if begun_leaves and rollout.forks:
+            self._come_to_rest()
+            return
+        width = self._initial_width(missing)
+        self._transfer.begin(width, missing)
         self._grow(self.tree.nodes[ROOT], width)
 
     @property
@@ -253,8 +265,8 @@ class TreeSearch:
         """What the saved state of the transfer rule belongs to."""
         return "fork" if self._cfg.forks else self._cfg.branching.transfer
 
-    def _initial_width(self) -> int:
-        width = self._cfg.n_samples_per_prompt
+    def _initial_width(self, width: int) -> int:
+        """New branches of the prompt, which are to become `width` leaves."""
         if self._cfg.mode == "sequential":
             return width
         between = self._cfg.branching.initial

@@ -1,7 +1,7 @@
 """How a tree spends its budget of leaves: `level.py` level by level, `quota.py` as quotas, `fork.py` at the end.
 
     transfer = make_transfer(rollout, seed, rng, affordable)
-    transfer.begin(width)                            # the root is about to get that many children
+    transfer.begin(width, missing)                   # the root is about to get that many children
     transfer.started(root, children)                 # their segments are on their way
     for parent, width in transfer.arrived(node, tree):      # who may branch, now that this segment is there
         transfer.started(parent, branch(parent, width))

@@ -22,8 +22,8 @@ class Transfer(Protocol):
     full: bool
     """True when every running path grows into exactly one leaf, and no leaf is missing: nothing is left to decide."""
 
-    def begin(self, width: int) -> None:
-        """The root is about to get `width` children."""
+    def begin(self, width: int, missing: int) -> None:
+        """The root is about to get `width` children, for the `missing` leaves."""
 
     def started(self, parent: Node, children: Sequence[Node]) -> None:
         """`parent` has got these children, in path order, and their segments are wanted."""

@@ -23,7 +23,7 @@ class ForkTransfer:
         self.full = True
         self._waves = 0
 
-    def begin(self, width: int) -> None:
+    def begin(self, width: int, missing: int) -> None:
         """The trunks are about to start: each is a path of its own."""
 
     def started(self, parent: Node, children: Sequence[Node]) -> None:

@@ -37,9 +37,9 @@ class LevelTransfer:
         self._kept = 0
         """Branches that earlier levels left over."""
 
-    def begin(self, width: int) -> None:
-        """The root is about to get `width` children."""
-        self.full = width == self.rollout.n_samples_per_prompt
+    def begin(self, width: int, missing: int) -> None:
+        """The root is about to get `width` children, for the `missing` leaves."""
+        self.full = width == missing
 
     def started(self, parent: Node, children: Sequence[Node]) -> None:
         """The level waits for these children too, unless nothing is left to decide."""

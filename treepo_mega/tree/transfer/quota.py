@@ -49,9 +49,9 @@ class QuotaTransfer:
         self._branching: dict[int, int] = {}
         """Quotas of the nodes that were told to branch and have no children yet."""
 
-    def begin(self, width: int) -> None:
-        """The root is about to get `width` children, which share n_samples_per_prompt leaves."""
-        self._branching[ROOT] = self.rollout.n_samples_per_prompt
+    def begin(self, width: int, missing: int) -> None:
+        """The root is about to get `width` children, which share the `missing` leaves."""
+        self._branching[ROOT] = missing
 
     def started(self, parent: Node, children: Sequence[Node]) -> None:
         """Share the quota of `parent` among its new children, in path order."""
