@@ -141,6 +141,7 @@ def finish(args: argparse.Namespace, started: float) -> None:
     print(f"{'engine vs trainer logprob':<26} at most {summary['mismatch_max']:.1e} nats apart")
     print(f"{'seconds':<26} {summary['seconds_total']:.0f}, of which set-up {summary['seconds_setup']:.0f}")
     print(f"\n{args.run_dir}: report.html, summary.json, metrics.jsonl, hf/ (the trained model)")
+    print(f"what it wrote: treepo-mega tree {args.run_dir}")
     print(f"curves: {os.path.relpath(Path(sys.executable).parent)}/tensorboard --logdir {args.run_dir}")
     drift = abs(summary["greedy_export"] - summary["greedy_after"])
     if drift > 0.01:

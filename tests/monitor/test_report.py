@@ -1,16 +1,19 @@
 """`treepo-mega report`: the figures are right, the page is self-contained, hostile text stays text."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models
 
 from treepo_mega.cli import main
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.report import ReportError, write_report
 from treepo_mega.monitor.report.summary import load_run, percentile, phases, summarise
 from treepo_mega.monitor.report.svg import MAX_POINTS, line_chart, short, ticks
+from treepo_mega.tree.node import Node, Tree
 
 
 @pytest.fixture
@@ -48,6 +51,24 @@ def test_figures(run):
     assert figures["medians"] == {"reshard/gb_per_s": 2.0}
     assert figures["totals"] == {"reward/lost": 5, "train/nonfinite_metrics": 10}
     assert figures["summary"] == {"accuracy_after": 0.75}
+
+
+def test_what_the_model_wrote_stands_in_the_report_as_text(run, tmp_path):
+    hostile = "<script>alert(1)</script>"
+    tokenizer = Tokenizer(models.WordLevel(vocab={"Q:": 0, "fine": 1, hostile: 2, "?": 3}, unk_token="?"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"hf_checkpoint": str(tmp_path)}}))
+    alike = Tree("train:1", [Node(0, -1, (), [0]), Node(1, 0, (0,), [3])], [1], [0.5])
+    differs = Tree("train:2", [Node(0, -1, (), [0]), *(Node(n, 0, (n - 1,), [n]) for n in (1, 2, 3))], [1, 2, 3])
+    differs.rewards, differs.advantages = [1.0, 0.0, 0.5], [0.5, -0.75, 0.25]
+    (run / "trees").mkdir()
+    (run / "trees" / "step_000001.jsonl").write_text("".join(json.dumps(t.to_dict()) + "\n" for t in (alike, differs)))
+    (run / "trees" / "step_000002.jsonl").write_text('{"prompt_id"')
+    page = write_report([run], tmp_path)[0].read_text()
+    assert hostile not in page and "&lt;script&gt;alert(1)" in page
+    rows = re.findall(r"<td>(1)</td><td>([^<]*)</td><td>([^<]*)</td><td><div class=.words.>", page)
+    assert rows == [("1", "1", "+0.500"), ("1", "0", "-0.750")], "the best, then the worst, of the tree that differs"
+    assert "step_000002.jsonl: cannot be read" in page
 
 
 def test_phases_are_shares_of_the_step_and_add_up(run):

@@ -65,6 +65,18 @@ def pieces(tree: Tree, leaf: int, decode: Decode) -> list[str]:
     return out
 
 
+def marked_pieces(tree: Tree, leaf: int, decode: Decode) -> list[tuple[bool, str]]:
+    """`pieces`, each with whether a branch point of the tree is before it."""
+    below = tree.leaves_below()
+    out = []
+    for node_id, piece in zip(tree.ancestry(leaf)[1:], pieces(tree, leaf, decode), strict=True):
+        parent = tree.nodes[node_id].parent
+        branches = sum(child in below for child in tree.nodes[parent].children)
+        # The prompt's end is a branch point of every tree: a mark there says nothing.
+        out.append((branches > 1 and parent != ROOT, piece))
+    return out
+
+
 def printable(text: str) -> str:
     """`text` on one line, `⏎` for line ends, without the characters that steer a terminal.
 
@@ -112,18 +124,14 @@ def table(trees: Sequence[Tree], count: int, decode: Decode, *, title: str) -> T
         prompt = "" if tree is before else shorten(printable(decode(tree.prompt_tokens)), PROMPT_CHARACTERS)
         before = tree
         # `Text` and not a string: rich would read `[bold]` in a string as its markup.
-        found.add_row(Text(prompt), _response(tree, index, decode), f"{tree.rewards[index]:.3g}", _credit(tree, index))
+        found.add_row(Text(prompt), _response(tree, index, decode), f"{tree.rewards[index]:.3g}", credit(tree, index))
     return found
 
 
 def _response(tree: Tree, index: int, decode: Decode) -> Text:
     leaf = tree.leaves[index]
-    below = tree.leaves_below()
     text = Text()
-    for node_id, piece in zip(tree.ancestry(leaf)[1:], pieces(tree, leaf, decode), strict=True):
-        siblings = [child for child in tree.nodes[tree.nodes[node_id].parent].children if child in below]
-        # The prompt's end is a branch point of every tree: a mark there says nothing.
-        branches = len(siblings) > 1 and tree.nodes[node_id].parent != ROOT
+    for branches, piece in marked_pieces(tree, leaf, decode):
         # A style of its own tells the mark from one that the model wrote.
         text.append(BRANCH if branches else "", "bold cyan")
         text.append(printable(piece))
@@ -135,7 +143,7 @@ def _response(tree: Tree, index: int, decode: Decode) -> Text:
     return text
 
 
-def _credit(tree: Tree, index: int) -> str:
+def credit(tree: Tree, index: int) -> str:
     """The leaf's advantage; for an estimator with one a node, that of the last segment."""
     if not tree.advantages:
         return "-"

@@ -50,6 +50,8 @@ figcaption small,.note{font-weight:400;color:var(--dim)}svg{width:100%;height:au
 fill:var(--dim)}.grid{stroke:var(--rule)}.line{fill:none;stroke-width:1.6}.bar{height:22px;border-radius:4px}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4em}pre{background:var(--card);
 padding:1rem;overflow:auto;border-radius:8px}.bad{color:#c0392b;font-weight:600}
+.samples td:last-child,.samples th:last-child{text-align:left}.words{font:13px/1.5 ui-monospace,monospace;
+overflow-wrap:anywhere;unicode-bidi:isolate}.samples td{vertical-align:top}.samples{overflow-x:auto}
 """
 PALETTE = ("#2f7ed8", "#e07b39", "#3a9d5d", "#b04a8f", "#8a6fd1", "#c2a83e", "#4aa3a8", "#8b8f99")
 
@@ -147,8 +149,33 @@ def _run_section(run: Run, figures: dict[str, Any]) -> str:
     ]
     if faults:
         parts.append(table(("faults and repairs (0 is best)", "total"), faults))
+    parts.append(_samples(run))
     for title, mapping in (("summary.json", run.summary), ("config.yaml", run.config)):
         if mapping:
             text = escape(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True))
             parts.append(f"<details><summary>{title}</summary><pre>{text}</pre></details>")
     return "".join(parts)
+
+
+def _samples(run: Run) -> str:
+    """What the model wrote, best and worst by step; nothing without trees."""
+    found = run.samples
+    if not (found.leaves or found.notes):
+        return ""
+    rows = [
+        (
+            str(leaf.step),
+            f"{leaf.reward:.3g}",
+            escape(leaf.advantage),
+            f'<div class="words"><span class="note">{escape(leaf.prompt)}</span> {escape(leaf.response)}</div>',
+        )
+        for leaf in found.leaves
+    ]
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in found.notes)
+    about = "best and worst leaf of a prompt; ├ stands at branch points, ⏎ at line ends"
+    more = f"treepo-mega tree {escape(run.name)} shows whole trees."
+    head = ("step", "reward", "advantage", "prompt and response")
+    return (
+        f'<h3>What the model wrote</h3><p class="note">{about}. {more}</p>{notes}<div class="samples">'
+        f"{table(head, rows)}</div>"
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.metrics import METRICS_FILE, MetricsError, read_metrics
+from treepo_mega.monitor.report.samples import Samples, load_samples
 from treepo_mega.monitor.timers import WALL
 
 Row = dict[str, Any]
@@ -49,12 +50,13 @@ class ReportError(TreepoError):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind. `rows` ascend in step; `config` and `summary` are empty when the files are not there."""
+    """What a run left behind. `rows` ascend in step; what lies in other files is empty when they are not there."""
 
     name: str
     rows: list[Row]
     config: Row
     summary: Row
+    samples: Samples = field(default_factory=Samples)
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of `metric` where it was logged and finite."""
@@ -74,7 +76,8 @@ def load_run(path: Path) -> Run:
         raise ReportError(str(e)) from None
     if not rows:
         raise ReportError(f"{path / METRICS_FILE}: no step was logged yet")
-    return Run(str(path), rows, _mapping(path / "config.yaml"), _mapping(path / "summary.json"))
+    config = _mapping(path / "config.yaml")
+    return Run(str(path), rows, config, _mapping(path / "summary.json"), load_samples(path))
 
 
 def _mapping(path: Path) -> Row:

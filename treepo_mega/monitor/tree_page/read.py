@@ -92,7 +92,7 @@ def load_run(run_dir: Path, step: int | None) -> StepTrees:
         step=_step_of(path),
         numbers=list(range(1, len(outlines) + 1)),
         outlines=outlines,
-        tokenizer=_tokenizer(run_dir, settings, notes),
+        tokenizer=find_tokenizer(run_dir, settings, notes),
         estimator=settings.estimator,
         notes=notes,
     )
@@ -118,12 +118,18 @@ def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
+def steps_with_trees(run_dir: Path) -> list[int]:
+    """The steps of which the run has trees, ascending."""
+    found = (run_dir / FOLDER).glob("step_*.jsonl")
+    return sorted(_step_of(path) for path in found if re.fullmatch(r"step_\d+", path.stem))
+
+
 def _find(run_dir: Path, step: int | None) -> Path:
     if not run_dir.is_dir():
         siblings = [str(one) for one in run_dir.parent.iterdir()] if run_dir.parent.is_dir() else []
         raise TreePageError(f"{run_dir}: no such run directory{nearest(str(run_dir), siblings, cutoff=0.7)}")
     folder = run_dir / FOLDER
-    found = sorted(_step_of(one) for one in folder.glob("step_*.jsonl") if re.fullmatch(r"step_\d+", one.stem))
+    found = steps_with_trees(run_dir)
     if not found:
         raise TreePageError(
             f"{folder}: holds no trees. A run writes them after step 1 and every logging.trees_interval steps"
@@ -146,7 +152,7 @@ def _interval(run_dir: Path) -> str:
     return "" if found is None else f" (logging.trees_interval of this run: {found})"
 
 
-def _tokenizer(run_dir: Path, settings: Settings, notes: list[str]) -> LightTokenizer | None:
+def find_tokenizer(run_dir: Path, settings: Settings, notes: list[str]) -> LightTokenizer | None:
     """The model's tokenizer, else that of the run's own export; None and a note without either."""
     places = [Path(settings.hf_checkpoint or "model.hf_checkpoint"), run_dir / "hf"]
     try:
