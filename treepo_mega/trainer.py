@@ -21,10 +21,9 @@ from treepo_mega.actor.batch import plan_rollout
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.passes import (
     correct_leaves,
-    engine_mismatch,
-    fill_old_logprobs,
     fill_reference_logprobs,
     optimizer_steps,
+    provide_old_logprobs,
 )
 from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.checkpoint.export import export_hf
@@ -104,17 +103,17 @@ class Trainer:
         return plan_rollout(forest.trees, self.cfg, self.actor.spec)
 
     def old_logprobs(self, plans: list[StepPlan]) -> dict[str, float]:
-        """Fill in the actor's logprobs before the update; returns how far the engine's are from them."""
-        fill_old_logprobs(self.actor, plans)
+        """The actor's logprobs before the update, where the update does not give them itself; metrics of the head."""
+        provide_old_logprobs(self.actor, plans, self.cfg)
         fell_back, metrics = self.actor.watch_head()
         if fell_back:  # once: the steps that follow begin in bf16
             self.progress.say(
                 f"the FP8 head is {metrics['train/head_logp_abs_diff']:.3f} nats from bf16, more than "
                 f"loss.guard.max_abs_diff {self.cfg.loss.guard.max_abs_diff}: bf16 until it is near again"
             )
-            fill_old_logprobs(self.actor, plans)
+            provide_old_logprobs(self.actor, plans, self.cfg)
             self.actor.guard.take_drift()
-        return metrics | engine_mismatch(plans)
+        return metrics
 
     def correct(self, plans: list[StepPlan]) -> tuple[list[StepPlan], dict[str, float]]:
         """Weigh and reject trajectories by how far the engine is from the actor; the plans that have some left."""

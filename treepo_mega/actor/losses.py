@@ -20,8 +20,11 @@ from treepo_mega.loss.stats import Stats
 from treepo_mega.runtime.device import device
 from treepo_mega.tree.pack import Pack
 
-ROW_TERMS = ("old_logprobs", "rollout_logprobs", "A_pos", "A_neg", "n", "count")
+ROW_TERMS = ("rollout_logprobs", "A_pos", "A_neg", "n", "count")
 """Arrays of a pack that the policy loss takes by these names."""
+
+ROWS = "mismatch_rows"
+"""Name of the sum that counts the rows of the sum `mismatch`."""
 
 
 class LossError(TreepoError):
@@ -57,13 +60,27 @@ class PolicyLoss:
 
     def __call__(self, logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, Stats]:
         """As `PackLoss`. Raises LossError for a pack without old logprobs, or without the reference's for a KL term."""
-        if pack.old_logprobs is None:
+        if pack.old_logprobs is None and not pack.on_policy:
             raise LossError("the pack has no old logprobs: run actor.logprobs before actor.update")
+        old = logp.detach() if pack.old_logprobs is None else on_device(pack.old_logprobs, logp.dtype)
         terms: dict[str, Any] = {name: on_device(getattr(pack, name), logp.dtype) for name in ROW_TERMS}
+        terms["old_logprobs"] = old
         terms["ref_logprobs"] = None if pack.ref_logprobs is None else on_device(pack.ref_logprobs, logp.dtype)
         if self.needs_whole_packs:
-            return self._sequence_level(logp, entropy, pack, terms)
-        return policy_loss(logp, entropy, **terms, algo=self.algo, kernel=self.kernel)
+            total, stats = self._sequence_level(logp, entropy, pack, terms)
+        else:
+            total, stats = policy_loss(logp, entropy, **terms, algo=self.algo, kernel=self.kernel)
+        return total, stats + self._mismatch(logp.detach(), old, pack, terms["rollout_logprobs"])
+
+    def _mismatch(self, logp: Tensor, old: Tensor, pack: Pack, rollout_logprobs: Tensor) -> Stats:
+        """How far the engine's logprobs are from the actor's, of the weights that both sampled and were asked with."""
+        actor = old if self.algo.old_logprobs != "rollout" else logp
+        # With the engine's own as old ones, only the first forward pass knows the actor's.
+        known = self.algo.old_logprobs != "rollout" or pack.on_policy
+        apart = (actor - rollout_logprobs).abs() if known else logp[:0]
+        zero = logp.new_zeros(())
+        sums = {"mismatch": apart.sum(), ROWS: zero + apart.numel()}
+        return Stats(sums, {"max_mismatch": apart.max() if apart.numel() else zero})
 
     def _sequence_level(self, logp: Tensor, entropy: Tensor, pack: Pack, terms: dict[str, Any]) -> tuple[Tensor, Stats]:
         """GSPO on a flat pack, which holds trajectories whole: each token has its trajectory's geometric mean ratio.

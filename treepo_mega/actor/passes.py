@@ -9,12 +9,41 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treepo_mega.actor.losses import LossError, PackLoss
+from treepo_mega.actor.losses import ROWS, LossError, PackLoss
 from treepo_mega.actor.update import Actor, Policy
-from treepo_mega.config import AlgoConfig
+from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.runtime import dist
 from treepo_mega.tree.correction import Verdict, gather_evidence, judge
 from treepo_mega.tree.pack import StepPlan
+
+
+def provide_old_logprobs(actor: Actor, plans: Sequence[StepPlan], cfg: Config) -> None:
+    """What `algo.old_logprobs` says into the packs of last-stage ranks; the head's guard watches a pass."""
+    for pack in plans[0].packs:
+        pack.on_policy = True
+    if cfg.algo.old_logprobs == "rollout":
+        for plan in plans:
+            for pack in plan.packs:
+                pack.old_logprobs = pack.rollout_logprobs
+        return
+    fill_old_logprobs(actor, plans[1:] if first_forward_suffices(cfg, watched=actor.guard.watches) else plans)
+
+
+def first_forward_suffices(cfg: Config, *, watched: bool) -> bool:
+    """Whether the first mini-batch needs no pass of its own: its update's forward pass gives the same logprobs.
+
+    `watched`: whether the FP8 guard takes its sample from the pass.
+    """
+    algo = cfg.algo
+    return (
+        algo.old_logprobs == "auto"
+        # A second epoch meets the first mini-batch again, when the weights have moved.
+        and cfg.train.ppo_epochs == 1
+        and cfg.loss.logprob_precision == cfg.loss.precision
+        and not watched
+        # These judge whole trajectories before the first update.
+        and not (algo.weighs_leaves or algo.rejects_leaves)
+    )
 
 
 def fill_old_logprobs(actor: Actor, plans: Sequence[StepPlan]) -> None:
@@ -71,7 +100,8 @@ def correct_leaves(plans: Sequence[StepPlan], algo: AlgoConfig) -> tuple[list[St
         verdicts.append(verdict)
         if (credit.count * segments.length)[segments.trained].any():
             left.append(plan)
-    metrics: dict[str, float] = {}
+    # The update's own figures are missing where everything is rejected, and this is why.
+    metrics = engine_mismatch(plans)
     if algo.weighs_leaves:
         factors = np.concatenate([verdict.factors for verdict in verdicts if verdict.factors is not None])
         ratios = np.concatenate([verdict.ratios for verdict in verdicts if verdict.ratios is not None])
@@ -92,10 +122,19 @@ def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epo
     Returns the `train/` metrics of all these steps: means, maxima of max_*, and the last step's norm and rate. What the
     packs hold is not touched: every epoch has the ratios to the same old logprobs.
     """
-    stats = [actor.update(plan.packs, loss) for _ in range(epochs) for plan in plans]
+    stats = []
+    for _ in range(epochs):
+        for plan in plans:
+            stats.append(actor.update(plan.packs, loss))
+            # The weights have moved: what a later epoch's forward pass gives is no longer from before the update.
+            for pack in plan.packs:
+                pack.on_policy = False
     out = {"train/skipped_steps": sum(step["skipped_steps"] for step in stats)}
     for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
         out[f"train/{name}"] = sum(step[name] for step in stats) / len(stats)
     out["train/ratio_max_diff"] = max(step["max_ratio_diff"] for step in stats)
+    rows = sum(step[ROWS] for step in stats)
+    out["rollout/logprob_abs_diff_mean"] = sum(step["mismatch"] for step in stats) / max(1.0, rows)
+    out["rollout/logprob_abs_diff_max"] = max(step["max_mismatch"] for step in stats)
     out |= actor.head_flips()
     return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}

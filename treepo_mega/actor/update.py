@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
-from treepo_mega.actor.losses import PackLoss, clip_gates
+from treepo_mega.actor.losses import ROWS, PackLoss, clip_gates
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.config import Config
@@ -217,7 +217,10 @@ class Actor(Policy):
             )
 
     def _mean_over_pairs(self, data: list[Stats], packs: list[Pack]) -> dict[str, float]:
-        """Sums over last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank."""
+        """Sums over last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank.
+
+        `mismatch` and its rows are not divided.
+        """
         # Ranks of other stages have no statistics and must still know their names to take part in the sums.
         last = ps.is_pipeline_last_stage(ignore_virtual=True)
         mine = [sorted(data[0].sums), sorted(data[0].maxima)] if last and data else [[], []]
@@ -231,7 +234,8 @@ class Actor(Policy):
             peaks = {name: max(_numbers([stats.maxima[name] for stats in data])) for name in peaks}
         total = dist.sum_over_replicas(sums, counts=last)
         pairs = max(total.pop("pairs"), 1.0)
-        means = {name: value / pairs for name, value in total.items()}
+        # The mismatch is a mean over rows, which may be those of some steps only: its sums go out as they are.
+        means = {name: value if name in ("mismatch", ROWS) else value / pairs for name, value in total.items()}
         return means | (dist.max_over_ranks(peaks) if peaks else {})
 
 

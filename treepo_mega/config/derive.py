@@ -33,6 +33,9 @@ def _precisions_differ(cfg: Config) -> bool:
     """Whether samples come from another policy than the one whose logprobs are trained on, or are to be weighed so."""
     if cfg.algo.rollout_is is not None:
         return True
+    # The ratio to the engine's logprobs holds the correction already.
+    if cfg.algo.old_logprobs == "rollout":
+        return False
     precisions = {cfg.rollout.engine.dtype, cfg.model.params_dtype, cfg.loss.logprob_precision}
     return precisions != {"fp32"} or cfg.rollout.partial_rollout is not None
 

@@ -101,6 +101,13 @@ def _check_corrections(algo: AlgoConfig) -> list[str]:
         bad.append(
             f"algo.rollout_is {algo.rollout_is} with algo.use_tis false: nothing would be weighed; drop one of them"
         )
+    compared = [name for name in ("use_tis", "rollout_is", "rollout_rs", "rollout_token_veto_threshold", "icepop_range")
+                if getattr(algo, name)]  # fmt: skip
+    if algo.old_logprobs == "rollout" and compared:
+        bad.append(
+            f"algo.old_logprobs rollout with algo.{compared[0]}: it compares the actor's logprobs from before the "
+            "update with the engine's, and those are then the same; set algo.old_logprobs=recompute"
+        )
     if algo.tis_clip_low > algo.tis_clip:
         bad.append(f"algo.tis_clip_low {algo.tis_clip_low:g} exceeds algo.tis_clip {algo.tis_clip:g}")
     if algo.rollout_rs_threshold_lower is not None and algo.rollout_rs is None:

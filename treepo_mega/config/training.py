@@ -67,6 +67,10 @@ class AlgoConfig(Section):
     ratio_level: Literal["token", "sequence"] = "token"
     """sequence: GSPO's ratio, the geometric mean over a trajectory's tokens; needs train.prefix_sharing none, and goes
     with loss_agg_mode seq-mean-token-mean."""
+    old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
+    """Where the logprobs from before the update come from. recompute: a pass of the actor. auto: likewise, but the
+    first mini-batch takes those of the update's own forward pass where they are the same: its ratios are exactly 1.
+    rollout: the engine's, so that there is no pass; ratios then hold the distance of engine and trainer, too."""
     use_tis: bool | None = None
     """Truncated importance sampling against the engine's logprobs; None: on when the two precisions differ, with
     rollout.partial_rollout (older weights sampled the first segments of a tree that was carried over), and with

@@ -90,6 +90,9 @@ class Pack:
     """[T] place of each token when the ranks' `local` tokens are concatenated in rank order; None as for `local`."""
     old_logprobs: np.ndarray | None = None
     """Actor logprobs before the update, on last-pipeline-stage ranks."""
+    on_policy: bool = False
+    """Whether the weights have not moved since before the update: then its own forward pass gives the logprobs from
+    before it, and they may be missing here."""
     ref_logprobs: np.ndarray | None = None
     watched: object | None = None
     """The rows that the FP8 guard sampled in the old-logprob pass (`loss/guard.py: Sample`), for the update."""
