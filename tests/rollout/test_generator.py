@@ -176,9 +176,11 @@ def forking(generator: Generator, **fields: object) -> RolloutConfig:
     return change(generator, branching__at="fork", branching__initial=(2, 2), **fields)
 
 
-def test_forks_inside_blocks_compute_nothing_twice(generator, copies):
+@pytest.mark.parametrize("draw", ["again", "other"])
+def test_forks_inside_blocks_compute_nothing_twice(generator, copies, draw):
     """Trunks have ended before branches start from their blocks, most of which are cut by a fork somewhere inside."""
-    trees = generator.rollout(prompts(4), step=0, rollout=forking(generator, branching__fork__waves=2))
+    r = forking(generator, branching__fork__waves=2, branching__fork__draw=draw)
+    trees = generator.rollout(prompts(4), step=0, rollout=r)
     c = generator.counts
     assert c["forks"] == 4 * 6 and {len(t.leaves) for t in trees} == {8}
     inside = [n for t in trees for n in t.nodes if n.fork and (len(t.prefix(n.parent)) - 1) % BLOCK]
@@ -208,12 +210,15 @@ def test_a_tree_that_grows_on_finds_its_tokens_in_the_cache(generator, copies):
     assert (spent <= 1.01 * unique) == copies, "prompts included"
 
 
-@pytest.mark.parametrize("signal", ["entropy", "logprob"])
-def test_forks_start_where_the_model_was_uncertain(generator, tiny_llama, signal):
+@pytest.mark.parametrize("signal, draw", [("entropy", "again"), ("entropy", "other"), ("logprob", "other")])
+def test_forks_start_where_the_model_was_uncertain(generator, tiny_llama, signal, draw):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     generator.eos_token_ids = list(range(2, 6))
-    r = forking(generator, branching__fork__signal=signal, branching__fork__top_k=4)
+    r = forking(generator, branching__fork__signal=signal, branching__fork__top_k=4, branching__fork__draw=draw)
     trees = generator.rollout(prompts(3), step=0, rollout=r)
+    if draw == "other":
+        firsts = [[t.nodes[child].tokens[0] for child in n.children] for t in trees for n in t.nodes if n.parent >= 0]
+        assert all(len(set(tokens)) == len(tokens) for tokens in firsts)
     assert generator.counts["fork_uncertainty"] > 0
     for tree in trees:
         for leaf in tree.leaves:
@@ -235,7 +240,7 @@ def test_forks_start_where_the_model_was_uncertain(generator, tiny_llama, signal
 )
 def test_forked_trees_do_not_depend_on_the_schedule_the_company_or_how_runs_are_watched(generator, debug):
     generator.decode = lambda ids: ""
-    r = forking(generator, branching__fork__threshold=2.0)
+    r = forking(generator, branching__fork__threshold=2.0, branching__fork__draw="other")
     trees = generator.rollout(prompts(4), step=1, rollout=r)
     assert {n.fork for t in trees for n in t.nodes} == {None, "rank", "threshold"}
     assert tokens(trees) == tokens(generator.rollout(prompts(4), step=1, rollout=rollout_config(r, **debug)))

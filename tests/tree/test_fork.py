@@ -18,7 +18,7 @@ from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.descent import descent_shares, fair_leaves
-from treepo_mega.tree.fork import decisions, first_crossings, most_uncertain, open_forks
+from treepo_mega.tree.fork import decisions, first_crossings, followers, most_uncertain, open_forks
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import node_advantages
 from treepo_mega.tree.search import CarriedTreeError, Segment, TreeSearch, Want
@@ -45,6 +45,14 @@ def entropy_before(prefix: list[int]) -> float:
     return random.Random(derive_seed("entropy", *prefix)).random()
 
 
+def likeliest(prefix: list[int], count: int) -> list[tuple[int, float]]:
+    """The fake model's next tokens, of ids 0 to 11: a function of what precedes them."""
+    rng = random.Random(derive_seed("top", *prefix))
+    weights = sorted((rng.random() for _ in range(12)), reverse=True)
+    tokens = rng.sample(range(12), 12)
+    return [(token, math.log(weight / sum(weights))) for token, weight in zip(tokens, weights, strict=True)][:count]
+
+
 def sample(want: Want, eos: float) -> Segment:
     """Tokens as a function of the whole prefix and the seed; as many as the want takes in one request."""
     tokens: list[int] = []
@@ -52,7 +60,8 @@ def sample(want: Want, eos: float) -> Segment:
         rng = random.Random(derive_seed(want.seed, *want.prefix, -1, *tokens))
         tokens.append(EOS if rng.random() < eos else rng.randrange(1, 12))
     entropies = [entropy_before([*want.prefix, *tokens[:k]]) for k in range(len(tokens))] if want.entropy else []
-    return Segment(tokens, [-token / 10 for token in tokens], "length", [], entropies)
+    top = likeliest(want.prefix, want.top)
+    return Segment(tokens, [-0.1 - token / 10 for token in tokens], "length", [], entropies, top)
 
 
 def begin(cfg: RolloutConfig, seed: int) -> TreeSearch:
@@ -87,11 +96,19 @@ configs = st.builds(
     branching__initial=st.none() | st.just((1, 3)),
     branching__factor=st.integers(2, 3),
     branching__fork__signal=st.just("entropy"),
+    branching__fork__draw=st.sampled_from(["other", "again"]),
+    branching__fork__top_k=st.sampled_from([1, 3, 12]),
     branching__fork__waves=st.integers(1, 4),
     branching__fork__distance=st.integers(1, 9),
     branching__fork__threshold=st.sampled_from([None, 0.5, 0.9]),
     segment__end=st.sampled_from(["length", "newline"]),
-) | st.builds(config, branching__fork__signal=st.just("logprob"), branching__fork__distance=st.integers(1, 9))
+) | st.builds(
+    config,
+    n_samples_per_prompt=st.integers(1, 16),
+    branching__fork__signal=st.just("logprob"),
+    branching__fork__distance=st.integers(1, 9),
+    branching__fork__draw=st.sampled_from(["other", "again"]),
+)
 rates = st.sampled_from([0.0, 0.05, 0.3, 1.0])
 seeds = st.integers(0, 10**6)
 
@@ -163,7 +180,7 @@ def test_what_comes_after_sees_a_tree_as_any_other(cfg, eos, seed):
 
 
 def test_trunks_run_to_their_ends_first_and_forks_come_in_waves():
-    search = begin(config(n_samples_per_prompt=16, branching__fork__waves=3), 1)
+    search = begin(config(n_samples_per_prompt=16, branching__fork__waves=3, branching__fork__draw="again"), 1)
     trunks = search.wants()
     assert len(trunks) == 4, "a quarter of the leaves"
     assert all(want.run == 24 and want.prefix == PROMPT for want in trunks), "to their ends, in one request each"
@@ -199,13 +216,76 @@ def test_the_most_uncertain_tokens_fork():
     assert tree.counts["fork_uncertainty"] == pytest.approx(sum(chosen))
 
 
-def chain(*parts: tuple[list[float], int]) -> Tree:
-    """A tree by hand: (entropies of a segment, its parent)."""
+def test_a_fork_draws_a_token_that_nobody_has_there():
+    cfg = config(n_samples_per_prompt=16, branching__fork__top_k=3)
+    counted = {"other": 0, "again": 0}
+    for draw in counted:
+        for seed in range(12):
+            tree = grow(rollout_config(cfg, branching__fork__draw=draw), seed, eos=0.05)
+            for parent in tree.nodes:
+                firsts = [tree.nodes[child].tokens[0] for child in parent.children]
+                law = dict(likeliest(tree.prefix(parent.id), 3))
+                for child, token in zip(parent.children, firsts, strict=True):
+                    node = tree.nodes[child]
+                    if node.fork and draw == "other":
+                        assert node.logprobs == [law[token]], "its probability under the policy, not among what is left"
+                # Of three tokens that can be drawn and the one that was there, no more than four differ.
+                counted[draw] += len(firsts) - len(set(firsts)) if len(firsts) <= 3 and parent.id else 0
+    assert counted["other"] == 0 < counted["again"]
+
+
+def test_branches_that_avoid_each_other_weigh_what_their_tokens_are_probable():
+    """Given any first token, p f(first) + (1 - p) f(another) has the mean of f under the law as its expectation."""
+    cfg = config(
+        n_samples_per_prompt=9,
+        branching__initial=(1, 1),
+        branching__factor=3,
+        branching__fork__threshold=0.2,
+        branching__fork__draw="other",
+        branching__fork__top_k=12,
+        fallback__from="none",
+    )
+    seen = 0
+    for seed in range(10):
+        tree = grow(cfg, seed, eos=0.02)
+        for parent in tree.nodes:
+            children = [tree.nodes[child] for child in parent.children]
+            if len(children) > 1:
+                weights = [child.weight for child in children]
+                assert sum(weights) == pytest.approx(1)
+                assert weights[:-1] == [pytest.approx(math.exp(child.logprobs[0])) for child in children[:-1]]
+                assert len({child.tokens[0] for child in children}) == len(children)
+                seen += 1
+        assert math.fsum(descent_shares(tree)) == pytest.approx(1)
+    assert seen > 10
+
+
+def test_a_fork_avoids_what_copies_of_its_path_drew():
+    tree = chain(([0.1, 0.2, 0.9], 0), ([0.1, 0.2, 0.9], 0), tokens=[[1, 2, 3], [1, 2, 4]])
+    assert followers(tree, ROOT) == {1}
+    (fork,) = most_uncertain(tree, 1, signal="entropy", distance=1)
+    assert (fork.node, fork.offset) == (1, 2)
+    ((parent, _),) = open_forks(tree, [fork])
+    assert followers(tree, parent) == {3, 4}
+
+
+def test_a_place_counts_by_what_its_draws_leave_over():
+    half, most = math.log(0.5), math.log(0.9)
+    tree = chain(([0.5, 0.4], 0), ([0.5, 0.4], 0), tokens=[[1, 2], [1, 3]])
+    tree.nodes[1].logprobs, tree.nodes[2].logprobs = [most, half], [most, math.log(0.3)]
+    (fork,) = most_uncertain(tree, 1, signal="logprob", distance=1)
+    assert (fork.node, fork.offset) == (1, 1)
+    assert fork.uncertainty == pytest.approx(0.2), "token 1 after the prompt leaves 0.1, tokens 2 and 3 after it 0.2"
+    assert places(tree, 3, distance=1) == [(1, 0, 2), (1, 1, 1)], "two tokens were drawn at either: 0.5 / 2, 0.4 / 2"
+
+
+def chain(*parts: tuple[list[float], int], tokens: list[list[int]] | None = None) -> Tree:
+    """A tree by hand: (entropies of a segment, its parent); without `tokens` no two segments begin alike."""
     tree = Tree.start("p", PROMPT)
     for entropies, parent in parts:
         node = tree.add_child(parent)
         node.entropies = entropies
-        node.tokens = list(range(1, len(entropies) + 1))
+        node.tokens = tokens[node.id - 1] if tokens else [100 * node.id + place for place in range(len(entropies))]
         node.logprobs = [-value for value in entropies]
     for node in tree.nodes[1:]:
         if not node.children:
@@ -224,21 +304,21 @@ def test_forks_near_one_another_are_one_and_a_used_point_counts_by_its_branches(
     assert places(tree, 1) == [(1, 3, 1)]
     assert places(tree, 2) == [(1, 3, 1), (1, 6, 1)], "0.8 and 0.7 are within three tokens of 0.9"
     assert places(tree, 3) == [(1, 3, 2), (1, 6, 1)], "0.9 / 2 is more than what is left"
-    assert places(tree, 2, signal="logprob") == places(tree, 2)
+    assert places(tree, 2, signal="logprob") == places(tree, 2), "the least probable tokens leave most over"
     assert places(chain(([0.0] * 6, 0), ([0.0] * 6, 0)), 3) == [(1, 0, 3)], "nothing is uncertain: from the prompt"
 
 
 def test_distance_reaches_across_segments_and_branches():
     tree = chain(([0.1] * 4, 0), ([0.3, 0.1, 0.1, 0.5], 1), ([0.4, 0.9, 0.1, 0.1, 0.1], 1), ([0.2, 0.8, 0.1, 0.7], 2))
-    # Segments 2 and 3 branch after segment 1: their first tokens are one point of value 0.35, two branches.
+    # Segments 2 and 3 branch after segment 1: the first token of 2 stands for both, worth 0.3 / 2.
     assert places(tree, 1) == [(4, 1, 1)], "0.8; the 0.9 of segment 3 is one token after a branch point"
-    # 0.7 and, across a border, 0.5 are within three tokens of it. What is left is 0.8 / 2, ... and 0.35 / 2.
-    assert places(tree, 5) == [(4, 1, 4), (2, 0, 1)]
+    # 0.7 and, across a border, 0.5 are within three tokens of it. What is left is 0.8 / 2, ... and 0.3 / 2.
+    assert places(tree, 6) == [(4, 1, 5), (2, 0, 1)]
 
 
-def test_copies_tie_and_the_first_is_taken():
+def test_what_ties_up_to_rounding_goes_to_the_first():
     tree = chain(([0.1, 0.2, 0.3, 0.9], 0), ([0.1, 0.2, 0.3, 0.9 + 1e-7], 0))
-    assert places(tree, 1) == [(1, 3, 1)], "another batch may round the copy's entropy otherwise"
+    assert places(tree, 1) == [(1, 3, 1)], "another batch may round an entropy otherwise"
 
 
 def test_only_first_tokens_of_steps_fork_where_segments_are_steps():
@@ -253,9 +333,9 @@ def test_cut_segments_keep_all_that_was_known_of_them():
     forks = most_uncertain(tree, 1, signal="entropy", distance=1)
     (found,) = list(open_forks(tree, [replace(forks[0], node=1, offset=2)]))
     parent = tree.nodes[found[0]]
-    assert (parent.tokens, parent.entropies, parent.path) == ([1, 2], [0.1, 0.2], (0,))
+    assert (parent.tokens, parent.entropies, parent.path) == ([100, 101], [0.1, 0.2], (0,))
     (second,) = (tree.nodes[child] for child in parent.children)
-    assert (second.tokens, second.logprobs, second.policy_version) == ([3, 4], [-0.3, -0.4], 5)
+    assert (second.tokens, second.logprobs, second.policy_version) == ([102, 103], [-0.3, -0.4], 5)
     assert [tree.nodes[i].path for i in second.children] == [(0, 0, 0), (0, 0, 1)]
     assert {tuple(tree.prefix(leaf)) for leaf in tree.leaves} == before
     with pytest.raises(ValueError, match="node 0 of 2 tokens cannot be cut before token 1"):
@@ -312,9 +392,11 @@ def test_a_token_budget_holds_forks_back():
 
 
 @examples(40)
-@given(st.integers(0, 999), st.integers(0, 99), st.sampled_from([None, 0.6]))
-def test_a_tree_that_is_carried_over_is_the_tree_it_would_have_been(seed, order, threshold):
-    cfg = config(partial_rollout=8, branching__fork__threshold=threshold)
+@given(st.integers(0, 999), st.integers(0, 99), st.sampled_from([None, 0.6]), st.sampled_from(["again", "other"]))
+def test_a_tree_that_is_carried_over_is_the_tree_it_would_have_been(seed, order, threshold, draw):
+    cfg = config(
+        partial_rollout=8, branching__fork__threshold=threshold, branching__fork__draw=draw, branching__factor=3
+    )
     search = begin(cfg, seed)
     run(search, 0.05, random.Random(order))
     steps = 1
@@ -325,7 +407,7 @@ def test_a_tree_that_is_carried_over_is_the_tree_it_would_have_been(seed, order,
         steps += 1
         search.resume(steps, cfg)
         run(search, 0.05, random.Random(order))
-    whole = grow(config(partial_rollout=1000, branching__fork__threshold=threshold), seed, 0.05)
+    whole = grow(rollout_config(cfg, partial_rollout=1000), seed, 0.05)
     assert steps >= 3
 
     def told(tree: Tree) -> list[object]:

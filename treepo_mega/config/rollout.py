@@ -125,17 +125,22 @@ class ForkConfig(Section):
     """Where branches start with branching.at fork."""
 
     signal: Literal["entropy", "logprob"] = "entropy"
-    """How uncertain the model was at a token. entropy: of the `top_k` likeliest tokens there (renormalised), which the
-    engine then reports for every token. logprob: minus the logprob of the sampled token, which costs nothing."""
+    """What makes a token worth a fork. entropy: of the `top_k` likeliest tokens there (renormalised), which the engine
+    then reports for every token, divided by the branches there. logprob: the probability that no branch there has drawn
+    yet, which costs nothing."""
     top_k: int = Field(10, ge=1, le=20)
-    """Tokens over which entropy is taken."""
+    """Likeliest tokens: of which entropy is taken, and among which `draw: other` chooses."""
+    draw: Literal["again", "other"] = "again"
+    """What a branch begins with. again: a free draw, often the token that is there already. other: a token that no
+    branch has there, of the `top_k` likeliest, by their probabilities; it is explored more than the policy would."""
     waves: int = Field(3, ge=1)
     """Rounds in which the missing leaves start. A later round also sees what the earlier ones sampled."""
     distance: int = Field(4, ge=1)
     """Fewest tokens on a path between two branch points, and between one and the prompt."""
     threshold: float | None = Field(None, gt=0)
     """None: the most uncertain points of the tree fork. Nats: a path forks at its first token above this entropy, in
-    branching.factor branches that share its leaves. Such leaves are fair samples (algo.leaf_weight descent)."""
+    branching.factor branches that share its leaves. Such leaves are fair samples (algo.leaf_weight descent).
+    With `draw: other` a branch then weighs as much as its first token is probable."""
 
 
 class BranchingConfig(Section):

@@ -101,7 +101,7 @@ class Engine:
             temperature=request.temperature,
             max_tokens=request.total_tokens,
             seed=request.seed if request.temperature > 0 else None,
-            logprobs=request.likeliest,
+            logprobs=request.reported,
             stop_token_ids=list(request.stop_token_ids),
             ignore_eos=True,  # our own list is the whole truth about EOS
             detokenize=False,

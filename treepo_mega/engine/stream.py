@@ -32,6 +32,7 @@ class SegmentRequest:
     `temperature` 0 is greedy. `borders`: token ids that end the segment too, from its `min_tokens`-th token on.
     `peek` > 0: one token more is sampled and dropped, for the logprobs of the `peek` likeliest ones in its place.
     `entropy` > 0: with every token, the entropy over that many likeliest ones in its place.
+    `top` > 0: those likeliest tokens in place of the last one, with their logprobs.
     `run` > 0: sample up to that many tokens in all, several segments in one stream. Where it is `reported_by_segment`
     (or has borders), each segment is delivered as soon as it is there, and `extend` or `cancel` says what follows;
     else all of it is delivered at once at the end.
@@ -50,11 +51,12 @@ class SegmentRequest:
     run: int = 0
     reported_by_segment: bool = False
     entropy: int = 0
+    top: int = 0
 
     @property
-    def likeliest(self) -> int:
+    def reported(self) -> int:
         """Likeliest tokens that vLLM has to report at every position, beside the sampled one."""
-        return max(self.peek, self.entropy)
+        return max(self.peek, self.entropy, self.top)
 
     @property
     def total_tokens(self) -> int:
@@ -83,6 +85,8 @@ class Finished:
     """Logprobs of the likeliest tokens after the last one, descending, where they were asked for."""
     entropies: list[float] = field(default_factory=list)
     """Nats, one a token, where they were asked for: of the likeliest tokens, renormalised."""
+    top: list[tuple[int, float]] = field(default_factory=list)
+    """The likeliest tokens in place of the last one, where they were asked for: (id, logprob), descending."""
     more: bool = False
     """A segment of a run that has not ended: its stream waits for `extend` or `cancel`."""
 
@@ -146,6 +150,7 @@ class SegmentStream:
         self._logprobs: list[float] = []
         self._likeliest: list[float] = []
         self._entropies: list[float] = []
+        self._top: list[tuple[int, float]] = []
         self._start = 0  # where the present segment begins
 
     def add(self, sampled: Sampled) -> None:
@@ -155,9 +160,12 @@ class SegmentStream:
             self._tokens.append(token)
             self._logprobs.append(entry[token].logprob)
             if self._request.entropy:
-                self._entropies.append(top_k_entropy(likeliest(entry, self._request.entropy)))
+                law = ranked(entry)[: self._request.entropy]
+                self._entropies.append(top_k_entropy([logprob for _, logprob in law]))
         if self._request.peek and entries:
-            self._likeliest = likeliest(entries[-1], self._request.peek)
+            self._likeliest = [logprob for _, logprob in ranked(entries[-1])[: self._request.peek]]
+        if self._request.top and entries:
+            self._top = ranked(entries[-1])[: self._request.top]
 
     def next_segment(self, reason: str | None, cached_tokens: int, vocab_size: int) -> Finished | None:
         """The segment that has just ended, None while it goes on. `reason`: vLLM's, None while it samples.
@@ -181,7 +189,7 @@ class SegmentStream:
             self._start = end
             self.waits = True
         entropies = self._entropies[begin:end]
-        return Finished(self.name, tokens, logprobs, why, cached_tokens, peek, entropies, more)
+        return Finished(self.name, tokens, logprobs, why, cached_tokens, peek, entropies, self._top, more)
 
     def extend(self, name: str, max_tokens: int, min_tokens: int = 1) -> None:
         """Go on with a segment of at most `max_tokens`; the stream is called `name` from now on.
@@ -225,7 +233,9 @@ class SegmentStream:
         return len(self._tokens), reason
 
 
-def likeliest(entry: Mapping[int, TokenLogprob], count: int) -> list[float]:
-    """Logprobs (nats) of the `count` likeliest tokens of a position, descending."""
-    # vLLM adds the sampled token to the likeliest ones, so there may be one entry more than was asked for.
-    return sorted((found.logprob for found in entry.values()), reverse=True)[:count]
+def ranked(entry: Mapping[int, TokenLogprob]) -> list[tuple[int, float]]:
+    """(id, logprob in nats) of the tokens that vLLM reports for a position, likeliest first.
+
+    vLLM adds the sampled token to the likeliest ones: there may be one more than was asked for.
+    """
+    return sorted(((token, found.logprob) for token, found in entry.items()), key=lambda one: (-one[1], one[0]))

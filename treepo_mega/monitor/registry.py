@@ -164,7 +164,12 @@ _TREE = (
     ),
     Metric("tree/fallbacks", "count", "small beside leaves", "paths cut back and resampled to reach the leaf count"),
     Metric("tree/forks", "count", "0 at borders", "branches that started at an uncertain token of an ended path"),
-    Metric("tree/fork_uncertainty_mean", "nats", "far above the entropy", "uncertainty of the tokens that forked"),
+    Metric(
+        "tree/fork_uncertainty_mean",
+        "nats",
+        "above the mean entropy",
+        "entropy where forks started; by logprob, 0 to 1",
+    ),
     Metric("tree/shortfall", "count", "0", "leaves missing from trees that ran dry (reason kept in the tree)"),
     Metric("tree/stop_{eos,answer,length,depth,repetition}", "count", "mostly eos or answer", "leaves by stop reason"),
 )

@@ -31,8 +31,9 @@ from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_co
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
-from treepo_mega.tree.search import Segment, TreeSearch, Want
+from treepo_mega.tree.search import TreeSearch
 from treepo_mega.tree.stop import StopRules
+from treepo_mega.tree.wants import Segment, Want
 
 if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
@@ -356,6 +357,7 @@ class _Run:
                 run=want.run,
                 reported_by_segment=self.streams,
                 entropy=want.entropy,
+                top=want.top,
             )
             stream = self.engine.submit(request)
             self.runs[key] = _SegmentRun(key, stream)
@@ -373,7 +375,14 @@ class _Run:
         if not run.delivered_tokens:
             counts.add_prefix(len(self.wants[key].prefix), finished)
         counts.add_forwarded(len(finished.tokens))
-        rest = Segment(finished.tokens, finished.logprobs, finished.finish_reason, finished.peek, finished.entropies)
+        rest = Segment(
+            finished.tokens,
+            finished.logprobs,
+            finished.finish_reason,
+            finished.peek,
+            finished.entropies,
+            finished.top,
+        )
         # A run may bring several segments at once. The tree gets one at a time, and says whether it wants the next.
         while True:
             want = self.wants.pop(key)

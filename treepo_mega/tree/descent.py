@@ -8,24 +8,22 @@ leaves, so long responses are counted more often than the policy gives them. A *
 draws a child uniformly at every node. It ends as an independent sample of the policy ends, because children are
 drawn from the policy, and because how many there are is decided before any of them is sampled. So leaf i counts
 
-    p_i = product over the nodes of its path of 1 / (children with a leaf at or below them)
+    p_i = product over the nodes of its path of 1 / (siblings with a leaf at or below them, itself included)
 
 and the sum of p_i f(leaf_i) has the policy's mean of f as its expectation, for every budget and transfer rule.
 The policy gradient of `sum p_i (R_i - b)` is exact in the same sense (`tools/bench/estimators.py` measures both).
 
-A fallback breaks the argument: it goes where paths *have ended*, so whether it adds children to a node depends on
-how the node's first children came out. Its leaves have p = 0. Counting them as further children shifts the mean
-reward of the bench's process by 0.006 under `transfer: level` and by 0.026 under `quota`.
-
-Forks by rank (`tree/fork.py`) break it in the same way: whether a token is among the most uncertain depends on what
-came after it. Their leaves have p = 0, and trunks, which are independent, share 1 equally. Forks by a threshold do not
-break it: a path's first token above a threshold is a stopping time, known before the token is drawn.
+A fallback breaks the argument: it goes where paths *have ended*. Its leaves have p = 0. Counting them shifts the mean
+reward of the bench's process by 0.006 under `transfer: level` and by 0.026 under `quota`. So do forks by rank
+(`tree/fork.py`); their trunks are independent. Forks by a threshold do not: a path's first token above it is known
+before the token is drawn. Where branches avoid each other's tokens (`fork.draw: other`), they count by `Node.weight`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, get_args
 
 from treepo_mega.tree.node import Tree
@@ -63,12 +61,15 @@ def descent_shares(tree: Tree) -> list[float]:
     """
     # Children may have lost all their leaves (ungraded, cut off): counting them would give shares to nobody.
     counted = set(tree.leaves_below())
-    children = {node: sum(child in counted for child in tree.nodes[node].children) for node in counted}
+    weights = {
+        node: math.fsum(tree.nodes[child].weight for child in tree.nodes[node].children if child in counted)
+        for node in counted
+    }
     shares = []
     for leaf in tree.leaves:
         share = 1.0
-        for node in tree.ancestry(leaf)[:-1]:
-            share /= children[node]
+        for parent, child in pairwise(tree.ancestry(leaf)):
+            share *= tree.nodes[child].weight / weights[parent]
         shares.append(share)
     return shares
 

@@ -8,9 +8,11 @@ A fork at token t draws that token again: its branch is conditioned on everythin
 path has ended, nodes are renumbered), and a choice depends on nothing else, so it is the same for every order of
 arrival. Beside where a branch has started, a fork is at the same token or `distance` tokens away, along the path.
 
-`rank` takes the most uncertain tokens of the whole tree. A token with n branches counts by its uncertainty / n, and
-the prompt's end is such a point: there is always one more fork. Whether a token is chosen depends on all that was
-sampled after it, so these branches are no fair samples (`tree/descent.py`).
+`rank` takes the tokens of the whole tree that are worth most. What is worth a fork is a *place*, the tokens before it:
+where paths are copies of one another, and where branches part, the first token there stands for all. By the signal
+`entropy` a place where n tokens were drawn is worth its entropy / n, by `logprob` the probability that the tokens
+drawn there leave over. There is always one more fork. Whether a token is chosen depends on all that was sampled after
+it, so these branches are no fair samples (`tree/descent.py`).
 
 `threshold` forks a path at its first token above a threshold, and each branch at its own first one, while the leaves
 that the path may grow into last. Whether a token is chosen depends on what precedes it alone: the branches might as
@@ -19,6 +21,7 @@ well have started together, so they are fair samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +36,7 @@ TIE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """`branches` new paths start before token `offset` of `node`; `uncertainty` (nats) of that token."""
+    """`branches` new paths start before token `offset` of `node`; `uncertainty`: of that token, by the signal."""
 
     node: int
     offset: int
@@ -42,15 +45,11 @@ class Fork:
     rule: ForkRule
 
 
-def uncertainties(node: Node, signal: str) -> list[float]:
-    """One number a token, nats, at least 0: how uncertain the model was there.
-
-    Raises ValueError for a signal that the node does not carry.
-    """
-    found = node.entropies if signal == "entropy" else [-logprob for logprob in node.logprobs]
-    if len(found) != len(node.tokens):
-        raise ValueError(f"node {node.id}: {len(found)} entropies for {len(node.tokens)} tokens")
-    return [max(0.0, value) for value in found]
+def entropies_of(node: Node) -> list[float]:
+    """The entropy at each token of a node, nats. Raises ValueError for a node that does not carry them."""
+    if len(node.entropies) != len(node.tokens):
+        raise ValueError(f"node {node.id}: {len(node.entropies)} entropies for {len(node.tokens)} tokens")
+    return node.entropies
 
 
 def most_uncertain(tree: Tree, count: int, *, signal: str, distance: int, borders_only: bool = False) -> list[Fork]:
@@ -81,31 +80,55 @@ class _Field:
         self.begin: Ints = np.cumsum(lengths) - lengths
         self.end: Ints = self.begin + lengths
         self.node_of_token: Ints = np.repeat(np.arange(len(lengths)), lengths)
-        self.value: Floats = np.concatenate([uncertainties(node, signal) for node in tree.nodes[1:]])
-        self.branches: Ints = np.ones(len(self.value), np.int64)
+        self.value: Floats = np.zeros(int(self.end[-1]))
+        # What a value is divided by: the tokens drawn at a place for entropies, else 1; one more with every fork.
+        self.draws: Ints = np.ones(len(self.value), np.int64)
         self.open: Bools = np.ones(len(self.value), np.bool_)
+        self._weigh(signal)
         if borders_only:
-            self.open[:] = False
-            self.open[self.begin[1:]] = True
+            starts = np.zeros_like(self.open)
+            starts[self.begin[1:]] = True
+            self.open &= starts
         self._close_near_branches()
 
     def take_best(self) -> int:
         """The token that is worth most, the first of equals; it has one branch more afterwards."""
-        worth = np.where(self.open, self.value / self.branches, -1.0)
+        worth = np.where(self.open, self.value / self.draws, -1.0)
         best = int(np.flatnonzero(worth >= worth.max() - TIE)[0])
-        self.branches[best] += 1
+        self.draws[best] += 1
         self._close_around(best)
         return best
 
+    def _weigh(self, signal: str) -> None:
+        """Give every place its value, at the first of its tokens, and close the others."""
+        follows: dict[tuple[int, int], int] = {}  # (place, token drawn there) -> the place after it
+        first_at: dict[int, int] = {0: 0}
+        place_after = [0] * len(self.tree.nodes)
+        for node in self.tree.nodes[1:]:
+            place = place_after[node.parent]
+            values = entropies_of(node) if signal == "entropy" else node.logprobs
+            for index, (token, value) in enumerate(zip(node.tokens, values, strict=True), int(self.begin[node.id])):
+                first = first_at.setdefault(place, index)
+                seen = follows.get((place, token))
+                if first != index:
+                    self.open[index] = False
+                if signal == "entropy":
+                    self.value[first] = max(0.0, value) if first == index else self.value[first]
+                    self.draws[first] += first != index
+                elif seen is None:
+                    left = 1.0 if first == index else self.value[first]
+                    # Rounding: the logprobs of all tokens may add up to a little more than 1.
+                    self.value[first] = max(0.0, left - math.exp(value))
+                if seen is None:
+                    seen = follows[place, token] = len(follows) + 1
+                place = seen
+            place_after[node.id] = place
+
     def _close_near_branches(self) -> None:
-        """Where paths branch already, siblings share one point: the first token of the eldest stands for it."""
+        """Close what is too near to where paths branch already, above and below."""
         for parent in self.tree.nodes:
             if parent.id != ROOT and len(parent.children) < 2:
                 continue
-            firsts = self.begin[parent.children]
-            self.value[firsts[0]] = self.value[firsts].mean()
-            self.branches[firsts[0]] = len(firsts)
-            self.open[firsts[1:]] = False
             for child in parent.children:
                 self._close_below(child, 1)
             self._close_above(parent.id, len(parent.tokens), 1)
@@ -187,7 +210,7 @@ def _crossing(
     """The first token with an entropy above `threshold`, `distance` or more after token `offset` of `node`."""
     seen = -offset
     while True:
-        entropies = uncertainties(tree.nodes[node], "entropy")
+        entropies = entropies_of(tree.nodes[node])
         begin = max(0, distance - seen)
         for at in range(begin, 1 if borders_only else len(entropies)):
             if entropies[at] > threshold:
@@ -228,3 +251,42 @@ def decisions(tree: Tree, node_id: int) -> list[int]:
             named += [before, branch]
         before += len(node.tokens)
     return named
+
+
+def followers(tree: Tree, node_id: int) -> set[int]:
+    """The tokens that were drawn after the prefix of `node_id`, on any path: copies of its path count.
+
+    >>> tree = Tree.start("p", [1])
+    >>> for tokens in ([5, 6], [5, 7], [8]):
+    ...     tree.add_child(0).tokens = tokens
+    >>> first = tree.split(1, 1)
+    >>> followers(tree, 1), followers(tree, 0)
+    ({6, 7}, {8, 5})
+    """
+    cursors = [(ROOT, len(tree.prompt_tokens))]
+    for token in tree.response(node_id):
+        cursors = [(node, at + 1) for node, at in _next_tokens(tree, cursors) if tree.nodes[node].tokens[at] == token]
+    return {tree.nodes[node].tokens[at] for node, at in _next_tokens(tree, cursors)}
+
+
+def weigh_branches(tree: Tree, parent: int) -> None:
+    """Set the weights of the children of `parent`, which avoid each other's first tokens, in the order of their draws.
+
+    Each has the probability of its first token, the last one what is left of 1: an unbiased estimate of a mean under
+    the policy, given any draws before (Des Raj, 1956).
+    """
+    children = [tree.nodes[child] for child in tree.nodes[parent].children]
+    left = 1.0
+    for child in children[:-1]:
+        child.weight = min(left, math.exp(child.logprobs[0]))
+        left -= child.weight
+    children[-1].weight = left
+
+
+def _next_tokens(tree: Tree, cursors: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(node, place in it) of every token that follows one of the places; a segment that is not there yet has none."""
+    for node, at in cursors:
+        if at < len(tree.nodes[node].tokens):
+            yield node, at
+        else:
+            yield from ((child, 0) for child in tree.nodes[node].children if tree.nodes[child].tokens)

@@ -33,6 +33,7 @@ class Node:
     for nodes made by fallback one more than the highest before it.
     `entropies`: of the distribution that each token was drawn from (nats, over its likeliest tokens), where
     `rollout.branching.fork` asks for them; else empty. `fork`: the rule by which this branch started at a fork.
+    `weight`: what a descent gives this branch beside its siblings; all alike unless they avoid each other's tokens.
     """
 
     id: int
@@ -48,6 +49,7 @@ class Node:
     level: int = 0
     entropies: list[float] = field(default_factory=list)
     fork: ForkRule | None = None
+    weight: float = 1.0
 
     @property
     def depth(self) -> int:
@@ -119,6 +121,7 @@ class Tree:
             logprobs=first.logprobs[offset:],
             entropies=first.entropies[offset:],
             fork=None,
+            weight=1.0,
         )
         first.tokens = first.tokens[:offset]
         first.logprobs = first.logprobs[:offset]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from treepo_mega.config import RolloutConfig
@@ -28,11 +28,12 @@ from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import Split
 from treepo_mega.tree.fallback import CANDIDATES, cut
-from treepo_mega.tree.fork import Fork, decisions, open_forks
+from treepo_mega.tree.fork import Fork, decisions, followers, open_forks, weigh_branches
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.regrow import ungraded
 from treepo_mega.tree.stop import StopRules
 from treepo_mega.tree.transfer import ForkTransfer, make_transfer
+from treepo_mega.tree.wants import Segment, Want
 
 COUNTS = (
     "segments",
@@ -48,55 +49,6 @@ COUNTS = (
     "budget_divergence",
 )
 """Names in `tree.counts`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A segment to sample: at most `max_tokens` tokens after `prefix` (prompt and response so far), with `seed`.
-
-    If `peek` > 0 and the segment does not end its path, the logprobs of the `peek` likeliest next tokens are wanted
-    too. `min_tokens`: from here on a border token ends the segment, when `rollout.segment.end` is not length.
-
-    `run` > 0: no branch will start on this path. The driver may sample up to `run` tokens in one request and deliver
-    them segment by segment. After each delivery the tree wants the next, with `after` naming the delivered node. If no
-    such want follows, the path has ended and the remaining tokens are void.
-
-    `entropy` > 0: the entropy over that many likeliest tokens is wanted with every sampled token.
-    """
-
-    node_id: int
-    prefix: list[int]
-    max_tokens: int
-    seed: int
-    peek: int = 0
-    min_tokens: int = 1
-    run: int = 0
-    after: int | None = None
-    entropy: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A sampled segment. `logprobs`: nats, one a token. `finish_reason`: "stop", "length" or "border".
-
-    `peek`: logprobs of the likeliest next tokens, descending; empty where none were wanted or the path ended.
-    `entropies`: nats, one a token where they were wanted, else empty.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    peek: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-
-    def part(self, begin: int, end: int) -> Segment:
-        """Its tokens `begin` .. `end` - 1; the peek and the reason stay."""
-        return replace(
-            self,
-            tokens=self.tokens[begin:end],
-            logprobs=self.logprobs[begin:end],
-            entropies=self.entropies[begin:end],
-        )
 
 
 class CarriedTreeError(TreepoError):
@@ -206,13 +158,23 @@ class TreeSearch:
             raise ValueError(f"{where}: wanted {entropies} entropies, got {len(segment.entropies)}")
         del self._running[node_id]
         node = self.tree.nodes[node_id]
-        # Asked before the segment counts: then the node's quota is gone.
-        after = node_id if self._transfer.is_single(node) else None
+        if isinstance(self._transfer, ForkTransfer) and self._transfer.draws_at(node_id):
+            for branch, token in self._transfer.draw(node_id, segment, self._seed_of(node)):
+                self.tree.nodes[branch].policy_version = node.policy_version
+                self._receive(self.tree.nodes[branch], token, None)
+            if node.fork == "threshold":
+                weigh_branches(self.tree, node.parent)
+        else:
+            # Asked before the segment counts: then the node's quota is gone.
+            self._receive(node, segment, node_id if self._transfer.is_single(node) else None)
+        if not self._running:
+            self._come_to_rest()
+
+    def _receive(self, node: Node, segment: Segment, after: int | None) -> None:
+        """Keep the segment of `node`, and let those branch who may now. `after`: see `Want`."""
         self._settle(node, segment)
         for parent, width in self._transfer.arrived(node, self.tree):
             self._grow(parent, width, after)
-        if not self._running:
-            self._come_to_rest()
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on, JSON-safe: the tree, its generator, what it waits for.
@@ -394,10 +356,31 @@ class TreeSearch:
             self._fall_short(missing, bool(affordable))
         made: list[Node] = []
         for parent, fork in open_forks(self.tree, forks):
-            made += self._branch(parent, fork.branches, fork=fork)
+            made += self._start_fork(parent, fork)
             self.tree.counts["forks"] += fork.branches
             self.tree.counts["fork_uncertainty"] += fork.branches * fork.uncertainty
         return made
+
+    def _start_fork(self, parent: int, fork: Fork) -> list[Node]:
+        """Want what the branches of a fork begin with; returns those that are wanted whole."""
+        if self._cfg.branching.fork.draw == "again":
+            return self._branch(parent, fork.branches, fork=fork)
+        assert isinstance(self._transfer, ForkTransfer)
+        # Trunks stay independent of one another where leaves are to be fair: only siblings avoid each other's tokens.
+        there = followers(self.tree, parent)
+        siblings = {self.tree.nodes[child].tokens[0] for child in self.tree.nodes[parent].children}
+        taken = there if fork.rule == "rank" else siblings
+        prefix = self.tree.prefix(parent)
+        made = [self.tree.add_child(parent, policy_version=self._version) for _ in range(fork.branches)]
+        for node in made:
+            node.fork = fork.rule
+        # One token is asked for, and all branches choose theirs from its likeliest.
+        first = made[0]
+        self._running[first.id] = 1
+        self._transfer.await_draw([node.id for node in made], taken)
+        top_k = self._cfg.branching.fork.top_k
+        self._ask(Want(first.id, prefix, 1, self._seed_of(first), entropy=self._cfg.entropy_top_k, top=top_k))
+        return []
 
     def _fall_short(self, missing: int, affordable: bool) -> None:
         """Say in the tree why it keeps fewer leaves than were asked for."""

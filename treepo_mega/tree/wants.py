@@ -1,0 +1,57 @@
+"""What a tree and its driver exchange: a `Want` goes out, a `Segment` comes back (see `tree/search.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A segment to sample: at most `max_tokens` tokens after `prefix` (prompt and response so far), with `seed`.
+
+    If `peek` > 0 and the segment does not end its path, the logprobs of the `peek` likeliest next tokens are wanted
+    too. `min_tokens`: from here on a border token ends the segment, when `rollout.segment.end` is not length.
+
+    `run` > 0: no branch will start on this path. The driver may sample up to `run` tokens in one request and deliver
+    them segment by segment. After each delivery the tree wants the next, with `after` naming the delivered node. If no
+    such want follows, the path has ended and the remaining tokens are void.
+
+    `entropy` > 0: the entropy over that many likeliest tokens is wanted with every sampled token. `top` > 0: of one
+    token, those likeliest ones in its place are wanted; the tree chooses.
+    """
+
+    node_id: int
+    prefix: list[int]
+    max_tokens: int
+    seed: int
+    peek: int = 0
+    min_tokens: int = 1
+    run: int = 0
+    after: int | None = None
+    entropy: int = 0
+    top: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A sampled segment. `logprobs`: nats, one a token. `finish_reason`: "stop", "length" or "border".
+
+    `peek`: logprobs of the likeliest next tokens, descending; empty where none were wanted or the path ended.
+    `entropies`: nats, one a token where they were wanted, else empty. `top`: (id, logprob), descending, likewise.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    peek: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+    def part(self, begin: int, end: int) -> Segment:
+        """Its tokens `begin` .. `end` - 1; the peek and the reason stay."""
+        return replace(
+            self,
+            tokens=self.tokens[begin:end],
+            logprobs=self.logprobs[begin:end],
+            entropies=self.entropies[begin:end],
+        )
