@@ -83,7 +83,7 @@ def build_actor(cfg: Config) -> Actor:
 
 def build_reference(cfg: Config, actor: Actor) -> Policy | None:
     """The frozen policy of the KL term, or None without one. Collective over all ranks."""
-    if cfg.algo.kl_loss_coef <= 0:
+    if not cfg.needs_reference:
         return None
     reference = Policy(cfg, cfg.model.hf_checkpoint, actor.guard)
     if cfg.model.load:

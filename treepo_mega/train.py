@@ -63,17 +63,20 @@ def one_step(trainer: Trainer, step: int) -> dict[str, float]:
     with trainer.timers("advantage"):
         plans, credit = trainer.plan(forest)
     metrics |= credit
-    # After the plan, which writes the advantages into the trees.
-    trainer.records.save_trees(step + 1, forest.trees)
-    trainer.records.show_completions(step + 1, forest.trees, trainer.inputs.tokenizer.decode)
     if not plans:
+        trainer.record(step, forest)
         trainer.progress.say(f"step {step}: {why_nothing(metrics)}; weights unchanged")
         return metrics
     with trainer.timers("old_logprobs"):
         trainer.memory.to_trainer()
         metrics |= trainer.old_logprobs(plans)
+    with trainer.timers("ref_logprobs"):
+        trainer.ref_logprobs(plans)
+    with trainer.timers("advantage"):
+        metrics |= trainer.charge_kl(plans, forest)
         plans, corrections = trainer.correct(plans)
     metrics |= corrections
+    trainer.record(step, forest)
     if not plans:
         rejected = int(metrics["rollout/leaves_rejected"])
         trainer.progress.say(
@@ -81,8 +84,6 @@ def one_step(trainer: Trainer, step: int) -> dict[str, float]:
             "(algo.rollout_rs, algo.rollout_token_veto_threshold); weights unchanged"
         )
         return metrics | trainer.memory.to_engine()
-    with trainer.timers("ref_logprobs"):
-        trainer.ref_logprobs(plans)
     with trainer.timers("update"):
         metrics |= trainer.update(plans)
     with trainer.timers("reshard"):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from treepo_mega import build
-from treepo_mega.actor.batch import plan_rollout
+from treepo_mega.actor.batch import charge_kl, plan_rollout
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.passes import (
     correct_leaves,
@@ -123,6 +123,15 @@ class Trainer:
         """Fill in the reference's logprobs, when a KL term needs them."""
         if self.reference is not None:
             fill_reference_logprobs(self.reference, plans)
+
+    def charge_kl(self, plans: list[StepPlan], forest: Forest) -> dict[str, float]:
+        """Take the KL of each leaf off its reward (reward.kl_coef); the plans then teach the advantages of that."""
+        return charge_kl(plans, forest.trees, self.cfg)
+
+    def record(self, step: int, forest: Forest) -> None:
+        """Write and show trees, once their rewards and advantages are those that are trained on."""
+        self.records.save_trees(step + 1, forest.trees)
+        self.records.show_completions(step + 1, forest.trees, self.inputs.tokenizer.decode)
 
     def update(self, plans: list[StepPlan]) -> dict[str, float]:
         """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""

@@ -1,7 +1,7 @@
 """The command people type, on two ranks: train, log, evaluate, save, export; then resume; everything real.
 
 Two starts of the engine in all: the first run (3 steps) under torchrun, and the resumed one (a 4th) in forked ranks.
-The 4th step is taken with a plug-in of every kind.
+The 4th step is taken with a plug-in of every kind, and with the KL in the reward.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ PLUGINS = [
     "rollout.filter_metric=examples/plugins/filter.py:neither_easy_nor_hopeless",
     "rollout.branching.budget.kind=examples/plugins/budget.py:most_surprised",
     "reward.functions=[{verifier: boxed}, {verifier: 'examples/plugins/reward.py:form', weight: 0.25}]",
+    *("algo.kl_loss_coef=0", "reward.kl_coef=0.5"),
 ]
 
 
@@ -190,6 +191,22 @@ def resumed(run, rows) -> str:
     return run_ranks(2, CLI, *arguments(run, "train.num_rollouts=4", "checkpoint.save_hf=false", *PLUGINS), timeout=280)
 
 
+def kl_by_transformers(tree: Tree) -> list[float]:
+    """Log pi - log pi_ref over each response: what the engine said of it, and what the untrained model says."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("examples/tiny_reasoner", dtype=torch.float32)
+    out = []
+    for leaf in tree.leaves:
+        response = torch.tensor(tree.response(leaf))
+        with torch.no_grad():
+            logits = model(torch.tensor([tree.prefix(leaf)])).logits[0, -1 - len(response) : -1]
+        reference = logits.log_softmax(-1).gather(1, response[:, None]).sum()
+        own = sum(sum(tree.nodes[node].logprobs) for node in tree.ancestry(leaf))
+        out.append(own - float(reference))
+    return out
+
+
 def test_the_same_command_goes_on_where_it_stopped(run, rows, resumed):
     assert "resumed from" in resumed and "next step 3" in resumed
     assert "step 4: what the model wrote" in resumed and "advantage" in resumed, "logging.completions"
@@ -204,9 +221,15 @@ def test_plugins_of_every_kind_decide_a_step(run, resumed):
     trees = [Tree.from_dict(json.loads(x)) for x in (run / "trees" / "step_000004.jsonl").read_text().splitlines()]
     assert trees and len(trees) == last["rollout/prompts_trained"]
     assert all(neither_easy_nor_hopeless(tree) for tree in trees), "the filter"
-    # A right answer is 1, a form without fault 0.25.
+    # A right answer is 1, a form without fault 0.25; half of the KL goes off.
+    kl_of = {tree.prompt_id: kl_by_transformers(tree) for tree in trees}
     for tree in trees:
-        assert set(tree.verdicts) == {0.0, 1.0} and set(np.subtract(tree.rewards, tree.verdicts)) <= {0.0, 0.125, 0.25}
+        assert set(tree.verdicts) == {0.0, 1.0}
+        form = np.add(tree.rewards, 0.5 * np.array(kl_of[tree.prompt_id])) - tree.verdicts
+        assert np.abs(form - (form * 8).round() / 8).max() <= 1e-3 and set((form * 8).round()) <= {0, 1, 2}
+    every_kl = np.concatenate(list(kl_of.values()))
+    assert last["reward/kl"] == pytest.approx(every_kl.mean(), abs=1e-3) and np.abs(every_kl).max() > 0.01
+    assert last["reward/kl_penalty"] == -0.5 * last["reward/kl"] and last["train/kl_loss"] == 0
     assert (
         0 < last["reward/form"] <= 1 and last["reward/form.ended"] >= last["reward/boxed"] == last["rollout/accuracy"]
     )

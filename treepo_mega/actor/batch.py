@@ -21,6 +21,7 @@ from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Lesson, credit_by_depth
 from treepo_mega.tree.descent import leaf_counts, leaf_shares
+from treepo_mega.tree.kl_reward import charge, gather_kl
 from treepo_mega.tree.merge import merge_equal
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
@@ -161,20 +162,11 @@ def sampled_sharing(cfg: Config) -> Sharing:
 def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[StepPlan], dict[str, float]]:
     """The optimizer steps of this rollout of the model `spec` for this rank, those without trajectories left out; and
     metrics of credit and of tokens. Writes `advantages` into the trees. Collective over all ranks."""
-    values = advantages(trees, cfg)
-    if is_function_path(cfg.algo.advantage_estimator):
-        what = f"advantage plug-in {cfg.algo.advantage_estimator!r} (algo.advantage_estimator)"
-        dist.require_agreement([array.tolist() for array in values], what)
-    for tree, of_tree in zip(trees, values, strict=True):
-        tree.advantages = of_tree.tolist()
+    values = _agreed_advantages(trees, cfg)
     cost = pair_cost(spec)
     plans: list[StepPlan] = []
     depth: list[list[float]] = []
-    for group in split_steps(range(len(trees)), cfg.train.num_steps_per_rollout):
-        chosen = [i for i in group if trees[i].leaves]
-        # Every rank holds the same forest and so leaves out the same steps: an optimizer step is collective.
-        if not chosen:
-            continue
+    for chosen in _steps(trees, cfg):
         segments = Segments.from_trees([trees[i] for i in chosen], chosen, sampled_sharing(cfg))
         lesson = lesson_of(segments, [values[i] for i in chosen], [trees[i] for i in chosen], cfg)
         credit = lesson.credit()
@@ -186,7 +178,61 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
             plans.append(replace(plan_batch(Batch(segments, credit), cfg, cost), lesson=lesson))
     if not plans:
         return [], {}
-    return plans, {f"tree/credit_q{q + 1}": float(x) for q, x in enumerate(np.mean(depth, axis=0))} | _tokens(plans)
+    return plans, _credit_metrics(depth) | _tokens(plans)
+
+
+def charge_kl(plans: list[StepPlan], trees: list[Tree], cfg: Config) -> dict[str, float]:
+    """Take reward.kl_coef times the KL of each leaf off its reward; the plans then teach the advantages of that.
+
+    `plans` are those of `trees`, with old and reference logprobs filled in; both are changed. Returns metrics. Without
+    the key nothing happens. Collective over all ranks.
+    """
+    coef = cfg.reward.kl_coef
+    if not coef:
+        return {}
+    every_kl = []
+    for plan, chosen in zip(plans, _steps(trees, cfg), strict=True):
+        assert plan.lesson is not None, "check_batch refuses reward.kl_coef where plans have no lesson"
+        segments = plan.lesson.segments
+        kl = segments.leaf_sums(dist.sum_array_over_replicas(gather_kl(plan.packs, len(segments))))
+        charge([trees[i] for i in chosen], kl, coef)
+        every_kl.append(kl)
+    # After all steps are charged: whitening is over the whole rollout.
+    values = _agreed_advantages(trees, cfg)
+    depth = []
+    for plan, chosen in zip(plans, _steps(trees, cfg), strict=True):
+        assert plan.lesson is not None, "as above"
+        plan.lesson = replace(plan.lesson, advantages=np.concatenate([values[i] for i in chosen]))
+        credit = plan.lesson.credit()
+        depth.append(credit_by_depth(plan.lesson.segments, credit))
+        for pack in plan.packs:
+            pack.relearn(credit)
+    mean = float(np.concatenate(every_kl).mean())
+    return _credit_metrics(depth) | {"reward/kl": mean, "reward/kl_penalty": -coef * mean}
+
+
+def _agreed_advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
+    """`advantages`, written into the trees; all ranks have come to the same. Collective over all ranks."""
+    values = advantages(trees, cfg)
+    if is_function_path(cfg.algo.advantage_estimator):
+        what = f"advantage plug-in {cfg.algo.advantage_estimator!r} (algo.advantage_estimator)"
+        dist.require_agreement([array.tolist() for array in values], what)
+    for tree, of_tree in zip(trees, values, strict=True):
+        tree.advantages = of_tree.tolist()
+    return values
+
+
+def _steps(trees: list[Tree], cfg: Config) -> list[list[int]]:
+    """Indices of the trees with leaves of each optimizer step; steps without any are left out."""
+    groups = split_steps(range(len(trees)), cfg.train.num_steps_per_rollout)
+    chosen = [[i for i in group if trees[i].leaves] for group in groups]
+    # Every rank holds the same forest and so leaves out the same steps: an optimizer step is collective.
+    return [group for group in chosen if group]
+
+
+def _credit_metrics(depth: list[list[float]]) -> dict[str, float]:
+    """Where in the path credit falls, mean of the optimizer steps; `depth` as of `credit_by_depth`."""
+    return {f"tree/credit_q{q + 1}": float(x) for q, x in enumerate(np.mean(depth, axis=0))}
 
 
 def _tokens(plans: list[StepPlan]) -> dict[str, float]:

@@ -66,6 +66,11 @@ class Config(Section):
         return values
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen policy of a KL term is built, for the loss or for the reward."""
+        return self.algo.kl_loss_coef > 0 or self.reward.kl_coef > 0
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of the longest prompt plus the longest response: the engine's window."""
         return self.data.max_prompt_len + self.rollout.max_response_len

@@ -54,7 +54,7 @@ def check_batch(cfg: Config) -> list[str]:
         bad.append(
             f"algo.icepop_range {list(icepop)}: expected [low, high] with 0 <= low < 1 < high, such as [0.5, 5.0]"
         )
-    bad += _check_corrections(cfg.algo)
+    bad += _check_corrections(cfg.algo) + _check_kl_reward(cfg)
     if train.prefix_sharing == "content":
         bad += _check_merging(cfg)
     fallback = cfg.rollout.fallback.from_
@@ -73,6 +73,30 @@ def check_batch(cfg: Config) -> list[str]:
         bad.append(
             f"train.max_tokens_per_gpu {train.max_tokens_per_gpu} is smaller than the longest trajectory "
             f"(data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len})"
+        )
+    return bad
+
+
+def _check_kl_reward(cfg: Config) -> list[str]:
+    """A KL in the reward meets neither a second KL nor rules that its continuous rewards make void."""
+    coef = cfg.reward.kl_coef
+    if not coef:
+        return []
+    bad = []
+    if cfg.algo.kl_loss_coef > 0:
+        bad.append(
+            f"reward.kl_coef {coef:g} with algo.kl_loss_coef {cfg.algo.kl_loss_coef:g}: the distance from the "
+            "reference would count twice; set one of them to 0"
+        )
+    if cfg.algo.reject_zero_std_subgroups:
+        bad.append(
+            "reward.kl_coef with algo.reject_zero_std_subgroups: with a KL in it hardly two rewards are equal, so "
+            "that no subgroup would be rejected; use algo.kl_loss_coef"
+        )
+    if cfg.train.prefix_sharing == "content":
+        bad.append(
+            "reward.kl_coef with train.prefix_sharing content: a leaf's KL is summed over the sampler's segments, "
+            "which merging joins; set train.prefix_sharing=tree"
         )
     return bad
 

@@ -130,6 +130,9 @@ class RewardConfig(Section):
     functions: list[RewardFunction] = Field(default_factory=list)
     """Several verifiers whose scores are added with weights, each logged as reward/<name>. The first says whether the
     answer is right, and evaluation looks at it alone. Empty: the prompt's own verifier is the reward."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of KL(actor || reference) in the reward: so many times the sum over a response of old logprob - reference
+    logprob (nats) is taken off its reward before advantages. 0: none. In place of algo.kl_loss_coef, not beside it."""
     overlong: OverlongConfig = Field(default_factory=OverlongConfig)
 
 

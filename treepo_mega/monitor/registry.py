@@ -181,6 +181,8 @@ _REWARD = (
     Metric("reward/lost", "count", "0", "gradings lost to a timeout, crash or NaN; never scored 0 in silence"),
     Metric("reward/mean", "reward", "rises", "mean reward of the trajectories trained on"),
     Metric("reward/overlong_penalty", "reward", "near 0; absent when off", "mean of reward.overlong over the answers"),
+    Metric("reward/kl", "nats", "slow rise; absent when off", "KL of a response from the reference, mean of leaves"),
+    Metric("reward/kl_penalty", "reward", "small beside rewards; absent when off", "mean of -reward.kl_coef x that KL"),
     Metric(
         ANY_REWARD, "the verifier's", "-", "mean of a number that a verifier's dict holds, over answers that have it"
     ),
