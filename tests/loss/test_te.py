@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tools.bench.kernel_report import VERSIONS, golden
 from treepo_mega.config import Config, ConfigError, LossConfig, ModelConfig, check, parse_config
 from treepo_mega.loss import backend, te
 from treepo_mega.loss.backend import resolve_backend
 from treepo_mega.loss.head import LossHead
-
-GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "loss_kernels.json").read_text())
 
 
 def config(**sections: object) -> Config:
@@ -178,9 +175,10 @@ def test_backends_that_cannot_run_are_refused(monkeypatch, capability, head, mes
         resolve_backend(LossConfig(**head))
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
-def test_what_auto_runs_in_kernels_spills_nothing(monkeypatch, precision):
-    """Of each precision the head runs in torch, or its compiled kernels stand in the golden table without spills."""
+def test_what_auto_runs_in_kernels_spills_nothing(monkeypatch, precision, version):
+    """Of each precision the head runs in torch, or its compiled kernels stand in the golden tables without spills."""
     on_gpu(monkeypatch, (9, 0))
     hidden, weight = torch.zeros(2, 8), torch.zeros(16, 8)
     loss = LossConfig(precision="bf16", logprob_precision=precision)
@@ -188,7 +186,7 @@ def test_what_auto_runs_in_kernels_spills_nothing(monkeypatch, precision):
     used = head.shard(head.guard.numerics(for_update=False)).backend
     kernels = [
         kernel
-        for kernel in GOLDEN["kernels"]
+        for kernel in golden(version)["kernels"]
         if kernel["kernel"].startswith((f"forward-{precision}", f"dlogits-{precision}"))
     ]
     assert head.backend == "triton"

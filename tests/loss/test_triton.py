@@ -11,15 +11,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tools.bench import kernel_report
-from tools.bench.kernel_report import QUICK, SOURCES, fingerprint
+from tools.bench.kernel_report import QUICK, SOURCES, VERSIONS, fingerprint, golden, installed
+from treepo_mega.config import LossConfig
 
 REPO = Path(__file__).resolve().parents[2]
-GOLDEN = json.loads((REPO / "tests/golden/loss_kernels.json").read_text())
 CHECKS = (
     "stock_interpreter_is_still_wrong",
     "patched_interpreter_is_right",
@@ -84,8 +84,9 @@ def compile_all(cache: Path, *options: str) -> Kernels:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The kernels of the default settings. Compiled only if a source differs from those of the golden table."""
-    if fingerprint() == GOLDEN["fingerprint"]:
-        return {key: kernel for key, kernel in WANT.items() if kernel["kernel"] in QUICK}
+    table = golden(installed())
+    if fingerprint(installed()) == table["fingerprint"]:
+        return {key: kernel for key, kernel in by_name(table["kernels"]).items() if kernel["kernel"] in QUICK}
     return compile_all(tmp_path_factory.mktemp("triton_cache"), "--quick")
 
 
@@ -109,17 +110,15 @@ def check_code(k: dict[str, Any]) -> None:
         ),
         "sm_100a": ("tcgen05.mma.cta_group::1.kind::f8f6f4", "tcgen05.mma.cta_group::1.kind::f16"),
     }[k["arch"]]
-    # In FP8 kernels the bf16 product is that of the loud channels.
-    assert set(k["matrix"]) == ({fp8, bf16} if "fp8" in k["kernel"] else {bf16})
+    # In FP8 kernels the bf16 product is that of the loud channels; quiet ones have none.
+    assert set(k["matrix"]) == ({fp8} if "quiet" in k["kernel"] else {fp8, bf16} if "fp8" in k["kernel"] else {bf16})
     assert k["tma_loads"] > 0 and k["mix"]["tma"] > 0 and k["mix"]["tensor"] > 0
-
-
-WANT = by_name(GOLDEN["kernels"])
 
 
 def check_golden(kernels: Kernels) -> None:
     """As in the golden table. After an intended change: python tools/bench/kernel_report.py --update."""
-    different = {key: (k, WANT.get(key)) for key, k in kernels.items() if k != WANT.get(key)}
+    want = by_name(golden(installed())["kernels"])
+    different = {key: (k, want.get(key)) for key, k in kernels.items() if k != want.get(key)}
     assert not different
 
 
@@ -141,28 +140,77 @@ def test_all_kernels_spill_nothing_and_use_the_tensor_cores(all_compiled: Kernel
 
 
 @pytest.mark.slow
-def test_the_golden_table_names_the_sources_it_is_of() -> None:
-    """Otherwise the fast lane compiles every time: python tools/bench/kernel_report.py --update."""
-    assert GOLDEN["fingerprint"] == fingerprint()
+def test_the_golden_tables_name_the_sources_they_are_of() -> None:
+    """Otherwise the fast lane compiles every time, and nobody knows what CUDA's Triton makes of the kernels."""
+    assert kernel_report.stale_tables() == []
+
+
+def test_a_table_of_other_sources_is_named_with_the_commands_that_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tmp_path / "kernels.py"
+    changed.write_text("# other kernels")
+    monkeypatch.setattr(kernel_report, "SOURCES", (changed,))
+    stale = kernel_report.stale_tables()
+    assert [line.split(":")[0] for line in stale] == list(VERSIONS)
+    other = next(version for version in VERSIONS if version != installed())
+    assert f"--target /tmp/triton-{other} triton=={other}` and" in stale[list(VERSIONS).index(other)]
 
 
 @pytest.mark.parametrize("index", range(len(SOURCES)), ids=[path.name for path in SOURCES])
 def test_a_change_in_any_source_changes_the_fingerprint(
     index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = fingerprint()
+    before = fingerprint("3.8.0")
+    assert before != fingerprint("3.7.1")
     changed = tmp_path / SOURCES[index].name
     changed.write_bytes(SOURCES[index].read_bytes() + b"# changed\n")
     monkeypatch.setattr(kernel_report, "SOURCES", (*SOURCES[:index], changed, *SOURCES[index + 1 :]))
-    assert fingerprint() != before
+    assert fingerprint("3.8.0") != before
 
 
 @pytest.mark.slow
 def test_all_kernels_are_those_of_the_golden_table(all_compiled: Kernels) -> None:
-    assert all_compiled.keys() == WANT.keys()
+    assert all_compiled.keys() == by_name(golden(installed())["kernels"]).keys()
     check_golden(all_compiled)
 
 
-@pytest.mark.parametrize("key", WANT, ids="-".join)
-def test_the_golden_table_itself_is_of_good_kernels(key: tuple[str, str]) -> None:
-    check_code(WANT[key])
+def test_the_installed_triton_has_a_golden_table() -> None:
+    table = golden(installed())
+    assert table["triton"] == installed() in VERSIONS
+
+
+def test_a_triton_without_a_golden_table_is_an_error_that_says_how_to_make_one() -> None:
+    with pytest.raises(kernel_report.NoGoldenTable) as said:
+        golden("3.9.9")
+    message = str(said.value)
+    assert message.startswith("Triton 3.9.9 has no golden table in tests/golden/loss_kernels, which has 3.7.1, 3.8.0:")
+    assert "triton==3.9.9` and `python tools/bench/kernel_report.py --update --triton /tmp/triton-3.9.9`" in message
+
+
+def test_both_compilers_were_given_the_same_kernels() -> None:
+    """The one that this project pins, and the one that torch's CUDA wheel requires."""
+    tables = {version: by_name(golden(version)["kernels"]).keys() for version in VERSIONS}
+    assert {path.stem for path in kernel_report.GOLDEN.iterdir()} == set(VERSIONS)
+    assert len(set(map(frozenset, tables.values()))) == 1 and all(map(len, tables.values()))
+    assert [kernel_report.spilled_bytes(version) for version in VERSIONS] == [0, 0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_golden_tables_hold_all_that_the_settings_can_ask_for(version: str) -> None:
+    """Each precision, recipe, number of loud channels and entropy term: `auto` runs all but fp32 in kernels."""
+    fields = LossConfig.model_fields
+    recipes = get_args(fields["fp8_recipe"].annotation)
+    assert set(get_args(fields["logprob_precision"].annotation)[0].__args__) == {"fp32", "bf16", "fp8"}
+    operands = ["bf16", *(f"fp8-{recipe}{kind}" for recipe in recipes for kind in ("", "-quiet"))]
+    wanted = {f"forward-{operand}" for operand in operands}
+    wanted |= {f"dlogits-{operand}{term}" for operand in operands for term in ("", "-entropy")}
+    wanted |= {"policy", "policy-k1", "policy-k2", "policy-no-kl", "combine", "quantise-amax", "quantise-cast"}
+    kernels = {kernel["kernel"] for kernel in golden(version)["kernels"]}
+    assert wanted == kernels - {"dlogits-fp8-rowwise-entropy-e5m2"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_golden_tables_themselves_are_of_good_kernels(version: str) -> None:
+    for kernel in golden(version)["kernels"]:
+        check_code(kernel)

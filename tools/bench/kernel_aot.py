@@ -74,16 +74,27 @@ ALIGNED_STRIDES = ("x_stride", "out_stride", "dz_stride")
 SIZES = {"T": "i32", "V": "i32", "K": "i32", "blocks": "i32", "inv_temperature": "fp32"}
 
 
-def _product(name: str, kernel: Any, dtype: str, types: dict[str, str], **constants: Any) -> Variant:
+def _product(name: str, kernel: Any, dtype: str, types: dict[str, str], *, loud: bool, **constants: Any) -> Variant:
     depth = DEPTH[dtype]
     tiles = {"BM": BM, "BN": BN, "BK": depth, "PRECISION": "ieee"}
     tiles["IMPRECISE"] = SPLIT_ACCUMULATOR if dtype == "fp8e4nv" else 0
     descriptors = {"a_desc": f"tensordesc<{dtype}[{BM}, {depth}]>", "b_desc": f"tensordesc<{dtype}[{BN}, {depth}]>"}
-    loud = dtype == "fp8e4nv"
     kind, width = ("bf16", LOUD) if loud else (dtype, depth)
     descriptors |= {"a_loud": f"tensordesc<{kind}[{BM}, {width}]>", "b_loud": f"tensordesc<{kind}[{BN}, {width}]>"}
     tiles["LOUD"] = loud
     return Variant(name, kernel, descriptors | POINTERS | SIZES | types, tiles | constants, product=dtype)
+
+
+OPERANDS = (
+    ("bf16", "bf16", 0, False),
+    ("fp8-tensorwise", "fp8e4nv", 0, True),
+    ("fp8-rowwise", "fp8e4nv", 1, True),
+    ("fp8-blockwise", "fp8e4nv", 2, True),
+    ("fp8-tensorwise-quiet", "fp8e4nv", 0, False),
+    ("fp8-rowwise-quiet", "fp8e4nv", 1, False),
+    ("fp8-blockwise-quiet", "fp8e4nv", 2, False),
+)
+"""(name, Triton type, mode, loud channels in bf16?): all that `loss` can ask of the kernels; fp32 runs in torch."""
 
 
 def _variants() -> list[Variant]:
@@ -91,16 +102,14 @@ def _variants() -> list[Variant]:
     vectors = dict.fromkeys(("lse", "entropy", "g_logp", "g_entropy", "dz_scale"), "*fp32")
     backward = vectors | {"first": "i32", "dz_stride": "i32"}
     out = []
-    for label, dtype, mode in (
-        ("bf16", "bf16", 0),
-        ("fp8-tensorwise", "fp8e4nv", 0),
-        ("fp8-rowwise", "fp8e4nv", 1),
-        ("fp8-blockwise", "fp8e4nv", 2),
-    ):
-        out.append(_product(f"forward-{label}", kernels.forward_kernel, dtype, forward, MODE=mode, TILES=TILES))
-        plain = {"MODE": mode, "ENTROPY": False, "ROW_SCALE": False}
-        out.append(_product(f"dlogits-{label}", kernels.dlogits_kernel, dtype, backward | {"dz": "*bf16"}, **plain))
-    everything = {"MODE": 1, "ENTROPY": True, "ROW_SCALE": True}
+    for label, dtype, mode, loud in OPERANDS:
+        kind = {"loud": loud, "MODE": mode}
+        out.append(_product(f"forward-{label}", kernels.forward_kernel, dtype, forward, TILES=TILES, **kind))
+        # With an entropy term the kernel carries one more vector, and needs most registers.
+        for name, entropy in ((f"dlogits-{label}", False), (f"dlogits-{label}-entropy", True)):
+            kind |= {"ENTROPY": entropy, "ROW_SCALE": False}
+            out.append(_product(name, kernels.dlogits_kernel, dtype, backward | {"dz": "*bf16"}, **kind))
+    everything = {"loud": True, "MODE": 1, "ENTROPY": True, "ROW_SCALE": True}
     e5m2 = backward | {"dz": "*fp8e5"}
     out.append(_product("dlogits-fp8-rowwise-entropy-e5m2", kernels.dlogits_kernel, "fp8e4nv", e5m2, **everything))
     return out + _row_variants()
@@ -124,6 +133,9 @@ def _row_variants() -> list[Variant]:
         of(rows.cast_kernel, "quantise-cast", cast, SHARED_ROWS=1, LARGEST=448.0, BM=32, BLOCK=128),
         of(rows.combine_kernel, "combine", combine, BM=256),
         of(rows.policy_kernel, "policy", policy, KL=3, BM=256),
+        of(rows.policy_kernel, "policy-k2", policy, KL=2, BM=256),
+        of(rows.policy_kernel, "policy-k1", policy, KL=1, BM=256),
+        of(rows.policy_kernel, "policy-no-kl", policy, KL=0, BM=256),
     ]
 
 

@@ -1,10 +1,12 @@
 """What the compiler makes of the loss kernels, for Hopper and Blackwell, on any machine; and their times on a GPU.
 
     python tools/bench/kernel_report.py [--quick]   registers, spills, shared memory, instructions; roofline arithmetic
-    python tools/bench/kernel_report.py --update    write the golden table that the tests compare with
+    python tools/bench/kernel_report.py --update    write this Triton's golden table, which the tests compare with
+    ... --triton FOLDER                             with the Triton in FOLDER: pip install --no-deps --target FOLDER
     python tools/bench/kernel_report.py --run       time the head on this GPU (refused where there is none)
 
-The table is compiled (Triton, its ptxas and cuobjdump), not run. The roofline is arithmetic from data sheets, not a
+The table is compiled (Triton, its ptxas and cuobjdump), not run. Each of the versions VERSIONS has its golden table:
+ours, and the one that torch's CUDA wheel brings. The roofline is arithmetic from data sheets, not a
 measurement: the largest of matrix time at dense peak, HBM time and exp time (one MUFU each: 16 a clock and SM), at
 70B shapes (K 8192, V 128256 over TP 8, T 8192 tokens), for the sums (one product) and for a whole update (the kernels'
 four products: logits twice, dHidden, dWeight). --quick: the three kernels of the recommended recipe only.
@@ -28,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-GOLDEN = ROOT / "tests" / "golden" / "loss_kernels.json"
+GOLDEN = ROOT / "tests" / "golden" / "loss_kernels"
 KERNELS = ROOT / "treepo_mega" / "loss" / "triton"
 SOURCES = (
     KERNELS / "kernels.py",
@@ -37,6 +39,8 @@ SOURCES = (
     ROOT / "tools" / "bench" / "kernel_aot.py",
 )
 """What the compiled kernels depend on, beside Triton itself: their code, tile sizes and specialisations."""
+VERSIONS = {"3.7.1": "torch 2.13.0 for CUDA brings it", "3.8.0": "setup.py pins it for machines without a GPU"}
+"""Versions of Triton whose kernels are proven, and why these."""
 QUICK = ("forward-fp8-blockwise", "dlogits-fp8-blockwise", "combine")
 TOKENS, WIDTH, VOCAB = 8192, 8192, 128256 // 8
 
@@ -47,12 +51,56 @@ GPUS = {
 """Dense peaks, FLOP/s; HBM bytes/s; exponentials/s. From the vendor's data sheets."""
 
 
-def fingerprint() -> str:
+class NoGoldenTable(RuntimeError):
+    """Nobody has compiled the kernels with this version of Triton, or not since their code changed."""
+
+
+def installed() -> str:
+    """The version of Triton that this process imports."""
+    return importlib.metadata.version("triton")
+
+
+def fingerprint(version: str) -> str:
     """SHA-256 over Triton's version and the bytes of SOURCES. Equal fingerprints compile to equal kernels."""
-    digest = hashlib.sha256(importlib.metadata.version("triton").encode())
+    digest = hashlib.sha256(version.encode())
     for path in SOURCES:
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def golden(version: str) -> dict[str, Any]:
+    """The golden table of a version of Triton. Raises NoGoldenTable, which says how to make it."""
+    path = GOLDEN / f"{version}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    raise NoGoldenTable(
+        f"Triton {version} has no golden table in {GOLDEN.relative_to(ROOT)}, which has {', '.join(VERSIONS)}: nobody "
+        f"looked at what its compiler makes of the kernels. Run {how_to_update(version)}, look at what spills, "
+        "and commit the file"
+    )
+
+
+def how_to_update(version: str) -> str:
+    """The commands that write a version's golden table."""
+    update = "python tools/bench/kernel_report.py --update"
+    if version == installed():
+        return f"`{update}`"
+    folder = f"/tmp/triton-{version}"
+    return f"`pip install --no-deps --target {folder} triton=={version}` and `{update} --triton {folder}`"
+
+
+def stale_tables() -> list[str]:
+    """For each table that is of other sources than these, how to write it anew."""
+    return [
+        f"{version}: {how_to_update(version)}"
+        for version in VERSIONS
+        if golden(version)["fingerprint"] != fingerprint(version)
+    ]
+
+
+def spilled_bytes(version: str) -> int:
+    """Bytes a thread that kernels of a version's golden table spill."""
+    return sum(kernel["spill_bytes"] for kernel in golden(version)["kernels"])
 
 
 def roofline() -> list[dict[str, Any]]:
@@ -144,19 +192,23 @@ def main() -> int:
     """Command line; returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="three kernels only")
-    p.add_argument("--update", action="store_true", help=f"write {GOLDEN.relative_to(ROOT)}")
+    p.add_argument("--update", action="store_true", help=f"write {GOLDEN.relative_to(ROOT)}/VERSION.json")
+    p.add_argument("--triton", metavar="FOLDER", help="use the Triton that lies in FOLDER")
     p.add_argument("--run", action="store_true", help="time the head on this GPU")
     args = p.parse_args()
     if args.run:
         return run_on_gpu()
     if os.environ.pop("TRITON_INTERPRET", None):
         print("TRITON_INTERPRET is ignored here: the interpreter compiles nothing", file=sys.stderr)
+    if args.triton:
+        # Before the first import of Triton: the folder's version hides the installed one.
+        sys.path.insert(0, args.triton)
     import triton
 
     kernels, lines = compiled(args.quick), roofline()
     if args.update and not args.quick:
-        body = {"triton": triton.__version__, "fingerprint": fingerprint(), "kernels": kernels}
-        GOLDEN.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        body = {"triton": triton.__version__, "fingerprint": fingerprint(installed()), "kernels": kernels}
+        (GOLDEN / f"{installed()}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     show(kernels, lines)
     worst = max(k["spill_bytes"] for k in kernels)
     body = {"triton": triton.__version__, "kernels": kernels, "roofline_arithmetic": lines}
