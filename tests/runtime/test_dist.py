@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ranks import REPO, run_ranks
 from treepo_mega.config import ConfigError, parse_config
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.packed import PackedError
 
 WORKER = Path(__file__).with_name("dist_worker.py")
 
@@ -33,6 +35,21 @@ def test_one_process_needs_no_group():
     assert dist.gather_objects({"a": (1, 2)}) == [{"a": [1, 2]}]
     assert dist.sum_over_ranks({"x": 2.0}) == {"x": 2.0} == dist.max_over_ranks({"x": 2.0})
     dist.barrier("nobody", 0.001)
+
+
+def test_bytes_that_arrive_damaged_are_an_error_that_names_the_speaker(monkeypatch):
+    """Two ranks of one process: the second's value loses a bit on the way."""
+
+    def all_gather(parts, own):
+        for part in parts:
+            part.copy_(own)
+        if own.dtype == torch.uint8:
+            parts[1][-1] ^= 4
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist.dist, "all_gather", all_gather)
+    with pytest.raises(PackedError, match=r"what rank 1 told rank 0 arrived damaged: checksum \w{8}, expected \w{8}"):
+        dist.gather_objects({"logprobs": [-0.5] * 100})
 
 
 def test_a_world_that_does_not_fit_is_refused_before_anything_starts(monkeypatch):

@@ -7,8 +7,8 @@ choice is refused with its reason, and a test or page says so. open: nothing pro
 test. The bench refuses one that does not exist, and runs them all unless --quick.
 
 Besides it counts: the graphs that tree attention is compiled into over 32 pack lengths (three passes each, a backend
-that computes nothing); the bytes that kernels which `auto` can choose spill, from the golden tables of both compilers; and the
-layouts of two models in which some rank has nothing to send or receive in a refit.
+that computes nothing); the bytes that kernels which `auto` can choose spill, from the golden tables of both compilers;
+and the layouts of two models in which some rank has nothing to send or receive in a refit.
 
 Last line, JSON: {"findings": [{"id", "status", "proof"}], "compilations": {"lengths", "graphs"}, "spills":
 {"triton_3_7_1", "triton_3_8_0"}, "zero_op_layouts": n, "proofs_failed": [...] or null}. --quick takes half a minute.
@@ -117,7 +117,16 @@ FINDINGS = (
             "tests/loss/test_triton.py::test_the_installed_triton_has_a_golden_table",
         ),
     ),
-    Finding("B3", "reports of a forest travel padded, and as JSON", "open", ()),
+    Finding(
+        "B3",
+        "reports of a forest travel padded, and as JSON",
+        "mended",
+        (
+            "tests/runtime/test_dist.py::test_exchange_between_two_ranks",
+            "tests/runtime/test_packed.py::test_values_come_back_as_json_gives_them",
+            "tests/runtime/test_packed.py::test_a_forest_costs_nine_bytes_a_token_and_its_text_does_not_grow_with_them",
+        ),
+    ),
     Finding(
         "B4",
         "a sleep copies weights to the host that the next refit overwrites",

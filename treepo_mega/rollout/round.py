@@ -6,8 +6,8 @@
 
 Training (`collect.py`) and evaluation (`eval.py`) sample through it. Prompts are dealt by expected cost, and an
 engine that runs dry takes prompts from the others' lists (`dealing.py`). A tree lives on one engine. The ranks of
-that engine sample it together, and the first of them grades it and reports it. Reports travel as JSON. Afterwards
-every rank holds the same rows, so what follows is computed alike everywhere, without messages.
+that engine sample it together, and the first of them grades it and reports it. Reports travel packed. Afterwards every
+rank holds the same rows, so what follows is computed alike everywhere, without messages.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Processes and groups: torchrun (or a plain python, one rank) to Megatron's parallel state, and back.
 
 Every wait here has a deadline. `monitored_barrier` and gloo's own time-out name the ranks that did not come.
-`gather_objects` moves our own plain Python objects between our own ranks (JSON, not pickle).
+`gather_objects` moves our own plain Python objects between our own ranks (JSON and arrays, not pickle).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -34,6 +33,7 @@ from treepo_mega.runtime.cpu_megatron import require_retargeted
 from treepo_mega.runtime.device import backend, bind, device, has_cuda
 from treepo_mega.runtime.files import atomic_directory
 from treepo_mega.runtime.layer_modules import automatic_impl
+from treepo_mega.runtime.packed import PackedError, pack, unpack
 from treepo_mega.runtime.seeding import derive_seed
 
 
@@ -227,12 +227,13 @@ def gather_objects(value: Any) -> list[Any]:
     """Every rank's JSON-able `value`, in rank order, on every rank. Collective over all ranks (CPU tensors).
 
     An all_gather of sizes; one of all values up to PADDED_BYTES, padded to the longest of them; then each rank with
-    more broadcasts its own. A rank receives about what was said, however many ranks have nothing to say.
+    more broadcasts its own. A rank receives about what was said, however many ranks have nothing to say. Long lists of
+    numbers travel as arrays (`packed.py`). Raises PackedError when a value arrived damaged.
     """
+    data = torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8)
     if world_size() == 1:
-        # Through JSON on one rank too: tuples become lists and keys text, as they do on several.
-        return [json.loads(json.dumps(value))]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        # Packed on one rank too: tuples become lists and keys text, as they do on several.
+        return [_unpacked(data, 0)]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([data.numel()]))
     lengths = [int(size) for size in sizes]
@@ -243,11 +244,26 @@ def gather_objects(value: Any) -> list[Any]:
         if data.numel() <= longest:
             padded[: data.numel()] = data
         dist.all_gather(parts, padded)
+    told = []
     for speaker, length in enumerate(lengths):
+        part = parts[speaker][:length]
         if length > PADDED_BYTES:
-            parts[speaker] = data if speaker == rank() else torch.empty(length, dtype=torch.uint8)
-            dist.broadcast(parts[speaker], src=speaker)
-    return [json.loads(bytes(part[:length].numpy())) for part, length in zip(parts, lengths, strict=True)]
+            part = data if speaker == rank() else torch.empty(length, dtype=torch.uint8)
+            dist.broadcast(part, src=speaker)
+        # Unpacked here: the next speaker's bytes then take the place of this one's.
+        told.append(_unpacked(part, speaker))
+    return told
+
+
+def _unpacked(part: torch.Tensor, speaker: int) -> Any:
+    """What rank `speaker` packed into the bytes `part`."""
+    try:
+        return unpack(memoryview(part.numpy()))
+    except PackedError as e:
+        raise PackedError(
+            f"what rank {speaker} told rank {rank()} arrived damaged: {e}. Start again; if it comes back, look at the "
+            "network and the memory of both machines"
+        ) from None
 
 
 def require_agreement(value: Any, what: str) -> None:

@@ -13,7 +13,8 @@ depend on which segment finished first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 ROOT = 0
@@ -227,10 +228,16 @@ class Tree:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` is its inverse."""
-        return asdict(self)
+        return {**_entries(self), "nodes": [_entries(node) for node in self.nodes]}
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Tree:
         """Rebuild a tree from `to_dict` (JSON turns tuples into lists; this turns them back)."""
         nodes = [Node(**{**fields_, "path": tuple(fields_["path"])}) for fields_ in stored["nodes"]]
         return cls(**{**stored, "nodes": nodes})
+
+
+def _entries(record: Tree | Node) -> dict[str, Any]:
+    """The fields of a record by name, with lists and dicts of its own."""
+    # Not dataclasses.asdict: it copies each entry of a list by itself, a microsecond a token.
+    return {spec.name: copy(getattr(record, spec.name)) for spec in fields(record)}
