@@ -159,9 +159,15 @@ FINDINGS = (
     ),
     Finding(
         "B8",
-        "the host is read in every micro-batch",
+        "the host waits in every micro-batch: numbers are read, arrays copied from memory that is not pinned",
         "mended",
-        ("tests/actor/test_host_reads.py::test_the_passes_of_a_micro_batch_read_nothing",),
+        (
+            "tests/actor/test_host_reads.py::test_the_passes_of_a_micro_batch_read_nothing",
+            "tests/actor/test_host_reads.py::"
+            "test_the_arrays_of_a_micro_batch_go_through_the_same_buffers_and_nobody_waits",
+            "tests/runtime/test_staging.py::test_arrays_arrive_whole_whenever_the_device_copies_them",
+            "tests/runtime/test_staging.py::test_buffers_are_taken_by_the_first_copy_and_never_again",
+        ),
     ),
     Finding(
         "C",

@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from treepo_mega.actor import attention_cpu, attention_flex
+from treepo_mega.runtime.staging import staged
 from treepo_mega.tree.pack import Pack
 
 
@@ -42,7 +43,7 @@ class PackLayout:
     @classmethod
     def build(cls, pack: Pack, device: torch.device) -> PackLayout:
         """The layout for this rank's queries of `pack`, for the kernel of `device`."""
-        order = None if pack.order is None else torch.from_numpy(pack.order).to(device)
+        order = None if pack.order is None else staged(pack.order, device)
         if device.type == "cpu":
             return cls(attention_cpu.CpuLayout.build(pack.subtree_end, pack.blocks, pack.local), order)
         return cls(attention_flex.FlexLayout.build(pack.subtree_end, device, pack.local), order)

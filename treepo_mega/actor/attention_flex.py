@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.runtime.staging import staged
 
 BLOCK = 128
 SHAPE_BUCKET = 512
@@ -78,11 +79,10 @@ class FlexLayout:
         # BlockMask wants the numbers of the visible blocks first in each row; a stable sort keeps them ascending.
         tensors = []
         for blocks in (partial, full):
-            index = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32))
-            number = torch.from_numpy(blocks.sum(1).astype(np.int32))
-            tensors += [number[None, None].to(device), index[None, None].to(device)]
-        end = torch.from_numpy(subtree_end).to(device)
-        own = None if local is None else torch.from_numpy(local).to(device)
+            index = np.argsort(~blocks, axis=1, kind="stable")
+            tensors += [staged(numbers, device, torch.int32)[None, None] for numbers in (blocks.sum(1), index)]
+        end = staged(subtree_end, device)
+        own = None if local is None else staged(local, device)
         queries = len(subtree_end) if local is None else len(local)
         mask = BlockMask.from_kv_blocks(
             tensors[0],

@@ -18,6 +18,7 @@ from treepo_mega.loss.backend import Backend
 from treepo_mega.loss.policy import clip_active, kl_penalty, policy_loss, supervised_loss
 from treepo_mega.loss.stats import Stats
 from treepo_mega.runtime.device import device
+from treepo_mega.runtime.staging import staged
 from treepo_mega.tree.pack import Pack
 
 ROW_TERMS = ("rollout_logprobs", "A_pos", "A_neg", "n", "count")
@@ -43,7 +44,7 @@ class PackLoss(Protocol):
 
 def on_device(values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
     """A pack's array on this rank's device, in `dtype` if given (packs hold fp64, the loss computes in logp's)."""
-    return torch.from_numpy(values).to(device(), dtype)
+    return staged(values, device(), dtype)
 
 
 class PolicyLoss:

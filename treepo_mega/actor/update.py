@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
-from treepo_mega.actor.losses import ROWS, PackLoss, clip_gates
+from treepo_mega.actor.losses import ROWS, PackLoss, clip_gates, on_device
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.config import Config
@@ -105,7 +105,7 @@ class Policy:
         (pack,) = plan.packs
         at = pack.predictor if pack.local is None else pack.local[pack.predictor]
         out = torch.zeros(len(tokens) - 1, device=device())
-        out[torch.from_numpy(at)] = torch.from_numpy(got[0]).to(device())
+        out[on_device(at)] = on_device(got[0])
         # Each rank filled in the rows it owns and left zeros elsewhere.
         if cp_size > 1:
             torch.distributed.all_reduce(out, group=ps.get_context_parallel_group())

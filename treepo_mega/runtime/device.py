@@ -7,8 +7,10 @@ CPU over gloo. Nothing else in the project calls `torch.cuda`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def has_cuda() -> bool:
@@ -47,3 +49,22 @@ def release_cached_memory() -> None:
     """Give freed memory that torch keeps for itself back to the device, where the engine can take it. CPU: nothing."""
     if has_cuda():
         torch.cuda.empty_cache()
+
+
+def host_buffer(nbytes: int) -> Tensor:
+    """Host memory, uint8 [nbytes]: pinned where there is a GPU, so that copies need not wait. Take it once: slow."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=has_cuda())
+
+
+def send(target: Tensor, source: Tensor) -> None:
+    """Copy a part of a host buffer to the device, on its current stream, without waiting. Keep it until a fence."""
+    target.copy_(source, non_blocking=True)
+
+
+def fence() -> Callable[[], None]:
+    """A wait for what the device's current stream has been given by now; on a CPU, where all is done, for nothing."""
+    if not has_cuda():
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
