@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from treepo_mega.config import AlgoConfig, RolloutConfig
@@ -71,7 +71,7 @@ def of_prompt(tree: Tree) -> str:
     return f"prompt {tree.prompt_id!r}"
 
 
-def is_per_node(values: Sequence[float], tree: Tree) -> bool:
+def is_per_node(values: Sized, tree: Tree) -> bool:
     """Whether advantages of a tree are per node; else they are per leaf. A tree has more nodes than leaves."""
     return len(values) == len(tree.nodes)
 

@@ -76,7 +76,7 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
         raise UserCodeError(f"{what}: {function!r} is {type(found).__name__}, expected a function")
     if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None)):  # noqa: B004
         raise UserCodeError(_async(what, function))
-    return found  # type: ignore[no-any-return]  # callable() says no more than that
+    return found
 
 
 def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter] | None:

@@ -62,7 +62,9 @@ def gather_evidence(packs: Sequence[Pack], segments: int, algo: AlgoConfig) -> F
 def judge(segments: Segments, evidence: Floats, algo: AlgoConfig) -> Verdict:
     """Weigh and reject trajectories by the `evidence` [2, S] of all rows of the step."""
     log_product = segments.leaf_sums(evidence[0])
-    factors = ratios = kept = None
+    factors: Floats | None = None
+    ratios: Floats | None = None
+    kept: Bools | None = None
     if algo.weighs_leaves:
         ratios = _ratios(log_product, segments, algo.rollout_is)
         factors = ratios.clip(algo.tis_clip_low, algo.tis_clip)
@@ -72,7 +74,8 @@ def judge(segments: Segments, evidence: Floats, algo: AlgoConfig) -> Verdict:
         high = algo.rollout_rs_threshold
         low = algo.rollout_rs_threshold_lower or 1 / high
         judged = _ratios(log_product, segments, algo.rollout_rs)
-        kept = kept & (low <= judged) & (judged <= high)
+        inside = (low <= judged) & (judged <= high)
+        kept = inside if kept is None else kept & inside
     return Verdict(factors, kept, ratios)
 
 

@@ -46,7 +46,9 @@ def leb128(values: Ints) -> bytes:
     >>> leb128(np.array([5, 300])).hex(" ")
     '05 ac 02'
     """
-    widths = 1 + sum((values >> shift > 0).astype(np.int64) for shift in (7, 14, 21))
+    widths = np.ones(len(values), np.int64)
+    for shift in (7, 14, 21):
+        widths += values >> shift > 0
     ends = np.cumsum(widths)
     out = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
     for place in range(4):
