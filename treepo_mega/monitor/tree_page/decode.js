@@ -70,6 +70,7 @@ class Tree {
     const start = HEAD_BYTES + length;
     // A tree whose text was left out holds no ids.
     this.ids = bytes.length > start ? readNumbers(bytes, start, total).values : null;
+    this.joined = [];
     this.children = size.map(() => []);
     for (let node = 1; node < size.length; node++) this.children[parent[node]].push(node);
     this.leafAt = new Map(leaves.map((node, index) => [node, index]));
@@ -97,9 +98,14 @@ class Tree {
     if (!this.ids) return path.map(() => "");
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     return path.map((node, place) => {
-      const bytes = this.vocabulary.join(this.ids, this.offsets[node], this.offsets[node + 1]);
-      return visible(decoder.decode(bytes, { stream: place < path.length - 1 }));
+      return visible(decoder.decode(this.bytesOf(node), { stream: place < path.length - 1 }));
     });
+  }
+
+  // Kept: a segment stands on the paths of many leaves.
+  bytesOf(node) {
+    this.joined[node] ??= this.vocabulary.join(this.ids, this.offsets[node], this.offsets[node + 1]);
+    return this.joined[node];
   }
 
   // Children with a leaf at or below them.

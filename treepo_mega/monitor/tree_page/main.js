@@ -7,6 +7,7 @@ let vocabulary = null;
 let boxes = new Map();
 let hits = null;
 let searching = 0;
+let opening = 0;
 
 async function treeAt(place) {
   return new Tree(await readBlock(`tree-${place}`), vocabulary);
@@ -24,8 +25,11 @@ function relist() {
 }
 
 async function openPrompt(place, node) {
-  const tree = await treeAt(place);
+  const turn = ++opening;
+  // At once: a second press of j goes on from here.
   state.place = place;
+  const tree = await treeAt(place);
+  if (turn !== opening) return;
   state.tree = tree;
   state.layout = layOut(tree);
   state.mode = byId("colour").value;
@@ -287,12 +291,13 @@ async function start() {
   rewardRange = { low: reducer(Math.min), high: reducer(Math.max) };
   byId("title").textContent = `Step ${index.step} · ${index.run}`;
   byId("notes").replaceChildren(...index.notes.map((note) => make("li", "", note)));
-  listen();
   relist();
   const wanted = new URLSearchParams(location.hash.slice(1));
   const asked = state.prompts.find((prompt) => String(prompt.number) === wanted.get("prompt"));
   const node = wanted.get("node");
   await openPrompt(asked ? asked.place : 0, asked && /^\d+$/.test(node ?? "") ? Number(node) : undefined);
+  // Not before there is a tree: a key or a resized window would find none.
+  listen();
   document.documentElement.dataset.ready = "true";
 }
 
