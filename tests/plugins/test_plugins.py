@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treepo_mega.actor.batch import advantages, credit_of
+from treepo_mega.actor.batch import advantages, lesson_of
 from treepo_mega.config import Config, ConfigError, load_config
 from treepo_mega.data.rewards.verifiers import OPTIONAL_PARAMETERS, PARAMETERS, VerifierError, check_verifier
 from treepo_mega.monitor.metrics import MetricsLogger
@@ -178,7 +178,7 @@ def node(tree, shares=None): return __import__("numpy").array(node_advantages(tr
             for estimator in (f"{file}:{function}", ours):
                 cfg = config(f"algo.advantage_estimator={estimator}", *more)
                 values = advantages(two_trees(), cfg)
-                credit = credit_of(Segments.from_trees(two_trees(), [0, 1]), values, two_trees(), cfg)
+                credit = lesson_of(Segments.from_trees(two_trees(), [0, 1]), values, two_trees(), cfg).credit()
                 masses.append(np.stack([credit.A_pos, credit.A_neg, credit.n]))
             assert np.abs(masses[0]).max() > 0
             np.testing.assert_allclose(masses[0], masses[1], rtol=0, atol=1e-12)
