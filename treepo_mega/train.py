@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from treepo_mega.config import Config
+from treepo_mega.monitor.explain import why_nothing, why_rejected
 from treepo_mega.runtime.process import run_and_leave
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
@@ -78,34 +79,13 @@ def one_step(trainer: Trainer, step: int) -> dict[str, float]:
     metrics |= corrections
     trainer.record(step, forest)
     if not plans:
-        rejected = int(metrics["rollout/leaves_rejected"])
-        trainer.progress.say(
-            f"step {step}: all {rejected} trajectories were rejected, because engine and trainer are too far apart "
-            "(algo.rollout_rs, algo.rollout_token_veto_threshold); weights unchanged"
-        )
+        trainer.progress.say(f"step {step}: {why_rejected(metrics)}; weights unchanged")
         return metrics | trainer.memory.to_engine()
     with trainer.timers("update"):
         metrics |= trainer.update(plans)
     with trainer.timers("reshard"):
         metrics |= trainer.memory.to_engine()
     return metrics
-
-
-def why_nothing(metrics: dict[str, float]) -> str:
-    """Why a step has nothing to train on, by its metrics.
-
-    >>> counts = {"rollout/prompts_dropped_zero_std": 0, "rollout/trees_carried_over": 4}
-    >>> why_nothing(counts)
-    'no tree was finished, 4 go on in the next step (rollout.partial_rollout)'
-    >>> why_nothing(counts | {"rollout/prompts_dropped_zero_std": 2, "rollout/trees_carried_over": 0})
-    'no prompt had differing rewards, nothing to learn from'
-    """
-    dropped = int(metrics["rollout/prompts_dropped_zero_std"])
-    carried = int(metrics["rollout/trees_carried_over"])
-    if not carried:
-        return "no prompt had differing rewards, nothing to learn from"
-    finished = f"none of {dropped} finished prompts had differing rewards" if dropped else "no tree was finished"
-    return f"{finished}, {carried} go on in the next step (rollout.partial_rollout)"
 
 
 def evaluate(trainer: Trainer, step: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from treepo_mega.actor.passes import first_forward_suffices, optimizer_steps, pr
 from treepo_mega.config import Config, ConfigError, check, load_config
 from treepo_mega.loss.stats import Stats
 from treepo_mega.tree.credit import fold
+from treepo_mega.tree.kl_reward import gather_kl
 from treepo_mega.tree.pack import Batch, Pack, StepPlan, plan_step
 from treepo_mega.tree.segments import Segments, Trajectory
 
@@ -80,6 +81,7 @@ def test_recompute_asks_for_every_mini_batch_and_rollout_for_none():
         ("algo.rollout_is=sequence",),
         ("algo.rollout_rs=sequence",),
         ("algo.rollout_token_veto_threshold=0.01",),
+        ("reward.kl_coef=0.1",),
     ],
 )
 def test_a_pass_is_made_where_the_update_cannot_stand_in_for_it(overrides):
@@ -136,3 +138,10 @@ def test_metrics_take_the_mean_over_all_rows_and_later_epochs_are_off_policy():
 def test_what_compares_engine_and_trainer_beforehand_needs_the_pass(other):
     with pytest.raises(ConfigError, match=rf"algo\.old_logprobs rollout with algo\.{other.split('=')[0]}"):
         check(config("algo.old_logprobs=rollout", f"algo.{other}"), 1)
+
+
+def test_a_missing_pass_is_no_kl_of_nothing():
+    (pack,) = plan(0).packs
+    pack.ref_logprobs = np.full(len(pack.target), -1.0)
+    with pytest.raises(ValueError, match="old or reference logprobs alone"):
+        gather_kl([pack], 6)

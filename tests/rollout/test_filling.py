@@ -14,10 +14,10 @@ import pytest
 
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.prompts import Prompt
+from treepo_mega.monitor.explain import why_nothing
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import BatchNotFilled, Collector, Forest, draws
 from treepo_mega.rollout.generator import Job
-from treepo_mega.train import why_nothing
 from treepo_mega.tree.advantage import set_rewards
 from treepo_mega.tree.node import ROOT, Tree
 

@@ -41,8 +41,8 @@ def first_forward_suffices(cfg: Config, *, watched: bool) -> bool:
         and cfg.train.ppo_epochs == 1
         and cfg.loss.logprob_precision == cfg.loss.precision
         and not watched
-        # These judge whole trajectories before the first update.
-        and not (algo.weighs_leaves or algo.rejects_leaves)
+        # These look at whole trajectories before the first update.
+        and not (algo.weighs_leaves or algo.rejects_leaves or cfg.reward.kl_coef)
     )
 
 

@@ -26,10 +26,13 @@ from treepo_mega.tree.segments import Floats
 def gather_kl(packs: Sequence[Pack], segments: int) -> Floats:
     """[S] sum of log pi_old - log pi_ref over the rows of `packs` by segment, nats.
 
-    Packs without logprobs (other pipeline stages) have nothing to say.
+    Packs without logprobs (other pipeline stages) have nothing to say. Raises ValueError for a pack with one of them.
     """
     sums = np.zeros(segments)
     for pack in packs:
+        # Taken for another stage's, such a pack would count as a KL of 0.
+        if (pack.old_logprobs is None) != (pack.ref_logprobs is None):
+            raise ValueError("a pack has old or reference logprobs alone: the KL of its rewards needs both passes")
         if pack.old_logprobs is not None and pack.ref_logprobs is not None:
             change = pack.old_logprobs.astype(np.float64) - pack.ref_logprobs
             sums += np.bincount(pack.segment, change, segments)
