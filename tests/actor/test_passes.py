@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from treepo_mega.actor.losses import SupervisedLoss
+from treepo_mega.actor.losses import ROWS, SupervisedLoss
 from treepo_mega.actor.passes import optimizer_steps
 from treepo_mega.config import parse_config
 from treepo_mega.tree.pack import StepPlan
@@ -16,12 +18,13 @@ class Recorder:
     """Its n-th update has every mean at n and the ratio's distance at n / 10; the third is skipped."""
 
     def __init__(self) -> None:
-        self.trained: list[list[str]] = []
+        self.trained: list[str] = []
 
     def update(self, packs, loss):
-        self.trained.append(packs)
+        self.trained.append(packs[0].name)
         number = float(len(self.trained))
         numbers = dict.fromkeys(NAMES, number) | {"max_ratio_diff": (number - 1) / 10}
+        numbers |= {ROWS: 2.0, "mismatch": number, "max_mismatch": number}
         return numbers | {"skipped_steps": float(number == 3), "grad-norm": number, "learning-rate": number / 100}
 
     def head_flips(self):
@@ -30,9 +33,9 @@ class Recorder:
 
 def test_epochs_repeat_the_mini_batches_in_order_and_count_every_step():
     actor = Recorder()
-    plans = [StepPlan(["first"]), StepPlan(["second"])]
+    plans = [StepPlan([SimpleNamespace(name=name)]) for name in ("first", "second")]
     got = optimizer_steps(actor, plans, SupervisedLoss(), epochs=3)
-    assert actor.trained == [["first"], ["second"]] * 3
+    assert actor.trained == ["first", "second"] * 3
     assert got["train/loss"] == got["train/entropy"] == (1 + 2 + 3 + 4 + 5 + 6) / 6, "a mean over all steps"
     assert got["train/ratio_max_diff"] == 0.5 and got["train/skipped_steps"] == 1
     assert (got["grad-norm"], got["learning-rate"]) == (6, 0.06), "of the last step"
