@@ -128,7 +128,7 @@ def test_a_worked_example_and_a_stage_without_logprobs():
     assert gather_kl(plan.packs, len(segments)).tolist() == [0, 0.75, 1.0, -2.0]
     assert segments.leaf_sums(gather_kl(plan.packs, len(segments))).tolist() == [1.75, -1.25]
     for pack in plan.packs:
-        pack.ref_logprobs = None
+        pack.old_logprobs = pack.ref_logprobs = None
     assert not gather_kl(plan.packs, len(segments)).any()
 
 
