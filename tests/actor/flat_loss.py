@@ -15,15 +15,17 @@ from treepo_mega.tree.node import Tree
 
 
 def shares(tree: Tree, algo: AlgoConfig) -> list[float]:
-    """What each leaf counts, by definition: the chance of a walk that draws among children with a leaf below."""
+    """What each leaf counts, by definition: alike, or the chance of a walk that draws among children with a leaf below;
+    and beside other trees as many samples as the tree has leaves, or one."""
+    width = len(tree.leaves)
     if algo.leaf_weight == "uniform":
-        return [1.0] * len(tree.leaves)
+        return [1 / width if algo.tree_weight == "prompt" else 1.0] * width
     alive = {node for leaf in tree.leaves for node in tree.ancestry(leaf)}
     chances = []
     for leaf in tree.leaves:
         above = [tree.nodes[node] for node in tree.ancestry(leaf) if node != leaf]
         chances.append(math.prod(1 / len([child for child in node.children if child in alive]) for node in above))
-    return chances
+    return [chance * width if algo.tree_weight == "leaves" else chance for chance in chances]
 
 
 def ratio_of(log_ratios: Tensor, level: str) -> float:

@@ -40,6 +40,8 @@ MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-to
 CASES: tuple[tuple[str, ...], ...] = (
     (),
     (DESCENT, PER_NODE),
+    *(("algo.tree_weight=prompt", *REJECT, f"algo.loss_agg_mode={mode}") for mode in MODES[:2]),
+    ("algo.tree_weight=leaves", DESCENT, SEQUENCE),
     (CISPO, "algo.use_tis=true", "algo.tis_clip_low=0.7"),
     ("algo.kl_loss_type=low_var_kl", "algo.icepop_range=[0.6, 1.8]"),
     *((DESCENT, SEQUENCE, CISPO, f"algo.loss_agg_mode={mode}") for mode in MODES),
