@@ -1,12 +1,15 @@
 """Transports without other processes: what goes by which, what a round reads, and who is named at a deadline."""
 
+import math
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from treepo_mega.reshard.plan import Cluster, Copy, Parcel, RankRound
-from treepo_mega.reshard.transport import pairs, shared_memory
+from treepo_mega.reshard.transport import p2p, pairs, shared_memory
 from treepo_mega.reshard.transport.base import TransportError
 from treepo_mega.reshard.transport.shared_memory import SharedMemoryTransport
 
@@ -97,7 +100,7 @@ def test_each_pair_of_ranks_has_its_transport(monkeypatch):
             log.append((self.name, "run", number))
 
     monkeypatch.setattr(pairs, "SharedMemoryTransport", lambda **options: Recorder("shared", **options))
-    monkeypatch.setattr(pairs, "PointToPointTransport", lambda *args: Recorder("messages", inbox=args[1]))
+    monkeypatch.setattr(pairs, "PointToPointTransport", lambda *args, **_: Recorder("messages", inbox=args[1]))
     mine, near, far = parcel(1, (0, 2), 0, 5), parcel(0, (1,), 0, 3), parcel(2, (1,), 0, 4)
     rounds = [RankRound((), (mine,), (near, far))]
     options = {"dtype": torch.float32, "device": torch.device("cpu"), "timeout_s": 1}
@@ -115,3 +118,52 @@ def test_each_pair_of_ranks_has_its_transport(monkeypatch):
         assert transport._messages.options["inbox"] == (4 if shared is None else 7)
         assert transport.buffer_bytes == 2 * 5 * 4 + 7
     assert transport._shared is None
+
+
+class Work:
+    """A message on a stream: `wait` returns at once, and the device is through with it after `polls` looks."""
+
+    def __init__(self, polls: float) -> None:
+        self.polls = polls
+
+    def wait(self) -> None:
+        pass
+
+    def is_completed(self) -> bool:
+        self.polls -= 1
+        return self.polls < 0
+
+
+def messages_on_a_stream(monkeypatch, polls_of_rounds, timeout_s):
+    """Rank 1 sent a parcel to ranks 0 and 2 in each round, over a stand-in for NCCL, and waited for the rounds."""
+    rounds = iter(polls_of_rounds)
+    monkeypatch.setattr(p2p.torch_dist, "P2POp", lambda kind, values, peer: SimpleNamespace(peer=peer))
+    monkeypatch.setattr(p2p.torch_dist, "batch_isend_irecv", lambda operations: [Work(next(rounds))])
+    buffers = torch.empty(2, 8, device="meta")
+    transport = p2p.PointToPointTransport(buffers, 0, rank=1, timeout_s=timeout_s)
+    for number in range(len(polls_of_rounds)):
+        for target in (2, 0):
+            transport.submit_send(number, parcel(1, (0, 2), 0, 4), target)
+        transport.run(number)
+        transport.wait_sent(number)
+    return transport
+
+
+def test_a_round_that_is_not_through_is_named_before_the_watchdog_would_end_the_process(monkeypatch):
+    transport = messages_on_a_stream(monkeypatch, [0, math.inf, 0], timeout_s=0.05)
+    started = time.monotonic()
+    with pytest.raises(TransportError, match="rank 1 waited 0 s for the messages of round 1, with rank 0, rank 2"):
+        transport.end()
+    assert time.monotonic() - started < 5
+
+
+def test_the_end_waits_for_what_the_device_still_does(monkeypatch):
+    transport = messages_on_a_stream(monkeypatch, [3, 5], timeout_s=60)
+    transport.end()
+    assert transport._on_streams == []
+    transport.end()
+
+
+def test_rounds_that_are_through_are_forgotten(monkeypatch):
+    transport = messages_on_a_stream(monkeypatch, [0] * 50, timeout_s=60)
+    assert transport._on_streams == []

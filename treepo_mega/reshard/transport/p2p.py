@@ -2,22 +2,45 @@
 
 On CUDA the group is NCCL, which takes NVLink within a node by itself; on the CPU it is gloo. Received parcels lie in an
 inbox of two rounds. With gloo a wait ends at the group's own deadline, with the error of torch.distributed. With NCCL
-it orders streams and returns: a missing rank shows when NCCL's watchdog aborts the process, after the same deadline.
+it orders streams and returns. `end` then waits on the host, and names the ranks of a round that is not through after
+SHARE of the deadline: NCCL's watchdog would abort the process at the whole of it, without a name. A host that waits for
+its device earlier in the call meets the watchdog.
 
 NCCL's first call on a group needs all its ranks, also those without a message. `runtime.dist.initialize` makes it.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from treepo_mega.reshard.plan import Parcel
-from treepo_mega.reshard.transport.base import IN_FLIGHT
+from treepo_mega.reshard.transport.base import IN_FLIGHT, TransportError
+
+SHARE = 0.9
+"""Of the deadline: what the host waits for a round, from its start."""
+POLL_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The messages of a round."""
+
+    number: int
+    works: list[Any]
+    peers: list[int]
+    started: float
+    """`time.monotonic()`"""
+
+    def is_through(self) -> bool:
+        """Whether the device is done with them."""
+        return all(work.is_completed() for work in self.works)
 
 
 class PointToPointTransport:
@@ -26,12 +49,16 @@ class PointToPointTransport:
     `inbox_elements`: the most that this rank receives in one round.
     """
 
-    def __init__(self, send_buffers: Tensor, inbox_elements: int) -> None:
+    def __init__(self, send_buffers: Tensor, inbox_elements: int, *, rank: int, timeout_s: float) -> None:
+        self._rank = rank
+        self._timeout_s = timeout_s
         self._send_buffers = send_buffers
         self._inbox = send_buffers.new_empty(IN_FLIGHT, inbox_elements)
         self._operations: dict[int, list[torch_dist.P2POp]] = defaultdict(list)
         self._arriving: dict[int, list[tuple[Parcel, Tensor]]] = defaultdict(list)
-        self._running: dict[int, list[Any]] = {}
+        self._running: dict[int, _Batch] = {}
+        self._on_streams: list[_Batch] = []
+        """Rounds that only the device's stream has waited for so far."""
 
     @property
     def buffer_bytes(self) -> int:
@@ -54,7 +81,10 @@ class PointToPointTransport:
         """Start the round's messages as one batch."""
         operations = self._operations.pop(number, [])
         # An empty batch is an error of torch.distributed.
-        self._running[number] = torch_dist.batch_isend_irecv(operations) if operations else []
+        if operations:
+            peers = sorted({operation.peer for operation in operations})
+            works = torch_dist.batch_isend_irecv(operations)
+            self._running[number] = _Batch(number, works, peers, time.monotonic())
 
     def received(self, number: int) -> Iterator[tuple[Parcel, Tensor]]:
         """Parts of the inbox, once all messages of the round are through."""
@@ -67,10 +97,25 @@ class PointToPointTransport:
         """Nothing to do: the source's buffer was free as soon as its message was through."""
 
     def wait_sent(self, number: int) -> None:
-        """Wait for the round's messages, sent and received."""
-        for work in self._running.pop(number, ()):
-            # With NCCL this makes the current stream wait, not the host: a missing rank does not show here.
+        """Wait for the round's messages, sent and received: the host with gloo, the current stream with NCCL."""
+        batch = self._running.pop(number, None)
+        if batch is None:
+            return
+        for work in batch.works:
             work.wait()
+        if self._send_buffers.device.type != "cpu":
+            self._on_streams = [other for other in (*self._on_streams, batch) if not other.is_through()]
 
     def end(self) -> None:
-        """Nothing to do."""
+        """Wait on the host until all messages are through. Raises TransportError, which names a late round's ranks."""
+        for batch in self._on_streams:
+            while not batch.is_through():
+                if time.monotonic() > batch.started + SHARE * self._timeout_s:
+                    peers = ", ".join(f"rank {peer}" for peer in batch.peers)
+                    raise TransportError(
+                        f"rank {self._rank} waited {SHARE * self._timeout_s:.0f} s for the messages of round "
+                        f"{batch.number}, with {peers}. One of them died or is stuck; its own output says why. A slow "
+                        "network needs a larger distributed.timeout_s"
+                    )
+                time.sleep(POLL_S)
+        self._on_streams = []

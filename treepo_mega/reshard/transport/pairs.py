@@ -55,7 +55,8 @@ class TransportByPair:
         else:
             self._send_buffers = torch.empty(IN_FLIGHT, slot_elements, dtype=dtype, device=device)
         inbox = [sum(parcel.numel for parcel in each.receives if not self._is_near(parcel.source)) for each in rounds]
-        self._messages = PointToPointTransport(self._send_buffers, max(inbox, default=0))
+        largest = max(inbox, default=0)
+        self._messages = PointToPointTransport(self._send_buffers, largest, rank=rank, timeout_s=timeout_s)
 
     def _peers_on_this_node(self, rounds: Sequence[RankRound]) -> set[int]:
         sources = {parcel.source for each in rounds for parcel in each.receives}
