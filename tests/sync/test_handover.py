@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import treepo_mega.sync.handover as handover_module
 from treepo_mega.sync.handover import (
     ORDER,
     PARTS,
@@ -239,6 +240,32 @@ def test_the_engine_is_built_while_the_trainers_state_is_away_and_then_sleeps():
     assert engine.calls[1:] == [("wake_up", "weights")], "from here on as after any other sleep"
     with pytest.raises(HandoverError, match="needs the state TRAIN"), handover.room_for_a_new_engine():
         pass
+
+
+def test_the_bytes_of_sleep_and_wake_are_the_engines_alone(monkeypatch):
+    """A device of 100 bytes: the engine holds 40, torch keeps 25 that nobody uses, and vLLM's calls free those too."""
+    held = {"weights": 10, "kv_cache": 30}
+    device = {"engine": 40, "unused": 25}
+
+    def release() -> None:
+        device["unused"] = 0
+
+    class Sleeper:
+        def sleep(self, level: int) -> None:
+            release()
+            device["engine"] = 0
+
+        def wake_up(self, tags: list[str]) -> None:
+            release()
+            device["engine"] += sum(held[tag] for tag in tags)
+
+    monkeypatch.setattr(handover_module, "free_memory_bytes", lambda: 100 - sum(device.values()))
+    monkeypatch.setattr(handover_module, "release_cached_memory", release)
+    memory = DeviceMemory(lambda part: [], Sleeper())
+    assert memory.sleep() == 40
+    for tag, nbytes in held.items():
+        device["unused"] = 25
+        assert memory.wake(tag) == nbytes
 
 
 def test_an_engine_that_cannot_be_built_leaves_the_trainer_its_state():

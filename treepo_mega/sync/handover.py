@@ -398,6 +398,7 @@ class DeviceMemory:
         """The engine's wake_up for one tag; bytes taken from the device as it counts them."""
         if tag in self._awake or self.engine is None:
             return 0
+        release_cached_memory()
         before = free_memory_bytes()
         self.engine.wake_up(tags=[tag])
         self._awake.add(tag)
@@ -407,6 +408,8 @@ class DeviceMemory:
         """The engine's sleep; bytes freed on the device as it counts them."""
         if not self._awake or self.engine is None:
             return 0
+        # vLLM's sleep gives torch's unused blocks back as well. They are not the engine's, and must not count as its.
+        release_cached_memory()
         before = free_memory_bytes()
         self.engine.sleep(level=self._level)
         self._awake.clear()
