@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -126,13 +127,31 @@ def test_the_changelog_has_a_section_for_this_version_and_one_for_what_comes():
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
-def test_every_finding_about_gpus_has_a_proof_that_exists() -> None:
+@pytest.fixture
+def gpu_static() -> ModuleType:
+    """tools/bench/gpu_static.py, which is no package's module."""
     path = ROOT / "tools" / "bench" / "gpu_static.py"
     spec = importlib.util.spec_from_file_location("gpu_static", path)
     assert spec is not None and spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = bench
     spec.loader.exec_module(bench)
+    return bench
+
+
+def test_a_proof_that_was_skipped_or_failed_in_one_case_proves_nothing(gpu_static: ModuleType) -> None:
+    output = """PASSED tests/x.py::good
+PASSED tests/x.py::cases[with - a dash]
+PASSED tests/x.py::mixed[first]
+SKIPPED [1] tests/x.py:7: no index
+ERROR tests/x.py::broken - fixture
+FAILED tests/x.py::mixed[second] - assert 1 == 2"""
+    proofs = [f"tests/x.py::{name}" for name in ("good", "cases", "mixed", "skipped", "broken")]
+    assert gpu_static.not_proven(proofs, output) == proofs[2:]
+
+
+def test_every_finding_about_gpus_has_a_proof_that_exists(gpu_static: ModuleType) -> None:
+    bench = gpu_static
     assert bench.unknown_proofs() == []
     for finding in bench.FINDINGS:
         assert finding.status in ("mended", "answered", "open")
