@@ -117,6 +117,12 @@ def leaves_without_a_stop(cfg: Config, seed: int) -> int:
         ({"token_budget": 100, "mode": "sequential"}, "rollout.token_budget needs rollout.mode tree"),
         ({"partial_rollout": 8, "mode": "sequential"}, "rollout.partial_rollout needs rollout.mode tree"),
         ({"partial_rollout": 8, "debug.schedule": "level"}, "rollout.partial_rollout needs debug.schedule async"),
+        ({"branching.look_alike_tokens": 2}, "no effect with rollout.branching.look_alikes keep"),
+        (
+            {"branching.look_alikes": "cut", "branching.look_alike_tokens": 17},
+            "look_alike_tokens 17 exceeds rollout.segment.length 16",
+        ),
+        ({"branching.look_alikes": "cut", "branching.at": "fork"}, "look_alikes cut needs rollout.branching.at border"),
         ({"most_leaves": 32}, "rollout.most_leaves 32 has no effect with rollout.leaves fixed"),
         ({"leaves": "adaptive", "most_leaves": 5}, "rollout.most_leaves 5 is below rollout.n_samples_per_prompt"),
         ({"leaves": "adaptive", "first_leaves": 16}, "rollout.first_leaves 16 is not below"),

@@ -6,7 +6,8 @@ The process has three tokens (one ends the response) and responses of at most fi
 down: the expected reward J and its gradient in the logits are exact. Responses of at most three tokens are likely
 right (0.8), longer ones are not (0.25), so that length and reward go together; the content moves both by up to 0.2.
 `TreeSearch` samples trees of 16 leaves with segments of one token, as in training: binary trees and bushy roots, with
-and without early stops, under both transfer rules, with and without fallback. Rewards are binary or real.
+and without early stops, under both transfer rules, with and without fallback. Rewards are binary or real. Two samplers
+more: branches that repeat a sibling are cut, and trees of 4 leaves grow on to 28 when their rewards differ.
 
 For each estimator and leaf weight: the cosine of the mean gradient to the exact one; its scale at the first token and
 from the fourth on (1 is unbiased); the mean reward that the weights give minus J; and the number of
@@ -16,8 +17,8 @@ Then the share of (trajectory, token) pairs of full trees that get no credit und
 V(parent) has it, and from branch to branch, as it is computed. Trees have 16 leaves of 7, 14 or 28 segments and random
 0/1 rewards.
 
-Last line, JSON: {"cases": [{"estimator", "leaf_weight", "branch", "stops", "transfer", "fallback", "rewards", "trees",
-"cos", "scale", "scale_deep", "mean_reward_bias", "standard_error"}],
+Last line, JSON: {"cases": [{"estimator", "leaf_weight", "branch", "stops", "transfer", "fallback", "look_alikes",
+"leaves", "rewards", "trees", "cos", "scale", "scale_deep", "mean_reward_bias", "standard_error"}],
 "zero_credit": [{"segments", "branch", "by_node", "branch_to_branch"}], "descent_met"}. --quick: 300 trees a case and
 fewer cases, so noisier; the bars (cosine 0.99, bias 0.01) are then not judged.
 """
@@ -38,6 +39,7 @@ from treepo_mega.tree.advantage import leaf_advantages
 from treepo_mega.tree.descent import fair_leaves, leaf_shares
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
+from treepo_mega.tree.regrow import new_leaves, with_grades
 from treepo_mega.tree.search import Segment, TreeSearch
 from treepo_mega.tree.stop import StopRules
 
@@ -45,6 +47,8 @@ END = 0
 TOKENS = 3
 LONGEST = 5
 WIDTH = 16
+MOST = 28
+"""Leaves of a tree that grew on: those of a settled one go to one that is mixed."""
 ESTIMATORS = ("exact", "rloo", "reinforce_pp_baseline", "grpo", "treepo", "treepo_size_weighted", "segment")
 PLAIN = ("exact", "rloo")
 """Baselines that the token has no part in: with them descent promises the gradient of the policy."""
@@ -110,18 +114,28 @@ class Process:
         return mean
 
     def grow(self, rollout: RolloutConfig, rng: random.Random) -> Tree:
-        """One tree with its rewards."""
+        """One tree with its rewards; with leaves adaptive it grows on when its first rewards differ."""
+        if rollout.leaves == "fixed":
+            return self._grow(rollout, rng)
+        handful = self._grow(rollout.replace({"n_samples_per_prompt": rollout.first_leaves}), rng)
+        if len(set(handful.rewards)) < 2:
+            return handful
+        return with_grades(self._grow(rollout.replace({"n_samples_per_prompt": MOST}), rng, handful), handful)
+
+    def _grow(self, rollout: RolloutConfig, rng: random.Random, begun: Tree | None = None) -> Tree:
+        """One tree with the rewards of its new leaves."""
         rules = StopRules(frozenset([END]), lambda ids: "", LONGEST, LONGEST, answer_box=False, repetition_window=0)
-        search = TreeSearch("p", [TOKENS], rollout, seed=rng.randrange(2**31), stop=rules)
+        search = TreeSearch("p", [TOKENS], rollout, seed=rng.randrange(2**31), stop=rules, begun=begun)
         while not search.done:
             for want in search.wants():
                 chances = self.probabilities[self.states[tuple(want.prefix[1:])]]
                 token = rng.choices(range(TOKENS), chances)[0]
                 reason = "stop" if token == END else "length"
                 search.take(want.node_id, Segment([token], [math.log(chances[token])], reason))
-        tree = search.tree
+        tree = search.tree if begun is None else new_leaves(search.tree, begun)
         right = [self.reward(tuple(tree.response(leaf))) for leaf in tree.leaves]
         tree.rewards = [float(rng.random() < chance) for chance in right] if self.binary else right
+        tree.verdicts = list(tree.rewards)
         return tree
 
 
@@ -175,6 +189,8 @@ SAMPLERS: dict[str, dict[str, object]] = {
     "level, fallback": {"fallback.from": "finished"},
     "quota, no fallback": {"branching.transfer": "quota", "fallback.from": "none"},
     "quota, fallback": {"branching.transfer": "quota", "fallback.from": "finished"},
+    "level, look-alikes cut": {"branching.look_alikes": "cut", "fallback.from": "none"},
+    "adaptive, no fallback": {"leaves": "adaptive", "branching.initial": [4, 4], "fallback.from": "none"},
     "level, root of 8": {"branching.initial": [8, 8], "fallback.from": "finished"},
 }
 
@@ -189,7 +205,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
         # Without early stops no path is over-represented and nothing falls back: two samplers say all.
         chosen = SAMPLERS if stops else {name: SAMPLERS[name] for name in ("independent", "level, no fallback")}
         print(f"\nearly stops {stops}, rewards {'binary' if binary else 'real'}: J = {process.expected_reward:.4f}")
-        print(f"{'sampler':20}{'estimator':23}{'weight':9}{'cos':>7}{'scale':>7}{'deep':>7}{'bias':>9}")
+        print(f"{'sampler':24}{'estimator':23}{'weight':9}{'cos':>7}{'scale':>7}{'deep':>7}{'bias':>9}")
         for name, changes in chosen.items():
             rollout = base.replace(changes)
             rng = random.Random(args.seed)
@@ -198,17 +214,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                 for leaf_weight in ("uniform", "descent"):
                     row = judge(process, trees, estimator, leaf_weight)
                     print(
-                        f"{name:20}{estimator:23}{leaf_weight:9}{row['cos']:7.3f}{row['scale']:7.2f}"
+                        f"{name:24}{estimator:23}{leaf_weight:9}{row['cos']:7.3f}{row['scale']:7.2f}"
                         f"{row['scale_deep']:7.2f}{row['mean_reward_bias']:+9.4f}"
                     )
                     cases.append(
                         {
                             "estimator": estimator,
                             "leaf_weight": leaf_weight,
-                            "branch": 8 if "branching.initial" in changes else rollout.branching.factor,
+                            "branch": (rollout.branching.initial or [rollout.branching.factor])[0],
                             "stops": stops,
                             "transfer": rollout.branching.transfer if rollout.mode == "tree" else "independent",
                             "fallback": rollout.fallback.from_,
+                            "look_alikes": rollout.branching.look_alikes,
+                            "leaves": rollout.leaves,
                             "rewards": "binary" if binary else "real",
                             **row,
                         }
@@ -259,8 +277,12 @@ def zero_credit(seed: int) -> list[dict[str, float]]:
 
 
 def descent_met(cases: list[dict[str, object]]) -> bool:
-    """Whether descent with the plain baselines has the policy's gradient and mean reward in every case."""
-    judged = [case for case in cases if case["leaf_weight"] == "descent" and case["estimator"] in PLAIN]
+    """Whether descent with the plain baselines has the policy's gradient and mean reward with fixed leaves."""
+    judged = [
+        case
+        for case in cases
+        if case["leaf_weight"] == "descent" and case["estimator"] in PLAIN and case["leaves"] == "fixed"
+    ]
     return all(
         float(str(case["cos"])) >= COSINE_BAR and abs(float(str(case["mean_reward_bias"]))) <= BIAS_BAR
         for case in judged

@@ -154,6 +154,11 @@ class BranchingConfig(Section):
     initial: tuple[int, int] | None = None
     """[lo, hi]: children of the root, drawn per prompt. None: `factor`; with `at: fork` a quarter of the leaves."""
     fork: ForkConfig = Field(default_factory=ForkConfig)
+    look_alikes: Literal["keep", "cut"] = "keep"
+    """cut: a new branch whose first tokens are those of a sibling that began with it ends there, and its leaves grow
+    elsewhere. The leaves are then more unlike than the policy's answers; algo.leaf_weight descent corrects it."""
+    look_alike_tokens: int | None = Field(None, ge=1)
+    """First tokens in which a branch repeats a sibling, with look_alikes cut. None: those of the whole segment."""
     transfer: Literal["level", "quota"] = "level"
     """Where the branches of stopped paths go. level: to their living siblings, level by level. A tree waits only for
     itself. quota: every node has a quota of leaves that its children share. They start when their parent ends. Fallback

@@ -193,6 +193,7 @@ def _check_tree(rollout: RolloutConfig) -> list[str]:
             f"{rollout.segment.length}): it could not begin a tree"
         )
     bad += _check_budget(rollout)
+    bad += _check_look_alikes(rollout)
     if rollout.partial_rollout is not None and rollout.debug.schedule == "level":
         bad.append("rollout.partial_rollout needs debug.schedule async")
     if rollout.branching.initial is not None:
@@ -251,6 +252,24 @@ def _check_leaves(rollout: RolloutConfig) -> list[str]:
             "could not spend its leaves even if no prompt were settled"
         )
     return bad
+
+
+def _check_look_alikes(rollout: RolloutConfig) -> list[str]:
+    """Look-alikes can be told by their first segments."""
+    branching = rollout.branching
+    tokens = branching.look_alike_tokens
+    if branching.look_alikes == "keep":
+        if tokens is None:
+            return []
+        return ["rollout.branching.look_alike_tokens has no effect with rollout.branching.look_alikes keep; set cut"]
+    if rollout.forks:
+        return ["rollout.branching.look_alikes cut needs rollout.branching.at border: forks start one at a time"]
+    if tokens is not None and tokens > rollout.segment.length:
+        return [
+            f"rollout.branching.look_alike_tokens {tokens} exceeds rollout.segment.length {rollout.segment.length}: "
+            "siblings are compared after their first segments"
+        ]
+    return []
 
 
 def _check_budget(rollout: RolloutConfig) -> list[str]:

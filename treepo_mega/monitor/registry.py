@@ -130,6 +130,10 @@ _TREE = (
     Metric("tree/depth_max", "segments", "at most max_depth", "depth of the deepest leaf"),
     Metric("tree/duplicates", "count", "small beside leaves", "leaves whose response equals another's of the tree"),
     Metric("tree/budget_temperature", "nats", "follows its schedule", "temperature of the branching budget"),
+    Metric(
+        "tree/look_alikes", "count", "0 with look_alikes keep", "branches that were cut because they repeat a sibling"
+    ),
+    Metric("tree/look_alike_tokens", "tokens", "small beside unique_tokens", "tokens of the branches that were cut"),
     Metric("tree/distinct_share", "share", "near 1", "distinct responses / leaves, in each tree"),
     Metric(
         "tree/effective_samples",

@@ -47,6 +47,7 @@ from treepo_mega.tree.regrow import with_grades
 
 logger = logging.getLogger(__name__)
 
+LOOK_ALIKES = ("look_alikes", "look_alike_tokens")
 SUM = "sum of "
 COUNT = "count of "
 
@@ -338,7 +339,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         out[f"reward/{name}"] = totals[SUM + name] / totals[COUNT + name]
     for name in ("generated_tokens", "dropped_tokens", "cached_tokens", "recomputed_tokens", "forwarded_tokens"):
         out[f"rollout/{name}"] = counts.get(name, 0.0)
-    for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates"):
+    for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates", *LOOK_ALIKES):
         out[f"tree/{name}"] = counts.get(name, 0.0)
     out["tree/fork_uncertainty_mean"] = counts.get("fork_uncertainty", 0.0) / max(1.0, counts.get("forks", 0.0))
     for reason in ("eos", "answer", "length", "depth", "repetition"):

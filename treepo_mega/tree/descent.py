@@ -10,8 +10,9 @@ drawn from the policy, and because how many there are is decided before any of t
 
     p_i = product over the nodes of its path of 1 / (siblings with a leaf at or below them, itself included)
 
-and the sum of p_i f(leaf_i) has the policy's mean of f as its expectation, for every budget and transfer rule.
-The policy gradient of `sum p_i (R_i - b)` is exact in the same sense (`tools/bench/estimators.py` measures both).
+and the sum of p_i f(leaf_i) has the policy's mean of f as its expectation, for every budget and transfer rule. The
+policy gradient of `sum p_i (R_i - b)` is exact in the same sense (`tools/bench/estimators.py` measures both). Where a
+sibling was cut because it repeats this one (`tree/look_alikes.py`), its draw counts for it (`Node.weight`).
 
 A fallback breaks the argument: it goes where paths *have ended*. Its leaves have p = 0. Counting them shifts the mean
 reward of the bench's process by 0.006 under `transfer: level` and by 0.026 under `quota`. So do forks by rank

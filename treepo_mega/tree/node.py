@@ -34,7 +34,8 @@ class Node:
     for nodes made by fallback one more than the highest before it.
     `entropies`: of the distribution that each token was drawn from (nats, over its likeliest tokens), where
     `rollout.branching.fork` asks for them; else empty. `fork`: the rule by which this branch started at a fork.
-    `weight`: what a descent gives this branch beside its siblings; all alike unless they avoid each other's tokens.
+    `weight`: what a descent gives this branch beside its siblings; all alike unless they avoid each other's tokens,
+    or one stands for siblings that were cut because they repeat it.
     """
 
     id: int

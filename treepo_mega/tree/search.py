@@ -29,6 +29,7 @@ from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import Split
 from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.fork import Fork, decisions, followers, open_forks, weigh_branches
+from treepo_mega.tree.look_alikes import Families
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.regrow import ungraded
 from treepo_mega.tree.stop import StopRules
@@ -45,6 +46,8 @@ COUNTS = (
     "forks",
     "fork_uncertainty",
     "duplicates",
+    "look_alikes",
+    "look_alike_tokens",
     "budget_decisions",
     "budget_divergence",
 )
@@ -92,6 +95,7 @@ class TreeSearch:
         self._step = 1
         # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
         self._running: dict[int, int] = {}
+        self._families = Families(rollout)
         self._transfer = make_transfer(rollout, seed, self._rng, self._affordable, split)
         self.tree.counts = dict.fromkeys(COUNTS, 0) | self.tree.counts
         missing = rollout.n_samples_per_prompt - begun_leaves
@@ -166,15 +170,16 @@ class TreeSearch:
                 weigh_branches(self.tree, node.parent)
         else:
             # Asked before the segment counts: then the node's quota is gone.
-            self._receive(node, segment, node_id if self._transfer.is_single(node) else None)
+            self._receive(node, segment, node_id if self._goes_on_alone(node) else None)
         if not self._running:
             self._come_to_rest()
 
     def _receive(self, node: Node, segment: Segment, after: int | None) -> None:
         """Keep the segment of `node`, and let those branch who may now. `after`: see `Want`."""
         self._settle(node, segment)
-        for parent, width in self._transfer.arrived(node, self.tree):
-            self._grow(parent, width, after)
+        for settled in self._families.arrived(node, self.tree):
+            for parent, width in self._transfer.arrived(settled, self.tree):
+                self._grow(parent, width, after)
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on, JSON-safe: the tree, its generator, what it waits for.
@@ -193,6 +198,7 @@ class TreeSearch:
             "rng": [version, list(internal), gauss],
             "running": list(self._running.items()),
             "beyond_reach": [asdict(want) for want in self._beyond_reach],
+            "families": self._families.state_dict(),
             "transfer": {"kind": self._rule, "state": self._transfer.state_dict()},
         }
 
@@ -220,6 +226,8 @@ class TreeSearch:
         self._new = []
         self._running = {int(node_id): max_tokens for node_id, max_tokens in state["running"]}
         self._beyond_reach = [Want(**want) for want in state["beyond_reach"]]
+        # A state of before look-alikes could be cut has no families.
+        self._families.load_state_dict(state.get("families", {"families": [], "waiting": []}))
         self._transfer.load_state_dict(state["transfer"]["state"], self.tree.nodes)
 
     @property
@@ -255,7 +263,12 @@ class TreeSearch:
         """Give `parent` children by decision of the transfer rule. `after`: see `Want`."""
         children = self._branch(parent.id, width)
         self._transfer.started(parent, children)
+        self._families.started(children)
         self._let_run(children, after)
+
+    def _goes_on_alone(self, node: Node) -> bool:
+        """True when the running `node` waits for nobody, and nobody will branch from its path."""
+        return self._transfer.is_single(node) and not self._families.holds(node)
 
     def _branch(
         self, parent: int, children: int, *, fallback_level: int | None = None, fork: Fork | None = None
@@ -298,7 +311,7 @@ class TreeSearch:
         """Mark the wants of new nodes that will not branch: they may be sampled to the end of their path."""
         if not self._cfg.continues:
             return
-        single = {node.id for node in nodes if self._transfer.is_single(node)}
+        single = {node.id for node in nodes if self._goes_on_alone(node)}
         for i, want in enumerate(self._new):
             if want.node_id in single:
                 room = self._stop.max_response_len - (len(want.prefix) - len(self.tree.prompt_tokens))

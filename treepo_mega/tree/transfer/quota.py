@@ -20,6 +20,7 @@ from typing import Any
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import Split, certainty, count_decision, reach_floor, split_by_certainty, split_equally
+from treepo_mega.tree.look_alikes import LOOK_ALIKE
 from treepo_mega.tree.node import ROOT, Node, Tree
 
 
@@ -109,9 +110,9 @@ class QuotaTransfer:
             return [] if node.stop is not None else [(node, quota)]
         family = self._family.pop(node.id)
         family.waiting.remove(node.id)
-        # A member that stopped needs no more than its one leaf.
+        # A member that stopped needs no more than its one leaf; one that was cut leaves its quota to the others.
         if node.stop is not None:
-            family.quota -= 1
+            family.quota -= node.stop != LOOK_ALIKE
         else:
             family.living.append(node)
         if family.waiting or not family.living:
