@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.properties import examples
 from tests.rollouts import rollout_config
 from treepo_mega.rollout.admission import Admission, CacheTooSmall, Key
+from treepo_mega.rollout.requests import spans_of
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.search import Segment, TreeSearch, Want
 from treepo_mega.tree.stop import StopRules
@@ -35,28 +36,33 @@ def blocks_in_use(room: Admission, texts: dict[Key, tuple[list[int], int]]) -> i
     st.integers(12, 40),
     st.integers(2, 9),
     st.integers(1, 6),
-    st.sampled_from(["level", "quota"]),
+    st.sampled_from(["level", "quota", "fork"]),
     st.integers(0, 999),
 )
 def test_no_more_than_the_cache_holds_and_everything_in_the_end(trees, blocks, block_size, most, transfer, seed):
-    cfg = rollout_config(n_samples_per_prompt=6, segment__length=4, max_response_len=16, branching__transfer=transfer)
+    rule = {"branching__at": "fork"} if transfer == "fork" else {"branching__transfer": transfer}
+    rule |= {"branching__fork__signal": "logprob", "branching__fork__draw": "other"}
+    cfg = rollout_config(n_samples_per_prompt=6, segment__length=4, max_response_len=16, **rule)
     stop = StopRules.from_config(cfg, [EOS], str)
     searches = [TreeSearch(f"p{k}", [7] * (3 + k), cfg, seed=seed + k, stop=stop) for k in range(trees)]
     room, rng = Admission(blocks, block_size, most), random.Random(seed)
     texts: dict[Key, tuple[list[int], int]] = {}
     wants: dict[Key, Want] = {}
-    begun, order = 0, []
+    begun, order, rests = 0, [], [0] * trees
 
     def ask(rank: int) -> None:
         search = searches[rank]
         new = search.wants()
+        if new or search.done:
+            room.settle(rank)
+        if cfg.forks and (rests[rank] != search.rests or search.done):
+            rests[rank] = search.rests
+            room.hold(rank, {} if search.done else spans_of(search.tree))
         for want in new:
             node = search.tree.nodes[want.node_id]
             lengths = [len(search.tree.nodes[i].tokens) for i in search.tree.ancestry(node.parent)]
             room.want(rank, node.path, lengths, want.max_tokens)
             wants[rank, node.path], texts[rank, node.path] = want, (want.prefix, want.max_tokens)
-        if new or search.done:
-            room.settle(rank)
 
     while True:
         order += room.admit()
@@ -72,8 +78,9 @@ def test_no_more_than_the_cache_holds_and_everything_in_the_end(trees, blocks, b
         key = rng.choice(sorted(room.running))
         want, draw = wants.pop(key), random.Random(derive_seed(seed, *key[1]))
         tokens = [draw.randrange(1, 9) for _ in range(want.max_tokens)]
-        room.finish(*key)
-        searches[key[0]].take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length"))
+        room.finish(*key, keep=cfg.forks)
+        top = [(token, -1.0) for token in range(1, 9)][: want.top]
+        searches[key[0]].take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length", top=top))
         ask(key[0])
     assert all(s.done and len(s.tree.leaves) == 6 for s in searches) and not wants
     assert room.used == 0, "everything that was booked was given back"
@@ -97,6 +104,38 @@ def test_siblings_share_their_prefix_and_it_stays_booked_until_the_tree_goes_on(
     assert room.used == 4 + 1 + 4, "a run books on as it grows"
     room.finish(0, (0, 0))
     room.settle(0)
+    assert room.used == 0
+
+
+def test_what_a_tree_holds_stays_booked_while_others_run_and_makes_way_when_none_does():
+    room = Admission(20, 8, 16)
+    room.want(0, (0,), [8], 40)
+    room.want(0, (1,), [8], 40)
+    assert len(room.admit()) == 2 and room.used == 1 + 6 + 6
+    room.finish(0, (0,), keep=True)
+    assert room.used == 13, "a trunk's blocks are kept until its tree is at rest"
+    room.finish(0, (1,), keep=True)
+    room.settle(0)
+    # A trunk is cut at token 20: the prompt's block, one before the cut, four behind it; the other trunk's five.
+    spans = {(): (0, 8), (0,): (8, 20), (1,): (8, 48), (0, 0): (20, 48)}
+    room.hold(0, spans)
+    assert room.used == 1 + 1 + 5 + 4
+    room.want(2, (0,), [8], 8)
+    assert room.admit() == [(2, (0,))] and room.used == 14
+    room.want(1, (0,), [8], 40)
+    assert room.admit() == [], "six blocks are free, and seven are needed"
+    room.want(0, (0, 1), [8, 12], 28)
+    assert room.admit() == [(0, (0, 1))] and room.used == 18, "its prefix is booked already"
+    room.finish(0, (0, 1), keep=True)
+    room.settle(0)
+    assert room.admit() == [] and room.used == 18
+    room.finish(2, (0,))
+    room.settle(2)
+    assert room.used == 15 and room.admit() == [(1, (0,))], "nothing runs: what is held makes way"
+    assert room.used == 7
+    room.hold(0, {})
+    room.finish(1, (0,))
+    room.settle(1)
     assert room.used == 0
 
 

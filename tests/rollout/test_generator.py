@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,9 @@ def forking(generator: Generator, **fields: object) -> RolloutConfig:
 def test_forks_inside_blocks_compute_nothing_twice(generator, copies, draw):
     """Trunks have ended before branches start from their blocks, most of which are cut by a fork somewhere inside."""
     r = forking(generator, branching__fork__waves=2, branching__fork__draw=draw)
-    trees = generator.rollout(prompts(4), step=0, rollout=r)
+    # Prompts of 33 and of 20 tokens: the second trunk shares a full block, and copies a part of one a step later.
+    twenty = [replace(prompt, tokens=prompt.tokens[:20]) for prompt in prompts(2)]
+    trees = generator.rollout([*prompts(4)[2:], *twenty], step=0, rollout=r)
     c = generator.counts
     assert c["forks"] == 4 * 6 and {len(t.leaves) for t in trees} == {8}
     inside = [n for t in trees for n in t.nodes if n.fork and (len(t.prefix(n.parent)) - 1) % BLOCK]
@@ -298,6 +300,9 @@ def test_a_small_cache_is_shared_without_preemption(generator, tiny_llama, keep_
     monkeypatch.setattr(scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), real(*a, **k))[1])
     assert 16 <= small.kv_blocks <= 40
     tight = Generator(small, cfg, AutoTokenizer.from_pretrained(tiny_llama))
+    forks = forking(generator, branching__fork__draw="other")
+    forked = tight.rollout(prompts(6), step=0, rollout=forks)
+    assert tokens(forked) == tokens(generator.rollout(prompts(6), step=0, rollout=forks))
     trees = tight.rollout(prompts(6), step=0)
     assert tokens(trees) == tokens(generator.rollout(prompts(6), step=0)), "the cache's size changes no tree"
     assert not preempted

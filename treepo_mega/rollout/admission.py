@@ -5,6 +5,7 @@
     for key in room.admit(): submit(key)            # those that fit now, in order
     room.finish(key)                                # its segment has arrived; its prefix stays booked
     room.settle(tree)                               # what the tree wants next is known: forget the rest of it
+    room.hold(tree, spans)                          # all of it stays booked until the next call
 
 A segment books the blocks that it can fill at most, and waits until they are free, so the engine never preempts. Full
 blocks of the nodes above are booked once a tree, by reference count. `rollout/README.md` gives the reasons.
@@ -15,7 +16,7 @@ Nodes are named by their `path` (child indices from the root), which unlike thei
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treepo_mega.errors import TreepoError
@@ -55,6 +56,9 @@ class Admission:
         self._shared: dict[Key, list[int]] = {}
         # Tree -> arrived segments whose prefixes are still booked.
         self._done: dict[int, list[Key]] = {}
+        # Tree -> nodes that stay booked as they are, and blocks of ended paths that are no nodes to start from yet.
+        self._held: dict[int, list[Key]] = {}
+        self._kept: dict[int, int] = {}
 
     @property
     def idle(self) -> bool:
@@ -84,6 +88,10 @@ class Admission:
         # Strictly in order: a small segment that overtook a large one could keep it waiting for ever.
         while self._waiting and len(self.running) < self.max_running:
             key = self._waiting[0]
+            if not self.running and self.used + self._need(key) > self.blocks:
+                # What is held only saves computing it again: many trees that hold theirs would run one by one.
+                for rank in [*self._held, *self._kept]:
+                    self.hold(rank, {})
             need = self._need(key)
             # When nothing runs, booked prefixes only wait to be used: they may be evicted rather than block.
             if self.used + need > self.blocks and self.running:
@@ -102,24 +110,54 @@ class Admission:
         self._own[key] += more
         self.used += more
 
-    def finish(self, rank: int, path: Path) -> None:
-        """A running segment has arrived: its own blocks are free, its prefix stays booked until `settle`."""
+    def finish(self, rank: int, path: Path, *, keep: bool = False) -> None:
+        """A running segment has arrived: its own blocks are free, its prefix stays booked until `settle`.
+
+        `keep`: its own blocks stay booked until `hold`.
+        """
         key = (rank, path)
         self.running.remove(key)
-        self.used -= self._own.pop(key)
+        own = self._own.pop(key)
+        if keep:
+            self._kept[rank] = self._kept.get(rank, 0) + own
+        else:
+            self.used -= own
         # Until the tree has said what it wants next, others would take the cache just before it is used again.
         self._done.setdefault(rank, []).append(key)
 
     def settle(self, rank: int) -> None:
         """Tree `rank` has said what it wants next, or is done: release the prefixes of what arrived before."""
         for key in self._done.pop(rank, []):
-            for node in self._above(key):
-                entry = self._shared[node]
-                entry[1] -= 1
-                if not entry[1]:
-                    self.used -= entry[0]
-                    del self._shared[node]
+            self._release(self._above(key))
             del self._asked[key]
+
+    def hold(self, rank: int, spans: Mapping[Path, tuple[int, int]]) -> None:
+        """Book the full blocks of these nodes of tree `rank`, in place of what was held or kept of it before.
+
+        `spans`: the tokens before each node and up to its end. To be called after `settle`, while nothing of it runs.
+        """
+        # Forks start anywhere in a tree, once all its paths have ended: nothing else would keep their blocks.
+        self._release(self._held.pop(rank, []))
+        self.used -= self._kept.pop(rank, 0)
+        if spans:
+            self._held[rank] = [(rank, path) for path in spans]
+            self._share(
+                self._held[rank], [end // self.block_size - begin // self.block_size for begin, end in spans.values()]
+            )
+
+    def _share(self, nodes: Sequence[Key], blocks: Sequence[int]) -> None:
+        for node, count in zip(nodes, blocks, strict=True):
+            if node not in self._shared:
+                self.used += count
+            self._shared.setdefault(node, [count, 0])[1] += 1
+
+    def _release(self, nodes: Sequence[Key]) -> None:
+        for node in nodes:
+            entry = self._shared[node]
+            entry[1] -= 1
+            if not entry[1]:
+                self.used -= entry[0]
+                del self._shared[node]
 
     def _above(self, key: Key) -> list[Key]:
         rank, path = key
@@ -143,8 +181,7 @@ class Admission:
         return sum(new) + self._alone(key)
 
     def _book(self, key: Key) -> None:
-        self.used += self._need(key)
-        for node, blocks in zip(self._above(key), self._full(key), strict=True):
-            self._shared.setdefault(node, [blocks, 0])[1] += 1
+        self._share(self._above(key), self._full(key))
         self._own[key] = self._alone(key)
+        self.used += self._own[key]
         self.running.add(key)

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
-from treepo_mega.engine.stream import EngineError, Finished, SegmentEngine, SegmentRequest, SegmentStream
+from treepo_mega.engine.stream import EngineError, Finished, SegmentEngine, SegmentRequest
 from treepo_mega.errors import TreepoError
 from treepo_mega.plugins import split_of
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import TokenCounts, summarize
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
+from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
@@ -212,15 +213,6 @@ class Generator:
                 )
 
 
-@dataclass(slots=True)
-class _SegmentRun:
-    """One stream of the engine: the segment it began with, and the tokens that its tree has got of it."""
-
-    first: Key
-    stream: SegmentStream
-    delivered_tokens: int = 0
-
-
 class _Run:
     """The trees in flight of one rollout."""
 
@@ -250,9 +242,12 @@ class _Run:
         self.streams = rollout.stop.answer_box or rollout.stop.repetition_window > 0
         self.wants: dict[Key, Want] = {}
         # By the segment that is being sampled, which moves along the run; `first` keeps the one that was admitted.
-        self.runs: dict[Key, _SegmentRun] = {}
+        self.runs: dict[Key, SegmentRun] = {}
         # For debug.schedule level only: what waits for the end of the present level.
         self.later: list[tuple[int, Want]] = []
+        self.reading: set[int] = set()  # trees whose prompt the coming step reads
+        self.held: list[Key] = []  # what waits for that
+        self.rests: list[int] = []
         self.steps = 0
         self.occupied = 0
         self.leaves = 0
@@ -268,6 +263,7 @@ class _Run:
             if self.queue.deadline_passed(time.monotonic() > deadline):
                 raise GenerationTimeout(self._unfinished())
             finished = self.engine.step()
+            self.reading.clear()
             self.steps += 1
             self.occupied += len(self.room.running)
             for segment in finished:
@@ -316,6 +312,7 @@ class _Run:
             search.tree.counts.setdefault(name, 0)
         self.searches.append(search)
         self.taken.append(index)
+        self.rests.append(0)
         self._ask(len(self.searches) - 1)
 
     def _ask(self, rank: int, new: Sequence[Want] | None = None) -> None:
@@ -326,11 +323,19 @@ class _Run:
         if new or search.done or search.paused:
             # Before the new wants: where forks cut segments, they may have the names of those that have arrived.
             self.room.settle(rank)
+        if self.rollout.forks and (self.rests[rank] != search.rests or search.done or search.paused):
+            self._hold(rank)
         if self.rollout.debug.schedule == "level":
             self.later += [(rank, want) for want in new]
         else:
             for want in new:
                 self._wait(rank, want)
+
+    def _hold(self, rank: int) -> None:
+        """Book what the tree has sampled until its next rest: branches will start anywhere in it."""
+        search = self.searches[rank]
+        self.rests[rank] = search.rests
+        self.room.hold(rank, {} if search.done or search.paused else spans_of(search.tree))
 
     def _wait(self, rank: int, want: Want) -> None:
         tree = self.searches[rank].tree
@@ -342,31 +347,44 @@ class _Run:
         self.wants[rank, node.path] = want
 
     def _submit(self) -> None:
+        """Send what is admitted, but of each prompt that nobody has read only one path: the others copy its block."""
+        for key in [] if self.reading else self.held:
+            self._send(key)
+        self.held = self.held if self.reading else []
         for key in self.room.admit():
-            want = self.wants[key]
-            request = SegmentRequest(
-                name=_name(key),
-                prefix=want.prefix,
-                max_tokens=want.max_tokens,
-                seed=want.seed,
-                temperature=self.temperature,
-                stop_token_ids=self.generator.eos_token_ids,
-                peek=want.peek,
-                borders=self.borders,
-                min_tokens=want.min_tokens,
-                run=want.run,
-                reported_by_segment=self.streams,
-                entropy=want.entropy,
-                top=want.top,
-            )
-            stream = self.engine.submit(request)
-            self.runs[key] = _SegmentRun(key, stream)
+            rank, path = key
+            # vLLM shares full blocks at once. What a prompt fills of its last one can be copied a step later.
+            copies = self.rollout.debug.copy_partial_blocks and (len(self.wants[key].prefix) - 1) % self.room.block_size
+            if len(path) == 1 and copies and rank in self.reading:
+                self.held.append(key)
+            else:
+                self.reading |= {rank} if len(path) == 1 else set()
+                self._send(key)
+
+    def _send(self, key: Key) -> None:
+        want = self.wants[key]
+        request = SegmentRequest(
+            name=request_name(key),
+            prefix=want.prefix,
+            max_tokens=want.max_tokens,
+            seed=want.seed,
+            temperature=self.temperature,
+            stop_token_ids=self.generator.eos_token_ids,
+            peek=want.peek,
+            borders=self.borders,
+            min_tokens=want.min_tokens,
+            run=want.run,
+            reported_by_segment=self.streams,
+            entropy=want.entropy,
+            top=want.top,
+        )
+        self.runs[key] = SegmentRun(key, self.engine.submit(request))
 
     def _deliver(self, finished: Finished) -> None:
         """Hand a finished segment, or the segments of a finished run, to their tree."""
         if finished.finish_reason not in ("stop", "length", "border"):
             raise EngineError(f"request {finished.request_id!r} ended with {finished.finish_reason!r}")
-        key = _key(finished.request_id)
+        key = request_key(finished.request_id)
         rank = key[0]
         search = self.searches[rank]
         run = self.runs.pop(key)
@@ -403,12 +421,12 @@ class _Run:
         counts.add_void(len(rest.tokens))
         if finished.more:
             run.stream.cancel()
-        self.room.finish(*run.first)
+        self.room.finish(*run.first, keep=self.rollout.forks)
         self._ask(rank, new)
 
-    def _extend(self, run: _SegmentRun, key: Key, want: Want) -> None:
+    def _extend(self, run: SegmentRun, key: Key, want: Want) -> None:
         """The run goes on with the segment that is wanted at `key`."""
-        run.stream.extend(_name(key), want.max_tokens, want.min_tokens)
+        run.stream.extend(request_name(key), want.max_tokens, want.min_tokens)
         self.runs[key] = run
         self.room.grow(*run.first, run.delivered_tokens + want.max_tokens)
 
@@ -430,13 +448,3 @@ class _Run:
 def leaves_of(job: Job, rollout: RolloutConfig) -> int:
     """Leaves that the job's tree is to have."""
     return rollout.n_samples_per_prompt if job.leaves is None else job.leaves
-
-
-def _name(key: Key) -> str:
-    """A request's name: the tree's rank and the node's path."""
-    return f"{key[0]}:{'.'.join(map(str, key[1]))}"
-
-
-def _key(name: str) -> Key:
-    rank, _, path = name.partition(":")
-    return int(rank), tuple(map(int, path.split(".")))

@@ -93,6 +93,8 @@ class TreeSearch:
         # rollout.partial_rollout: wanted in a later step.
         self._beyond_reach: list[Want] = []
         self._step = 1
+        self.rests = 0
+        """How often all paths had ended: nodes got new names then."""
         # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
         self._running: dict[int, int] = {}
         self._families = Families(rollout)
@@ -332,6 +334,7 @@ class TreeSearch:
         Nodes keep no trace of the order in which their segments arrived.
         """
         tree = self.tree
+        self.rests += 1
         # Before anything is drawn: fallback and its generator must not depend on which segment arrived first.
         tree.renumber()
         tree.counts["levels"] = max(node.level for node in tree.nodes)
