@@ -22,7 +22,7 @@ from treepo_mega.checkpoint.headers import (
 )
 from treepo_mega.checkpoint.space import check_space, describe_space
 from treepo_mega.config import Config, PromptSource, check
-from treepo_mega.config.rules import check_directories
+from treepo_mega.config.surroundings import check_directories
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import check_verifier
 from treepo_mega.data.rewards.weighted import check_functions

@@ -305,7 +305,7 @@ def test_the_dry_run_of_a_directory_with_a_slice(tmp_path: Path, model: Path, ca
 
 
 def test_weights_are_for_all_sources_or_none_and_not_for_evaluation() -> None:
-    from treepo_mega.config.rules import check_data
+    from treepo_mega.config.surroundings import check_data
 
     base = ["model.hf_checkpoint=m"]
     some = load_config(None, [*base, "data.train=[{path: a, weight: 2}, {path: b}]"])

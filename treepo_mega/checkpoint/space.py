@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from treepo_mega.config import Config
-from treepo_mega.config.rules import nearest_existing
+from treepo_mega.config.surroundings import nearest_existing
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes, padded_vocab
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}

@@ -4,8 +4,9 @@
 
 The keys are defined and documented section by section beside this file (`treepo-mega train --help-config` prints
 them). An unknown key is an error that names the nearest known one. A key that has moved (`moved`) is an error that
-names its new place. `check(cfg, world_size, spec)` applies the rules that join several keys (`config/rules.py`). This
-module imports neither torch nor megatron nor vLLM, so that planning and `--dry-run` work anywhere.
+names its new place. `check(cfg, world_size, spec)` applies the rules that join several keys (`rules.py`,
+`surroundings.py`). This module imports neither torch nor megatron nor vLLM, so that planning and `--dry-run` work
+anywhere.
 
 A sample is one *trajectory* (a root-to-leaf path). A tree with `n_samples_per_prompt` leaves counts as that many
 samples, whatever it shares, so that
@@ -28,17 +29,10 @@ from pydantic import ValidationError
 
 from treepo_mega.config.moved import KNOWN_ELSEWHERE, moved_keys
 from treepo_mega.config.root import Config
-from treepo_mega.config.rules import (
-    check_batch,
-    check_data,
-    check_evaluation,
-    check_loss,
-    check_model,
-    check_parallel,
-    check_sampling,
-)
+from treepo_mega.config.rules import check_batch, check_loss, check_parallel, check_sampling
 from treepo_mega.config.section import Section
 from treepo_mega.config.source import SourceError, annotation_at, members, read_mapping, read_value, scalar_is_text
+from treepo_mega.config.surroundings import check_data, check_evaluation, check_model
 from treepo_mega.errors import TreepoError, nearest, nearest_name
 from treepo_mega.modelspec.spec import ModelSpec
 

@@ -7,11 +7,8 @@ holds the keys, calls these rules.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.text.function_path import is_function_path
 
 if TYPE_CHECKING:
@@ -402,90 +399,3 @@ def check_loss(cfg: Config) -> list[str]:
     if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
         bad.append("model.first_last_layers_bf16 cannot be had with model.fp8_recipe delayed; use tensorwise")
     return bad
-
-
-def check_model(cfg: Config, spec: ModelSpec) -> list[str]:
-    """Parallel sizes divide the model `spec`, and the window holds a trajectory."""
-    parallel = cfg.parallel
-    bad = []
-    tp = parallel.tensor_model_parallel_size
-    heads = spec.num_attention_heads
-    groups = spec.num_key_value_heads
-    for name, count in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
-        if count % tp:
-            near = max(divisor for divisor in range(1, tp + 1) if count % divisor == 0)
-            bad.append(
-                f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {count} "
-                f"(nearest that does: {near})"
-            )
-    if spec.intermediate_size % tp:
-        bad.append(
-            f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {spec.intermediate_size}"
-        )
-    if parallel.sequence_parallel and spec.hidden_size % tp:
-        bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide hidden_size {spec.hidden_size}")
-    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    if spec.num_layers % stages:
-        bad.append(f"{spec.num_layers} layers cannot be split evenly over {stages} pipeline stages")
-    if unknown := [i for i in cfg.rollout.stop.eos_token_ids or [] if not 0 <= i < spec.vocab_size]:
-        bad.append(
-            f"rollout.stop.eos_token_ids {unknown} are not among the model's {spec.vocab_size} token ids: no path "
-            "could end with them"
-        )
-    window = spec.max_position_embeddings
-    if window and cfg.max_model_len > window:
-        bad.append(
-            f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
-            f"{window} positions"
-        )
-    return bad
-
-
-def check_data(cfg: Config) -> list[str]:
-    """Each source says where its prompts come from; weights are set for all training sources or for none."""
-    bad = []
-    for name, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
-        for i, source in enumerate(sources):
-            if (source.path is None) == (source.reasoning_gym is None):
-                bad.append(f"data.{name}.{i}: set exactly one of path and reasoning_gym")
-            elif source.path == []:
-                bad.append(f"data.{name}.{i}.path: the list is empty; name at least one file")
-    if weighted := [i for i, source in enumerate(cfg.data.eval) if source.weight is not None]:
-        bad.append(f"data.eval.{weighted[0]}.weight has no effect: evaluation takes every prompt once; leave it out")
-    without = [i for i, source in enumerate(cfg.data.train) if source.weight is None]
-    if without and len(without) < len(cfg.data.train):
-        bad.append(f"data.train.{without[0]} has no weight, but other sources have one; set it for all or for none")
-    return bad
-
-
-def check_evaluation(cfg: Config) -> list[str]:
-    """An evaluation that is asked for has prompts: found at the end of a run, this would cost its last step."""
-    asked = [name for name in ("at_start", "at_end") if getattr(cfg.eval, name)]
-    if cfg.eval.interval:
-        asked.insert(0, "interval")
-    if not asked or cfg.data.eval:
-        return []
-    keys = ", ".join(f"eval.{name}" for name in asked)
-    return [f"{keys}: there are no prompts to evaluate; set data.eval, or leave the key out"]
-
-
-def check_directories(cfg: Config) -> list[str]:
-    """What the run writes to are directories that can be made and written here."""
-    bad = []
-    for key, name in (("logging.run_dir", cfg.logging.run_dir), ("checkpoint.save", cfg.checkpoint.save)):
-        if not name:
-            continue
-        place = nearest_existing(name)
-        if not place.is_dir():
-            bad.append(f"{key} {name!r}: {place} is a file; name a directory")
-        elif not os.access(place, os.W_OK | os.X_OK):
-            bad.append(f"{key} {name!r}: {place} cannot be written to by this user")
-    return bad
-
-
-def nearest_existing(path: str | Path) -> Path:
-    """`path`, or where it is not there yet its nearest ancestor that is, below which it would be made."""
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
