@@ -298,6 +298,7 @@ def test_the_dry_run_of_a_directory_with_a_slice(tmp_path: Path, model: Path, ca
     for i in range(2):
         (tmp_path / f"s{i}.jsonl").write_text(json.dumps(CHAT) + "\n")
     overrides = [f"model.hf_checkpoint={model}", "data.eval=[]", "eval.at_end=false", "eval.at_start=false"]
+    overrides.append("eval.interval=0")
     command = ["train", str(REPO / "examples/tiny_cpu.yaml"), *overrides, "--dry-run"]
     assert main([*command, f"data.train=[{{path: '{tmp_path}/s*.jsonl@[1:]'}}]"]) == 0
     assert main([*command, f"data.train=[{{path: {tmp_path}/s0.jsonl@[1:]}}]"]) == 2

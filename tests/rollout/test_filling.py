@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from treepo_mega.config import Config, parse_config
+from treepo_mega.config import Config, ConfigError, check, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.monitor.explain import why_nothing
 from treepo_mega.monitor.timers import Timers
@@ -24,13 +25,11 @@ from treepo_mega.tree.node import ROOT, Tree
 WIDTH = 4
 
 
+MINIMAL = {"model": {"hf_checkpoint": "none"}, "data": {"train": [{"reasoning_gym": "chain_sum"}]}}
+
+
 def config(**rollout: Any) -> Config:
-    raw = {
-        "model": {"hf_checkpoint": "none"},
-        "data": {"train": [{"reasoning_gym": "chain_sum"}]},
-        "rollout": {"rollout_batch_size": 3, "n_samples_per_prompt": WIDTH, **rollout},
-    }
-    return parse_config(raw)
+    return parse_config({**MINIMAL, "rollout": {"rollout_batch_size": 3, "n_samples_per_prompt": WIDTH, **rollout}})
 
 
 class Table(Collector):
@@ -124,6 +123,20 @@ def test_the_filter_looks_at_verdicts_before_penalties():
 
     assert names(Shaped(config(), "0412").collect(0)) == ["0-0", "1-4", "2-1"]
     assert names(Shaped(config(filter_metric="acc"), "041213").collect(0)) == ["2-1", "3-2", "4-1"]
+
+
+def test_a_filter_plugin_says_which_trees_train(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text("def few(tree, step): return sum(tree.verdicts) == step\n")
+    cfg = config(filter_metric=f"{file}:few", max_refills=2)
+    forest = Table(cfg, "10201112").collect(1)
+    assert names(forest) == ["0-1", "4-1", "5-1"]
+    cfg = config(filter_metric=f"{file}:few", max_refills=1, allow_smaller_batch=False)
+    with pytest.raises(BatchNotFilled, match=rf"step 3: 1 of 3 prompts .* were kept by {file}:few \(rollout.filter_m"):
+        Table(cfg, "30000").collect(3)
+    odd = {"rollout": {"dynamic_sampling": False, "filter_metric": f"{file}:few", "segment": {"length": 64}}}
+    with pytest.raises(ConfigError, match=r"filter_metric .*few needs rollout\.dynamic_sampling"):
+        check(parse_config({**MINIMAL, **odd}), 1)
 
 
 def test_a_step_whose_trees_are_all_carried_over_is_no_shortage(caplog: pytest.LogCaptureFixture):

@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 
+import pytest
 import torch.distributed
 
 from treepo_mega.runtime import dist
@@ -32,6 +33,10 @@ def exchange() -> None:
     assert dist.sum_over_ranks({"b": rank + 1.0, "a": 1e-9}) == {"a": 2e-9, "b": 3.0}
     assert dist.max_over_ranks({"x": -float(rank)}) == {"x": 0.0}
     assert (dist.is_main(), dist.world_size()) == (rank == 0, 2)
+
+    dist.require_agreement({"same": [0.1]}, "a plug-in")
+    with pytest.raises(dist.RanksDisagree, match=r"^a plug-in gave other results on ranks \[1\] than on rank 0\."):
+        dist.require_agreement([rank], "a plug-in")
 
     stop = StopRequest().install()
     assert not stop.agreed()

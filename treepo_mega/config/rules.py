@@ -169,6 +169,10 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
         bad.append(
             f"rollout.oversample {rollout.oversample:g} needs rollout.dynamic_sampling: else nothing is refilled"
         )
+    if is_function_path(rollout.filter_metric) and not rollout.dynamic_sampling:
+        bad.append(
+            f"rollout.filter_metric {rollout.filter_metric} needs rollout.dynamic_sampling: else none is dropped"
+        )
     return bad
 
 
