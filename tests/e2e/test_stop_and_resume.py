@@ -30,6 +30,7 @@ def command(run_dir: Path) -> list[str]:
         *("parallel.tensor_model_parallel_size=2", "rollout.rollout_batch_size=8", "rollout.n_samples_per_prompt=8"),
         *(
             "rollout.partial_rollout=24",
+            "train.prefix_sharing=tree",
             "algo.kl_loss_coef=0.05",
             "train.ppo_epochs=2",
             f"train.num_rollouts={STEPS}",

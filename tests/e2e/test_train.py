@@ -35,6 +35,7 @@ RECIPE = [
     "algo.kl_loss_coef=0.01",
     "algo.rollout_is=sequence",
     "algo.rollout_rs=geometric",
+    "train.prefix_sharing=tree",
     "checkpoint.save_interval=2",
     "eval.max_prompts=16",
     "eval.n_samples_per_prompt=2",

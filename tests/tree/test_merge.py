@@ -115,13 +115,24 @@ def test_an_empty_forest_stays_empty():
     assert len(got) == 0
 
 
-def test_a_collision_of_hashes_is_an_error(monkeypatch):
-    tree = Tree.start("p", [9])
-    for tokens in ([1], [2]):
-        child = tree.add_child(0)
-        child.tokens, child.logprobs = tokens, [-0.5]
-        tree.leaves.append(child.id)
-    s = Segments.from_trees([tree], [0])
-    monkeypatch.setattr(merge, "_mix", lambda value: value * np.uint64(0))
-    with pytest.raises(MergeError, match="two different prefixes have one hash"):
-        merge_equal(s, fold(s, np.zeros(2), np.ones(2)))
+def confusing(salts: set[int], monkeypatch) -> None:
+    """Hashes of these salts are all alike."""
+    plain = merge._prefix_hashes
+
+    def hashes(*args):
+        found = plain(*args)
+        return found * np.uint64(0) if args[-1] in salts else found
+
+    monkeypatch.setattr(merge, "_prefix_hashes", hashes)
+
+
+@pytest.mark.parametrize("salts", [{0}, {0, 1, 2}])
+def test_a_collision_is_met_with_another_hash(salts, monkeypatch):
+    confusing(salts, monkeypatch)
+    test_the_picture_of_the_module()
+
+
+def test_arrays_that_no_hash_can_tell_apart_are_an_error(monkeypatch):
+    confusing(set(merge.SALTS), monkeypatch)
+    with pytest.raises(MergeError, match="4 hashes in a row confused two prefixes of 7 tokens"):
+        test_the_picture_of_the_module()

@@ -11,8 +11,8 @@ and its gradient stay what they were. A peaked policy draws most of its siblings
           `- 2: a b d                             `- d        mass of `a b`: that of 1 plus that of 2
 
 Equal prefixes are found by a hash of each prefix: the sum of a 64-bit mix of (token, position) over it. Every merge is
-compared token by token afterwards, so a collision is an error and never a wrong gradient. Linear in tokens, but for one
-sort of them.
+compared token by token afterwards. A collision (a chance of 1e-5 in a step of 20 million tokens) is met with another
+hash, so it never gives a wrong gradient. Linear in tokens, but for one sort of them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from treepo_mega.tree.segments import Ints, Segments, arrange, path_sums
 Hashes = npt.NDArray[np.uint64]
 
 
+SALTS = range(4)
+"""Hashes that are tried one after the other."""
+
+
 class MergeError(TreepoError):
-    """Two different prefixes had one hash (a chance of 3e-8 for a million tokens); train without merging."""
+    """Two different prefixes had one hash under every salt, which is no chance: the arrays are damaged."""
 
 
 def merge_equal(segments: Segments, credit: Credit) -> tuple[Segments, Credit]:
     """The trie of every group, and the credit of each of its segments: the sum over what was merged into it.
 
     Leaves keep their numbers; `Segments.node` names the first of the merged nodes. Prompts are not merged between
-    groups. Raises MergeError for a collision of hashes.
+    groups. Raises MergeError where every hash collides.
     """
     if not len(segments):
         return segments, credit
@@ -43,16 +47,8 @@ def merge_equal(segments: Segments, credit: Credit) -> tuple[Segments, Credit]:
     start_of_segment = np.cumsum(segments.length) - segments.length
     offset_of_token = np.arange(len(segment_of_token)) - start_of_segment[segment_of_token]
     id_of_token = segments.tokens[segments.source[segment_of_token] + offset_of_token]
-    key = _prefix_hashes(segments, segment_of_token, offset_of_token, id_of_token)
-    _, first_of_prefix, prefix_of_token = np.unique(key, return_index=True, return_inverse=True)
-    # A prefix is named by the first token that has it: then parents come before their children.
-    token = first_of_prefix[prefix_of_token]
     before = _token_before(segments, start_of_segment, segment_of_token, offset_of_token)
-    above = np.where(before >= 0, token[np.maximum(before, 0)], -1)
-    if (id_of_token != id_of_token[token]).any() or (above != above[token]).any():
-        raise MergeError(
-            "train.prefix_sharing content: two different prefixes have one hash; set train.prefix_sharing=tree"
-        )
+    token, above = _first_of_prefix(segments, segment_of_token, offset_of_token, id_of_token, before)
     merged = np.bincount(token, minlength=len(token))
     begins = np.bincount(token, offset_of_token == 0, len(token)) > 0
     is_kept = token == np.arange(len(token))
@@ -88,10 +84,30 @@ def merge_equal(segments: Segments, credit: Credit) -> tuple[Segments, Credit]:
     return built, Credit(summed(credit.A_pos), summed(credit.A_neg), summed(credit.n), count)
 
 
-def _prefix_hashes(segments: Segments, segment_of_token: Ints, offset_of_token: Ints, id_of_token: Ints) -> Hashes:
+def _first_of_prefix(
+    segments: Segments, segment_of_token: Ints, offset_of_token: Ints, id_of_token: Ints, before: Ints
+) -> tuple[Ints, Ints]:
+    """[T] the first token with the same prefix, which names the prefix; and [T] the name of the prefix one shorter."""
+    for salt in SALTS:
+        key = _prefix_hashes(segments, segment_of_token, offset_of_token, id_of_token, salt)
+        _, first_of_prefix, prefix_of_token = np.unique(key, return_index=True, return_inverse=True)
+        # The first token with a prefix names it: then parents come before their children.
+        token = first_of_prefix[prefix_of_token]
+        above = np.where(before >= 0, token[np.maximum(before, 0)], -1)
+        # Equal hashes are equal prefixes if the last tokens are equal and what is above them was merged, too.
+        if (id_of_token == id_of_token[token]).all() and (above == above[token]).all():
+            return token, above
+    raise MergeError(
+        f"{len(SALTS)} hashes in a row confused two prefixes of {len(token)} tokens; set train.prefix_sharing=tree"
+    )
+
+
+def _prefix_hashes(
+    segments: Segments, segment_of_token: Ints, offset_of_token: Ints, id_of_token: Ints, salt: int
+) -> Hashes:
     """[T] a hash of the path down to each token, its group included."""
     position = segments.position[segment_of_token] + offset_of_token
-    mixed = _mix(_mix(id_of_token.astype(np.uint64)) + position.astype(np.uint64))
+    mixed = _mix(_mix(id_of_token.astype(np.uint64) + np.uint64(salt << 40)) + position.astype(np.uint64))
     running = np.cumsum(mixed, dtype=np.uint64)
     # Sums of uint64 wrap around, and differences of wrapped sums are right all the same.
     before_segment = np.concatenate([[np.uint64(0)], running])[np.cumsum(segments.length) - segments.length]
