@@ -19,6 +19,7 @@ from treepo_mega.tree.credit import leaf_weights
 from treepo_mega.tree.descent import descent_shares, fair_leaves
 from treepo_mega.tree.look_alikes import LOOK_ALIKE
 from treepo_mega.tree.node import ROOT, Tree
+from treepo_mega.tree.node_advantage import node_advantages
 from treepo_mega.tree.search import Segment, TreeSearch
 from treepo_mega.tree.stop import StopRules
 
@@ -94,6 +95,29 @@ def test_a_model_without_a_choice_still_ends():
     assert len(tree.leaves) == 5 and tree.counts["look_alikes"] == 1 and tree.nodes[1].weight == 2
 
 
+@pytest.mark.parametrize("kind", ["equal", "entropy"])
+def test_a_full_tree_that_loses_branches_decides_again(kind):
+    """Six of six alike: one goes on alone; two branches of it must then share five leaves, by what comes next."""
+    cfg = config(
+        n_samples_per_prompt=6,
+        branching__initial=(6, 6),
+        branching__budget__kind=kind,
+        fallback__from="any",
+        segment__length=1,
+        max_response_len=9,
+    )
+    tree = grow(cfg, 0, symbols=1000)
+    assert len(tree.leaves) == 6 and tree.counts["look_alikes"] == 0
+    search = start(cfg, 1)
+    first = True
+    while not search.done:
+        for want in search.wants():
+            token = 4 if first else derive_seed(want.seed) % 1000 + 1
+            search.take(want.node_id, Segment([token], [-1.0], "length", [-0.7, -0.7][: want.peek]))
+        first = False
+    assert len(search.tree.leaves) == 6 and search.tree.counts["look_alikes"] == 5
+
+
 def test_its_leaves_grow_elsewhere_by_the_rule():
     search = start(config(), 0)
     first, second = search.wants()
@@ -161,6 +185,25 @@ def test_weights_count_as_if_the_sibling_had_been_kept_and_had_gone_on_alike(mod
     packed_loss = (weights * sizes * [0.3, -0.7, 1.1]).sum() / sum(sizes)
     flat_loss = (flat * [4, 7, 4, 7, 2, 2] * [0.3, -0.7, 0.3, -0.7, 1.1, 1.1]).sum() / sum([4, 7, 4, 7, 2, 2])
     assert math.isclose(packed_loss, flat_loss, rel_tol=1e-10)
+
+
+def test_leave_one_out_leaves_out_one_of_the_draws():
+    """A branch that stands for two has the advantage of either of two siblings that said the same."""
+
+    def tree_with(branches: list[tuple[int, list[float]]]) -> Tree:
+        tree = Tree.start("p", [1])
+        for weight, rewards in branches:
+            node = tree.add_child(ROOT)
+            node.weight = weight
+            tree.leaves += [tree.add_child(node.id).id for _ in rewards]
+            tree.rewards += rewards
+        return tree
+
+    cut = tree_with([(2, [1.0, 0.0]), (1, [0.5]), (1, [0.2, 0.1, 0.6])])
+    flat = tree_with([(1, [1.0, 0.0]), (1, [1.0, 0.0]), (1, [0.5]), (1, [0.2, 0.1, 0.6])])
+    of_cut = node_advantages(cut, "rloo", shares=descent_shares(cut))
+    of_flat = node_advantages(flat, "rloo", shares=descent_shares(flat))
+    assert of_cut[1] == pytest.approx(of_flat[1]) and of_cut[4] == pytest.approx(of_flat[7])
 
 
 def test_descents_of_cut_trees_have_the_policys_mean():

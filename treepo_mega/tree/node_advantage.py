@@ -11,7 +11,8 @@ its parent's only child with leaves continues its parent's segment and has its a
               what shares the token: on a tree all leaves below it. Flat groups get the usual RLOO.
 
 `rloo` with shares of a descent is an unbiased gradient of the policy: a baseline of leaves that the token did not
-lead to is independent of it, and their shares add up to a number that was known before it was sampled.
+lead to is independent of it, and their shares add up to a number that was known before it was sampled. A node that
+stands for siblings which were cut leaves out one of its draws, and keeps the others.
 `segment` is not: it discounts early segments. The official node variants (mean of children, z-scores among siblings)
 are other functions.
 """
@@ -54,6 +55,8 @@ def node_advantages(
         credited = {node: value[node] - _mean_elsewhere(rewards, shares, group) for node, group in below.items()}
         # All leaves below a node leave nothing to compare it with.
         credited |= {node: 0.0 for node, group in below.items() if len(group) == len(rewards)}
+        if shares is not None:
+            credited |= _against_own_copies(tree, rewards, shares, value, below)
     out = [0.0] * len(tree.nodes)
     for node, group in below.items():
         out[node] = credited[node] / (math.sqrt(len(group)) if sqrt_n else 1.0)
@@ -73,6 +76,26 @@ def _segment(tree: Tree, value: dict[int, float]) -> dict[int, float]:
         else:
             credited[node.id] = value[node.id] - value[node.parent]
     return credited
+
+
+def _against_own_copies(
+    tree: Tree, rewards: Sequence[float], shares: Sequence[float], value: dict[int, float], below: dict[int, list[int]]
+) -> dict[int, float]:
+    """Node -> advantage under rloo, for nodes that stand for siblings which repeated them (`tree/look_alikes.py`).
+
+    Of w draws with the same tokens one is left out, as a flat group would; the others have the node's own value.
+    """
+    total = math.fsum(shares)
+    mean = mean_reward(rewards, shares, range(len(rewards)))
+    out = {}
+    for node, group in below.items():
+        # Cutting makes whole weights; fractions are those of forks, whose branches were drawn unlike.
+        weight = tree.nodes[node].weight
+        if tree.nodes[node].fork is not None or weight <= 1:
+            continue
+        own = math.fsum(shares[index] for index in group) / total / weight
+        out[node] = value[node] - (mean - own * value[node]) / (1 - own)
+    return out
 
 
 def _mean_elsewhere(rewards: Sequence[float], shares: Sequence[float] | None, group: Sequence[int]) -> float:

@@ -417,6 +417,8 @@ class TreeSearch:
         if self._cfg.fallback.from_ == "none" or not left:
             self._fall_short(missing, bool(left))
             return []
+        # A full tree may have lost branches that repeated a sibling: what begins now may have to be decided on.
+        self._transfer.full = False
         made: list[Node] = []
         level = max(node.level for node in tree.nodes) + 1
         candidates = CANDIDATES[self._cfg.fallback.from_](tree, self._rng)
