@@ -19,6 +19,7 @@ from treepo_mega.monitor.explain import why_nothing
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import BatchNotFilled, Collector, Forest, draws
 from treepo_mega.rollout.generator import Job
+from treepo_mega.rollout.round import SampledRound
 from treepo_mega.tree.advantage import set_rewards
 from treepo_mega.tree.node import ROOT, Tree
 
@@ -201,6 +202,30 @@ def test_leaves_that_nobody_can_take_are_said(caplog: pytest.LogCaptureFixture):
         forest = collector.collect(0)
     assert leaves(forest) == [("2-1", 4)] and "1 of 3 prompts" in caplog.text
     assert forest.metrics["rollout/leaves_unspent"] == 4
+
+
+def test_a_tree_grows_on_where_it_began_whichever_round_that_was(monkeypatch: pytest.MonkeyPatch):
+    """Its first leaves lie in the prefix cache of that engine."""
+    collector = Handfuls(adaptive(most_leaves=4), "0010112")
+    dealt: list[dict[str, int] | None] = []
+
+    def sample_and_grade(generator, pool, jobs, make_row, *, engines, **_) -> SampledRound:
+        ids = [job.prompt.id for job in jobs]
+        dealt.append(None if engines is None else dict(zip(ids, engines, strict=True)))
+        trees, counts = Handfuls.sample(collector, jobs, 0)
+        rows = {index: {"tree": tree.to_dict(), "lost": 0, "numbers": {}} for index, tree in enumerate(trees)}
+        # A prompt's number names the engine that takes it.
+        return SampledRound(rows=rows, counts=counts, engines={index: int(name[0]) for index, name in enumerate(ids)})
+
+    monkeypatch.setattr("treepo_mega.rollout.collect.sample_and_grade", sample_and_grade)
+    monkeypatch.setattr("treepo_mega.rollout.collect.with_earlier_grades", lambda job, row: Tree.from_dict(row["tree"]))
+    costs = SimpleNamespace(expected=lambda prompt: 1.0, update=lambda prompts, trees: None)
+    collector.generator = SimpleNamespace(costs=costs)  # type: ignore[assignment]
+    monkeypatch.setattr(collector, "sample", lambda jobs, step: Collector.sample(collector, jobs, step))
+    collector.collect(0)
+    *rounds, last = dealt
+    assert rounds == [None, None], "by cost, and a refill"
+    assert last == {"2-1": 2, "4-1": 4}
 
 
 def test_a_step_of_settled_prompts_grows_nothing():

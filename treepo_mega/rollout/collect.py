@@ -91,6 +91,8 @@ class Collector:
         kept: list[Tree] = []
         seen: list[Tree] = []
         drawn: dict[str, Prompt] = {}
+        # Emptied here and not by a round: a tree of any round of the step may grow on.
+        self._engine_of = {}
         totals: dict[str, float] = {}
         budget = LeafBudget.of(rollout) if rollout.leaves == "adaptive" else None
         first = None if budget is None else budget.first
@@ -204,9 +206,7 @@ class Collector:
             timers=self.timers,
             engines=[self._engine_of[job.prompt.id] for job in jobs] if jobs[0].begun else None,
         )
-        self._engine_of = {jobs[index].prompt.id: engine for index, engine in sampled.engines.items()} | (
-            {} if jobs[0].begun is None else self._engine_of
-        )
+        self._engine_of |= {jobs[index].prompt.id: engine for index, engine in sampled.engines.items()}
         for index, state in sampled.paused.items():
             self.carried.append({"prompt": asdict(jobs[index].prompt), "state": state})
         trees = [with_earlier_grades(jobs[index], row) for index, row in sampled.rows.items()]
