@@ -259,7 +259,7 @@ def gather_objects(value: Any) -> list[Any]:
 def _unpacked(part: torch.Tensor, speaker: int) -> Any:
     """What rank `speaker` packed into the bytes `part`."""
     try:
-        return unpack(memoryview(part.numpy()))
+        return unpack(part.numpy().data)
     except PackedError as e:
         raise PackedError(
             f"what rank {speaker} told rank {rank()} arrived damaged: {e}. Start again; if it comes back, look at the "

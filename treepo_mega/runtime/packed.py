@@ -27,7 +27,7 @@ HEADER = struct.Struct("<4sIQ")
 LEAST = 16
 """Entries of the shortest list that is an array: below, its place in the text would be longer than its numbers."""
 MARK = "$"
-KINDS = {"i4": np.dtype("<i4"), "i8": np.dtype("<i8"), "f4": np.dtype("<f4"), "f8": np.dtype("<f8")}
+KINDS: dict[str, np.dtype[Any]] = {kind: np.dtype(f"<{kind}") for kind in ("i4", "i8", "f4", "f8")}
 
 
 class PackedError(TreepoError):
