@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.actor.test_masses import Tokens, config, flat_loss, packs_of
 from tests.properties import examples
 from tests.tree.forests import forests
+from treepo_mega.actor import passes
 from treepo_mega.actor.batch import advantages, charge_kl, lesson_of
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.config import Config, ConfigError, check
@@ -27,6 +28,8 @@ from treepo_mega.tree.pack import Batch, StepPlan, split_steps
 from treepo_mega.tree.segments import Segments
 
 COEF = 0.25
+REJECT = ("algo.rollout_rs=sequence", "algo.rollout_rs_threshold=30")
+WEIGH = ("algo.rollout_is=geometric", "algo.use_tis=true")
 BASE = ("algo.kl_loss_coef=0", f"reward.kl_coef={COEF}", "rollout.fallback.from=none")
 
 
@@ -49,6 +52,7 @@ def plans_of(trees: list[Tree], known: Tokens, cfg: Config, layout: dict[str, in
         packs = packs_of(Batch(segments, lesson.credit()), **layout)
         for pack in packs:
             pack.old_logprobs, pack.ref_logprobs = known.old[pack.target].numpy(), known.ref[pack.target].numpy()
+            pack.rollout_logprobs = known.rollout[pack.target].numpy()
         groups.append(chosen)
         plans.append(StepPlan(packs, lesson=lesson))
     return groups, plans
@@ -66,6 +70,7 @@ def plans_of(trees: list[Tree], known: Tokens, cfg: Config, layout: dict[str, in
             "train.num_steps_per_rollout=2",
         ),
         ("algo.advantage_estimator=reinforce_pp", "train.prefix_sharing=prompt"),
+        ("algo.advantage_estimator=treepo_size_weighted", *REJECT, *WEIGH),
     ],
     ids=lambda overrides: overrides[0].partition("=")[2],
 )
@@ -73,6 +78,7 @@ def test_packed_is_flat(overrides, monkeypatch):
     cfg = config(*BASE, *overrides)
     # The packs of all ranks are here: what each says is added up already.
     monkeypatch.setattr(dist, "sum_array_over_replicas", lambda values: values)
+    monkeypatch.setattr(passes, "engine_mismatch", lambda plans: {})
 
     @examples(15)
     @given(forests(), st.integers(0, 1 << 16), st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]), st.integers(0, 20))
@@ -83,6 +89,8 @@ def test_packed_is_flat(overrides, monkeypatch):
         layout = {"dp_size": ranks[0], "cp_size": ranks[1], "room": room}
         groups, plans = plans_of(trees, known, cfg, layout)
         metrics = charge_kl(plans, trees, cfg)
+        # As in a step: trajectories are weighed and rejected after that, and keep their new advantages.
+        passes.correct_leaves(plans, cfg.algo)
         every_kl = []
         for tree, charged in zip(flat, trees, strict=True):
             kl = kl_by_definition(tree, known)

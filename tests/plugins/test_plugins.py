@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from treepo_mega.actor.batch import advantages, lesson_of
+from treepo_mega.cli import main
 from treepo_mega.config import Config, ConfigError, load_config
 from treepo_mega.data.rewards.verifiers import OPTIONAL_PARAMETERS, PARAMETERS, VerifierError, check_verifier
 from treepo_mega.monitor.metrics import MetricsLogger
@@ -108,6 +109,14 @@ def test_a_raise_names_prompt_and_line(tmp_path):
     name = written(tmp_path, "def f(tree):\n    return tree.scores\n")
     found = problem("advantage", name)
     assert "raised AttributeError: " in found and "(mine.py:2) for prompt 'the example tree'" in found
+
+
+def test_the_command_stops_before_anything_heavy(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name = written(tmp_path, "def f(trees): return []\n")
+    status = main(["train", "examples/tiny_cpu.yaml", "--dry-run", KEYS["advantage"].format(name)])
+    said = capsys.readouterr().err
+    assert status == 2 and f"advantage plug-in {name!r} (algo.advantage_estimator): nothing is passed" in said
 
 
 def test_a_missing_file_or_function_comes_with_the_nearest(tmp_path):
