@@ -88,6 +88,28 @@ def grown_on(generator: Generator, cfg: Config) -> list[list]:
     return [[tree.leaves, tree.rewards, [(n.path, n.tokens, n.stop) for n in tree.nodes]] for tree in trees]
 
 
+def forked(generator: Generator, cfg: Config) -> list[list]:
+    """Trees whose branches start at uncertain tokens, sampled by engines of which the first is slow."""
+    forks = {"branching.at": "fork", "branching.initial": (2, 2), "branching.fork.draw": "other"}
+    prompts = [Prompt(f"f{k}", "", [3 + k] * 20, str(k), "last_number", "test") for k in range(4)]
+    engine, real = generator.engine, generator.engine.step
+    if dist.get_rank() == 0:
+        engine.step = lambda: (time.sleep(0.02), real())[1]  # type: ignore[method-assign]
+
+    def report(tree: Tree, texts: list[str], results: list[RewardResult]) -> dict:
+        return reward_leaves(tree, results, cfg)
+
+    with RewardPool(cfg.reward) as pool:
+        jobs = [Job(prompt) for prompt in prompts]
+        rollout = cfg.rollout.replace(forks | {"engine.max_num_seqs": 4})
+        sampled = sample_and_grade(
+            generator, pool, jobs, report, name="forks", costs=[1.0] * 4, step=5, rollout=rollout
+        )
+    engine.step = real  # type: ignore[method-assign]
+    trees = [Tree.from_dict(row["tree"]) for row in sampled.rows.values()]
+    return [[tree.leaves, [(n.path, n.tokens, n.stop, n.fork) for n in tree.nodes]] for tree in trees]
+
+
 def deadline_of_the_first_rank(generator: Generator, jobs: list[Job], store: dist.Store) -> None:
     """Both ranks of one engine go by the first one's clock: a rank that left alone would hang the other."""
     rank, real = dist.get_rank(), time.monotonic
@@ -143,6 +165,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
     if tp > 1:
         deadline_of_the_first_rank(generator, [Job(p) for p in prompts], store)
     whole = grown_on(generator, cfg)
+    at_forks = forked(generator, cfg)
     write_weights(engine, other, tp=tp, tp_rank=rank % tp)
     scores = engine.score(prompts[0].tokens, 0.7)
     total = torch.ones(1)
@@ -155,7 +178,11 @@ def main(hf: Path, other: Path, tp: int) -> None:
         parts = paths[:1] if tp > 1 else paths
         assert tp == 1 or paths[0] == paths[1]
         trees = sorted(t for part in parts for t in part)  # type: ignore[attr-defined]
-        print(json.dumps({"trees": trees, "scores": scores, "evaluated": evaluated, "grown_on": whole}))
+        print(
+            json.dumps(
+                {"trees": trees, "scores": scores, "evaluated": evaluated, "grown_on": whole, "forked": at_forks}
+            )
+        )
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # not through the engine's destructor, which tears the process group down under the other ranks

@@ -24,6 +24,8 @@ def test_trees_and_scores_are_the_same_in_either_layout(tiny_llama, make_tiny_ll
     apart, together = launch(tiny_llama, other, 1), launch(tiny_llama, other, 2)
     assert len(apart["trees"]) == 3 and apart["trees"] == together["trees"]
     assert len(apart["grown_on"]) == 3 and apart["grown_on"] == together["grown_on"]
+    assert len(apart["forked"]) == 4 and apart["forked"] == together["forked"]
+    assert {fork for _, nodes in apart["forked"] for *_, fork in nodes} == {None, "rank"}
     (whole,) = together["evaluated"]
     assert whole["stolen"] == 0 and whole["metrics"][0]["samples"] == 12 and whole["metrics"][1]["samples"] == 36
     for slow in apart["evaluated"]:

@@ -36,6 +36,7 @@ import numpy as np
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.tree.advantage import leaf_advantages
+from treepo_mega.tree.budget import top_k_entropy
 from treepo_mega.tree.descent import fair_leaves, leaf_shares
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
@@ -131,7 +132,10 @@ class Process:
                 chances = self.probabilities[self.states[tuple(want.prefix[1:])]]
                 token = rng.choices(range(TOKENS), chances)[0]
                 reason = "stop" if token == END else "length"
-                search.take(want.node_id, Segment([token], [math.log(chances[token])], reason))
+                logprobs = np.log(np.maximum(chances, 1e-300)).tolist()
+                entropies = [top_k_entropy(logprobs)] if want.entropy else []
+                top = sorted(enumerate(logprobs), key=lambda one: -one[1])[: want.top]
+                search.take(want.node_id, Segment([token], [logprobs[token]], reason, [], entropies, top))
         tree = search.tree if begun is None else new_leaves(search.tree, begun)
         right = [self.reward(tuple(tree.response(leaf))) for leaf in tree.leaves]
         tree.rewards = [float(rng.random() < chance) for chance in right] if self.binary else right
@@ -183,6 +187,8 @@ def judge(process: Process, trees: list[Tree], estimator: str, leaf_weight: str)
     }
 
 
+FORK: dict[str, object] = {"branching.at": "fork", "branching.fork.distance": 1, "branching.initial": [4, 4]}
+
 SAMPLERS: dict[str, dict[str, object]] = {
     "independent": {"mode": "sequential"},
     "level, no fallback": {"fallback.from": "none"},
@@ -192,6 +198,12 @@ SAMPLERS: dict[str, dict[str, object]] = {
     "level, look-alikes cut": {"branching.look_alikes": "cut", "fallback.from": "none"},
     "adaptive, no fallback": {"leaves": "adaptive", "branching.initial": [4, 4], "fallback.from": "none"},
     "level, root of 8": {"branching.initial": [8, 8], "fallback.from": "finished"},
+    "fork, rank": FORK,
+    "fork, rank, logprob": FORK | {"branching.fork.signal": "logprob"},
+    "fork, rank, other": FORK | {"branching.fork.draw": "other"},
+    "fork, threshold": FORK | {"branching.fork.threshold": 0.8, "fallback.from": "none"},
+    "fork, threshold, other": FORK
+    | {"branching.fork.threshold": 0.8, "branching.fork.draw": "other", "fallback.from": "none"},
 }
 
 
@@ -204,6 +216,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
         process = Process(stops=stops, binary=binary, seed=args.seed)
         # Without early stops no path is over-represented and nothing falls back: two samplers say all.
         chosen = SAMPLERS if stops else {name: SAMPLERS[name] for name in ("independent", "level, no fallback")}
+        chosen = {name: changes for name, changes in chosen.items() if args.only in name}
         print(f"\nearly stops {stops}, rewards {'binary' if binary else 'real'}: J = {process.expected_reward:.4f}")
         print(f"{'sampler':24}{'estimator':23}{'weight':9}{'cos':>7}{'scale':>7}{'deep':>7}{'bias':>9}")
         for name, changes in chosen.items():
@@ -223,6 +236,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                             "leaf_weight": leaf_weight,
                             "branch": (rollout.branching.initial or [rollout.branching.factor])[0],
                             "stops": stops,
+                            "sampler": name,
                             "transfer": rollout.branching.transfer if rollout.mode == "tree" else "independent",
                             "fallback": rollout.fallback.from_,
                             "look_alikes": rollout.branching.look_alikes,
@@ -295,6 +309,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="300 trees a case, binary rewards with early stops only")
     parser.add_argument("--trees", type=int, help="trees a case (2500, with --quick 300)")
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--only", default="", help="samplers whose names hold this")
     args = parser.parse_args()
     args.trees = args.trees or (300 if args.quick else 2500)
     cases = measure(args)
