@@ -135,7 +135,10 @@ class Process:
                 logprobs = np.log(np.maximum(chances, 1e-300)).tolist()
                 entropies = [top_k_entropy(logprobs)] if want.entropy else []
                 top = sorted(enumerate(logprobs), key=lambda one: -one[1])[: want.top]
-                search.take(want.node_id, Segment([token], [logprobs[token]], reason, [], entropies, top))
+                after = (*want.prefix[1:], token)
+                peek = [] if self.over(after) else sorted(np.log(self.probabilities[self.states[after]]).tolist())
+                peek = peek[::-1][: want.peek]
+                search.take(want.node_id, Segment([token], [logprobs[token]], reason, peek, entropies, top))
         tree = search.tree if begun is None else new_leaves(search.tree, begun)
         right = [self.reward(tuple(tree.response(leaf))) for leaf in tree.leaves]
         tree.rewards = [float(rng.random() < chance) for chance in right] if self.binary else right
