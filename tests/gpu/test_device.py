@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.ranks import CLI, run_ranks
 from treepo_mega.monitor.metrics import read_metrics
 from treepo_mega.runtime.device import free_memory_bytes, has_cuda
+from treepo_mega.runtime.staging import Staging
 from treepo_mega.sync.handover import DeviceMemory
 
 WORKER = Path(__file__).with_name("collective_worker.py")
@@ -60,6 +62,28 @@ def test_offloaded_memory_is_free_for_others_and_comes_back_unchanged(record_pro
         assert all(torch.equal(now.cpu(), then) for now, then in zip(parts[part], before[part], strict=True))
     assert not parts["grads"][0].any()
     record_property("MiB free for others", freed[-1] // MIB)
+
+
+@needs_cuda
+def test_arrays_arrive_whole_behind_a_busy_device_and_the_host_does_not_wait(record_property: Record):
+    """Work is queued first, so that the device reads the buffers late; each buffer is used many times."""
+    stage = Staging(torch.device("cuda", torch.cuda.current_device()), 1 << 16)
+    arrays = [np.random.default_rng(number).integers(0, 1 << 30, 5000) for number in range(200)]
+    stage.copy(arrays[0])
+    busy = torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    for _ in range(20):
+        busy @ busy
+    done.record()
+    first = stage.copy(arrays[1][:100])
+    assert not done.query(), "the copy waited for what the device was given before it"
+    copies = [stage.copy(values, torch.int32) for values in arrays]
+    assert all(held.is_pinned() for held in stage._buffers)
+    assert torch.equal(first.cpu(), torch.from_numpy(arrays[1][:100]))
+    for values, copied in zip(arrays, copies, strict=True):
+        assert torch.equal(copied.cpu(), torch.from_numpy(values).int())
+    record_property("arrays", len(copies))
 
 
 def trained(directory: Path, ranks: int, *overrides: str) -> dict[int, dict[str, float]]:

@@ -72,6 +72,12 @@ CHECKS = (
     Check("torch", f"{DEVICE}::test_one_rank_over_nccl", 1, "first collective and a batch of sends, one rank"),
     Check("torch", f"{KERNELS}::test_kernels_equal_tiles_of_torch", 3, "bf16 and FP8 loss kernels", "not fp32"),
     Check("torch", f"{DEVICE}::test_offloaded_memory_is_free_for_others_and_comes_back_unchanged", 1, "offloading"),
+    Check(
+        "torch",
+        f"{DEVICE}::test_arrays_arrive_whole_behind_a_busy_device_and_the_host_does_not_wait",
+        1,
+        "copies through pinned buffers",
+    ),
     Check("torch", f"{KERNELS}::test_transformer_engines_quantiser_is_ours", 1, "FP8 quantiser", needs=(TE,)),
     Check("torch", f"{KERNELS}::test_transformer_engines_gradient_products", 1, "FP8 products", needs=(TE,)),
     # Last: fp32 tiles do not fit the registers, which takes minutes to compile and is no layout that `auto` chooses.
