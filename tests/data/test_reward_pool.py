@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from treepo_mega.config import RewardConfig
 from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, VerifierError
+from treepo_mega.data.rewards.grader import Grader
 
 HOSTILE = """
 import os, sys, time, subprocess, pathlib
@@ -384,22 +386,92 @@ def test_the_deadline_is_the_items_not_the_batchs(tmp_path: Path) -> None:
 
 
 def test_many_items_share_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    from treepo_mega.data.rewards import pool as pool_module
-
     sizes = []
-    give = pool_module._Worker.give
+    give = Grader.give
 
     def counted(self, batch, message):
         sizes.append(len(batch))
         give(self, batch, message)
 
-    monkeypatch.setattr(pool_module._Worker, "give", counted)
+    monkeypatch.setattr(Grader, "give", counted)
     with RewardPool(RewardConfig(num_workers=1)) as pool:
         results = pool.score([RewardItem("exact", "x", str(i), "7") for i in range(512)])
     assert [i for i, r in enumerate(results) if r.score == 1.0] == [7]
     assert sum(sizes) == 512
     assert max(sizes) == 64
     assert len(sizes) <= 20, "messages for 512 items"
+
+
+def polled(pool: RewardPool, tickets: list[int], seconds: float = 60) -> dict[int, RewardResult]:
+    """Results of all `tickets`, by polling alone."""
+    got: dict[int, RewardResult] = {}
+    deadline = time.monotonic() + seconds
+    while len(got) < len(tickets) and time.monotonic() < deadline:
+        got |= pool.poll()
+        time.sleep(0.005)
+    assert sorted(got) == sorted(tickets), "each has one result, and no other ticket has any"
+    return got
+
+
+def test_what_is_submitted_ends_as_by_score_hanging_and_dying_ones_too(pool: RewardPool, verifier: str) -> None:
+    texts = ["good", "hang", "dict", "exit", "raise", "good", "length"]
+    items = [RewardItem(verifier, "x", text, "y" * 300_000) for text in texts]
+    restarts = pool.restarts
+    pool.take_tally()
+    tickets = pool.submit(items[:3]) + pool.submit(items[3:])
+    # Another call in between takes its own results and no others.
+    assert [r.score for r in pool.score([RewardItem(verifier, "x", "good", "")] * 3)] == [0.5] * 3
+    got = polled(pool, tickets)
+    assert pool.restarts == restarts + 4, "both hostile ones were tried twice"
+    assert [got[ticket].score for ticket in tickets] == [0.5, None, 1.0, None, None, 0.5, 1.0]
+    assert "grading took more than 4 s (2 tries)" in str(got[tickets[1]].error)
+    tally = pool.take_tally()
+    assert (tally["total"], tally["lost"]) == (10, {verifier: 3})
+    assert "grading took more than 4 s" in tally["reasons"][verifier], "of the first item, not of the first end"
+
+
+def test_a_poll_with_nothing_in_flight_asks_the_system_nothing(
+    pool: RewardPool, verifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ticket,) = pool.submit([RewardItem(verifier, "x", "good", "")])
+    assert pool.wait() == {ticket: RewardResult(0.5)}
+    monkeypatch.setattr("selectors.PollSelector", None)
+    assert pool.poll() == pool.wait() == {}
+
+
+def test_an_answer_that_is_there_beats_a_deadline_that_passed_unseen(pool: RewardPool, verifier: str) -> None:
+    restarts = pool.restarts
+    (ticket,) = pool.submit([RewardItem(verifier, "x", "good", "")])
+    (worker,) = [each for each in pool._workers if each.batch]
+    while verifier not in worker.imported:
+        pool._move(block=True)
+    if worker.batch:
+        assert select.select([worker.replies], [], [], 60)[0]
+    worker.deadline = 0.0
+    assert pool.poll() == {ticket: RewardResult(0.5)}
+    assert pool.restarts == restarts
+
+
+def test_a_pool_is_of_use_after_what_was_submitted_is_abandoned_or_refused(
+    pool: RewardPool, verifier: str, tmp_path: Path
+) -> None:
+    good = RewardItem(verifier, "x", "good", "")
+    pool.submit([RewardItem(verifier, "x", "hang", "")] * 3)
+    pids = [worker.process.pid for worker in pool._workers]
+    pool.abandon()
+    assert pids and not any(alive(pid) for pid in pids)
+    with pytest.raises(VerifierError, match="did you mean 'exact'"):
+        pool.submit([good, RewardItem("exakt", "x", "a", "b")])
+    with pytest.raises(ValueError, match=r"reward item 1 \(x\): not JSON"):
+        pool.submit([good, RewardItem(verifier, "x", "good", "", {"a": object()})])
+    assert pool.wait() == {}, "nothing of a refused call is in flight"
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_module_here\ndef score(**kw):\n    return 1.0\n")
+    pool.submit([good, RewardItem(f"{broken}:score", "x", "a", "b")])
+    with pytest.raises(VerifierError, match="cannot be loaded: ModuleNotFoundError"):
+        pool.wait()
+    assert pool.wait() == {}
+    assert pool.score([good]) == [RewardResult(0.5)]
 
 
 def test_math_truths_are_read_by_math_verify_in_a_worker() -> None:

@@ -128,6 +128,8 @@ def test_what_is_no_reward_is_named_with_verifier_and_prompt(returned: Any, reas
     assert reason in reply["error"]
     pool = RewardPool(config().reward)
     item = RewardItem("my.py:f", "x", "a", "b", None, trajectory_of(tree(), 1))
-    pool._count([item], [RewardResult(None, reply["error"])])
+    ticket, pending = pool._encode(0, item)
+    pool._pending[ticket] = pending
+    pool._finish(ticket, RewardResult(None, reply["error"]))
     _, _, said = describe_lost([pool.take_tally()], "step 2")
     assert "verifier 'my.py:f' lost 1, first: " in said and reason in said and "(prompt 'p')" in said

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
-from treepo_mega.data.rewards.pool import worker_environment
+from treepo_mega.data.rewards.grader import worker_environment
 from treepo_mega.errors import TreepoError, nearest
 
 TIMEOUT_S, TIMEOUT_PER_ITEM_S = 300.0, 0.1
