@@ -23,9 +23,10 @@ pytestmark = pytest.mark.slow
 
 RECIPE = [
     "rollout.rollout_batch_size=2",
-    "rollout.n_samples_per_prompt=4",
-    "rollout.max_response_len=24",
+    "rollout.n_samples_per_prompt=6",
+    "rollout.max_response_len=56",
     "rollout.dynamic_sampling=false",
+    *("rollout.leaves=adaptive", "rollout.first_leaves=2", "rollout.branching.look_alikes=cut"),
     "train.num_rollouts=2",
     "train.num_steps_per_rollout=1",
     "train.lr_warmup_iters=0",
@@ -84,7 +85,8 @@ def test_two_steps_with_checkpoints_between_them(run, profile):
     assert sorted(rows) == [0, 1, 2]
     assert all(rows[step]["rollout/logprob_abs_diff_max"] <= 1e-4 for step in (1, 2))
     assert all(row["reshard/canary_abs_diff"] <= 1e-3 for row in rows.values()), "after sleeps that drop the weights"
-    assert rows[1]["tree/leaves"] == 8
+    assert all(rows[step]["tree/leaves"] + rows[step]["rollout/leaves_unspent"] == 12 for step in (1, 2))
+    assert max(rows[step]["tree/leaves_per_prompt_max"] for step in (1, 2)) > 2, "a tree has grown on"
 
 
 def test_async_scheduling_and_the_real_hand_over_change_no_tree(run):
