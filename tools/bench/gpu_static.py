@@ -338,6 +338,8 @@ def main() -> int:
     print(f"kernels that auto can choose spill, in bytes a thread: {spills}")
     print(f"layouts with a rank that has no message: {len(silent)}")
     failed = None if args.quick else failed_proofs()
+    for proof in failed or ():
+        print(f"not proven here (failed or skipped; pytest says why): {proof}")
     report = {
         "findings": [
             {"id": finding.id, "status": finding.status, "proof": list(finding.proof)} for finding in FINDINGS
