@@ -20,7 +20,8 @@ from treepo_mega.engine.engine import Engine
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import Collector
-from treepo_mega.rollout.generator import Generator, Job
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.jobs import Job
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.signals import StopRequest
 

@@ -26,7 +26,8 @@ from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout import generator as generator_module
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
-from treepo_mega.rollout.generator import Generator, Job
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.rollout.shaping import reward_leaves
 from treepo_mega.tree.node import Tree

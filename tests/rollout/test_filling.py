@@ -18,7 +18,7 @@ from treepo_mega.data.prompts import Prompt
 from treepo_mega.monitor.explain import why_nothing
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import BatchNotFilled, Collector, Forest, draws
-from treepo_mega.rollout.generator import Job
+from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.round import SampledRound
 from treepo_mega.tree.advantage import set_rewards
 from treepo_mega.tree.node import ROOT, Tree
@@ -53,9 +53,8 @@ class Table(Collector):
                 self.carried.append({"prompt": asdict(job.prompt), "state": {"begun": True}})
                 continue
             trees.append(graded(job.prompt.id, 2 if digit == "x" else int(digit)))
-        counts = dict.fromkeys(
-            ("lost", "idle_share_max", "engine_steps", "running", "idle_s", "engine_s", "stolen"), 0.0
-        )
+        sums = ("engine_steps", "running", "idle_s", "engine_s", "stolen", "gradings", "gradings_early")
+        counts = dict.fromkeys(("lost", "idle_share_max", *sums), 0.0)
         return trees, counts
 
 

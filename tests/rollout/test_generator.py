@@ -17,7 +17,8 @@ from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.dealing import LocalQueue
-from treepo_mega.rollout.generator import GenerationTimeout, Generator, Grown, Job, PromptError
+from treepo_mega.rollout.generator import GenerationTimeout, Generator
+from treepo_mega.rollout.jobs import Grown, Job, PromptError
 from treepo_mega.tree.node import Tree
 
 
@@ -59,6 +60,34 @@ def change(generator: Generator, **fields: object) -> RolloutConfig:
 
 def tokens(trees: list[Tree]) -> list[list[tuple[tuple[int, ...], list[int], str | None]]]:
     return [[(n.path, n.tokens, n.stop) for n in t.nodes] for t in trees]
+
+
+class Told:
+    """A watcher that writes down each tree as it is told of it, and after how many steps."""
+
+    def __init__(self) -> None:
+        self.trees: list[tuple[int, dict]] = []
+        self.steps = 0
+        self.first = 0
+
+    def tree_done(self, index: int, tree: Tree) -> None:
+        self.first = self.first or self.steps
+        self.trees.append((index, json.loads(json.dumps(tree.to_dict()))))
+
+    def step_done(self) -> None:
+        self.steps += 1
+
+
+@pytest.mark.parametrize("mode", ["tree", "sequential"])
+def test_a_watcher_is_told_of_each_tree_once_when_it_changes_no_more(generator: Generator, mode: str):
+    told = Told()
+    rollout = change(generator, mode=mode, n_samples_per_prompt=3, max_response_len=32, engine__max_num_seqs=3)
+    made = [Job(prompt) for prompt in prompts(4)]
+    grown = generator.grow(made, LocalQueue([0, 1, 2, 3]), step=0, rollout=rollout, watcher=told)
+    assert sorted(index for index, _ in told.trees) == sorted(grown.trees) == [0, 1, 2, 3]
+    for index, tree in told.trees:
+        assert tree == json.loads(json.dumps(grown.trees[index].to_dict()))
+    assert 0 < told.first < told.steps == generator.counts["engine_steps"], "others are still sampled then"
 
 
 def test_every_segment_has_the_logprobs_of_its_own_path(generator, tiny_llama):

@@ -12,7 +12,7 @@ from treepo_mega.data.rewards.lost import describe_lost
 from treepo_mega.data.rewards.pool import RewardItem, RewardPool
 from treepo_mega.data.rewards.worker import grade
 from treepo_mega.monitor.registry import check_known
-from treepo_mega.rollout.round import trajectory_of
+from treepo_mega.rollout.grading import trajectory_of
 from treepo_mega.rollout.shaping import reward_leaves, without_cut
 from treepo_mega.tree.node import ROOT, Tree
 

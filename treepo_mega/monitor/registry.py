@@ -183,6 +183,12 @@ ANY_REWARD = "reward/<name>"
 
 _REWARD = (
     Metric("reward/lost", "count", "0", "gradings lost to a timeout, crash or NaN; never scored 0 in silence"),
+    Metric(
+        "reward/overlapped_share",
+        "share",
+        "near 1 with quick verifiers",
+        "gradings that had ended when their engine had done sampling; the rest is waited for in timing_s/reward",
+    ),
     Metric("reward/mean", "reward", "rises", "mean reward of the trajectories trained on"),
     Metric("reward/overlong_penalty", "reward", "near 0; absent when off", "mean of reward.overlong over the answers"),
     Metric("reward/kl", "nats", "slow rise; absent when off", "KL of a response from the reference, mean of leaves"),
@@ -271,6 +277,7 @@ _CLOCKED = (
     *("time", "timing_s/", "cpu_s/", "perf/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
+    "reward/overlapped_share",
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
 )

@@ -34,7 +34,8 @@ from treepo_mega.plugins import plugin_keeps
 from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.counts import summarize
 from treepo_mega.rollout.eval import CORRECT
-from treepo_mega.rollout.generator import Generator, Job
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.rollout.shaping import reward_leaves, without_cut
 from treepo_mega.runtime import dist
@@ -333,6 +334,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "tree/budget_divergence": counts.get("budget_divergence", 0.0) / max(1.0, counts.get("budget_decisions", 0.0)),
         "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),
         "reward/lost": totals["lost"],
+        "reward/overlapped_share": totals["gradings_early"] / max(1.0, totals["gradings"]),
         "reward/mean": sum(trained) / max(1, len(trained)),
     }
     for name in (key.removeprefix(SUM) for key in totals if key.startswith(SUM)):

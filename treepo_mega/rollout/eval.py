@@ -30,7 +30,8 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.errors import TreepoError
 from treepo_mega.rollout.dealing import CostModel
-from treepo_mega.rollout.generator import Generator, Job
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.text.boxes import last_box
 from treepo_mega.tree.node import Tree

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
@@ -28,6 +27,7 @@ from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import TokenCounts, summarize
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
+from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
@@ -40,38 +40,12 @@ if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
 
 
-class PromptError(TreepoError):
-    """A prompt cannot be sampled on this engine as it is; the message names the prompt and the key to change."""
-
-
 class GenerationTimeout(TreepoError):
     """Sampling passed rollout.timeout_s; the message names the segments that are unfinished."""
 
 
 Progress = Callable[[int, int], None]
 """Called with (leaves finished, leaves wanted) whenever the first number grows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A tree to grow: a prompt, and the state of its tree when it was carried over from an earlier step.
-
-    `leaves`: how many the tree is to have; None: rollout.n_samples_per_prompt. `begun`: the tree of this step, sampled
-    and graded with fewer leaves, that grows on.
-    """
-
-    prompt: Prompt
-    state: dict[str, Any] | None = None
-    leaves: int | None = None
-    begun: Tree | None = None
-
-
-@dataclass(slots=True)
-class Grown:
-    """What `grow` made of the jobs it took, by their index: finished trees, and the states of paused ones."""
-
-    trees: dict[int, Tree] = field(default_factory=dict)
-    paused: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 class Generator:
@@ -144,12 +118,13 @@ class Generator:
         rollout: RolloutConfig | None = None,
         temperature: float | None = None,
         purpose: str = "train",
+        watcher: Watcher | None = None,
     ) -> Grown:
         """Grow the trees of the jobs that `queue` hands out, to their end or to the reach of this step.
 
         Seeds come from (train.seed, purpose, step, prompt id), so ids must be unique within a step (those of
         `PromptCursor` are unique within a run): equal ids would give equal trees. Where trees grow on (`Job.begun`),
-        the prefix cache of the call before is kept.
+        the prefix cache of the call before is kept. `watcher` is told of each tree that is done, and of each step.
 
         Raises PromptError for a repeated id or a prompt that does not fit the engine, GenerationTimeout after
         rollout.timeout_s naming the unfinished segments, EngineError from the engine. After an error the engine is
@@ -159,7 +134,7 @@ class Generator:
         rollout = rollout or self.cfg.rollout
         budget_temperature = rollout.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
         now = rollout.replace({"branching.budget.temperature": budget_temperature})
-        self._check(jobs, now)
+        check_jobs(jobs, now.max_response_len, self.engine.max_model_len)
         # What a step costs, and how its numbers are rounded, must not depend on what ran before. Trees that grow on are
         # part of one step: what they branch from is still there.
         if not any(job.begun for job in jobs):
@@ -186,7 +161,7 @@ class Generator:
                 search.resume(policy_version, now)
             return search
 
-        run = _Run(self, jobs, queue, now, now.temperature if temperature is None else temperature, begin)
+        run = _Run(self, jobs, queue, now, now.temperature if temperature is None else temperature, begin, watcher)
         try:
             run.to_its_end()
         # Also KeyboardInterrupt: requests left behind would be sampled on, and answer the next call.
@@ -197,20 +172,6 @@ class Generator:
         self.counts = summarize(list(grown.trees.values()))
         self.counts |= {"engine_steps": run.steps, "running": run.occupied, "seconds": time.monotonic() - started}
         return grown
-
-    def _check(self, jobs: Sequence[Job], rollout: RolloutConfig) -> None:
-        seen: set[str] = set()
-        for prompt in (job.prompt for job in jobs):
-            if prompt.id in seen:
-                raise PromptError(f"prompt {prompt.id!r} occurs twice in a rollout: its trees would be equal")
-            seen.add(prompt.id)
-            if not prompt.tokens:
-                raise PromptError(f"prompt {prompt.id!r} has no tokens: there is nothing to condition on")
-            if len(prompt.tokens) + rollout.max_response_len > self.engine.max_model_len:
-                raise PromptError(
-                    f"prompt {prompt.id!r}: {len(prompt.tokens)} tokens + rollout.max_response_len "
-                    f"{rollout.max_response_len} exceed the engine's window of {self.engine.max_model_len}"
-                )
 
 
 class _Run:
@@ -224,6 +185,7 @@ class _Run:
         rollout: RolloutConfig,
         temperature: float,
         begin: Callable[[Job], TreeSearch],
+        watcher: Watcher | None,
     ) -> None:
         self.generator = generator
         self.engine = generator.engine
@@ -232,6 +194,7 @@ class _Run:
         self.rollout = rollout
         self.temperature = temperature
         self.begin = begin
+        self.watcher = watcher
         self.borders = generator.borders(rollout)
         limits = rollout.engine
         self.room = Admission(self.engine.kv_blocks, limits.block_size, limits.max_num_seqs)
@@ -270,6 +233,8 @@ class _Run:
                 self._deliver(segment)
             if finished:
                 self._report()
+            if self.watcher is not None:
+                self.watcher.step_done()
 
     def harvest(self) -> Grown:
         """The trees by the index of their job."""
@@ -325,6 +290,8 @@ class _Run:
             self.room.settle(rank)
         if self.rollout.forks and (self.rests[rank] != search.rests or search.done or search.paused):
             self._hold(rank)
+        if search.done and self.watcher is not None:
+            self.watcher.tree_done(self.taken[rank], search.tree)
         if self.rollout.debug.schedule == "level":
             self.later += [(rank, want) for want in new]
         else:
@@ -443,8 +410,3 @@ class _Run:
             f"generation passed its deadline of {self.rollout.timeout_s} s (rollout.timeout_s) with {len(keys)} "
             f"segments unfinished: " + ", ".join(some) + (", ..." if len(keys) > len(some) else "")
         )
-
-
-def leaves_of(job: Job, rollout: RolloutConfig) -> int:
-    """Leaves that the job's tree is to have."""
-    return rollout.n_samples_per_prompt if job.leaves is None else job.leaves

@@ -6,8 +6,9 @@
 
 Training (`collect.py`) and evaluation (`eval.py`) sample through it. Prompts are dealt by expected cost, and an
 engine that runs dry takes prompts from the others' lists (`dealing.py`). A tree lives on one engine. The ranks of
-that engine sample it together, and the first of them grades it and reports it. Reports travel packed. Afterwards every
-rank holds the same rows, so what follows is computed alike everywhere, without messages.
+that engine sample it together. The first of them has it graded while the engine goes on (`grading.py`), and reports
+it. Reports travel packed. Afterwards every rank holds the same rows, so what follows is computed alike everywhere,
+without messages.
 """
 
 from __future__ import annotations
@@ -15,25 +16,19 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from treepo_mega.config import Config, RewardFunction, RolloutConfig
-from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
-from treepo_mega.data.rewards.weighted import combine, expand, used_functions
+from treepo_mega.config import Config, RolloutConfig
+from treepo_mega.data.rewards import RewardPool
+from treepo_mega.data.rewards.weighted import used_functions
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost, deal_to
-from treepo_mega.rollout.generator import Generator, Job
+from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.grading import Grading, MakeRow, Row
+from treepo_mega.rollout.jobs import Job
 from treepo_mega.runtime import dist
-from treepo_mega.tree.node import Tree
-from treepo_mega.tree.regrow import new_leaves
-
-Row = dict[str, Any]
-"""What a graded tree is reported as; JSON-safe."""
-
-MakeRow = Callable[[Tree, list[str], list[RewardResult]], Row]
-"""Turns (tree, its leaves' texts, what their grading gave) into a row. It may change the tree."""
 
 
 @dataclass(slots=True)
@@ -47,7 +42,8 @@ class SampledRound:
     engines: dict[int, int] = field(default_factory=dict)
     """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
-    """Sums over engines: engine_steps, running, stolen (prompts), idle_s and engine_s (seconds)."""
+    """Sums over engines: engine_steps, running, stolen (prompts), idle_s and engine_s (seconds), gradings, and
+    gradings_early, which ended before their engine had done sampling."""
     idle_share_max: float = 0.0
     """Largest share of the sampling time that a rank waited for the others at the end."""
 
@@ -72,49 +68,63 @@ def sample_and_grade(
     """Sample and grade the trees of `jobs`, the same list on every rank. Collective over all ranks.
 
     `costs`: expected tokens a job. `name` and `waits_for` stand in the messages about lost ranks. `timers` gets the
-    phases `rollout` and `reward`. `engines`: the engine a job is dealt to; None: dealt by cost. Of a tree that grows on
-    (`Job.begun`), only new leaves are graded and reported. The other arguments are those of `Generator.grow`. Raises
-    what it raises, and RankLost when an engine has not finished rollout.timeout_s after this one.
+    phases `rollout` and `reward`, the latter what is left to grade and to exchange after sampling. `engines`: the
+    engine a job is dealt to; None: dealt by cost. Of a tree that grows on (`Job.begun`), only new leaves are graded and
+    reported. The other arguments are those of `Generator.grow`. Raises what it raises, VerifierError once sampling has
+    ended, and RankLost when an engine has not finished rollout.timeout_s after this one. After an error nothing is
+    sampled or graded any more, and engine and pool are usable.
     """
     cfg = generator.cfg
     timers = timers or Timers()
     started = time.monotonic()
     queue = open_round(cfg, costs, name, engines)
-    with timers("rollout"):
-        with timers.span("sampling"):
-            grown = generator.grow(
-                jobs,
-                queue,
-                step=step,
-                policy_version=policy_version,
-                rollout=rollout,
-                temperature=temperature,
-                purpose=purpose,
-            )
-        # Read before the barrier: the difference is what this engine waited for the others.
-        busy_s = time.monotonic() - started
-        with timers.span("waiting for other engines"):
-            dist.barrier(waits_for, cfg.rollout.timeout_s)
-        engine_s = time.monotonic() - started
-    idle_s = engine_s - busy_s
-    report: dict[str, Any] = {"idle_share": idle_s / max(engine_s, 1e-9)}
-    with timers("reward"):
-        # The ranks of one engine hold the same trees: the first of them speaks for the engine.
-        if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
-            with timers.span("grading"):
-                functions = used_functions(cfg.reward.functions, purpose)
-                report["rows"] = list(_grade(generator, pool, jobs, grown.trees, make_row, functions).items())
-            report["engine"] = dist.rank() // cfg.rollout.engine.tensor_parallel_size
-            report["paused"] = list(grown.paused.items())
-            report["counts"] = {
-                "engine_steps": generator.counts["engine_steps"],
-                "running": generator.counts["running"],
-                "stolen": queue.stolen,
-                "idle_s": idle_s,
-                "engine_s": engine_s,
-            }
-        with timers.span("exchange"):
-            return _merge(dist.gather_objects(report))
+    # The ranks of one engine hold the same trees: the first of them speaks for the engine.
+    grading = None
+    if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
+        grading = Grading(generator.decode, pool, jobs, used_functions(cfg.reward.functions, purpose))
+    try:
+        with timers("rollout"):
+            with timers.span("sampling"):
+                grown = generator.grow(
+                    jobs,
+                    queue,
+                    step=step,
+                    policy_version=policy_version,
+                    rollout=rollout,
+                    temperature=temperature,
+                    purpose=purpose,
+                    watcher=grading,
+                )
+            if grading is not None:
+                grading.sampling_ended()
+            # Read before the barrier: the difference is what this engine waited for the others.
+            busy_s = time.monotonic() - started
+            with timers.span("waiting for other engines"):
+                dist.barrier(waits_for, cfg.rollout.timeout_s)
+            engine_s = time.monotonic() - started
+        idle_s = engine_s - busy_s
+        report: dict[str, Any] = {"idle_share": idle_s / max(engine_s, 1e-9)}
+        with timers("reward"):
+            if grading is not None:
+                with timers.span("grading"):
+                    report["rows"] = list(grading.rows(grown.trees, make_row).items())
+                report["engine"] = dist.rank() // cfg.rollout.engine.tensor_parallel_size
+                report["paused"] = list(grown.paused.items())
+                report["counts"] = {
+                    "engine_steps": generator.counts["engine_steps"],
+                    "running": generator.counts["running"],
+                    "stolen": queue.stolen,
+                    "idle_s": idle_s,
+                    "engine_s": engine_s,
+                    "gradings": grading.total,
+                    "gradings_early": grading.early,
+                }
+            with timers.span("exchange"):
+                return _merge(dist.gather_objects(report))
+    except BaseException:
+        # What is still with the graders would be answered in the next round.
+        pool.abandon()
+        raise
 
 
 def open_round(cfg: Config, costs: Sequence[float], name: str, dealt_to: Sequence[int] | None = None) -> Queue:
@@ -138,46 +148,6 @@ def open_round(cfg: Config, costs: Sequence[float], name: str, dealt_to: Sequenc
 def _rounds() -> itertools.count[int]:
     """Numbers the rounds of this process: a list in the store is used once, and every rank opens the same rounds."""
     return itertools.count()
-
-
-def _grade(
-    generator: Generator,
-    pool: RewardPool,
-    jobs: Sequence[Job],
-    trees: dict[int, Tree],
-    make_row: MakeRow,
-    functions: Sequence[RewardFunction],
-) -> dict[int, Row]:
-    """Rows of this engine's trees by the index of their job. All texts are graded in one call of the pool."""
-    begun = {index: jobs[index].begun for index in trees}
-    trees = {index: tree if (old := begun[index]) is None else new_leaves(tree, old) for index, tree in trees.items()}
-    texts = {index: [generator.decode(tree.response(leaf)) for leaf in tree.leaves] for index, tree in trees.items()}
-    items: list[RewardItem] = []
-    for index, tree in trees.items():
-        prompt = jobs[index].prompt
-        items += [
-            RewardItem(
-                prompt.verifier, prompt.data_source, text, prompt.answer, prompt.extra, trajectory_of(tree, leaf)
-            )
-            for leaf, text in zip(tree.leaves, texts[index], strict=True)
-        ]
-    # One call for all trees: the pool's workers stay busy until the last answer.
-    results = iter(combine(pool.score(expand(items, functions)), functions) if items else ())
-    rows: dict[int, Row] = {}
-    for index, tree in trees.items():
-        rows[index] = make_row(tree, texts[index], [next(results) for _ in texts[index]])
-    return rows
-
-
-def trajectory_of(tree: Tree, leaf: int) -> Trajectory:
-    """What a verifier may know of how a response came about."""
-    return {
-        "prompt_id": tree.prompt_id,
-        "tokens": len(tree.response(leaf)),
-        "stop": str(tree.nodes[leaf].stop),
-        "segments": tree.nodes[leaf].depth,
-        "fallback": any(tree.nodes[node].fallback for node in tree.ancestry(leaf)),
-    }
 
 
 def _merge(reports: Sequence[dict[str, Any]]) -> SampledRound:

@@ -39,7 +39,7 @@ MAX_EXTRAS = 32
 MAX_TEXT = 500
 """Characters of an error or an extra that are sent back."""
 
-OWN_METRICS = ("lost", "mean", "overlong_penalty", "kl", "kl_penalty")
+OWN_METRICS = ("lost", "mean", "overlapped_share", "overlong_penalty", "kl", "kl_penalty")
 """Numbers that a verifier's dict cannot hold, because `reward/<name>` is a metric of the trainer."""
 
 

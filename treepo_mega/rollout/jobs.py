@@ -1,0 +1,71 @@
+"""What goes into a generator and what comes out of it: jobs, grown trees, and who is told of a tree that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from treepo_mega.config import RolloutConfig
+from treepo_mega.errors import TreepoError
+from treepo_mega.tree.node import Tree
+
+if TYPE_CHECKING:
+    from treepo_mega.data.prompts import Prompt
+
+
+class PromptError(TreepoError):
+    """A prompt cannot be sampled on this engine as it is; the message names the prompt and the key to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A tree to grow: a prompt, and the state of its tree when it was carried over from an earlier step.
+
+    `leaves`: how many the tree is to have; None: rollout.n_samples_per_prompt. `begun`: the tree of this step, sampled
+    and graded with fewer leaves, that grows on.
+    """
+
+    prompt: Prompt
+    state: dict[str, Any] | None = None
+    leaves: int | None = None
+    begun: Tree | None = None
+
+
+@dataclass(slots=True)
+class Grown:
+    """What `grow` made of the jobs it took, by their index: finished trees, and the states of paused ones."""
+
+    trees: dict[int, Tree] = field(default_factory=dict)
+    paused: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class Watcher(Protocol):
+    """Told by a generator how far it is, so that others can work meanwhile. It must neither block nor raise."""
+
+    def tree_done(self, index: int, tree: Tree) -> None:
+        """The tree of job `index` is complete: it does not change any more while others are sampled."""
+
+    def step_done(self) -> None:
+        """The engine took a step."""
+
+
+def leaves_of(job: Job, rollout: RolloutConfig) -> int:
+    """Leaves that the job's tree is to have."""
+    return rollout.n_samples_per_prompt if job.leaves is None else job.leaves
+
+
+def check_jobs(jobs: Sequence[Job], max_response_len: int, max_model_len: int) -> None:
+    """Raise PromptError for an id that stands twice, and for a prompt that does not fit an engine of that window."""
+    seen: set[str] = set()
+    for prompt in (job.prompt for job in jobs):
+        if prompt.id in seen:
+            raise PromptError(f"prompt {prompt.id!r} occurs twice in a rollout: its trees would be equal")
+        seen.add(prompt.id)
+        if not prompt.tokens:
+            raise PromptError(f"prompt {prompt.id!r} has no tokens: there is nothing to condition on")
+        if len(prompt.tokens) + max_response_len > max_model_len:
+            raise PromptError(
+                f"prompt {prompt.id!r}: {len(prompt.tokens)} tokens + rollout.max_response_len "
+                f"{max_response_len} exceed the engine's window of {max_model_len}"
+            )
