@@ -191,6 +191,14 @@ def test_subgroups_can_only_be_rejected_by_an_estimator_that_has_them(estimator)
             {"branching.fork.threshold": 0.5, "token_budget": 512},
             "rollout.branching.fork.threshold with rollout.token_",
         ),
+        (
+            {"branching.fork.threshold": 0.5, "leaves": "adaptive"},
+            "rollout.branching.fork.threshold with rollout.leaves adaptive",
+        ),
+        (
+            {"branching.at": "border", "branching.fork.draw": "other"},
+            "rollout.branching.fork.draw has no effect with rollout.branching.at border",
+        ),
     ],
 )
 def test_keys_that_do_not_go_with_forks_are_refused(rollout, says):

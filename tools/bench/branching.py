@@ -11,7 +11,8 @@ collector of a training step, the rules take turns, and the fastest of the repea
     bushy                    half of the leaves start at the prompt
     fork/again, fork/other   a quarter of the leaves are trunks; the others start where the trunks were uncertain,
                              by a free draw, or by a token that nobody has there
-    fork/threshold           the same by a threshold, as fair samples
+    fork/other, 3 waves      the same in three waves
+    fork/threshold           by a threshold, as fair samples
     fork/adaptive            fork/other with `rollout.leaves: adaptive`
 
 `distinct`: leaves whose response no other leaf of their tree has before it, per 1,000 forwarded tokens; `x border` is
@@ -52,7 +53,7 @@ from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import Collector
 from treepo_mega.rollout.generator import Generator
 
-FORK = {"branching.at": "fork", "branching.fork.signal": "logprob", "branching.fork.waves": 2}
+FORK = {"branching.at": "fork", "branching.fork.signal": "logprob"}
 OTHER = FORK | {"branching.fork.draw": "other"}
 
 
@@ -66,6 +67,7 @@ def rules(leaves: int) -> dict[str, dict[str, Any]]:
         "bushy": {"branching.initial": (half, half)},
         "fork/again": FORK,
         "fork/other": OTHER,
+        "fork/other, 3 waves": OTHER | {"branching.fork.waves": 3},
         "fork/threshold": OTHER
         | {"branching.fork.signal": "entropy", "branching.fork.threshold": 0.3, "fallback.from": "none"},
         "fork/adaptive": OTHER | {"leaves": "adaptive"},
@@ -174,11 +176,11 @@ def main() -> int:
     args.repeats = args.repeats or (1 if args.quick else 3)
     args.trees = 200 if args.quick else 1500
     result = measure(args)
-    head = f"{'rule':16}{'tokens/leaf':>12}{'distinct':>10}{'per 1k':>8}{'x border':>9}{'signal':>8}"
+    head = f"{'rule':20}{'tokens/leaf':>12}{'distinct':>10}{'per 1k':>8}{'x border':>9}{'signal':>8}"
     print(f"{head}{'time':>7}{'cpu':>7}{'fwd/unique':>12}{'cos':>7}{'reward':>8}")
     for one in result["rules"]:
         print(
-            f"{one['name']:16}{one['tokens_per_leaf']:12.1f}{one['distinct_leaf_share']:10.2f}"
+            f"{one['name']:20}{one['tokens_per_leaf']:12.1f}{one['distinct_leaf_share']:10.2f}"
             f"{one['distinct_per_1k_tokens']:8.1f}{one['distinct_vs_border']:9.2f}{one['prompts_with_signal']:8.2f}"
             f"{one['rollout_time_ratio']:7.2f}{one['rollout_cpu_ratio']:7.2f}{one['forwarded_over_unique']:12.3f}"
             f"{one['cos_exact']:7.3f}{one['mean_reward']:8.3f}"

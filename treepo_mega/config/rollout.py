@@ -133,8 +133,9 @@ class ForkConfig(Section):
     draw: Literal["again", "other"] = "again"
     """What a branch begins with. again: a free draw, often the token that is there already. other: a token that no
     branch has there, of the `top_k` likeliest, by their probabilities; it is explored more than the policy would."""
-    waves: int = Field(3, ge=1)
-    """Rounds in which the missing leaves start. A later round also sees what the earlier ones sampled."""
+    waves: int = Field(1, ge=1)
+    """Rounds in which the missing leaves start. A later round also sees what the earlier ones sampled, and takes as
+    long again."""
     distance: int = Field(4, ge=1)
     """Fewest tokens on a path between two branch points, and between one and the prompt."""
     threshold: float | None = Field(None, gt=0)

@@ -318,7 +318,11 @@ def _check_forks(rollout: RolloutConfig) -> list[str]:
     branching = rollout.branching
     fork = branching.fork
     if branching.at != "fork":
-        return []
+        return [
+            f"rollout.branching.fork.{name} has no effect with rollout.branching.at border; leave it out, or set fork"
+            for name, field in type(fork).model_fields.items()
+            if getattr(fork, name) != field.default
+        ]
     unused = {
         "rollout.branching.transfer quota": branching.transfer == "quota",
         f"rollout.branching.budget.kind {branching.budget.kind}": branching.budget.kind != "equal",
@@ -340,6 +344,11 @@ def _check_forks(rollout: RolloutConfig) -> list[str]:
         bad.append(
             "rollout.branching.fork.threshold with rollout.token_budget: what other paths cost would decide which "
             "tokens fork, and the leaves would be no fair samples; use one of them"
+        )
+    if fork.threshold is not None and rollout.leaves == "adaptive":
+        bad.append(
+            "rollout.branching.fork.threshold with rollout.leaves adaptive: branches share a number of leaves that is "
+            "fixed beforehand; set rollout.leaves=fixed, or no threshold"
         )
     return bad
 
