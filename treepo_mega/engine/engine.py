@@ -145,9 +145,11 @@ class Engine:
         del self._open[vllm_id]
 
     def abort(self) -> None:
-        """Drop every unfinished request."""
-        self._llm.llm_engine.abort_request(list(self._open))
-        self._open.clear()
+        """Drop every unfinished request, oldest first."""
+        # One call for each: vLLM puts the ids of a call into a set, and its ids end with random digits. Ranks of one
+        # engine would free blocks in different orders, and later find different prefixes in their caches.
+        for vllm_id in list(self._open):
+            self._abort(vllm_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Raises EngineError while requests run."""
