@@ -103,6 +103,12 @@ def test_every_step_has_its_line_and_every_metric_is_documented(rows):
             assert row[name] is not None, f"{name} was not finite"
 
 
+def test_answers_are_graded_while_others_are_sampled(rows):
+    """How many end early is a matter of the machine; that what ends early is counted once is not."""
+    shares = [rows[step]["reward/overlapped_share"] for step in (1, 2, 3)]
+    assert all(0 <= share <= 1 for share in shares) and all(rows[step]["reward/lost"] == 0 for step in (1, 2, 3))
+
+
 def test_the_first_step_starts_from_equal_models(rows):
     first = rows[1]
     assert first["train/ratio_max_diff"] == 0 and first["train/ppo_kl"] == 0

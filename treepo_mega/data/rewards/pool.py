@@ -142,7 +142,7 @@ class RewardPool:
 
         What was submitted before goes on meanwhile. Raises what `submit` and `wait` raise.
         """
-        tickets = self.submit(items)
+        tickets = self._submit(items, to_the_end=True)
         missing = deque(tickets)
         while missing:
             if missing[0] in self._finished:
@@ -157,20 +157,7 @@ class RewardPool:
         Idle workers begin at once; the others' turn comes in later calls. Raises VerifierError for an unknown verifier,
         ValueError for an item that is not JSON, RuntimeError after `close`. Then none of `items` is in flight.
         """
-        if self._closed:
-            raise RuntimeError("RewardPool.score after close")
-        for name in {item.verifier for item in items} - self._checked:
-            check_verifier(name)
-            self._checked.add(name)
-        pending = dict(self._encode(index, item) for index, item in enumerate(items))
-        self._pending |= pending
-        self._waiting.extend(pending)
-        try:
-            self._hand_out()
-        except BaseException:
-            self.abandon()
-            raise
-        return list(pending)
+        return self._submit(items, to_the_end=False)
 
     def poll(self) -> dict[int, RewardResult]:
         """Results by ticket of what was submitted and has ended since the last call. Never blocks.
@@ -232,6 +219,22 @@ class RewardPool:
         prompt_id = item.trajectory["prompt_id"] if item.trajectory else None
         return ticket, _Pending(item.verifier, prompt_id, text.encode())
 
+    def _submit(self, items: Sequence[RewardItem], *, to_the_end: bool) -> list[int]:
+        if self._closed:
+            raise RuntimeError("RewardPool.score after close")
+        for name in {item.verifier for item in items} - self._checked:
+            check_verifier(name)
+            self._checked.add(name)
+        pending = dict(self._encode(index, item) for index, item in enumerate(items))
+        self._pending |= pending
+        self._waiting.extend(pending)
+        try:
+            self._hand_out(to_the_end=to_the_end)
+        except BaseException:
+            self.abandon()
+            raise
+        return list(pending)
+
     def _take_finished(self) -> dict[int, RewardResult]:
         finished, self._finished = self._finished, {}
         return finished
@@ -244,10 +247,13 @@ class RewardPool:
             where = "" if item.prompt_id is None else f" (prompt {item.prompt_id!r})"
             self._lost[ticket] = (item.verifier, f"{result.error}{where}")
 
-    def _hand_out(self) -> None:
-        """Give batches to idle workers."""
+    def _hand_out(self, *, to_the_end: bool) -> None:
+        """Give batches to idle workers; `to_the_end`: nothing is submitted before all of it has ended."""
+        parts = self.cfg.num_workers
+        if to_the_end and parts > 1:
+            parts *= 2
         while self._waiting and (worker := self._idle_worker()) is not None:
-            worker.give(*self._next_batch())
+            worker.give(*self._next_batch(parts))
 
     def _idle_worker(self) -> Grader | None:
         for worker in self._workers:
@@ -258,9 +264,13 @@ class RewardPool:
             return self._workers[-1]
         return None
 
-    def _next_batch(self) -> tuple[list[tuple[int, str]], bytes]:
-        """The next items and their message. Batches shrink towards the end, so that workers finish together."""
-        share = -(-len(self._waiting) // (2 * self.cfg.num_workers))
+    def _next_batch(self, parts: int) -> tuple[list[tuple[int, str]], bytes]:
+        """The next items and their message: of what waits, one of so many parts.
+
+        The more parts, the smaller the last batches, and the more alike the ends of workers. The fewer, the longer a
+        worker has something to do while nobody looks.
+        """
+        share = -(-len(self._waiting) // parts)
         batch: list[tuple[int, str]] = []
         texts: list[bytes] = []
         size = 0
@@ -299,7 +309,7 @@ class RewardPool:
         now = time.monotonic()
         for worker in [each for each in self._workers if each.batch and each.deadline <= now]:
             self._failed(worker, worker.phase)
-        self._hand_out()
+        self._hand_out(to_the_end=block)
         busy = [worker for worker in self._workers if worker.batch]
         if block and busy and all(len(worker.batch) > 1 and not worker.unsent for worker in busy):
             time.sleep(GATHER_S)
