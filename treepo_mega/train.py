@@ -32,7 +32,8 @@ def train(cfg: Config) -> int:
         trainer.begin_step(step)
         with trainer.timers("step"):
             metrics = one_step(trainer, step)
-        metrics |= throughput(trainer.timers.pop(), metrics)
+        times = trainer.timers.pop()
+        metrics |= throughput(times, metrics) | trainer.workload.pop(times)
         if is_evaluated(cfg, done):
             with trainer.timers("eval"):
                 metrics |= evaluate(trainer, done)
@@ -112,9 +113,9 @@ def is_evaluated(cfg: Config, done: int) -> bool:
 
 
 def throughput(times: dict[str, float], metrics: dict[str, Any]) -> dict[str, float]:
-    """The step's times, and trained response tokens per second."""
+    """The step's times, and sampled response tokens per second, shared ones once."""
     seconds = times["timing_s/step"]
-    return times | {"perf/step_s": seconds, "perf/tokens_per_s": metrics["tree/flat_tokens"] / max(seconds, 1e-9)}
+    return times | {"perf/step_s": seconds, "perf/tokens_per_s": metrics["tree/unique_tokens"] / max(seconds, 1e-9)}
 
 
 def main(cfg: Config) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from treepo_mega import build
-from treepo_mega.actor.batch import charge_kl, plan_rollout
+from treepo_mega.actor.batch import charge_kl, plan_rollout, work_of
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.passes import (
     correct_leaves,
@@ -32,14 +32,16 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.trial import try_rewards
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.monitor.flops import UPDATE
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.monitor.workload import STEP, Workload, rollout_work
 from treepo_mega.plugins import require_plugins
 from treepo_mega.records import Records
 from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
-from treepo_mega.runtime import dist
+from treepo_mega.runtime import device, dist
 from treepo_mega.runtime.signals import StopRequest
 from treepo_mega.saves import Saves
 from treepo_mega.sync.memory import Memory
@@ -60,6 +62,7 @@ class Trainer:
         notes = dist.initialize(cfg, spec)
         self.stop = StopRequest().install()
         self.timers = Timers()
+        self.workload = Workload(cfg, gpus=dist.world_size(), device=device.name())
         self.progress = Progress(enabled=cfg.logging.progress and dist.is_main())
         self.progress.say(*notes)
         self.pool = RewardPool(cfg.reward)
@@ -96,22 +99,28 @@ class Trainer:
 
     def collect(self, step: int) -> Forest:
         """Sample, grade and exchange the trees of a step; the engine has the memory."""
-        return self.collector.collect(step)
+        forest = self.collector.collect(step)
+        self.workload.add("rollout", self.actor.spec, rollout_work(forest.metrics))
+        return forest
 
     def plan(self, forest: Forest) -> tuple[list[StepPlan], dict[str, float]]:
         """Advantages, mini-batches and packs of this rank; and where in the path credit falls."""
-        return plan_rollout(forest.trees, self.cfg, self.actor.spec)
+        plans, metrics = plan_rollout(forest.trees, self.cfg, self.actor.spec)
+        self.workload.add(STEP, self.actor.spec, work_of(plans))
+        return plans, metrics
 
     def old_logprobs(self, plans: list[StepPlan]) -> dict[str, float]:
         """The actor's logprobs before the update, where the update does not give them itself; metrics of the head."""
-        provide_old_logprobs(self.actor, plans, self.cfg)
+        computed = provide_old_logprobs(self.actor, plans, self.cfg)
+        self.workload.add("old_logprobs", self.actor.spec, work_of(computed))
         fell_back, metrics = self.actor.watch_head()
         if fell_back:  # once: the steps that follow begin in bf16
             self.progress.say(
                 f"the FP8 head is {metrics['train/head_logp_abs_diff']:.3f} nats from bf16, more than "
                 f"loss.guard.max_abs_diff {self.cfg.loss.guard.max_abs_diff}: bf16 until it is near again"
             )
-            provide_old_logprobs(self.actor, plans, self.cfg)
+            computed = provide_old_logprobs(self.actor, plans, self.cfg)
+            self.workload.add("old_logprobs", self.actor.spec, work_of(computed))
             self.actor.guard.take_drift()
         return metrics
 
@@ -123,6 +132,7 @@ class Trainer:
         """Fill in the reference's logprobs, when a KL term needs them."""
         if self.reference is not None:
             fill_reference_logprobs(self.reference, plans)
+            self.workload.add("ref_logprobs", self.reference.spec, work_of(plans))
 
     def charge_kl(self, plans: list[StepPlan], forest: Forest) -> dict[str, float]:
         """Take the KL of each leaf off its reward (reward.kl_coef); the plans then teach the advantages of that."""
@@ -137,7 +147,9 @@ class Trainer:
         """All optimizer steps of the rollout; returns their `train/` metrics (means; maxima of max_*)."""
         self.memory.weights_changed()
         loss = PolicyLoss(self.cfg.algo, self.actor.head.backend)
-        return optimizer_steps(self.actor, plans, loss, self.cfg.train.ppo_epochs)
+        epochs = self.cfg.train.ppo_epochs
+        self.workload.add("update", self.actor.spec, epochs * work_of(plans), passes=UPDATE)
+        return optimizer_steps(self.actor, plans, loss, epochs)
 
     def score(self, tokens: list[int]) -> np.ndarray | None:
         """Actor logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere."""

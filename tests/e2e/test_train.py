@@ -109,6 +109,24 @@ def test_answers_are_graded_while_others_are_sampled(rows):
     assert all(0 <= share <= 1 for share in shares) and all(rows[step]["reward/lost"] == 0 for step in (1, 2, 3))
 
 
+def test_throughput_is_stated_with_shared_tokens_once_and_in_every_trajectory(rows):
+    for step in (1, 2, 3):
+        row = rows[step]
+        for phase in ("", "old_logprobs_", "ref_logprobs_", "update_"):
+            shared = row[f"perf/{phase}unique_tokens_per_s_per_gpu"] / row[f"perf/{phase}flat_tokens_per_s_per_gpu"]
+            assert shared == pytest.approx(row["perf/packed_token_ratio"])
+        of_step = row["perf/unique_tokens_per_s_per_gpu"] * row["perf/step_s"]
+        assert 2 * of_step == pytest.approx(row["perf/packed_tokens"]), "two ranks"
+        # The update computes three times what a pass without gradients does, of the same packs.
+        ratio = row["perf/update_tflops_per_gpu"] * row["timing_s/update"]
+        ratio /= row["perf/ref_logprobs_tflops_per_gpu"] * row["timing_s/ref_logprobs"]
+        assert ratio == pytest.approx(3)
+        assert (
+            row["perf/rollout_tflops_per_gpu"] > 0 and row["rollout/forwarded_pairs"] > row["rollout/forwarded_tokens"]
+        )
+        assert not [name for name in row if name.endswith(("_mfu", "_hfu"))], "no peak is known of a CPU"
+
+
 def test_the_first_step_starts_from_equal_models(rows):
     first = rows[1]
     assert first["train/ratio_max_diff"] == 0 and first["train/ppo_kl"] == 0

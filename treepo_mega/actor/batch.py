@@ -7,6 +7,7 @@ context-parallel) rank.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron.core import parallel_state as ps
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.monitor.flops import Work
 from treepo_mega.plugins import PluginError, is_per_node, plugin_advantages
 from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
@@ -235,14 +237,28 @@ def _credit_metrics(depth: list[list[float]]) -> dict[str, float]:
     return {f"tree/credit_q{q + 1}": float(x) for q, x in enumerate(np.mean(depth, axis=0))}
 
 
-def _tokens(plans: list[StepPlan]) -> dict[str, float]:
-    """What the packs of all data-parallel ranks hold. Collective over all ranks."""
+def work_of(plans: Sequence[StepPlan]) -> Work:
+    """What one pass over the packs of all data-parallel ranks computes. Collective over all ranks."""
+    total = _count(plans)
+    # Ancestors that a cut tree repeats are computed, and so they are counted.
+    return Work(total["real"], total["pairs"], total["rows"], unique=total["real"], flat=total["flat"])
+
+
+def _count(plans: Sequence[StepPlan]) -> dict[str, float]:
+    """Tokens, attention pairs and rows of the packs of all data-parallel ranks. Collective over all ranks."""
     counts = {"real": 0.0, "padded": 0.0, "flat": 0.0}
+    pairs = 0.0
     # Context-parallel ranks hold the tokens of a pack together, but its rows apart.
     if ps.get_context_parallel_rank() == 0:
         counts = {name: float(sum(getattr(plan, f"{name}_tokens") for plan in plans)) for name in counts}
-    counts["rows"] = float(sum(len(pack.target) for plan in plans for pack in plan.packs))
-    total = dist.sum_over_replicas(counts, counts=ps.get_pipeline_model_parallel_rank() == 0)
+        pairs = float(sum(pack.attention_pairs for plan in plans for pack in plan.packs))
+    counts |= {"pairs": pairs, "rows": float(sum(len(pack.target) for plan in plans for pack in plan.packs))}
+    return dist.sum_over_replicas(counts, counts=ps.get_pipeline_model_parallel_rank() == 0)
+
+
+def _tokens(plans: list[StepPlan]) -> dict[str, float]:
+    """What the packs of all data-parallel ranks hold. Collective over all ranks."""
+    total = _count(plans)
     return {
         "perf/packed_tokens": total["real"],
         "perf/packed_token_ratio": total["real"] / max(1.0, total["flat"]),

@@ -17,16 +17,21 @@ from treepo_mega.tree.correction import Verdict, gather_evidence, judge
 from treepo_mega.tree.pack import StepPlan
 
 
-def provide_old_logprobs(actor: Actor, plans: Sequence[StepPlan], cfg: Config) -> None:
-    """What `algo.old_logprobs` says into the packs of last-stage ranks; the head's guard watches a pass."""
+def provide_old_logprobs(actor: Actor, plans: Sequence[StepPlan], cfg: Config) -> Sequence[StepPlan]:
+    """What `algo.old_logprobs` says into the packs of last-stage ranks; the head's guard watches a pass.
+
+    Returns the plans that went through the model for it.
+    """
     for pack in plans[0].packs:
         pack.on_policy = True
     if cfg.algo.old_logprobs == "rollout":
         for plan in plans:
             for pack in plan.packs:
                 pack.old_logprobs = pack.rollout_logprobs
-        return
-    fill_old_logprobs(actor, plans[1:] if first_forward_suffices(cfg, watched=actor.guard.watches) else plans)
+        return []
+    computed = plans[1:] if first_forward_suffices(cfg, watched=actor.guard.watches) else plans
+    fill_old_logprobs(actor, computed)
+    return computed
 
 
 def first_forward_suffices(cfg: Config, *, watched: bool) -> bool:

@@ -108,6 +108,12 @@ _ROLLOUT = (
     Metric("rollout/recomputed_tokens", "tokens", "small beside cached_tokens", "prefix tokens prefilled again"),
     Metric("rollout/dropped_tokens", "tokens", "small beside generated_tokens", "of those, cut off behind an answer"),
     Metric("rollout/forwarded_tokens", "tokens", "unique_tokens plus prompts", "tokens that went through the model"),
+    Metric(
+        "rollout/forwarded_pairs",
+        "pairs",
+        "-",
+        "(query, key) pairs of attention that these tokens saw, themselves included",
+    ),
     Metric("rollout/engine_steps", "count", "engines x the longest path", "forward steps of the engines"),
     Metric(
         "rollout/running_mean", "segments", "near engine.max_num_seqs", "segments in an engine's batch, mean of steps"
@@ -126,6 +132,8 @@ _TREE = (
     Metric("tree/token_ratio", "ratio", "below 1; 1 without sharing", "unique tokens / flat tokens"),
     Metric("tree/unique_tokens", "tokens", "-", "response tokens of the forest, shared ones once"),
     Metric("tree/flat_tokens", "tokens", "-", "response tokens of all trajectories one by one"),
+    Metric("tree/prompt_tokens", "tokens", "-", "prompt tokens of the forest, once a tree"),
+    Metric("tree/flat_prompt_tokens", "tokens", "-", "prompt tokens of all trajectories one by one"),
     Metric("tree/depth_mean", "segments", "above 1", "mean depth of the leaves"),
     Metric("tree/depth_max", "segments", "at most max_depth", "depth of the deepest leaf"),
     Metric("tree/duplicates", "count", "small beside leaves", "leaves whose response equals another's of the tree"),
@@ -214,7 +222,52 @@ _RESHARD = (
 )
 
 _PERF = (
-    Metric("perf/tokens_per_s", "tokens/s", "steady", "response tokens trained on / step time, all ranks"),
+    Metric("perf/tokens_per_s", "tokens/s", "steady", "tree/unique_tokens / step time, all ranks"),
+    Metric(
+        "perf/unique_tokens_per_s_per_gpu",
+        "tokens/s",
+        "steady",
+        "perf/packed_tokens / step time / GPUs (ranks on a CPU): tokens trained on, prompts included, shared ones once",
+    ),
+    Metric(
+        "perf/flat_tokens_per_s_per_gpu",
+        "tokens/s",
+        "above unique, by the sharing",
+        "the same of the trajectories one by one: NeMo-RL's tokens_per_sec_per_gpu",
+    ),
+    Metric(
+        "perf/{rollout,old_logprobs,ref_logprobs,update}_unique_tokens_per_s_per_gpu",
+        "tokens/s",
+        "steady",
+        "tokens of a phase, prompts included and shared ones once, / its timing_s / GPUs; of the rollout, dropped "
+        "prompts count too; absent where nothing was computed",
+    ),
+    Metric(
+        "perf/{rollout,old_logprobs,ref_logprobs,update}_flat_tokens_per_s_per_gpu",
+        "tokens/s",
+        "above unique, by the sharing",
+        "the same of the trajectories one by one: NeMo-RL's definition by stage",
+    ),
+    Metric(
+        "perf/{rollout,old_logprobs,ref_logprobs,update}_tflops_per_gpu",
+        "TFLOP/s",
+        "steady",
+        "products of matrices that a phase needs, from exact attention pairs, / its timing_s / GPUs; padding and "
+        "recomputation left out",
+    ),
+    Metric(
+        "perf/{rollout,old_logprobs,ref_logprobs,update}_mfu",
+        "share",
+        "0.3 to 0.5 for update; rollout far below, decoding waits for memory; above 1 is a bug",
+        "these at the device's peak / timing_s; absent on a CPU and on a device that monitor/flops.py does not list",
+    ),
+    Metric("perf/update_hfu", "share", "at least update_mfu, below 1", "update_mfu with recomputation counted"),
+    Metric(
+        "perf/update_recompute_share",
+        "share",
+        "0 without parallel.recompute_granularity; 0.25 at most",
+        "of the update's FLOPs, those that its backward pass computes again",
+    ),
     Metric("perf/packed_tokens", "tokens", "near token_ratio x flat", "tokens of a training pass, prompts included"),
     Metric(
         "perf/packed_token_ratio",
@@ -280,6 +333,7 @@ _CLOCKED = (
     "reward/overlapped_share",
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
+    "rollout/forwarded_pairs",
 )
 
 

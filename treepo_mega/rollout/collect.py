@@ -32,7 +32,7 @@ from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.plugins import plugin_keeps
 from treepo_mega.rollout.adaptive import LeafBudget
-from treepo_mega.rollout.counts import summarize
+from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.jobs import Job
@@ -43,7 +43,7 @@ from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal
 from treepo_mega.tree.descent import fair_leaves, policy_mean
 from treepo_mega.tree.diversity import common_tokens, distinct_responses, effective_samples
-from treepo_mega.tree.node import Tree
+from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.regrow import with_grades
 
 logger = logging.getLogger(__name__)
@@ -326,6 +326,8 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/stale_token_share": stale / max(1, sum(tree.unique_tokens() for tree in kept)),
         "tree/depth_mean": sum(depths) / len(depths),
         "tree/depth_max": max(depths),
+        "tree/prompt_tokens": sum(len(tree.nodes[ROOT].tokens) for tree in seen),
+        "tree/flat_prompt_tokens": sum(len(tree.nodes[ROOT].tokens) * len(tree.leaves) for tree in seen),
         "tree/leaves": sum(len(tree.leaves) for tree in kept),
         **_leaves_per_prompt(kept),
         "rollout/leaves_unspent": totals["unspent"],
@@ -339,7 +341,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     }
     for name in (key.removeprefix(SUM) for key in totals if key.startswith(SUM)):
         out[f"reward/{name}"] = totals[SUM + name] / totals[COUNT + name]
-    for name in ("generated_tokens", "dropped_tokens", "cached_tokens", "recomputed_tokens", "forwarded_tokens"):
+    for name in SAMPLING_COUNTS:
         out[f"rollout/{name}"] = counts.get(name, 0.0)
     for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates", *LOOK_ALIKES):
         out[f"tree/{name}"] = counts.get(name, 0.0)

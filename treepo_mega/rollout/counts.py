@@ -12,6 +12,12 @@ from treepo_mega.engine.stream import Finished
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.stop import STOP_REASONS
 
+PREFIX_COUNTS = ("cached_tokens", "recomputed_tokens", "forwarded_tokens", "forwarded_pairs")
+"""What `TokenCounts` adds to a tree's counts, which begin with 0."""
+
+SAMPLING_COUNTS = ("generated_tokens", "dropped_tokens", *PREFIX_COUNTS)
+"""Counts that are metrics of the rollout by the same names."""
+
 
 @dataclass(slots=True)
 class TokenCounts:
@@ -26,15 +32,28 @@ class TokenCounts:
         self.counts["recomputed_tokens"] += recomputed
         # The last token sampled is not forwarded: no token follows it, but for a peeked-at one.
         self.counts["forwarded_tokens"] += recomputed - 1 + bool(finished.peek)
+        self.counts["forwarded_pairs"] += _pairs(finished.num_cached_tokens, prefix_tokens)
 
-    def add_forwarded(self, tokens: int) -> None:
-        """Sampled tokens that went through the model."""
-        self.counts["forwarded_tokens"] += tokens
+    def add_forwarded(self, before: int, finished: Finished) -> None:
+        """Sampled tokens that went through the model, behind `before` tokens of their path."""
+        self.counts["forwarded_tokens"] += len(finished.tokens)
+        # As above: the request's last token is not forwarded.
+        unseen = not (finished.more or finished.peek)
+        self.counts["forwarded_pairs"] += _pairs(before, before + len(finished.tokens) - unseen)
 
     def add_void(self, tokens: int) -> None:
         """Tokens sampled after the end of a path: void, but paid for."""
         self.counts["generated_tokens"] += tokens
         self.counts["dropped_tokens"] += tokens
+
+
+def _pairs(start: int, end: int) -> int:
+    """(query, key) pairs of the tokens at positions [start, end) of a path, each of which sees itself and all before.
+
+    >>> _pairs(0, 3), _pairs(2, 3), _pairs(3, 3)
+    (6, 3, 0)
+    """
+    return (end * (end + 1) - start * (start + 1)) // 2
 
 
 def summarize(trees: Sequence[Tree]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from treepo_mega.errors import TreepoError
 from treepo_mega.plugins import split_of
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
-from treepo_mega.rollout.counts import TokenCounts, summarize
+from treepo_mega.rollout.counts import PREFIX_COUNTS, TokenCounts, summarize
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
 from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
@@ -272,7 +272,7 @@ class _Run:
 
     def _begin(self, index: int) -> None:
         search = self.begin(self.jobs[index])
-        for name in ("cached_tokens", "recomputed_tokens", "forwarded_tokens"):
+        for name in PREFIX_COUNTS:
             # A carried-over tree brings what it cost in earlier steps.
             search.tree.counts.setdefault(name, 0)
         self.searches.append(search)
@@ -358,8 +358,9 @@ class _Run:
         counts = TokenCounts(search.tree.counts)
         # Later segments of a run have no prefix of their own to compute.
         if not run.delivered_tokens:
-            counts.add_prefix(len(self.wants[key].prefix), finished)
-        counts.add_forwarded(len(finished.tokens))
+            run.prefix_tokens = len(self.wants[key].prefix)
+            counts.add_prefix(run.prefix_tokens, finished)
+        counts.add_forwarded(run.prefix_tokens + run.delivered_tokens, finished)
         rest = Segment(
             finished.tokens,
             finished.logprobs,

@@ -18,6 +18,7 @@ class SegmentRun:
 
     first: Key
     stream: SegmentStream
+    prefix_tokens: int = 0
     delivered_tokens: int = 0
 
 

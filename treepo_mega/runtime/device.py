@@ -28,6 +28,11 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else torch.device("cpu")
 
 
+def name() -> str:
+    """What the driver calls this rank's device, such as "NVIDIA H100 80GB HBM3"; "cpu" without a GPU."""
+    return torch.cuda.get_device_name(device()) if has_cuda() else "cpu"
+
+
 def backend() -> str:
     """torch.distributed backend: NCCL for CUDA tensors with gloo for CPU ones, gloo alone without a GPU."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
