@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     cfg = load_config(args.config, [f"model.hf_checkpoint={args.model}"] if args.model else [])
     quieten_libraries()
     hf = Path(cfg.model.hf_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer: Any = AutoTokenizer.from_pretrained(hf)
     prompts = list(load_prompts(cfg.data.train, cfg.data, tokenizer))[: args.prompts]
     generator = Generator(Engine(hf, cfg), cfg, tokenizer)
     leaves = cfg.rollout.n_samples_per_prompt
@@ -129,8 +129,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for name, changes in rules(leaves).items():
                 some = prompts[:2] if turn == 0 else prompts
                 keys = {**whole, **changes, "rollout_batch_size": len(some)}
-                one = cfg.model_copy(update={"rollout": cfg.rollout.replace(keys)})
-                found = sample(generator, one, some, pool)
+                under = cfg.model_copy(update={"rollout": cfg.rollout.replace(keys)})
+                found = sample(generator, under, some, pool)
                 if turn:
                     old = best.setdefault(name, found)
                     old["seconds"] = min(old["seconds"], found["seconds"])
