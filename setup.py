@@ -42,6 +42,7 @@ EXTRAS = {
     "gpu": [
         "torch==2.13.0",  # the same torch as on CPU; its CUDA build brings the triton it was tested with
         "vllm==0.32.0",
+        "nvidia-ml-py>=12.560",  # gpu/ metrics; vllm asks for it too
     ],
     # Apart from [gpu] because its PyTorch half is compiled on installation, which needs a CUDA toolkit and minutes.
     "te": [
@@ -60,6 +61,7 @@ EXTRAS = {
         "mypy==2.4.1",  # likewise
         "import-linter==2.16",  # likewise
         "types-PyYAML",
+        "nvidia-ml-py>=12.560",  # the names that a stand-in of NVML is held to
         "uv>=0.8",  # resolves .[gpu] for another platform without downloading a wheel
     ],
     # Apart from [test]: only `make docs` builds the site. The generated pages are checked without it.

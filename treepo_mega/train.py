@@ -33,7 +33,7 @@ def train(cfg: Config) -> int:
         with trainer.timers("step"):
             metrics = one_step(trainer, step)
         times = trainer.timers.pop()
-        metrics |= throughput(times, metrics) | trainer.workload.pop(times)
+        metrics |= throughput(times, metrics) | trainer.workload.pop(times) | trainer.telemetry.pop()
         if is_evaluated(cfg, done):
             with trainer.timers("eval"):
                 metrics |= evaluate(trainer, done)

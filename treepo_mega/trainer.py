@@ -33,6 +33,7 @@ from treepo_mega.data.rewards.trial import try_rewards
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE
+from treepo_mega.monitor.nvml import open_telemetry
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.monitor.workload import STEP, Workload, rollout_work
@@ -79,6 +80,7 @@ class Trainer:
         self.saves = Saves(cfg, self.progress, self.actor, self.inputs.cursor, self.collector)
         # Before the first refit, so that the engine gets the restored weights; before Records, which cuts to this step.
         self.step = self.saves.resume()
+        self.telemetry = open_telemetry(cfg.logging.telemetry_interval_s)
         self.records = Records(cfg, self.progress, started=started, resume_step=self.step)
 
     def save(self, step: int) -> None:
@@ -166,6 +168,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close logs and graders (not collective). The engine stays until the process ends."""
+        self.telemetry.close()
         self.records.close()
         self.progress.close()
         self.pool.close()

@@ -127,6 +127,11 @@ def test_throughput_is_stated_with_shared_tokens_once_and_in_every_trajectory(ro
         assert not [name for name in row if name.endswith(("_mfu", "_hfu"))], "no peak is known of a CPU"
 
 
+def test_the_host_is_looked_at_while_it_trains(rows):
+    assert sum(rows[step]["host/telemetry_samples"] for step in (1, 2, 3)) >= 1, "one rank of the node samples"
+    assert any(rows[step].get("host/rss_gib_max", 0) > 0.1 for step in (1, 2, 3))
+
+
 def test_the_first_step_starts_from_equal_models(rows):
     first = rows[1]
     assert first["train/ratio_max_diff"] == 0 and first["train/ppo_kl"] == 0

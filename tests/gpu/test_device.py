@@ -6,6 +6,7 @@ sleep, woken by tag, refitted, compared by the canary, branched, reset. Figures 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 
 from tests.ranks import CLI, run_ranks
 from treepo_mega.monitor.metrics import read_metrics
+from treepo_mega.monitor.nvml import gpu_gauges
+from treepo_mega.monitor.telemetry import Telemetry, figures
 from treepo_mega.runtime.device import free_memory_bytes, has_cuda
 from treepo_mega.runtime.staging import Staging
 from treepo_mega.sync.handover import DeviceMemory
@@ -84,6 +87,28 @@ def test_arrays_arrive_whole_behind_a_busy_device_and_the_host_does_not_wait(rec
     for values, copied in zip(arrays, copies, strict=True):
         assert torch.equal(copied.cpu(), torch.from_numpy(values).int())
     record_property("arrays", len(copies))
+
+
+@needs_cuda
+def test_nvml_counts_what_a_busy_device_does(record_property: Record):
+    """Every counter that the driver gives is in its unit's range, and a sample costs little."""
+    import pynvml
+
+    telemetry = Telemetry(60.0, gpu_gauges(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    busy = torch.randn(8192, 8192, device="cuda")
+    for _ in range(200):
+        busy @ busy
+    torch.cuda.synchronize()
+    for _ in range(10):
+        telemetry.sample()
+    telemetry.close()
+    found = figures(*telemetry.take())
+    assert 20 < found["gpu/power_w_max"] < 2000 and 10 < found["gpu/temperature_c_max"] < 110
+    assert found["gpu/memory_used_gib_max"] > busy.nbytes / 2**30 and found["gpu/sm_clock_mhz_max"] > 100
+    cost = found["host/telemetry_s"] / found["host/telemetry_samples"]
+    assert cost < 0.01, "0.5 % of an interval of 2 s"
+    record_property("ms a sample", 1e3 * cost)
+    record_property("metrics", len(found))
 
 
 def trained(directory: Path, ranks: int, *overrides: str) -> dict[int, dict[str, float]]:

@@ -78,6 +78,11 @@ def test_the_guide_states_the_pins():
     assert engine.specifier.contains(table["transformer-engine"])
 
 
+def test_telemetry_brings_its_library():
+    wanted = {Requirement(text).name for text in requirements()["gpu"]}
+    assert "nvidia-ml-py" in wanted, "monitor/nvml.py imports it"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_the_gpu_extra_resolves_to_the_pins_and_to_what_the_guide_states(tmp_path, python):
@@ -90,7 +95,7 @@ def test_the_gpu_extra_resolves_to_the_pins_and_to_what_the_guide_states(tmp_pat
     table = stated()
     assert {name: found[name] for name in table if name in found} == table, "of the index, and of the guide"
     assert found["nvidia-cuda-runtime"].startswith("13."), "the guide states a driver for CUDA 13"
-    assert "nvidia-ml-py" in found, "vLLM asks it for the devices"
+    assert "nvidia-ml-py" in found, "vLLM asks it for the devices, and telemetry for what they do"
     assert "transformer-engine-cu13" in found and "transformer-engine-cu12" not in found
     for companion in ("torchvision", "torchaudio", "torchcodec"):
         assert companion in found, "the environment check says that vLLM for CUDA requires it"

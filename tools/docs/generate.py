@@ -54,6 +54,7 @@ GROUPS = {
     "timing_s": "Seconds by phase: `timing_s/`",
     "cpu_s": "CPU seconds by phase: `cpu_s/`",
     "gpu": "Devices: `gpu/`",
+    "host": "Hosts: `host/`",
     "eval": "Evaluation: `eval/`",
 }
 """Prefix -> heading, in the order of the page. A prefix that is not here gets a heading of its own at the end."""

@@ -72,6 +72,7 @@ CHECKS = (
     Check("torch", f"{DEVICE}::test_one_rank_over_nccl", 1, "first collective and a batch of sends, one rank"),
     Check("torch", f"{KERNELS}::test_kernels_equal_tiles_of_torch", 3, "bf16 and FP8 loss kernels", "not fp32"),
     Check("torch", f"{DEVICE}::test_offloaded_memory_is_free_for_others_and_comes_back_unchanged", 1, "offloading"),
+    Check("torch", f"{DEVICE}::test_nvml_counts_what_a_busy_device_does", 1, "NVML's counters", needs=("pynvml",)),
     Check(
         "torch",
         f"{DEVICE}::test_arrays_arrive_whole_behind_a_busy_device_and_the_host_does_not_wait",

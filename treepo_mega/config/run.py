@@ -193,6 +193,9 @@ class LoggingConfig(Section):
     chrome://tracing and ui.perfetto.dev open. None: never."""
     sinks: list[FunctionPath] = Field(default_factory=list)
     """Functions that take each step's metrics as well, such as a tracker of your own: path/to/file.py:function."""
+    telemetry_interval_s: float = Field(2.0, ge=0)
+    """Seconds between two looks at GPUs (NVML) and host by a thread of each node's first rank: gpu/ and host/ metrics.
+    0: none."""
     progress: bool = True
     """Progress bars on the console (rank 0)."""
 

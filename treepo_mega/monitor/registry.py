@@ -292,6 +292,31 @@ _PERF = (
     ),
 )
 
+_MACHINE = (
+    Metric("gpu/utilization_{mean,max}", "share", "near 1 in mean", "of the time, some kernel was running; NVML"),
+    Metric("gpu/memory_used_gib_{mean,max}", "GiB", "max below the card's", "memory used on a card, by all processes"),
+    Metric("gpu/power_w_{mean,max}", "W", "near the card's limit when busy", "power draw of a card"),
+    Metric("gpu/sm_clock_mhz_{mean,max}", "MHz", "mean near max", "clock of the multiprocessors"),
+    Metric("gpu/temperature_c_{mean,max}", "C", "below 85", "temperature of a card"),
+    Metric(
+        "gpu/throttled_share_{mean,max}", "share", "mean 0", "samples of a card slowed down by heat or a power limit"
+    ),
+    Metric("gpu/energy_kj", "kJ", "steady", "energy of all cards in the step"),
+    Metric("gpu/ecc_errors", "count", "0; else have the card looked at", "memory errors that ECC could not correct"),
+    Metric("gpu/nvlink_gb", "GB", "steady", "bytes over NVLink, sent and received, all cards"),
+    Metric("gpu/pcie_gb", "GB", "steady", "bytes over PCIe, sent and received, all cards"),
+    Metric("host/cpu_share_{mean,max}", "share", "mean below 0.9", "of a node's cores in use, by all processes"),
+    Metric("host/memory_used_gib_{mean,max}", "GiB", "no growth", "host memory used on a node, by all processes"),
+    Metric(
+        "host/rss_gib_{mean,max}", "GiB", "no growth", "resident memory of a node's first rank and its child processes"
+    ),
+    Metric("host/shm_gib_{mean,max}", "GiB", "no growth", "shared memory used on a node (/dev/shm)"),
+    Metric("host/{disk_read,disk_written}_gb", "GB", "-", "bytes of all disks in the step, all nodes"),
+    Metric("host/{network_received,network_sent}_gb", "GB", "-", "bytes of all network interfaces, all nodes"),
+    Metric("host/telemetry_samples", "count", "step time / interval x nodes", "samples behind these means"),
+    Metric("host/telemetry_s", "s", "below 0.005 of the step x nodes", "time that taking them cost, in a thread"),
+)
+
 _EVAL = (
     Metric("eval/accuracy", "share", "rises", "mean correctness of single samples at eval.temperature"),
     Metric("eval/pass_at_n", "share", "at least accuracy", "prompts with one correct sample of n"),
@@ -307,7 +332,7 @@ _EVAL = (
     Metric("eval/response_len_mean", "tokens", "no jump", "mean response length in evaluation"),
 )
 
-METRICS: tuple[Metric, ...] = _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + _EVAL
+METRICS: tuple[Metric, ...] = _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + _MACHINE + _EVAL
 
 
 def known_names() -> dict[str, Metric]:
@@ -327,7 +352,7 @@ def check_known(name: str) -> Metric:
 
 
 _CLOCKED = (
-    *("time", "timing_s/", "cpu_s/", "perf/"),
+    *("time", "timing_s/", "cpu_s/", "perf/", "gpu/", "host/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
     "reward/overlapped_share",
