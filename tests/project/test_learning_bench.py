@@ -1,0 +1,89 @@
+"""The learning bench's figures: where a curve reaches a goal, what a step costs, and what it says of arms and names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench" / "learning.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("learning_bench", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(accuracies: list[float], tokens: float, cpu_s: float, seed: int = 1) -> dict:
+    curve = [
+        {"step": 10 * index, "tokens": tokens * index, "cpu_s": cpu_s * index, "accuracy": accuracy}
+        for index, accuracy in enumerate(accuracies)
+    ]
+    return {"seed": seed, "accuracy": accuracies[-1], "curve": curve}
+
+
+def test_a_step_costs_its_sampling_and_four_forward_passes(bench):
+    rows = [
+        {"step": 0, "eval/accuracy": 0.5},
+        {
+            "step": 1,
+            "rollout/forwarded_tokens": 100.0,
+            "perf/packed_tokens": 10.0,
+            "cpu_s/step": 2.0,
+            "timing_s/step": 3.0,
+        },
+        {
+            "step": 2,
+            "rollout/forwarded_tokens": 50.0,
+            "perf/packed_tokens": 5.0,
+            "cpu_s/step": 1.0,
+            "eval/accuracy": 0.6,
+        },
+    ]
+    first, last = bench.curve(rows)
+    assert first == {"step": 0, "tokens": 0.0, "cpu_s": 0.0, "wall_s": 0.0, "accuracy": 0.5}
+    assert last == {"step": 2, "tokens": 210.0, "cpu_s": 3.0, "wall_s": 3.0, "accuracy": 0.6}
+
+
+def test_reaching_a_goal_is_interpolated_on_the_mean_curve(bench):
+    runs = [result([0.0, 0.4, 0.8], 100, 1), result([0.0, 0.6, 0.8], 100, 1)]
+    assert bench.reach(runs, 0.65, "tokens") == pytest.approx(150)
+    assert bench.reach(runs, 0.9, "tokens") == float("inf")
+    assert bench.reach([result([0.5, 0.3, 0.8], 100, 1)], 0.4, "tokens") == 0, "it has been there from the start"
+
+
+def test_an_arm_at_half_the_price_reaches_the_baseline_at_half_of_its_tokens(bench):
+    baseline = [result([0.4, 0.6, 0.8], 100, 10, seed) for seed in (1, 2)]
+    arm = [result([0.4, 0.6, 0.8], 50, 8, seed) for seed in (1, 2)]
+    found = bench.compare(baseline, arm, np.random.default_rng(0))
+    assert found["tokens_ratio_at_equal_accuracy"] == 0.5 and found["cpu_ratio_at_equal_accuracy"] == 0.8
+    assert found["tokens_ci95"] == [0.5, 0.5] and found["accuracy_difference_at_equal_steps"] == 0
+    worse = bench.compare(baseline, [result([0.4, 0.5, 0.7], 50, 8)], np.random.default_rng(0))
+    assert worse["tokens_ratio_at_equal_accuracy"] is None and worse["accuracy_sd"] is None
+
+
+def test_every_arm_is_a_configuration_and_every_stored_run_one_of_them(bench):
+    import yaml
+
+    from treepo_mega.config import check, load_config
+
+    plan = yaml.safe_load(bench.ARMS.read_text())
+    task = plan["tasks"]["carry"]
+    for name, arm in plan["arms"].items():
+        check(load_config(BENCH.parents[2] / task["config"], [*task["overrides"], *arm]), 1), name
+    for path in bench.RESULTS.glob("*/*.json"):
+        arm, _, seed = path.name.removesuffix(".json").partition(".seed")
+        assert arm in plan["arms"] and json.loads(path.read_text())["seed"] == int(seed)
+
+
+def test_an_unknown_arm_is_answered_with_the_nearest(bench, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["learning.py", "run", "--arms", "flat-gpro"])
+    with pytest.raises(SystemExit, match=r"no arm 'flat-gpro' in learning\.yaml.*flat-grpo"):
+        bench.main()
