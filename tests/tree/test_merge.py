@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.properties import examples
 from tests.tree.forests import forests
 from treepo_mega.tree import merge
-from treepo_mega.tree.credit import fold, fold_nodes
+from treepo_mega.tree.credit import Credit, fold, fold_nodes
 from treepo_mega.tree.merge import MergeError, merge_equal
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.segments import Segments
@@ -96,17 +96,28 @@ def _ancestry(s: Segments, segment: int) -> set[int]:
     return found
 
 
-def test_the_picture_of_the_module():
+def merged_picture() -> tuple[Segments, Credit]:
+    """The tree in the module's picture, merged."""
     tree = Tree.start("p", [9])
     for tokens in ([1, 2, 3], [1, 2, 4]):
         child = tree.add_child(0)
         child.tokens, child.logprobs = tokens, [-0.5] * 3
         tree.leaves.append(child.id)
     s = Segments.from_trees([tree], [0])
-    got, credit = merge_equal(s, fold(s, np.array([1.0, -1.0]), np.ones(2)))
+    return merge_equal(s, fold(s, np.array([1.0, -1.0]), np.ones(2)))
+
+
+def check_picture(got: Segments, credit: Credit) -> None:
+    """The trie in the picture, with the credit of both paths on what they share."""
     assert got.length.tolist() == [1, 2, 1, 1] and got.parent.tolist() == [-1, 0, 1, 1]
     assert credit.A_pos.tolist() == [1, 1, 1, 0] and credit.A_neg.tolist() == [-1, -1, 0, -1]
     assert credit.count.tolist() == [2, 2, 1, 1]
+
+
+def test_the_picture_of_the_module():
+    got, credit = merged_picture()
+    assert len(got) == 4
+    check_picture(got, credit)
 
 
 def test_an_empty_forest_stays_empty():
@@ -129,10 +140,12 @@ def confusing(salts: set[int], monkeypatch) -> None:
 @pytest.mark.parametrize("salts", [{0}, {0, 1, 2}])
 def test_a_collision_is_met_with_another_hash(salts, monkeypatch):
     confusing(salts, monkeypatch)
-    test_the_picture_of_the_module()
+    got, credit = merged_picture()
+    assert len(got) == 4
+    check_picture(got, credit)
 
 
 def test_arrays_that_no_hash_can_tell_apart_are_an_error(monkeypatch):
     confusing(set(merge.SALTS), monkeypatch)
     with pytest.raises(MergeError, match="4 hashes in a row confused two prefixes of 7 tokens"):
-        test_the_picture_of_the_module()
+        merged_picture()

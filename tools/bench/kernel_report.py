@@ -85,7 +85,7 @@ def how_to_update(version: str) -> str:
     update = "python tools/bench/kernel_report.py --update"
     if version == installed():
         return f"`{update}`"
-    folder = f"/tmp/triton-{version}"
+    folder = f"build/triton-{version}"
     return f"`pip install --no-deps --target {folder} triton=={version}` and `{update} --triton {folder}`"
 
 

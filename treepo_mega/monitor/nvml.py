@@ -39,6 +39,8 @@ def gpu_gauges(nvml: Any, visible: str | None = None) -> list[Gauge]:
         return lambda: [read(card) for card in cards]
 
     def fields(*wanted: Any) -> Callable[[Any], float]:
+        """A card -> the sum of its NVML fields `wanted`, in their unit; raises NVMLError where one is refused."""
+
         def read(card: Any) -> float:
             got = nvml.nvmlDeviceGetFieldValues(card, list(wanted))
             if failed := [value.nvmlReturn for value in got if value.nvmlReturn != nvml.NVML_SUCCESS]:

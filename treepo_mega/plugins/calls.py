@@ -148,6 +148,7 @@ def open_sinks(names: Sequence[str]) -> list[Callable[[int, Mapping[str, float |
     """The sinks `names` in order: each takes a step and its metrics, and raises PluginError when it raises."""
 
     def sink_of(name: str) -> Callable[[int, Mapping[str, float | None]], None]:
+        """The sink `name`, loaded; it gets a step and that step's metrics."""
         plugin = load("logger", name)
 
         def sink(step: int, metrics: Mapping[str, float | None]) -> None:

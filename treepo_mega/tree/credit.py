@@ -84,12 +84,13 @@ def fold(s: Segments, advantages: Floats, weights: Floats, factors: Floats | Non
     `factors` [L] weigh a trajectory in the masses alone, not in `n`: importance weights, which KL and entropy have none
     of. None: 1.
     """
-    a, w = advantages[s.leaf_number], weights[s.leaf_number]
-    m = w if factors is None else w * factors[s.leaf_number]
+    advantage = advantages[s.leaf_number]
+    weight = weights[s.leaf_number]
+    mass = weight if factors is None else weight * factors[s.leaf_number]
     return Credit(
-        _sum_below(s, m * np.maximum(a, 0)),
-        _sum_below(s, m * np.minimum(a, 0)),
-        _sum_below(s, w),
+        _sum_below(s, mass * np.maximum(advantage, 0)),
+        _sum_below(s, mass * np.minimum(advantage, 0)),
+        _sum_below(s, weight),
         s.leaf_hi - s.leaf_lo,
     )
 
@@ -99,9 +100,10 @@ def fold_nodes(s: Segments, advantages: Floats, weights: Floats, factors: Floats
 
     `factors` as in `fold`.
     """
-    a, n = advantages[s.node], _sum_below(s, weights[s.leaf_number])
-    m = n if factors is None else _sum_below(s, (weights * factors)[s.leaf_number])
-    return Credit(m * np.maximum(a, 0), m * np.minimum(a, 0), n, s.leaf_hi - s.leaf_lo)
+    advantage = advantages[s.node]
+    weight = _sum_below(s, weights[s.leaf_number])
+    mass = weight if factors is None else _sum_below(s, (weights * factors)[s.leaf_number])
+    return Credit(mass * np.maximum(advantage, 0), mass * np.minimum(advantage, 0), weight, s.leaf_hi - s.leaf_lo)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,8 @@ class Grader:
             if reply.get("ready") is not None or (self.batch and reply["id"] == self.batch[0][0]):
                 return reply
         except (ValueError, AttributeError, KeyError, RecursionError):
-            pass
+            # A verifier printed into the protocol; the caller ends the worker for a line that is no reply.
+            return None
         return None
 
     def tidy_log(self) -> None:
