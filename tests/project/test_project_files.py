@@ -156,3 +156,13 @@ def test_every_finding_about_gpus_has_a_proof_that_exists(gpu_static: ModuleType
     for finding in bench.FINDINGS:
         assert finding.status in ("mended", "answered", "open")
         assert bool(finding.proof) == (finding.status != "open"), finding.id
+
+
+def test_every_script_finds_tools_without_the_repository_on_the_path():
+    """`python tools/bench/x.py` puts that folder on the path, where a test run has the repository's root."""
+    for path in sorted((ROOT / "tools").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__"' not in text or not re.search(r"^from tools[. ]", text, re.MULTILINE):
+            continue
+        before = text[: re.search(r"^from tools[. ]", text, re.MULTILINE).start()]
+        assert "sys.path.insert(0," in before, f"{path.relative_to(ROOT)} imports `tools` before it can be found"

@@ -31,6 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# As a script, the first folder on the path is this one, and `tools` is above it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tools.bench.kernel_report import VERSIONS, stale_tables
 from tools.bench.kernel_report import spilled_bytes as kernel_spills
 from treepo_mega.actor import attention_flex
