@@ -28,6 +28,7 @@ from treepo_mega.config import Config, ConfigError, ParallelConfig, RolloutConfi
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards import RewardPool
+from treepo_mega.data.rewards.trial import verifiers_of
 from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
 from treepo_mega.modelspec.spec import ModelSpec
@@ -99,11 +100,14 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     loaded = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=spec.vocab_size)
     progress.say(*loaded.notes)
     prompts = loaded.prompts[: cfg.eval.max_prompts]
-    engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
-    generator = Generator(engine, cfg, tokenizer, progress=progress.leaves)
-    progress.say(f"{len(prompts)} prompts, temperature {plan.temperature}, {dist.world_size()} ranks")
     points: list[Point] = []
     with RewardPool(cfg.reward) as pool:
+        # Workers import their verifiers while the engine is built.
+        pool.warm(verifiers_of(cfg.reward, prompts))
+        engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
+        pool.finish_warming(progress.say)
+        generator = Generator(engine, cfg, tokenizer, progress=progress.leaves)
+        progress.say(f"{len(prompts)} prompts, temperature {plan.temperature}, {dist.world_size()} ranks")
         evaluator = Evaluator(generator, pool, cfg)
         for name, sampling in series(cfg, plan):
             mine: list[Point] = []

@@ -29,7 +29,7 @@ from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.checkpoint.export import export_hf
 from treepo_mega.config import Config
 from treepo_mega.data.rewards import RewardPool
-from treepo_mega.data.rewards.trial import try_rewards
+from treepo_mega.data.rewards.trial import try_rewards, verifiers_of
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE
@@ -69,9 +69,12 @@ class Trainer:
         self.pool = RewardPool(cfg.reward)
         self.inputs = build.load_inputs(cfg, spec, self.progress)
         self.progress.say(*try_rewards(self.pool, cfg.reward, self.inputs.examples))
+        # Their imports take seconds: workers go through them while actor and engine are built.
+        self.pool.warm(verifiers_of(cfg.reward, self.inputs.examples))
         self.actor = build.build_actor(cfg)
         self.reference = build.build_reference(cfg, self.actor)
         self.engine, handover = build.build_engine(cfg, self.actor)
+        self.pool.finish_warming(self.progress.say)
         self.generator = Generator(self.engine, cfg, self.inputs.tokenizer, progress=self.progress.leaves)
         self.collector = Collector(cfg, self.generator, self.pool, self.inputs.cursor, self.timers)
         self.evaluator = Evaluator(self.generator, self.pool, cfg)

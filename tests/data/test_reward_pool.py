@@ -192,6 +192,39 @@ def test_an_import_that_hangs_stops_the_run_after_its_own_deadline(tmp_path: Pat
         pool.score([RewardItem(f"{file}:score", "x", "a", "b")])
 
 
+def test_all_workers_import_beforehand_and_the_first_grading_waits_for_none(tmp_path: Path) -> None:
+    file, log = tmp_path / "slow.py", tmp_path / "imports"
+    file.write_text(
+        f"import os, time\ntime.sleep(0.3)\nopen({str(log)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "def score(**kw):\n    return 0.5\n"
+    )
+    said: list[str] = []
+    with RewardPool(RewardConfig(num_workers=2)) as pool:
+        pool.warm([f"{file}:score", "exact"])
+        assert not log.exists(), "it does not wait"
+        pool.finish_warming(said.append)
+        imported = log.read_text()
+        assert len(set(imported.split())) == len(imported.split()) == 2, "each worker, once"
+        assert said == [
+            f"waiting for reward workers to import {file}:score, exact, each at most 120 s (reward.startup_timeout_s)"
+        ]
+        assert pool.score([RewardItem(f"{file}:score", "x", "a", "b")] * 8) == [RewardResult(0.5)] * 8
+        assert log.read_text() == imported
+        assert pool.take_tally() == {"total": 8, "lost": {}, "reasons": {}}, "imports are no gradings"
+        pool.warm([f"{file}:score"])
+        pool.finish_warming(said.append)
+        assert pool.poll() == {}
+
+
+def test_what_cannot_be_imported_beforehand_stops_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("import no_such_module_here\ndef score(**kw):\n    return 1.0\n")
+    with RewardPool(RewardConfig()) as pool:
+        pool.warm([f"{file}:score"])
+        with pytest.raises(VerifierError, match="cannot be loaded: ModuleNotFoundError: No module named 'no_such"):
+            pool.finish_warming(print)
+
+
 def test_a_user_file_may_import_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("VALUE = 0.125\n")
     file = tmp_path / "mine.py"

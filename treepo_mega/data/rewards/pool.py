@@ -2,7 +2,8 @@
 
     with RewardPool(cfg.reward) as pool:
         results = pool.score([RewardItem("math", "gsm8k", text, "42")])     # in the order of the items
-        tickets = pool.submit(items)                                        # or meanwhile: grading has begun
+        pool.warm(["math"])                                                 # before: workers import while others build
+    tickets = pool.submit(items)                                        # or meanwhile: grading has begun
         results = pool.poll()                                               # what has ended, by ticket; never blocks
 
 Every item gets a result; nothing is scored 0 in silence. `score is None` means *lost*, `error` says why: the
@@ -27,7 +28,7 @@ import json
 import selectors
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -119,6 +120,8 @@ class RewardPool:
         self._pending: dict[int, _Pending] = {}
         self._finished: dict[int, RewardResult] = {}
         self._waiting: deque[int] = deque()
+        # Tickets of imports, which nobody asked a result of.
+        self._imports: set[int] = set()
         # A user's file is parsed to check it: not again with every tree.
         self._checked: set[str] = set()
         self._total = 0
@@ -151,6 +154,43 @@ class RewardPool:
                 self._turn(block=True)
         return [self._finished.pop(ticket) for ticket in tickets]
 
+    def warm(self, verifiers: Iterable[str]) -> None:
+        """Start all workers, and have each import `verifiers`. Never blocks: `finish_warming` waits for it.
+
+        For a pool with nothing in flight. Raises VerifierError for an unknown verifier.
+        """
+        names = list(dict.fromkeys(verifiers))
+        self._check(names)
+        while names and len(self._workers) < self.cfg.num_workers:
+            self._workers.append(Grader(self.cfg))
+        for worker in self._workers:
+            if worker.batch:
+                continue
+            batch: list[tuple[int, str]] = []
+            for name in names:
+                ticket = next(self._tickets)
+                message = json.dumps({"id": ticket, "verifier": name, "only_import": True})
+                self._pending[ticket] = _Pending(name, None, message.encode())
+                batch.append((ticket, name))
+            self._imports.update(ticket for ticket, _ in batch)
+            worker.give(batch, _message([self._pending[ticket].payload for ticket, _ in batch]))
+
+    def finish_warming(self, say: Callable[[str], None]) -> None:
+        """Wait until all workers have imported what `warm` named; `say` is told of a wait, and for what.
+
+        Each import has reward.startup_timeout_s, and two tries. Raises VerifierError for what cannot be imported.
+        """
+        if self._imports:
+            self._turn(block=False)
+        if self._imports:
+            names = ", ".join(sorted({self._pending[ticket].verifier for ticket in self._imports}))
+            say(
+                f"waiting for reward workers to import {names}, each at most {self.cfg.startup_timeout_s:g} s "
+                "(reward.startup_timeout_s)"
+            )
+        while self._imports:
+            self._turn(block=True)
+
     def submit(self, items: Sequence[RewardItem]) -> list[int]:
         """A ticket for each of `items`, in order, by which `poll` and `wait` hand out its result. Never blocks.
 
@@ -181,6 +221,7 @@ class RewardPool:
         self._waiting.clear()
         self._pending.clear()
         self._finished.clear()
+        self._imports.clear()
         for worker in workers:
             worker.kill()
 
@@ -222,9 +263,7 @@ class RewardPool:
     def _submit(self, items: Sequence[RewardItem], *, to_the_end: bool) -> list[int]:
         if self._closed:
             raise RuntimeError("RewardPool.score after close")
-        for name in {item.verifier for item in items} - self._checked:
-            check_verifier(name)
-            self._checked.add(name)
+        self._check(item.verifier for item in items)
         pending = dict(self._encode(index, item) for index, item in enumerate(items))
         self._pending |= pending
         self._waiting.extend(pending)
@@ -235,12 +274,20 @@ class RewardPool:
             raise
         return list(pending)
 
+    def _check(self, verifiers: Iterable[str]) -> None:
+        for name in set(verifiers) - self._checked:
+            check_verifier(name)
+            self._checked.add(name)
+
     def _take_finished(self) -> dict[int, RewardResult]:
         finished, self._finished = self._finished, {}
         return finished
 
     def _finish(self, ticket: int, result: RewardResult) -> None:
         item = self._pending.pop(ticket)
+        if ticket in self._imports:
+            self._imports.discard(ticket)
+            return
         self._finished[ticket] = result
         self._total += 1
         if result.score is None:
@@ -280,7 +327,7 @@ class RewardPool:
             batch.append((ticket, item.verifier))
             texts.append(item.payload)
             size += len(item.payload)
-        return batch, b"[" + b",".join(texts) + b"]\n"
+        return batch, _message(texts)
 
     def _turn(self, *, block: bool) -> None:
         """Move what bytes can be moved, and act on deadlines; `block`: wait for something to happen before."""
@@ -352,3 +399,8 @@ class RewardPool:
             raise VerifierError(f"verifier {item.verifier!r} cannot be loaded ({ATTEMPTS} tries): {reason}")
         else:
             self._finish(ticket, RewardResult(None, f"{reason} ({ATTEMPTS} tries)"))
+
+
+def _message(items: Sequence[bytes]) -> bytes:
+    """The line that hands items to a worker."""
+    return b"[" + b",".join(items) + b"]\n"

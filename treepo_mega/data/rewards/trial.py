@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
 
 
+def verifiers_of(reward: RewardConfig, prompts: Iterable[Prompt]) -> list[str]:
+    """The verifiers that grade `prompts`: those of `reward.functions`, else the prompts' own; each once."""
+    used = (part.verifier or prompt.verifier for prompt in prompts for part in reward.functions)
+    return list(dict.fromkeys(used if reward.functions else (prompt.verifier for prompt in prompts)))
+
+
 def try_rewards(pool: RewardPool, reward: RewardConfig, prompts: Iterable[Prompt]) -> list[str]:
     """Lines for people. Raises VerifierError for a function that cannot be loaded, or returns what is no reward."""
     first: dict[str, Prompt] = {}

@@ -1,11 +1,12 @@
 """A grader process: `python -m treepo_mega.data.rewards.worker`, started and killed by `pool.RewardPool`.
 
 Protocol, one JSON message a line. In: a list of requests `{"id", "verifier", "data_source", "solution_str",
-"ground_truth", "extra_info", "trajectory"}`, or a single one. Out: `{"ready": true}` at the start; then in the order of
-the requests `{"id", "loaded": true}` when its verifier was imported for it (so that imports have a deadline of their
-own) or `{"id", "load_error"}`, and `{"id", "score", "extra"}` or `{"id", "error"}`, the latter with `"retire": true`
-when the process ran out of memory and should be replaced, and with `"returned"`, a type, when that is no reward. Each
-reply is written before the next request is begun, so the first request without a reply is the one that hung or crashed.
+"ground_truth", "extra_info", "trajectory"}`, or a single one; `{"id", "verifier", "only_import": true}` grades nothing.
+Out: `{"ready": true}` at the start; then in the order of the requests `{"id", "loaded": true}` when its verifier was
+imported for it (so that imports have a deadline of their own) or `{"id", "load_error"}`, and `{"id", "score", "extra"}`
+or `{"id", "error"}`, the latter with `"retire": true` when the process ran out of memory and should be replaced, and
+with `"returned"`, a type, when that is no reward. Each reply is written before the next request is begun, so the first
+request without a reply is the one that hung or crashed.
 
 It grades untrusted text with code that may misbehave, so: the protocol's pipes are moved to private file
 descriptors and 0 and 1 pointed elsewhere (what a verifier prints, even from C, goes to stderr, and it
@@ -191,6 +192,10 @@ def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeo
                     reply({**key, "load_error": _reason(e)})
                     continue
                 reply({**key, "loaded": True})
+            if request.get("only_import"):
+                cpu_alarm(0)
+                reply({**key, "score": 0.0, "extra": {}})
+                continue
             cpu_alarm(2 * timeout_s + 5)
             result = grade(loaded[name], request)
             cpu_alarm(0)
