@@ -104,3 +104,19 @@ def test_a_forest_costs_nine_bytes_a_token_and_its_text_does_not_grow_with_them(
     small, large = texts
     # Only the numbers of entries and the places of the arrays have more digits.
     assert large < small * 1.1
+
+
+@pytest.mark.parametrize("kind", packed.KINDS)
+def test_arrays_come_back_as_arrays(kind):
+    arrays = {
+        "one": np.arange(5).astype(kind),
+        "table": np.arange(6).reshape(3, 2).astype(kind),
+        "none": np.zeros(0, kind),
+    }
+    got = unpack(pack({"$held": arrays, "beside": [1.5] * 20}))
+    for name, array in arrays.items():
+        assert (got["$held"][name].dtype, got["$held"][name].shape) == (array.dtype, array.shape)
+        assert got["$held"][name].tolist() == array.tolist()
+    assert got["beside"] == [1.5] * 20
+    with pytest.raises(TypeError, match="an array of complex128 is not among i1, i2"):
+        pack(np.zeros(2, np.complex128))

@@ -5,7 +5,8 @@
 
 Layout: magic, CRC-32 of what follows, length of the JSON text, the text, the arrays one after the other. In the text an
 array stands as {"$": [kind, offset in bytes, entries]}; keys that begin with "$" get one more. Every number comes back
-bit for bit: fp32 holds what is exact in it, as an engine's logprobs are, and fp64 the rest.
+bit for bit: fp32 holds what is exact in it, as an engine's logprobs are, and fp64 the rest. NumPy arrays travel as they
+are, with their shape as a fourth entry, and come back as read-only arrays.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ HEADER = struct.Struct("<4sIQ")
 LEAST = 16
 """Entries of the shortest list that is an array: below, its place in the text would be longer than its numbers."""
 MARK = "$"
-KINDS: dict[str, np.dtype[Any]] = {kind: np.dtype(f"<{kind}") for kind in ("i4", "i8", "f4", "f8")}
+KINDS: dict[str, np.dtype[Any]] = {
+    kind: np.dtype(f"<{kind}") for kind in ("i1", "i2", "i4", "i8", "u1", "u2", "f4", "f8")
+}
 
 
 class PackedError(TreepoError):
@@ -35,7 +38,7 @@ class PackedError(TreepoError):
 
 
 def pack(value: Any) -> bytes:
-    """A JSON-able `value` as bytes. Raises what json.dumps raises for other values."""
+    """A `value` of arrays and what JSON knows, as bytes. Raises what json.dumps raises for other values."""
     arrays = _Arrays()
     text = json.dumps(_skeleton(value, arrays)).encode()
     body = b"".join((text, *arrays.parts))
@@ -43,7 +46,10 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes | memoryview) -> Any:
-    """What `pack` was given, as json.loads(json.dumps(value)) gives it. Raises PackedError for any damage."""
+    """What `pack` was given, arrays as arrays and the rest as json.loads(json.dumps(value)) gives it.
+
+    Raises PackedError for any damage.
+    """
     if len(data) < HEADER.size:
         raise PackedError(f"{len(data)} bytes, and the header alone has {HEADER.size}")
     magic, checksum, length = HEADER.unpack_from(data)
@@ -75,11 +81,21 @@ class _Arrays:
         self.nbytes += array.nbytes
         return place
 
+    def add_shaped(self, array: np.ndarray) -> dict[str, Any]:
+        """As `add`, for an array that comes back as one. Raises TypeError for other numbers than KINDS."""
+        flat = np.ascontiguousarray(array).reshape(-1)
+        if array.dtype.str[1:] not in KINDS:
+            raise TypeError(f"an array of {array.dtype} is not among {', '.join(KINDS)}")
+        little = flat.astype(KINDS[array.dtype.str[1:]], copy=False)
+        return {MARK: [*self.add(little)[MARK], list(array.shape)]}
+
 
 def _skeleton(value: Any, arrays: _Arrays) -> Any:
     """`value` with places for its long lists of numbers, which go to `arrays`."""
     if isinstance(value, dict):
         return {_escaped(key): _skeleton(entry, arrays) for key, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        return arrays.add_shaped(value)
     if not isinstance(value, list | tuple):
         return value
     array = _array(value) if len(value) >= LEAST else None
@@ -113,8 +129,9 @@ def _escaped(key: Any) -> Any:
 def _restored(arrays: memoryview, entry: dict[str, Any]) -> Any:
     """A dict of the text as it was, or the list that it holds the place of."""
     if MARK in entry:
-        kind, offset, count = entry[MARK]
-        return np.frombuffer(arrays, KINDS[kind], count, offset).tolist()
+        kind, offset, count, *shaped = entry[MARK]
+        array = np.frombuffer(arrays, KINDS[kind], count, offset)
+        return array.reshape(shaped[0]) if shaped else array.tolist()
     if any(key.startswith(MARK) for key in entry):
         return {key.removeprefix(MARK): held for key, held in entry.items()}
     return entry
