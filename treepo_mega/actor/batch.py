@@ -108,7 +108,7 @@ def _pairs(tree: Tree, shares: list[float] | None, per_node: bool, counted: floa
     if counted is not None:
         counts = [count * counted / width for count in counts]
     if not per_node:
-        return [count * len(tree.response(leaf)) for count, leaf in zip(counts, tree.leaves, strict=True)]
+        return [count * tree.response_length(leaf) for count, leaf in zip(counts, tree.leaves, strict=True)]
     below = tree.leaves_below()
     below.pop(ROOT, None)
     return [len(node.tokens) * sum(counts[index] for index in below.get(node.id, ())) for node in tree.nodes]

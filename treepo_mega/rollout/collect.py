@@ -297,7 +297,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     rewards = [reward for tree in seen for reward in tree.rewards]
     verdicts = [verdict for tree in seen for verdict in tree.verdicts]
     masks = cfg.algo.mask_truncated_samples
-    lengths = [len(tree.response(leaf)) for tree in seen for leaf in tree.leaves] or [0]
+    lengths = [tree.response_length(leaf) for tree in seen for leaf in tree.leaves] or [0]
     depths = [tree.nodes[leaf].depth for tree in seen for leaf in tree.leaves] or [0]
     trained = [reward for tree in kept for reward in tree.rewards]
     leaves = max(1.0, counts["leaves"])
@@ -307,7 +307,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/accuracy": sum(verdict > CORRECT for verdict in verdicts) / max(1, len(verdicts)),
         "rollout/reward_policy": policy_mean(seen, lambda tree, index: tree.rewards[index]),
         "rollout/accuracy_policy": policy_mean(seen, lambda tree, index: float(tree.verdicts[index] > CORRECT)),
-        "rollout/response_len_policy": policy_mean(seen, lambda tree, index: len(tree.response(tree.leaves[index]))),
+        "rollout/response_len_policy": policy_mean(seen, lambda tree, index: tree.response_length(tree.leaves[index])),
         "rollout/response_len_mean": sum(lengths) / len(lengths),
         "rollout/response_len_max": max(lengths),
         "rollout/truncated_share": (counts["stop/length"] + counts["stop/depth"]) / leaves,

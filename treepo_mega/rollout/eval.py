@@ -139,7 +139,7 @@ def grade(tree: Tree, texts: list[str], scores: list[float | None]) -> Graded:
         scores=scores,
         majority=_correct(_majority(texts, scores)),
         truncated=sum(tree.nodes[leaf].stop in ("length", "depth") for leaf in tree.leaves),
-        response_tokens=sum(len(tree.response(leaf)) for leaf in tree.leaves),
+        response_tokens=tree.flat_tokens(),
         unique_tokens=tree.unique_tokens(),
         generated_tokens=tree.counts.get("generated_tokens", 0),
         forwarded_tokens=tree.counts.get("forwarded_tokens", 0),

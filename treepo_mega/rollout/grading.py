@@ -116,7 +116,7 @@ def trajectory_of(tree: Tree, leaf: int) -> Trajectory:
     """What a verifier may know of how a response came about."""
     return {
         "prompt_id": tree.prompt_id,
-        "tokens": len(tree.response(leaf)),
+        "tokens": tree.response_length(leaf),
         "stop": str(tree.nodes[leaf].stop),
         "segments": tree.nodes[leaf].depth,
         "fallback": any(tree.nodes[node].fallback for node in tree.ancestry(leaf)),

@@ -41,7 +41,7 @@ def reward_leaves(tree: Tree, results: Sequence[RewardResult], cfg: Config) -> d
         found = {metric_name(key): value for key, value in result.extra.items() if isinstance(value, float)}
         penalty = 0.0
         if cfg.reward.overlong.buffer_len:
-            penalty = overlong_penalty(len(tree.response(leaf)), cfg.rollout.max_response_len, cfg.reward)
+            penalty = overlong_penalty(tree.response_length(leaf), cfg.rollout.max_response_len, cfg.reward)
             found["overlong_penalty"] = penalty
         rewards.append(result.score + penalty)
         verdicts.append(float(result.extra.get(VERDICT, result.score)))

@@ -13,15 +13,23 @@ and its gradient stay what they were. A peaked policy draws most of its siblings
 Equal prefixes are found by a hash of each prefix: the sum of a 64-bit mix of (token, position) over it. Every merge is
 compared token by token afterwards. A collision (a chance of 1e-5 in a step of 20 million tokens) is met with another
 hash, so it never gives a wrong gradient. Linear in tokens, but for one sort of them.
+
+Tokens are compared where they are (`compare`, a tree at a time). Other ranks are told which parts of which nodes are
+equal, and merge the structure alone.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.tree.alike import Alike
 from treepo_mega.tree.credit import Credit
+from treepo_mega.tree.deal import ranges
+from treepo_mega.tree.node import Tree
 from treepo_mega.tree.segments import Ints, Segments, arrange, path_sums
 
 Hashes = npt.NDArray[np.uint64]
@@ -35,47 +43,63 @@ class MergeError(TreepoError):
     """Two different prefixes had one hash under every salt, which is no chance: the arrays are damaged."""
 
 
-def merge_equal(segments: Segments, credit: Credit) -> tuple[Segments, Credit]:
+@dataclass(frozen=True, slots=True)
+class Atoms:
+    """The tokens of a forest in indivisible runs: what begins with one token of an atom has the whole of it.
+
+    A atoms, those of a segment one after the other, segments ascending. A token is an atom of length 1.
+    """
+
+    segment: Ints
+    """[A] its segment."""
+    offset: Ints
+    """[A] tokens of the segment before it."""
+    length: Ints
+    """[A] tokens."""
+    first: Ints
+    """[A] the first atom with the same prefix, which names the prefix."""
+    above: Ints
+    """[A] `first` of the atom before it on its path; -1 for the first of a root."""
+
+
+def merge_equal(segments: Segments, credit: Credit, alike: Alike | None = None) -> tuple[Segments, Credit]:
     """The trie of every group, and the credit of each of its segments: the sum over what was merged into it.
 
     Leaves keep their numbers; `Segments.node` names the first of the merged nodes. Prompts are not merged between
-    groups. Raises MergeError where every hash collides.
+    groups. `alike`: what the ranks that have the tokens say of them; None: the tokens are here, and are compared. Both
+    give the same. Raises MergeError where every hash collides, and where `alike` is of other nodes.
     """
     if not len(segments):
         return segments, credit
-    segment_of_token = np.repeat(np.arange(len(segments)), segments.length)
-    start_of_segment = np.cumsum(segments.length) - segments.length
-    offset_of_token = np.arange(len(segment_of_token)) - start_of_segment[segment_of_token]
-    id_of_token = segments.tokens[segments.source[segment_of_token] + offset_of_token]
-    before = _token_before(segments, start_of_segment, segment_of_token, offset_of_token)
-    token, above = _first_of_prefix(segments, segment_of_token, offset_of_token, id_of_token, before)
-    merged = np.bincount(token, minlength=len(token))
-    begins = np.bincount(token, offset_of_token == 0, len(token)) > 0
-    is_kept = token == np.arange(len(token))
+    atoms = _compared(segments) if alike is None else _told(segments, alike)
+    merged = np.bincount(atoms.first, minlength=len(atoms.first))
+    begins = np.bincount(atoms.first, atoms.offset == 0, len(atoms.first)) > 0
+    is_kept = atoms.first == np.arange(len(atoms.first))
+    above = atoms.above
     # A run goes on while the same segments share it: none has left, and none has begun.
     opens = is_kept & (begins | (above < 0) | (merged != merged[np.maximum(above, 0)]))
-    # A kept token that opens no run follows its neighbour: the same segments share both, and the first names both.
-    run_of_token = np.cumsum(opens) - 1
+    # A kept atom that opens no run follows its neighbour: the same segments share both, and the first names both.
+    run_of_atom = np.cumsum(opens) - 1
     opening = np.flatnonzero(opens)
-    origin = segment_of_token[opening]
-    end_of_leaf = _last_token(segments, start_of_segment)[segments.leaf_segment]
+    origin = atoms.segment[opening]
+    end_of_leaf = _last_atom(segments, atoms.segment)[segments.leaf_segment]
     leaves = np.empty(len(end_of_leaf), np.int64)
-    leaves[segments.leaf_number] = run_of_token[token[end_of_leaf]]
+    leaves[segments.leaf_number] = run_of_atom[atoms.first[end_of_leaf]]
     built, run_of_segment = arrange(
-        parent=np.where(above[opening] >= 0, run_of_token[np.maximum(above[opening], 0)], -1),
+        parent=np.where(above[opening] >= 0, run_of_atom[np.maximum(above[opening], 0)], -1),
         leaves=leaves,
-        length=np.bincount(run_of_token[is_kept], minlength=len(opening)).astype(np.int64),
-        source=segments.source[origin] + offset_of_token[opening],
+        length=np.bincount(run_of_atom[is_kept], atoms.length[is_kept], len(opening)).astype(np.int64),
+        source=segments.source[origin] + atoms.offset[opening],
         node=segments.node[origin],
         trained=segments.trained[origin],
         prompt=segments.prompt[segments.group[origin]],
         tokens=segments.tokens,
         logprobs=segments.logprobs,
     )
-    # Every token of a run has the same segments merged into it, so its first one speaks for all.
-    speaks = opens[token]
-    run = run_of_token[token[speaks]]
-    segment = segment_of_token[speaks]
+    # Every atom of a run has the same segments merged into it, so its first one speaks for all.
+    speaks = opens[atoms.first]
+    run = run_of_atom[atoms.first[speaks]]
+    segment = atoms.segment[speaks]
 
     def summed(values: npt.NDArray) -> npt.NDArray:
         return np.bincount(run, values[segment], len(opening))[run_of_segment]
@@ -84,21 +108,69 @@ def merge_equal(segments: Segments, credit: Credit) -> tuple[Segments, Credit]:
     return built, Credit(summed(credit.A_pos), summed(credit.A_neg), summed(credit.n), count)
 
 
-def _first_of_prefix(
-    segments: Segments, segment_of_token: Ints, offset_of_token: Ints, id_of_token: Ints, before: Ints
-) -> tuple[Ints, Ints]:
-    """[T] the first token with the same prefix, which names the prefix; and [T] the name of the prefix one shorter."""
+def compare(tree: Tree) -> Alike:
+    """Compare the tokens of a tree, which are here. Raises MergeError."""
+    segments = Segments.from_trees([tree], [0])
+    if not len(segments):
+        return Alike(np.zeros(len(tree.nodes), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    tokens = _compared(segments)
+    merged = np.bincount(tokens.first, minlength=len(tokens.first))
+    begins = np.bincount(tokens.first, tokens.offset == 0, len(tokens.first)) > 0
+    before = np.maximum(np.arange(len(tokens.first)) - 1, 0)
+    # What the same segments share from the same token on, none of them begins or leaves within.
+    opens = (tokens.offset == 0) | begins[tokens.first]
+    opens |= merged[tokens.first] != merged[tokens.first[before]]
+    opening = np.flatnonzero(opens)
+    node_of_atom = segments.node[tokens.segment[opening]]
+    # By node, as the trees of a forest are told; within a node the order stays.
+    order = np.argsort(node_of_atom, kind="stable")
+    return Alike(
+        atoms=np.bincount(node_of_atom, minlength=len(tree.nodes)).astype(np.int64),
+        length=np.diff(opening, append=len(opens))[order],
+        name=np.unique(tokens.first[opening], return_inverse=True)[1].reshape(-1)[order],
+    )
+
+
+def _told(segments: Segments, alike: Alike) -> Atoms:
+    """The atoms of `segments`, whose nodes are numbered as in `alike`."""
+    count = alike.atoms[segments.node]
+    end_of_node = np.cumsum(alike.atoms)
+    index = ranges((end_of_node - alike.atoms)[segments.node], end_of_node[segments.node])
+    segment = np.repeat(np.arange(len(segments)), count)
+    length = alike.length[index]
+    held = np.bincount(segment, length, len(segments)).astype(np.int64)
+    if (wrong := np.flatnonzero(held != segments.length)).size:
+        raise MergeError(
+            f"{held[wrong[0]]} tokens of node {segments.node[wrong[0]]} were compared, and it has "
+            f"{segments.length[wrong[0]]}: what was told of equal tokens is of another forest"
+        )
+    before_atom = np.cumsum(length) - length
+    start_of_segment = np.cumsum(segments.length) - segments.length
+    offset = before_atom - start_of_segment[segment]
+    # Of the atoms with one name, the first in this order: as the first token with a prefix does.
+    _, first_of_name, name = np.unique(alike.name[index], return_index=True, return_inverse=True)
+    first = first_of_name[name.reshape(-1)]
+    before = _atom_before(segments, segment, offset)
+    return Atoms(segment, offset, length, first, np.where(before >= 0, first[np.maximum(before, 0)], -1))
+
+
+def _compared(segments: Segments) -> Atoms:
+    """Every token an atom. Raises MergeError."""
+    segment = np.repeat(np.arange(len(segments)), segments.length)
+    offset = np.arange(len(segment)) - (np.cumsum(segments.length) - segments.length)[segment]
+    identity = segments.tokens[segments.source[segment] + offset]
+    before = _atom_before(segments, segment, offset)
     for salt in SALTS:
-        key = _prefix_hashes(segments, segment_of_token, offset_of_token, id_of_token, salt)
+        key = _prefix_hashes(segments, segment, offset, identity, salt)
         _, first_of_prefix, prefix_of_token = np.unique(key, return_index=True, return_inverse=True)
         # The first token with a prefix names it: then parents come before their children.
-        token = first_of_prefix[prefix_of_token]
-        above = np.where(before >= 0, token[np.maximum(before, 0)], -1)
+        first = first_of_prefix[prefix_of_token]
+        above = np.where(before >= 0, first[np.maximum(before, 0)], -1)
         # Equal hashes are equal prefixes if the last tokens are equal and what is above them was merged, too.
-        if (id_of_token == id_of_token[token]).all() and (above == above[token]).all():
-            return token, above
+        if (identity == identity[first]).all() and (above == above[first]).all():
+            return Atoms(segment, offset, np.ones(len(segment), np.int64), first, above)
     raise MergeError(
-        f"{len(SALTS)} hashes in a row confused two prefixes of {len(token)} tokens; set train.prefix_sharing=tree"
+        f"{len(SALTS)} hashes in a row confused two prefixes of {len(segment)} tokens; set train.prefix_sharing=tree"
     )
 
 
@@ -126,18 +198,18 @@ def _mix(value: Hashes) -> Hashes:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _last_token(segments: Segments, start_of_segment: Ints) -> Ints:
-    """[S] the last token at or above the end of each segment; a root has one, so there always is one."""
+def _last_atom(segments: Segments, segment_of_atom: Ints) -> Ints:
+    """[S] the last atom at or above the end of each segment; a root has one, so there always is one."""
     holder = np.arange(len(segments))
     # A segment of no tokens ends where the next one up that has tokens ends.
     while (empty := segments.length[holder] == 0).any():
         holder = np.where(empty, segments.parent[holder], holder)
-    return start_of_segment[holder] + segments.length[holder] - 1
+    return np.searchsorted(segment_of_atom, holder, side="right") - 1
 
 
-def _token_before(segments: Segments, start_of_segment: Ints, segment_of_token: Ints, offset_of_token: Ints) -> Ints:
-    """[T] the token before each one on its path; -1 for the first of a root."""
-    last = _last_token(segments, start_of_segment)
-    parent = segments.parent[segment_of_token]
+def _atom_before(segments: Segments, segment_of_atom: Ints, offset_of_atom: Ints) -> Ints:
+    """[A] the atom before each one on its path; -1 for the first of a root."""
+    last = _last_atom(segments, segment_of_atom)
+    parent = segments.parent[segment_of_atom]
     end_of_parent = np.where(parent >= 0, last[np.maximum(parent, 0)], -1)
-    return np.where(offset_of_token > 0, np.arange(len(segment_of_token)) - 1, end_of_parent)
+    return np.where(offset_of_atom > 0, np.arange(len(segment_of_atom)) - 1, end_of_parent)

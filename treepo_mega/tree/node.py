@@ -17,6 +17,8 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from treepo_mega.tree.alike import Alike
+
 ROOT = 0
 
 ForkRule = Literal["rank", "threshold"]
@@ -76,6 +78,8 @@ class Tree:
     advantages: list[float] = field(default_factory=list)
     """What the step trains with, once planned: one a leaf, in the order of `leaves`; under `segment` and `rloo` one a
     node. A tree has more nodes than leaves, so the number tells which."""
+    alike: Alike | None = field(default=None, compare=False, repr=False)
+    """Which of its nodes' parts are equal, where tokens may be elsewhere; no part of `to_dict`."""
 
     @classmethod
     def start(cls, prompt_id: str, prompt_tokens: list[int]) -> Tree:
@@ -159,6 +163,10 @@ class Tree:
         """Response tokens (without the prompt) up to and including `node_id`."""
         return [token for node in self.ancestry(node_id)[1:] for token in self.nodes[node].tokens]
 
+    def response_length(self, node_id: int) -> int:
+        """Response tokens up to and including `node_id`, counted; `len(response(node_id))`."""
+        return sum(len(self.nodes[node].tokens) for node in self.ancestry(node_id)[1:])
+
     @property
     def prompt_tokens(self) -> list[int]:
         """The prompt's token ids."""
@@ -204,7 +212,7 @@ class Tree:
 
     def flat_tokens(self) -> int:
         """Response tokens of all trajectories one by one: shared tokens count once a trajectory."""
-        return sum(len(self.response(leaf)) for leaf in self.leaves)
+        return sum(map(self.response_length, self.leaves))
 
     def renumber(self) -> dict[int, int]:
         """Give the nodes new ids by level, in a level by path; sort `leaves` so; parents precede children.
@@ -229,7 +237,9 @@ class Tree:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` is its inverse."""
-        return {**_entries(self), "nodes": [_entries(node) for node in self.nodes]}
+        entries = {**_entries(self), "nodes": [_entries(node) for node in self.nodes]}
+        del entries["alike"]
+        return entries
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Tree:

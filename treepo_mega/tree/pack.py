@@ -40,10 +40,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treepo_mega.runtime.balance import balance, deal, fill
 from treepo_mega.tree.credit import Credit, Lesson, fold, leaf_weights
+from treepo_mega.tree.deal import Dealt, Pieces, deal_forest, ranges
 from treepo_mega.tree.segments import Bools, Floats, Ints, Segments, Trajectory
-from treepo_mega.tree.split import pieces as cut_pieces
 
 CHUNKS_PER_RANK = 4
 """Chunks of a pack that a context-parallel rank owns; more even out attention better and cut more runs."""
@@ -158,74 +157,6 @@ def split_steps(prompts: Sequence[int], steps: int) -> list[list[int]]:
 
 
 @dataclass(slots=True)
-class _Pieces:
-    """P pieces (`tree/split.py`), and their segments as E entries, one piece after the other."""
-
-    piece_of_entry: Ints
-    segment_of_entry: Ints
-    counted_of_entry: Bools
-    """[E] whether the entry's rows are counted here: False for prompts and for repeated context."""
-    tokens: Ints
-    """[P] tokens of each piece."""
-    pairs: Ints
-    """[P] attention pairs of each piece."""
-    flat: Ints
-    """[P] tokens of the trajectories that end in it."""
-    anchor_of_segment: Ints
-    """[S] nearest segment above with tokens: its last token predicts the segment's first. -1 for roots."""
-
-    def entries(self, chosen: Sequence[int]) -> Ints:
-        """Indices of the entries of the pieces `chosen`, in that order."""
-        pieces_chosen = np.asarray(chosen, np.int64)
-        return _ranges(
-            np.searchsorted(self.piece_of_entry, pieces_chosen),
-            np.searchsorted(self.piece_of_entry, pieces_chosen, side="right"),
-        )
-
-
-def _ranges(start: Ints, end: Ints) -> Ints:
-    """start[0], start[0]+1, .., end[0]-1, start[1], ..."""
-    size = end - start
-    return np.arange(int(size.sum())) + np.repeat(start - (np.cumsum(size) - size), size)
-
-
-def _pieces(segments: Segments, cuts: Ints) -> _Pieces:
-    """The pieces `cuts` [P, 3] (group, first leaf, one past the last) with their entries and costs."""
-    first_of_group = np.searchsorted(segments.group, np.arange(len(segments.prompt) + 1))
-    start_of_piece = first_of_group[cuts[:, 0]]
-    end_of_piece = first_of_group[cuts[:, 0] + 1]
-    # Every segment of a piece's tree, then those alone that have one of its leaves below them.
-    piece = np.repeat(np.arange(len(cuts)), end_of_piece - start_of_piece)
-    segment = _ranges(start_of_piece, end_of_piece)
-    is_here = (segments.leaf_hi[segment] > cuts[piece, 1]) & (segments.leaf_lo[segment] < cuts[piece, 2])
-    piece = piece[is_here]
-    segment = segment[is_here]
-    length = segments.length[segment]
-    pairs = length * segments.position[segment] + length * (length + 1) // 2
-    length_of_leaf = (segments.position + segments.length)[segments.leaf_segment]
-    length_before_leaf = np.concatenate([[0], np.cumsum(length_of_leaf)])
-    return _Pieces(
-        piece_of_entry=piece,
-        segment_of_entry=segment,
-        # A segment in two pieces is counted in the one that holds the first leaf below it.
-        counted_of_entry=segments.trained[segment] & (segments.leaf_lo[segment] >= cuts[piece, 1]),
-        tokens=np.bincount(piece, length, len(cuts)).astype(np.int64),
-        pairs=np.bincount(piece, pairs, len(cuts)).astype(np.int64),
-        flat=length_before_leaf[cuts[:, 2]] - length_before_leaf[cuts[:, 1]],
-        anchor_of_segment=_anchors(segments),
-    )
-
-
-def _anchors(segments: Segments) -> Ints:
-    # A segment of no tokens has no last token: what follows it is predicted by the next one up that has tokens.
-    has_tokens = (segments.length > 0) | (segments.parent < 0)
-    holder = np.where(has_tokens, np.arange(len(segments)), segments.parent)
-    while (moves := holder[holder] != holder).any():
-        holder[moves] = holder[holder[moves]]
-    return np.where(segments.parent >= 0, holder[segments.parent], -1)
-
-
-@dataclass(slots=True)
 class _Layout:
     """The E entries of one pack: where each stands in its token sequence. `real` tokens, before padding."""
 
@@ -242,7 +173,7 @@ class _Layout:
     real: int
 
     @classmethod
-    def of(cls, segments: Segments, pieces: _Pieces, chosen: Sequence[int]) -> _Layout:
+    def of(cls, segments: Segments, pieces: Pieces, chosen: Sequence[int]) -> _Layout:
         """The pieces `chosen`, one after the other."""
         entries = pieces.entries(chosen)
         segment = pieces.segment_of_entry[entries]
@@ -272,7 +203,7 @@ class _Layout:
         return list(itertools.pairwise([*self.start_of_entry[first_entries].tolist(), self.real]))
 
 
-def _pack(batch: Batch, pieces: _Pieces, chosen: Sequence[int], length: int, pad_id: int) -> Pack:
+def _pack(batch: Batch, pieces: Pieces, chosen: Sequence[int], length: int, pad_id: int) -> Pack:
     """Lay the pieces `chosen` one after the other, padded to `length` tokens."""
     layout = _Layout.of(batch.segments, pieces, chosen)
     tokens, position, source_of_token = _tokens(batch.segments, layout, length, pad_id)
@@ -322,7 +253,7 @@ def _visibility(segments: Segments, layout: _Layout, length: int) -> Ints:
 def _rows(segments: Segments, layout: _Layout, anchor_of_segment: Ints) -> tuple[Ints, Ints, Ints]:
     """[N] predictor, [N] pack index of the predicted token, [N] its segment: one row per token counted here."""
     counted = layout.counted_of_entry
-    token_of_row = _ranges(layout.start_of_entry[counted], layout.end_of_entry[counted])
+    token_of_row = ranges(layout.start_of_entry[counted], layout.end_of_entry[counted])
     if not len(token_of_row):
         return token_of_row, token_of_row, token_of_row
     size = segments.length[layout.segment_of_entry]
@@ -404,34 +335,58 @@ def plan_step(
 ) -> StepPlan:
     """Micro-batches of one optimizer step for `dp_rank`: at most `max_tokens` tokens each, before padding.
 
-    A list of trajectories is the flat batch. A tree of more than `max_tokens` is cut (`tree/split.py`): its pieces
-    repeat their ancestors as context. Lengths are padded to `multiple`, and to one length for all with
-    `equal_lengths` (Megatron's pipeline with fixed buffers). The number of micro-batches is that of the fullest rank,
-    raised to a multiple of `count_multiple` (Megatron's interleaved schedule wants whole groups of pipeline-size
-    micro-batches). Ranks with less get padding. `pair_cost`: what an attention pair costs, in tokens. Raises
-    ValueError when a single trajectory is longer than `max_tokens`.
+    A list of trajectories is the flat batch. Dealing (`deal_forest`), then laying out (`lay_out`), whose arguments
+    these are. Raises ValueError when a single trajectory is longer than `max_tokens`.
     """
     batch = batch if isinstance(batch, Batch) else Batch.flat(batch)
-    pieces = _pieces(batch.segments, cut_pieces(batch.segments, max_tokens))
-    tokens = pieces.tokens.tolist()
-    # Ranks are evened out by time (tokens and attention), micro-batches by memory (tokens).
-    per_rank = balance((pieces.tokens + pair_cost * pieces.pairs).tolist(), dp_size)
-    needed = max(len(fill([tokens[piece] for piece in chosen], max_tokens)) for chosen in per_rank)
-    # The same number on every data-parallel rank: Megatron's collectives pair up.
-    count = math.ceil(max(1, needed) / count_multiple) * count_multiple
-    own = per_rank[dp_rank]
-    dealt = [[own[i] for i in bin_] for bin_ in deal([tokens[piece] for piece in own], max_tokens, count)]
+    dealt = deal_forest(
+        batch.segments,
+        dp_size=dp_size,
+        max_tokens=max_tokens,
+        count_multiple=count_multiple,
+        pair_cost=pair_cost,
+    )
+    return lay_out(
+        batch,
+        dealt,
+        dp_rank=dp_rank,
+        multiple=multiple,
+        equal_lengths=equal_lengths,
+        cp_size=cp_size,
+        cp_rank=cp_rank,
+        pad_id=pad_id,
+    )
+
+
+def lay_out(
+    batch: Batch,
+    dealt: Dealt,
+    *,
+    dp_rank: int,
+    multiple: int = 1,
+    equal_lengths: bool = False,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    pad_id: int = 0,
+) -> StepPlan:
+    """The micro-batches that `dealt` gives `dp_rank`; only its tokens are looked at.
+
+    Lengths are padded to `multiple`, and to one length for all with `equal_lengths` (Megatron's pipeline with fixed
+    buffers). Ranks with fewer micro-batches than the fullest get padding.
+    """
+    pieces = dealt.pieces
+    bins = dealt.bins(dp_rank)
     if cp_size > 1:
         multiple = math.lcm(multiple, cp_size * CHUNKS_PER_RANK)
-    sizes = [sum(tokens[piece] for piece in chosen) for chosen in dealt]
+    sizes = [int(pieces.tokens[chosen].sum()) for chosen in bins]
     lengths = [max(1, -(-max(size, 2) // multiple)) * multiple for size in sizes]
     if equal_lengths:
         # The longest of this rank's packs is enough: no pipeline spans two data-parallel ranks.
-        lengths = [max(lengths)] * count
-    packs = [_pack(batch, pieces, chosen, length, pad_id) for chosen, length in zip(dealt, lengths, strict=True)]
+        lengths = [max(lengths)] * len(bins)
+    packs = [_pack(batch, pieces, chosen, length, pad_id) for chosen, length in zip(bins, lengths, strict=True)]
     return StepPlan(
         packs=[own_part(pack, cp_size, cp_rank) for pack in packs],
         real_tokens=sum(sizes),
         padded_tokens=sum(lengths),
-        flat_tokens=int(pieces.flat[own].sum()),
+        flat_tokens=int(pieces.flat[dealt.per_rank[dp_rank]].sum()),
     )

@@ -44,6 +44,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from treepo_mega.tree.elsewhere import is_here
 from treepo_mega.tree.node import Tree
 
 Ints = npt.NDArray[np.int64]
@@ -82,7 +83,7 @@ class Segments:
     below: Ints
     """[S] segments of the subtree, itself included."""
     source: Ints
-    """[S] index of its first token in `tokens`."""
+    """[S] index of its first token in `tokens`; where those are elsewhere, in those of all trees."""
     length: Ints
     """[S] tokens."""
     position: Ints
@@ -117,6 +118,9 @@ class Segments:
         every trajectory by itself. `none`: nothing, every trajectory has its own prompt (the flat layout). The last
         two copy segments: all three give forests of the same kind, and nothing downstream knows which one it has.
 
+        Where contents of some tree are elsewhere (`tree/elsewhere.py`), `tokens` and `logprobs` are empty, and `source`
+        counts the tokens of all nodes in the order given; `Stretches.furnish` gives such segments what is fetched.
+
         Raises ValueError for an empty prompt (nothing predicts the first token) and for logprobs that do not match
         their tokens.
         """
@@ -135,15 +139,17 @@ class Segments:
             tree = int(tree_of_node[node])
             where = f"prompt {trees[tree].prompt_id!r}, node {node - int(first_node_of_tree[tree])}"
             raise ValueError(f"{where}: {scored_of_node[node]} logprobs for {length_of_node[node]} tokens")
+        complete = all(map(is_here, tokens_of_node))
+        # A root may carry logprobs in a hand-made tree; prompts are not trained, so they are left out here.
+        scores = chain.from_iterable(compress(logprobs_of_node, (parent_of_node >= 0).tolist()))
         leaves_of_tree = [len(tree.leaves) for tree in trees]
         leaves = np.fromiter(chain.from_iterable(tree.leaves for tree in trees), np.int64, sum(leaves_of_tree))
         return _build(
             parent_of_node=np.where(parent_of_node < 0, -1, parent_of_node + first_node_of_tree[tree_of_node]),
             leaves=leaves + np.repeat(first_node_of_tree, leaves_of_tree),
             length_of_node=length_of_node,
-            tokens=np.fromiter(chain.from_iterable(tokens_of_node), np.int64, int(length_of_node.sum())),
-            # A root may carry logprobs in a hand-made tree; prompts are not trained, so they are left out here.
-            scores=chain.from_iterable(compress(logprobs_of_node, (parent_of_node >= 0).tolist())),
+            tokens=np.fromiter(chain.from_iterable(tokens_of_node), np.int64) if complete else np.zeros(0, np.int64),
+            logprobs=_scored(parent_of_node, length_of_node, scores) if complete else np.zeros(0),
             prompt_of_node=np.asarray(prompts, np.int64)[tree_of_node],
             sharing=sharing,
         )
@@ -157,12 +163,16 @@ class Segments:
                 raise ValueError(f"trajectory {i}: {counts}")
         # Two nodes per path: the prompt (even number) and the response below it (odd number).
         node = np.arange(2 * len(paths))
+        parent_of_node = np.where(node % 2 == 1, node - 1, -1)
+        length_of_node = np.array([[path.prompt_len, path.response_len] for path in paths], np.int64).reshape(-1)
         return _build(
-            parent_of_node=np.where(node % 2 == 1, node - 1, -1),
+            parent_of_node=parent_of_node,
             leaves=node[1::2],
-            length_of_node=np.array([[path.prompt_len, path.response_len] for path in paths], np.int64).reshape(-1),
+            length_of_node=length_of_node,
             tokens=np.fromiter(chain.from_iterable(path.tokens for path in paths), np.int64),
-            scores=chain.from_iterable(path.rollout_logprobs for path in paths),
+            logprobs=_scored(
+                parent_of_node, length_of_node, chain.from_iterable(path.rollout_logprobs for path in paths)
+            ),
             prompt_of_node=np.repeat(np.array([path.prompt_index for path in paths], np.int64), 2),
             sharing="tree",
         )
@@ -291,24 +301,29 @@ def _preorder(parent: Ints, below: Ints, by_level: list[Ints]) -> Ints:
     return rank
 
 
+def _scored(parent_of_node: Ints, length_of_node: Ints, scores: Iterable[float]) -> Floats:
+    """[tokens] `scores`, which are the logprobs of the tokens that are not a root's, and 0 for roots."""
+    is_scored = np.repeat(parent_of_node >= 0, length_of_node)
+    logprobs = np.zeros(len(is_scored))
+    logprobs[is_scored] = np.fromiter(scores, np.float64, int(is_scored.sum()))
+    return logprobs
+
+
 def _build(
     *,
     parent_of_node: Ints,
     leaves: Ints,
     length_of_node: Ints,
     tokens: Ints,
-    scores: Iterable[float],
+    logprobs: Floats,
     prompt_of_node: Ints,
     sharing: Sharing,
 ) -> Segments:
     """From nodes in any order with parents first: copy, leave out what has no leaf below it, sort.
 
-    `scores` are the logprobs of the tokens that are not a root's. A segment of no tokens is kept: it costs nothing.
+    A segment of no tokens is kept: it costs nothing.
     """
     trained_of_node = parent_of_node >= 0
-    is_scored = np.repeat(trained_of_node, length_of_node)
-    logprobs = np.zeros(len(tokens))
-    logprobs[is_scored] = np.fromiter(scores, np.float64, int(is_scored.sum()))
     source_of_node = np.cumsum(length_of_node) - length_of_node
     copies = _copies(parent_of_node, leaves, sharing)
     node = copies.node_of_copy
