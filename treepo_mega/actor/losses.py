@@ -15,6 +15,7 @@ from torch import Tensor
 from treepo_mega.config import AlgoConfig
 from treepo_mega.errors import TreepoError
 from treepo_mega.loss.backend import Backend
+from treepo_mega.loss.mismatch import MISMATCH, mismatch_sums
 from treepo_mega.loss.policy import clip_active, kl_penalty, policy_loss, supervised_loss
 from treepo_mega.loss.stats import Stats
 from treepo_mega.runtime.device import device
@@ -24,7 +25,7 @@ from treepo_mega.tree.pack import Pack
 ROW_TERMS = ("rollout_logprobs", "A_pos", "A_neg", "n", "count")
 """Arrays of a pack that the policy loss takes by these names."""
 
-ROWS = "mismatch_rows"
+ROWS = f"{MISMATCH}_rows"
 """Name of the sum that counts the rows of the sum `mismatch`."""
 
 
@@ -71,16 +72,19 @@ class PolicyLoss:
             total, stats = self._sequence_level(logp, entropy, pack, terms)
         else:
             total, stats = policy_loss(logp, entropy, **terms, algo=self.algo, kernel=self.kernel)
-        return total, stats + self._mismatch(logp.detach(), old, pack, terms["rollout_logprobs"])
+        return total, stats + self._mismatch(logp.detach(), old, pack, terms)
 
-    def _mismatch(self, logp: Tensor, old: Tensor, pack: Pack, rollout_logprobs: Tensor) -> Stats:
+    def _mismatch(self, logp: Tensor, old: Tensor, pack: Pack, terms: dict[str, Any]) -> Stats:
         """How far the engine's logprobs are from the actor's, of the weights that both sampled and were asked with."""
         actor = old if self.algo.old_logprobs != "rollout" else logp
         # With the engine's own as old ones, only the first forward pass knows the actor's.
         known = self.algo.old_logprobs != "rollout" or pack.on_policy
-        apart = (actor - rollout_logprobs).abs() if known else logp[:0]
+        compared = slice(None if known else 0)
+        actor, engine, count = actor[compared], terms["rollout_logprobs"][compared], terms["count"][compared]
+        apart = (actor - engine).abs()
         zero = logp.new_zeros(())
-        sums = {"mismatch": apart.sum(), ROWS: zero + apart.numel()}
+        sums = {MISMATCH: apart.sum(), ROWS: zero + apart.numel()}
+        sums |= mismatch_sums(actor, engine, count, on_device(pack.depth)[compared])
         return Stats(sums, {"max_mismatch": apart.max() if apart.numel() else zero})
 
     def _sequence_level(self, logp: Tensor, entropy: Tensor, pack: Pack, terms: dict[str, Any]) -> tuple[Tensor, Stats]:

@@ -12,6 +12,7 @@ import numpy as np
 from treepo_mega.actor.losses import ROWS, LossError, PackLoss
 from treepo_mega.actor.update import Actor, Policy
 from treepo_mega.config import AlgoConfig, Config
+from treepo_mega.loss.mismatch import MISMATCH, mismatch_metrics
 from treepo_mega.runtime import dist
 from treepo_mega.tree.correction import Verdict, gather_evidence, judge
 from treepo_mega.tree.pack import StepPlan
@@ -138,8 +139,8 @@ def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epo
     for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
         out[f"train/{name}"] = sum(step[name] for step in stats) / len(stats)
     out["train/ratio_max_diff"] = max(step["max_ratio_diff"] for step in stats)
-    rows = sum(step[ROWS] for step in stats)
-    out["rollout/logprob_abs_diff_mean"] = sum(step["mismatch"] for step in stats) / max(1.0, rows)
+    apart = {name: sum(step[name] for step in stats) for name in stats[0] if name.startswith(MISMATCH)}
+    out["rollout/logprob_abs_diff_mean"] = apart[MISMATCH] / max(1.0, apart[ROWS])
     out["rollout/logprob_abs_diff_max"] = max(step["max_mismatch"] for step in stats)
-    out |= actor.head_flips()
+    out |= mismatch_metrics(apart) | actor.head_flips()
     return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}

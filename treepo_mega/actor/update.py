@@ -24,13 +24,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
-from treepo_mega.actor.losses import ROWS, PackLoss, clip_gates, on_device
+from treepo_mega.actor.losses import PackLoss, clip_gates, on_device
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.config import Config
 from treepo_mega.errors import TreepoError
 from treepo_mega.loss.guard import HeadGuard
 from treepo_mega.loss.head import LossHead
+from treepo_mega.loss.mismatch import MISMATCH
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.stats import Stats
 from treepo_mega.modelspec.mcore_layout import ModelSpec
@@ -219,7 +220,7 @@ class Actor(Policy):
     def _mean_over_pairs(self, data: list[Stats], packs: list[Pack]) -> dict[str, float]:
         """Sums over last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank.
 
-        `mismatch` and its rows are not divided.
+        Sums of the mismatch are not divided.
         """
         # Ranks of other stages have no statistics and must still know their names to take part in the sums.
         last = ps.is_pipeline_last_stage(ignore_virtual=True)
@@ -235,7 +236,7 @@ class Actor(Policy):
         total = dist.sum_over_replicas(sums, counts=last)
         pairs = max(total.pop("pairs"), 1.0)
         # The mismatch is a mean over rows, which may be those of some steps only: its sums go out as they are.
-        means = {name: value if name in ("mismatch", ROWS) else value / pairs for name, value in total.items()}
+        means = {name: value if name.startswith(MISMATCH) else value / pairs for name, value in total.items()}
         return means | (dist.max_over_ranks(peaks) if peaks else {})
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treepo_mega.runtime.balance import balance, deal, fill
-from treepo_mega.tree.segments import Bools, Ints, Segments
+from treepo_mega.tree.segments import Bools, Ints, Segments, path_sums
 from treepo_mega.tree.split import pieces as cut_pieces
 
 
@@ -37,6 +37,8 @@ class Pieces:
     """[P] tokens of the trajectories that end in it."""
     anchor_of_segment: Ints
     """[S] nearest segment above with tokens: its last token predicts the segment's first. -1 for roots."""
+    depth_of_segment: Ints
+    """[S] segments above it, the root among them: 0 for roots."""
 
     def entries(self, chosen: Sequence[int]) -> Ints:
         """Indices of the entries of the pieces `chosen`, in that order."""
@@ -77,6 +79,7 @@ def cut_forest(segments: Segments, cuts: Ints) -> Pieces:
         pairs=np.bincount(piece, pairs, len(cuts)).astype(np.int64),
         flat=length_before_leaf[cuts[:, 2]] - length_before_leaf[cuts[:, 1]],
         anchor_of_segment=_anchors(segments),
+        depth_of_segment=path_sums(segments.parent, (segments.parent >= 0).astype(np.int64)),
     )
 
 

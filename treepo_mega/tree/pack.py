@@ -19,7 +19,7 @@ tokens      10 11 20 21 30 40 41 50 0 0
 position    0 1 2 3 4 4 5 2 0 0
 subtree_end 8 8 7 7 5 7 7 8 9 10
 blocks      (0, 8)
->>> for name in ("predictor", "target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory"):
+>>> for name in ("predictor", "target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory", "depth"):
 ...     print(f"{name:<16}", *getattr(plan.packs[0], name))
 predictor        1 2 3 3 5 1
 target           20 21 30 40 41 50
@@ -29,6 +29,7 @@ n                2.0 2.0 1.0 1.0 1.0 1.0
 count            2.0 2.0 1.0 1.0 1.0 1.0
 rollout_logprobs -0.2 -0.21 -0.3 -0.4 -0.41 -0.5
 trajectory       0 0 0 1 1 2
+depth            1 1 2 2 2 1
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class Pack:
     """[N] number of the (first) trajectory through the token."""
     segment: Ints
     """[N] segment of the step that the token belongs to: new masses are looked up by it (`relearn`)."""
+    depth: Ints
+    """[N] segments between the prompt and the token, its own included."""
     local: Ints | None = None
     """[T/cp] pack indices of this context-parallel rank, ascending; None: all of them."""
     order: Ints | None = None
@@ -223,6 +226,7 @@ def _pack(batch: Batch, pieces: Pieces, chosen: Sequence[int], length: int, pad_
         rollout_logprobs=batch.segments.logprobs[source_of_token[token_of_row]],
         trajectory=batch.segments.leaf_number[batch.segments.leaf_lo[segment_of_row]],
         segment=segment_of_row,
+        depth=pieces.depth_of_segment[segment_of_row],
     )
 
 
@@ -288,7 +292,7 @@ def own_part(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
     local_of_token = np.full(length, -1, np.int64)
     local_of_token[local] = np.arange(len(local))
     kept = local_of_token[pack.predictor] >= 0
-    rows = ("target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory", "segment")
+    rows = ("target", "A_pos", "A_neg", "n", "count", "rollout_logprobs", "trajectory", "segment", "depth")
     return Pack(
         tokens=pack.tokens,
         position=pack.position,
