@@ -34,7 +34,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,14 @@ def encode(text: str) -> list[int]:
     return [TOKEN_ID[s] for s in task.tokenize(text)]
 
 
-def build_tokenizer() -> Tokenizer:
-    """One id per symbol; `<bos>` goes before every text, as with Llama's own tokenizer; others are `<unk>`."""
-    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
+def build_tokenizer(token_id: dict[str, int] = TOKEN_ID, pattern: str = r"\\boxed\{|[\s\S]") -> Tokenizer:
+    """One id per symbol; `<bos>` goes before every text, as with Llama's own tokenizer; others are `<unk>`.
+
+    `pattern` is the regular expression that finds the symbols of a text.
+    """
+    tokenizer = Tokenizer(models.WordLevel(token_id, unk_token="<unk>"))
     tokenizer.add_special_tokens(list(task.SPECIAL))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
@@ -141,12 +144,14 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_skeleton(directory: Path, seed: int) -> None:
-    """A complete checkpoint with random weights: normal(0, 0.02), norms 1."""
+def write_skeleton(
+    directory: Path, seed: int, model: dict[str, Any] = MODEL, tokenizer: Tokenizer | None = None
+) -> None:
+    """A complete checkpoint with random weights: normal(0, 0.02), norms 1; special tokens as in the chain."""
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", MODEL)
-    _write_json(directory / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
-    build_tokenizer().save(str(directory / "tokenizer.json"))
+    write_json(directory / "config.json", model)
+    write_json(directory / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
+    (tokenizer or build_tokenizer()).save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
@@ -156,7 +161,7 @@ def write_skeleton(directory: Path, seed: int) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": MODEL["max_position_embeddings"],
     }
-    _write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_config.json", config)
     generator = torch.Generator().manual_seed(derive_seed("tiny model", seed))
     weights = {
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
@@ -169,16 +174,22 @@ def write_prompts(directory: Path, seed: int) -> None:
     """The prompt files of PROMPT_FILES, one JSON object a line: prompt, answer, data_source; some also a solution."""
     for stem, (terms, held_out, count) in PROMPT_FILES.items():
         problems = task.draw_split(random.Random(derive_seed("prompts", stem, seed)), terms, held_out=held_out)
-        lines = []
+        rows = []
         for i, c in enumerate(itertools.islice(problems, count)):
             row = {"prompt": c.prompt, "answer": c.answer, "data_source": f"chain{len(c.terms)}"}
             if stem == "eval" and i < SOLVED:
                 row["solution"] = task.worked_solution(c)
-            lines.append(json.dumps(row))
-        (directory / f"{stem}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            rows.append(row)
+        write_rows(directory / f"{stem}.jsonl", rows)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """A jsonl file of `rows`."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON with a line break at its end."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -227,7 +238,24 @@ def supervised_batch(step: int, seed: int) -> list[Trajectory]:
 
 
 class Judge:
-    """Measures weights with transformers on fixed held-out problems, by number of terms."""
+    """Measures weights with transformers on fixed held-out problems, by number of terms.
+
+    Another task overrides `symbols`, `encode`, `limit` and `grade`.
+    """
+
+    symbols: Sequence[str] = task.SYMBOLS
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return encode(text)
+
+    def limit(self, prompt_tokens: int) -> int:
+        """Tokens of the longest response to a prompt of `prompt_tokens` tokens, its `<bos>` included."""
+        return task.solution_tokens((prompt_tokens - 5) // 3)
+
+    def grade(self, text: str, row: dict[str, str]) -> float:
+        """1.0 when the response `text` is right."""
+        return float(boxed("chain", text, row["answer"]))
 
     def __init__(self, skeleton: Path, seed: int) -> None:
         self.model = LlamaForCausalLM.from_pretrained(skeleton, dtype=torch.float32).eval()
@@ -246,10 +274,10 @@ class Judge:
         right = 0.0
         by_length: dict[int, list[dict[str, str]]] = {}
         for row in rows:
-            by_length.setdefault(len(encode(row["prompt"])), []).extend([row] * samples)
+            by_length.setdefault(len(self.encode(row["prompt"])), []).extend([row] * samples)
         for same in by_length.values():
-            texts = self._respond([r["prompt"] for r in same], None if greedy else generator)
-            right += sum(boxed("chain", text, row["answer"]) for text, row in zip(texts, same, strict=True))
+            texts, _ = self.respond([r["prompt"] for r in same], None if greedy else generator)
+            right += sum(self.grade(text, row) for text, row in zip(texts, same, strict=True))
         return right / (len(rows) * samples)
 
     def both(self, rows: list[dict[str, str]], *, samples: int) -> dict[str, float]:
@@ -260,11 +288,14 @@ class Judge:
         }
 
     @torch.no_grad()
-    def _respond(self, prompts: list[str], generator: torch.Generator | None) -> list[str]:
-        """Responses to prompts of one length, up to their end mark; greedy without a generator."""
-        tokens = torch.tensor([[BOS, *encode(p)] for p in prompts])
-        limit = task.solution_tokens((tokens.shape[1] - 5) // 3)
-        past, drawn = None, []
+    def respond(self, prompts: list[str], generator: torch.Generator | None) -> tuple[list[str], torch.Tensor]:
+        """Responses to prompts of one length, up to their end mark; greedy without a generator.
+
+        Beside them the entropy before each drawn token, nats, [prompts, limit]; it goes on behind the end mark.
+        """
+        tokens = torch.tensor([[BOS, *self.encode(p)] for p in prompts])
+        limit = self.limit(tokens.shape[1])
+        past, drawn, entropies = None, [], []
         for _ in range(limit):
             out = self.model(tokens, past_key_values=past, use_cache=True)
             past, logits = out.past_key_values, out.logits[:, -1]
@@ -273,8 +304,10 @@ class Judge:
             else:
                 tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             drawn.append(tokens)
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
         rows = torch.cat(drawn, 1).tolist()
-        return ["".join(task.SYMBOLS[t] for t in itertools.takewhile(lambda t: t != EOS, row)) for row in rows]
+        texts = ["".join(self.symbols[t] for t in itertools.takewhile(lambda t: t != EOS, row)) for row in rows]
+        return texts, torch.stack(entropies, 1)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -282,13 +315,21 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def warm_start(cfg: Config, directory: Path, args: argparse.Namespace) -> tuple[Judge, list[dict[str, float]]]:
-    """Supervised steps through the Megatron actor until GATE is met; then `directory` holds the weights.
+def warm_start(
+    cfg: Config,
+    directory: Path,
+    args: argparse.Namespace,
+    judge: Judge,
+    batch_of: Callable[[int, int], list[Trajectory]] = supervised_batch,
+    gate: Gate = GATE,
+    first: int = 1,
+) -> list[dict[str, float]]:
+    """Supervised steps through the Megatron actor until `gate` is met; then `directory` holds the weights.
 
-    Returns the judge, loaded with them, and one row per measurement. Raises WarmStartFailed when
-    `args.steps` were not enough.
+    `batch_of(step, seed)` gives a step's solutions; nothing is measured before step `first`. Returns one row per
+    measurement and leaves the weights in `judge`. Raises WarmStartFailed when `args.steps` were not enough.
     """
-    dist.initialize(cfg, ModelSpec.from_config(MODEL))
+    dist.initialize(cfg, ModelSpec.from_hf(directory))
     actor = Actor(cfg, directory)
     resharder = Resharder.between(
         mcore_side(actor.spec, grid_of(cfg), 1),
@@ -298,16 +339,16 @@ def warm_start(cfg: Config, directory: Path, args: argparse.Namespace) -> tuple[
         bucket_bytes=cfg.reshard.bucket_mb << 20,
         timeout_s=cfg.distributed.timeout_s,
     )
-    judge, problems = Judge(directory, args.seed), read_rows(directory / "eval.jsonl")[: args.eval_prompts]
+    problems = read_rows(directory / "eval.jsonl")[: args.eval_prompts]
     history: list[dict[str, float]] = []
     with progress_bar() as bar:
         job = bar.add_task("warm start", total=args.steps, note="")
         for step in range(1, args.steps + 1):
-            batch = supervised_batch(step, args.seed)
+            batch = batch_of(step, args.seed)
             plan = plan_step(batch, dp_size=1, dp_rank=0, max_tokens=cfg.train.max_tokens_per_gpu, multiple=1)
             stats = actor.update(plan.packs, SupervisedLoss())
             bar.update(job, advance=1, note=f"loss {stats['loss']:.3f}")
-            if step % args.eval_interval and step != args.steps:
+            if (step % args.eval_interval or step < first) and step != args.steps:
                 continue
             weights = {name: torch.empty(shape) for name, shape in hf_shapes(actor.spec).items()}
             resharder([local_params(m) for m in actor.models], TensorTarget([weights]))
@@ -315,11 +356,11 @@ def warm_start(cfg: Config, directory: Path, args: argparse.Namespace) -> tuple[
             accuracy = judge.both(problems, samples=2)
             history.append({"step": step, "loss": stats["loss"], **accuracy})
             bar.console.print(f"step {step:5d}  loss {stats['loss']:.3f}" + _shares(accuracy))
-            if GATE.met(accuracy):
+            if gate.met(accuracy):
                 save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-                return judge, history
+                return history
     raise WarmStartFailed(
-        f"after {args.steps} steps accuracy is {history[-1]}, outside the window {asdict(GATE)}: "
+        f"after {args.steps} steps accuracy is {history[-1]}, outside the window {asdict(gate)}: "
         "give more --steps or another --seed"
     )
 
@@ -356,16 +397,23 @@ def _kinds(rows: list[dict[str, str]]) -> list[str]:
     return sorted({r["data_source"] for r in rows})
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = __doc__,
+    steps: int = 1600,
+    eval_interval: int = 50,
+    eval_prompts: int = 256,
+) -> argparse.Namespace:
+    """The command line, with another tool's description and defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to make; must not exist yet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--steps", type=int, default=1600, help="most optimizer steps; the learning rate decays over them"
+        "--steps", type=int, default=steps, help="most optimizer steps; the learning rate decays over them"
     )
-    parser.add_argument("--eval-interval", type=int, default=50, help="steps between measurements")
-    parser.add_argument("--eval-prompts", type=int, default=256, help="held-out problems of a measurement")
+    parser.add_argument("--eval-interval", type=int, default=eval_interval, help="steps between measurements")
+    parser.add_argument("--eval-prompts", type=int, default=eval_prompts, help="held-out problems of a measurement")
     args = parser.parse_args(argv)
     for name in ("steps", "eval_interval", "eval_prompts"):
         if getattr(args, name) < 1:
@@ -385,9 +433,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_directory(args.out) as directory:
             write_skeleton(directory, args.seed)
             write_prompts(directory, args.seed)
-            judge, history = warm_start(run_config(directory, args.steps, args.seed), directory, args)
+            judge = Judge(directory, args.seed)
+            history = warm_start(run_config(directory, args.steps, args.seed), directory, args, judge)
             result = report(judge, directory, history, args)
-            _write_json(directory / "report.json", result)
+            write_json(directory / "report.json", result)
     except OutputExistsError as e:
         print(e, file=sys.stderr)
         return 2

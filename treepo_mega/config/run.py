@@ -67,7 +67,7 @@ class DataConfig(Section):
     prompt_suffix: str = ""
     """Text appended to every prompt before the template, such as an answer-format instruction."""
     verifier: str = "math"
-    """math | boxed | last_number | exact | reasoning_gym | path/to/file.py:function (verl's compute_score).
+    """math | boxed | last_number | exact | countdown | reasoning_gym | path/to/file.py:function (verl's compute_score).
     A source's own verifier comes first; reasoning_gym sources without one use reasoning_gym."""
     max_prompt_len: int = Field(1024, ge=1)
     """Longer prompts are dropped, counted and reported. Tokens."""

@@ -10,6 +10,7 @@ Only the standard library is needed: workers and the loader both import this.
 from __future__ import annotations
 
 from treepo_mega.data.rewards.answers import accepted, as_number, is_settled, plain
+from treepo_mega.data.tasks.countdown import parse_truth
 
 SENTINELS = frozenset(
     {
@@ -23,7 +24,7 @@ SENTINELS = frozenset(
 
 NON_FINITE = frozenset({"nan", "inf", "infinity"})
 
-CHECKED = ("math", "boxed", "last_number")
+CHECKED = ("math", "boxed", "last_number", "countdown")
 """Built-in verifiers whose truths must say something. `exact` compares any text, a user's function decides itself."""
 
 
@@ -41,6 +42,12 @@ def check_truth(verifier: str, ground_truth: str) -> str | None:
 
 def _check_one(verifier: str, truth: str) -> str | None:
     short = truth.strip()
+    if verifier == "countdown":
+        try:
+            parse_truth(short)
+        except ValueError as error:
+            return str(error)
+        return None
     named = plain(short).casefold()
     if named.lstrip("+-") in NON_FINITE:
         return f"{short[:80]!r} is not a finite number (infinity as an answer is written \\infty)"

@@ -7,6 +7,7 @@ and returns a float or a dict with "score" (other scalar entries are kept as ext
     boxed          the text in the last closed box equals the truth: without spaces, or as a number
     last_number    the last number in the text equals the truth
     exact          the text behind </think> equals the truth, but for white space around it
+    countdown      the last attempt meets the target of a truth like 3,8,5,2>29 by right steps (tasks/countdown.py)
     reasoning_gym  the task's own score_answer on the last box, else on <answer>...</answer>, else on the text
 
 and `path/to/file.py:function` for a user's own. Each is imported only when it is first asked for, in the
@@ -28,6 +29,7 @@ from typing import Any
 
 from treepo_mega.data.rewards.answers import accepted, after_thinking, as_number, find_answer, plain
 from treepo_mega.data.rewards.truths import check_truth
+from treepo_mega.data.tasks.countdown import parse_truth, solves
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.runtime.user_code import (
     UserCodeError,
@@ -45,7 +47,7 @@ PARAMETERS = ("data_source", "solution_str", "ground_truth", "extra_info")
 OPTIONAL_PARAMETERS = ("trajectory",)
 """What a verifier is called with, by name (`plugins/contracts.py: Reward`)."""
 
-BUILT_IN = ("math", "boxed", "last_number", "exact", "reasoning_gym")
+BUILT_IN = ("math", "boxed", "last_number", "exact", "countdown", "reasoning_gym")
 
 # A sign behind a digit, a letter or a closing bracket is an operator: the last number of `5-3` is 3.
 _NUMBER = re.compile(
@@ -90,6 +92,14 @@ def last_number(data_source: str, solution_str: str, ground_truth: str, extra_in
     numbers = _NUMBER.findall(solution_str.replace("\u2212", "-"))
     found = as_number(numbers[-1]) if numbers else None
     return float(found is not None and any(as_number(truth) == found for truth in accepted(ground_truth)))
+
+
+def countdown(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
+    """1.0 when the last attempt behind </think> meets the target, by any right way; ValueError for another truth."""
+    if reason := check_truth("countdown", ground_truth):
+        raise ValueError(reason)
+    answer = after_thinking(solution_str)
+    return float(any(solves(answer, *parse_truth(truth)) for truth in accepted(ground_truth)))
 
 
 def _load_math() -> Verifier:
@@ -166,7 +176,7 @@ def load_verifier(name: str) -> Verifier:
     if name == "reasoning_gym":
         return _load_reasoning_gym()
     if name in BUILT_IN:
-        return {"boxed": boxed, "last_number": last_number, "exact": exact}[name]
+        return {"boxed": boxed, "last_number": last_number, "exact": exact, "countdown": countdown}[name]
     what = f"verifier {name!r}"
     try:
         function = import_function(name, what)
