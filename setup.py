@@ -27,6 +27,7 @@ REQUIRED = [
     "packaging",
     "psutil",
     "pyarrow>=15",  # parquet prompts
+    "aiohttp>=3.14.3",  # reward servers; vllm's lower bound
     "tensorboard>=2.18",  # the first that takes the protobuf that vllm wants
     "math-verify[antlr4_13_2]==0.9.0",  # grades: another version may score the same answer differently
     "reasoning-gym==0.1.25",  # items are a function of (task, seed, index) within one version only

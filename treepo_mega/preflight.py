@@ -22,6 +22,7 @@ from treepo_mega.checkpoint.headers import (
 )
 from treepo_mega.checkpoint.space import check_space, describe_space
 from treepo_mega.config import Config, PromptSource, check
+from treepo_mega.config.servers import missing_tokens
 from treepo_mega.config.surroundings import check_directories
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import check_verifier
@@ -75,6 +76,7 @@ def preflight(
     problems += check_directories(cfg) + check_plugins(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
     problems += check_functions(cfg.reward.functions)
+    (problems if starting else notes).extend(missing_tokens(cfg))
     for source in [*cfg.data.train, *cfg.data.eval]:
         if source.reasoning_gym is not None:
             attempt(lambda source=source: check_gym(source, make_one=not starting))  # type: ignore[misc]  # no default

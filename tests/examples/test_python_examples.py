@@ -29,6 +29,13 @@ def test_a_custom_reward_grades_in_worker_processes():
     assert "{'boxed': 0.0}" in lines[-1]
 
 
+def test_a_reward_server_grades_over_http():
+    said = [line.split(None, 1)[1] for line in run("reward_server.py").replace("no idea", "none").splitlines()]
+    assert said[:3] == ["score 1.0 {'numbers': 3.0}", "score 0.0 {'numbers': 3.0}", "score 0.0 {'numbers': 0.0}"]
+    assert said[3].startswith("lost: reward server 'sums' (http://127.0.0.1:")
+    assert said[3].endswith("/score): says: the truth 'thirteen' is no number")
+
+
 @pytest.mark.slow
 def test_a_tree_is_sampled_graded_and_printed():
     text = run("sample_a_tree.py")

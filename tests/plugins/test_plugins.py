@@ -148,7 +148,7 @@ def test_trees_without_signal_are_tried_where_they_can_reach_an_advantage(tmp_pa
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("async def f({}): return 1.0", "'f' is async, expected a plain function"),
+        ("async def f({}, threshold): return 1.0", "nothing is passed for its parameter 'threshold'"),
         (
             "def f(source, solution_str, ground_truth, extra_info=None): return 1.0",
             "'source' (did you mean 'data_source'?)",

@@ -76,6 +76,9 @@ class FakePool:
     def wait(self) -> dict[int, RewardResult]:
         return self.poll(1.0)
 
+    def take_costs(self) -> dict[str, int]:
+        return {"remote_calls": 2, "remote_retries": 0}
+
     def abandon(self) -> None:
         self.abandoned += 1
         self.flying.clear()
@@ -152,6 +155,7 @@ def test_the_rows_are_the_same_whatever_ends_when(count: int, rng: random.Random
     assert len(found.rows) == trees and generator.decoded == 3 * trees, "what two leaves say is decoded once"
     gradings = trees * LEAVES * (2 if weighted else 1)
     assert found.counts["gradings"] == len(pool.submitted) == gradings
+    assert found.counts["remote_calls"] == 2
     assert pool.abandoned == 0 and not pool.flying
     if share == 1.0:
         assert found.counts["gradings_early"] == gradings

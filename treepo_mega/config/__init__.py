@@ -32,6 +32,7 @@ from treepo_mega.config.run import (
     PromptSource,
     RewardConfig,
     RewardFunction,
+    RewardServer,
 )
 from treepo_mega.config.section import Section
 from treepo_mega.config.training import AlgoConfig, GuardConfig, LossConfig, TrainConfig
@@ -59,6 +60,7 @@ __all__ = [
     "ReshardConfig",
     "RewardConfig",
     "RewardFunction",
+    "RewardServer",
     "RolloutConfig",
     "Section",
     "SegmentConfig",

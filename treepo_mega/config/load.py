@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from treepo_mega.config.moved import KNOWN_ELSEWHERE, moved_keys
 from treepo_mega.config.root import Config
 from treepo_mega.config.rules import check_batch, check_loss, check_parallel, check_sampling
 from treepo_mega.config.section import Section
+from treepo_mega.config.servers import check_servers
 from treepo_mega.config.source import SourceError, annotation_at, members, read_mapping, read_value, scalar_is_text
 from treepo_mega.config.surroundings import check_data, check_evaluation, check_model
 from treepo_mega.errors import TreepoError, nearest, nearest_name
@@ -126,7 +128,9 @@ def _wrong_value(loc: tuple[Any, ...], problems: list[Any]) -> str:
         for choice in typing.get_args(member)
     ]
     hint = nearest(got, map(str, choices)) if isinstance(got, str) else ""
-    return f"{'.'.join(map(str, loc))}: {expected} (got {got!r}){hint}"
+    # The user and password of a URL are nobody's business.
+    shown = re.sub(r"(?<=://)[^/@\s]+@", "***@", repr(got))
+    return f"{'.'.join(map(str, loc))}: {expected} (got {shown}){hint}"
 
 
 def _refuse_moved(raw: dict[str, Any], source: str) -> None:
@@ -249,7 +253,7 @@ def check(cfg: Config, world_size: int, spec: ModelSpec | None = None) -> list[s
     except ConfigError as e:
         bad.append(str(e))
     bad += check_batch(cfg) + check_sampling(cfg, world_size) + check_parallel(cfg) + check_loss(cfg)
-    bad += check_data(cfg) + check_evaluation(cfg)
+    bad += check_data(cfg) + check_evaluation(cfg) + check_servers(cfg)
     if spec is not None:
         bad += check_model(cfg, spec)
     if bad:

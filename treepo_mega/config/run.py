@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -67,7 +68,8 @@ class DataConfig(Section):
     prompt_suffix: str = ""
     """Text appended to every prompt before the template, such as an answer-format instruction."""
     verifier: str = "math"
-    """math | boxed | last_number | exact | countdown | reasoning_gym | path/to/file.py:function (verl's compute_score).
+    """math | boxed | last_number | exact | countdown | reasoning_gym | path/to/file.py:function (verl's compute_score,
+    which may be async) | http:NAME of reward.servers.
     A source's own verifier comes first; reasoning_gym sources without one use reasoning_gym."""
     max_prompt_len: int = Field(1024, ge=1)
     """Longer prompts are dropped, counted and reported. Tokens."""
@@ -111,6 +113,53 @@ class RewardFunction(Section):
         return self.name or (self.verifier or "answer").rpartition(":")[2]
 
 
+class RewardServer(Section):
+    """A reward over HTTP: a judge model or a reward server. `http:<name>` names it where a verifier is named."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    """What stands behind `http:`."""
+    url: str
+    """Where answers are sent by POST, as docs/guides/remote-rewards.md says. http or https."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Deadline of one request, from the connection to the last byte of the reply."""
+    retries: int = Field(3, ge=0)
+    """Further tries of a request that had no answer, or 408, 425, 429 or 5xx."""
+    backoff_s: float = Field(0.5, ge=0)
+    """Wait before the first retry; it doubles each time, and a Retry-After of the server counts where it is longer."""
+    deadline_s: float = Field(300.0, gt=0)
+    """Of an answer, all waits and tries together, from when it is handed to the graders. Then it is lost."""
+    in_flight: int = Field(64, ge=1, le=4096)
+    """Requests that one rank has open."""
+    batch_size: int = Field(1, ge=1, le=1024)
+    """Most answers in one request."""
+    token_env: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")
+    """Environment variable with the token that is sent as `Authorization: Bearer`. No other worker sees it."""
+    cache_entries: int = Field(100_000, ge=0)
+    """Scores that a rank remembers by content: equal answers to a prompt are asked once. 0: none."""
+    cache_dir: str | None = Field(None, min_length=1)
+    """Directory where scores are kept for later runs, and shared by ranks that start later. None: memory alone."""
+
+    @field_validator("url")
+    @classmethod
+    def _has_no_secret(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            host, port, user = parts.hostname, parts.port, parts.username
+        except ValueError as error:
+            raise ValueError(f"expected a URL such as http://localhost:8000/score: {error}") from None
+        if user is not None or parts.password is not None:
+            # Not `value`: the message would show the password.
+            raise ValueError(f"expected no user or password in the URL of {host}; name a variable in token_env")
+        if parts.scheme not in ("http", "https") or not host or port == 0:
+            raise ValueError(f"expected a URL such as http://localhost:8000/score, got {value!r}")
+        return value
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        return value if value is None else expand_path(value)
+
+
 class RewardConfig(Section):
     """Grading, in killable worker processes, and what becomes of the scores."""
 
@@ -120,6 +169,10 @@ class RewardConfig(Section):
     """Deadline of one grading; a worker past it is killed, replaced and the sample counted as lost."""
     max_chars: int = Field(20_000, ge=16)
     """Longer responses are graded by their last max_chars characters."""
+    in_flight: int = Field(64, ge=1, le=4096)
+    """Calls of an `async def` reward that one rank has open. They share one worker process and its event loop."""
+    servers: list[RewardServer] = Field(default_factory=list)
+    """Rewards over HTTP, each named by `http:<name>` in data.verifier, a source's verifier or reward.functions."""
     startup_timeout_s: float = Field(120.0, gt=0)
     """Deadline of starting a worker and importing its verifier (math-verify and reasoning-gym take seconds)."""
     memory_mb: int = Field(4096, ge=256)

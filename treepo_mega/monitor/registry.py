@@ -235,6 +235,11 @@ _REWARD = (
         "gradings that had ended when their engine had done sampling; the rest is waited for in timing_s/reward",
     ),
     Metric("reward/mean", "reward", "rises", "mean reward of the trajectories trained on"),
+    Metric(
+        "reward/remote_calls", "count", "answers / batch_size at most", "requests to reward servers, retries included"
+    ),
+    Metric("reward/remote_retries", "count", "0", "of these, requests that were not the first try"),
+    Metric("reward/remote_cached", "count", "rises", "answers whose score was known, or asked for already"),
     Metric("reward/overlong_penalty", "reward", "near 0; absent when off", "mean of reward.overlong over the answers"),
     Metric("reward/kl", "nats", "slow rise; absent when off", "KL of a response from the reference, mean of leaves"),
     Metric("reward/kl_penalty", "reward", "small beside rewards; absent when off", "mean of -reward.kl_coef x that KL"),
@@ -392,7 +397,7 @@ _CLOCKED = (
     *("time", "timing_s/", "cpu_s/", "perf/", "gpu/", "host/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
-    "reward/overlapped_share",
+    *("reward/overlapped_share", "reward/remote_calls", "reward/remote_retries", "reward/remote_cached"),
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
     "rollout/forwarded_pairs",

@@ -77,15 +77,19 @@ class Reward(Protocol):
         extra_info: Mapping[str, Any] | None,
         *,
         trajectory: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
     ) -> float | dict[str, Any]:
         """A finite score; or a dict with "score", whose other numbers are logged as `reward/<name>`.
+
+        It may be `async def`: many calls are then in flight at once (`reward.in_flight`).
 
         Args:
             data_source: The row's, or its file.
             solution_str: The response, without special tokens.
             ground_truth: The row's truth, as text.
             extra_info: What else the row holds.
-            trajectory: prompt_id, tokens, stop, segments, fallback (`data/rewards/pool.py: Trajectory`).
+            trajectory: prompt_id, tokens, stop, segments, fallback (`data/rewards/items.py: Trajectory`).
+            prompt: The text that was answered, chat template included.
         """
 
 

@@ -28,6 +28,7 @@ from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.lost import report_lost
+from treepo_mega.data.rewards.returned import REMOTE_COSTS
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.plugins import plugin_keeps
@@ -341,6 +342,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     }
     for name in (key.removeprefix(SUM) for key in totals if key.startswith(SUM)):
         out[f"reward/{name}"] = totals[SUM + name] / totals[COUNT + name]
+    out |= {f"reward/{name}": totals[name] for name in REMOTE_COSTS if name in totals}
     for name in SAMPLING_COUNTS:
         out[f"rollout/{name}"] = counts.get(name, 0.0)
     for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates", *LOOK_ALIKES):

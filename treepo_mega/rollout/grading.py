@@ -96,7 +96,13 @@ class Grading:
         texts = [said[response] for response in responses]
         items = [
             RewardItem(
-                prompt.verifier, prompt.data_source, text, prompt.answer, prompt.extra, trajectory_of(tree, leaf)
+                prompt.verifier,
+                prompt.data_source,
+                text,
+                prompt.answer,
+                prompt.extra,
+                trajectory_of(tree, leaf),
+                prompt.text,
             )
             for leaf, text in zip(tree.leaves, texts, strict=True)
         ]

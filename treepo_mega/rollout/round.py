@@ -42,8 +42,8 @@ class SampledRound:
     engines: dict[int, int] = field(default_factory=dict)
     """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
-    """Sums over engines: engine_steps, running, stolen (prompts), idle_s and engine_s (seconds), gradings, and
-    gradings_early, which ended before their engine had done sampling."""
+    """Sums over engines: engine_steps, running, stolen (prompts), idle_s and engine_s (seconds), gradings,
+    gradings_early, which ended before their engine had done sampling, and `RewardPool.take_costs`."""
     idle_share_max: float = 0.0
     """Largest share of the sampling time that a rank waited for the others at the end."""
 
@@ -118,6 +118,7 @@ def sample_and_grade(
                     "engine_s": engine_s,
                     "gradings": grading.total,
                     "gradings_early": grading.early,
+                    **pool.take_costs(),
                 }
             with timers.span("exchange"):
                 return _merge(dist.gather_objects(report))

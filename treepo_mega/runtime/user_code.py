@@ -36,11 +36,11 @@ class UserCodeError(TreepoError):
     """A function of people's own that cannot be used; the message names it, what is wrong and the nearest name."""
 
 
-def check_defined(name: str, what: str) -> list[inspect.Parameter] | None:
+def check_defined(name: str, what: str, *, may_be_async: bool = False) -> list[inspect.Parameter] | None:
     """The parameters of the function that `name` names, read from its file without running it.
 
     None when they cannot be known so: the name is imported, assigned or decorated there. Raises UserCodeError for a
-    name of another form, a missing file or function, text that is no Python, and an async function.
+    name of another form, a missing file or function, text that is no Python, and an async function where none may be.
     """
     path, function = _split(name, what)
     tree = _parse(path, what)
@@ -48,23 +48,27 @@ def check_defined(name: str, what: str) -> list[inspect.Parameter] | None:
     if function not in defined:
         hint = nearest(function, defined) or f"; it defines: {', '.join(sorted(defined)) or 'nothing'}"
         raise UserCodeError(f"{what}: {path} defines no {function!r}{hint}")
-    found = [node for node in tree.body if getattr(node, "name", None) == function]
-    # The last definition of a name is the one that an import would find.
-    last = found[-1] if found else None
-    if isinstance(last, ast.AsyncFunctionDef):
+    last = _last_definition(tree, function)
+    if isinstance(last, ast.AsyncFunctionDef) and not may_be_async:
         raise UserCodeError(_async(what, function))
-    if isinstance(last, ast.FunctionDef) and not last.decorator_list:
+    if isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef) and not last.decorator_list:
         return _written_parameters(last.args)
     return None
 
 
-def import_function(name: str, what: str) -> Callable[..., Any]:
+def is_written_async(name: str, what: str) -> bool:
+    """Whether the file of `name` defines it by `async def`; nothing is run. Raises what `check_defined` raises."""
+    path, function = _split(name, what)
+    return isinstance(_last_definition(_parse(path, what), function), ast.AsyncFunctionDef)
+
+
+def import_function(name: str, what: str, *, asynchronous: bool = False) -> Callable[..., Any]:
     """The function that `name` names; its file is run once in this process.
 
-    Raises UserCodeError for all that `check_defined` refuses, for a file whose import raises, and for what is not
-    callable.
+    Raises UserCodeError for all that `check_defined` refuses, for a file whose import raises, for what is not
+    callable, and for what is async where that is not asked for, or the other way round.
     """
-    check_defined(name, what)
+    check_defined(name, what, may_be_async=asynchronous)
     path, function = _split(name, what)
     try:
         module = _import(path.resolve(), hashlib.sha256(path.read_bytes()).hexdigest())
@@ -74,7 +78,12 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
     found = getattr(module, function, None)
     if not callable(found):
         raise UserCodeError(f"{what}: {function!r} is {type(found).__name__}, expected a function")
-    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None)):  # noqa: B004
+    call = getattr(found, "__call__", None)  # noqa: B004 - callable objects count as what their __call__ is
+    if (inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(call)) != asynchronous:
+        if asynchronous:
+            raise UserCodeError(
+                f"{what}: {function!r} is written async, but its decorator makes a plain function of it"
+            )
         raise UserCodeError(_async(what, function))
     return found
 
@@ -143,6 +152,12 @@ def _parse(path: Path, what: str) -> ast.Module:
         raise UserCodeError(f"{what}: cannot read {path}: {error.strerror or error}{near}") from None
     except (SyntaxError, ValueError) as error:
         raise UserCodeError(f"{what}: {path} is not valid Python: {error}") from None
+
+
+def _last_definition(tree: ast.Module, function: str) -> ast.AST | None:
+    # The last definition of a name is the one that an import would find.
+    found = [node for node in tree.body if getattr(node, "name", None) == function]
+    return found[-1] if found else None
 
 
 def _names(tree: ast.Module) -> set[str]:

@@ -35,29 +35,36 @@ class GraderFailed(Exception):
     """The process is of no more use; the text says why."""
 
 
-def worker_environment() -> dict[str, str]:
-    """Environment of a helper process: this package importable, hash seed fixed, one thread a library."""
+def worker_environment(hidden: Sequence[str] = ()) -> dict[str, str]:
+    """Environment of a helper process: this package importable, hash seed fixed, one thread a library.
+
+    `hidden`: variables that it must not see.
+    """
     root = str(Path(__file__).resolve().parents[3])
     path = os.environ.get("PYTHONPATH")
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return {**os.environ, **single, "PYTHONHASHSEED": "0", "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {**kept, **single, "PYTHONHASHSEED": "0", "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
 
 
 class Grader:
-    """One process, its pipes, and the batch it works on."""
+    """One process, its pipes, and the batch it works on. `hidden`: environment variables that it must not see."""
 
-    def __init__(self, cfg: RewardConfig) -> None:
+    module = "worker"
+
+    def __init__(self, cfg: RewardConfig, hidden: Sequence[str] = ()) -> None:
         self.cfg = cfg
         self.log = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - closed by kill()
         # -P: modules in the working directory must not stand in for the standard library's.
-        command = [sys.executable, "-P", "-m", "treepo_mega.data.rewards.worker", f"--memory-mb={cfg.memory_mb}"]
+        module = f"treepo_mega.data.rewards.{self.module}"
+        command = [sys.executable, "-P", "-m", module, f"--memory-mb={cfg.memory_mb}"]
         command += [f"--timeout-s={cfg.timeout_s}", f"--startup-timeout-s={cfg.startup_timeout_s}"]
         self.process = subprocess.Popen(
             [*command, f"--parent={os.getpid()}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=worker_environment(),
+            env=worker_environment(hidden),
             start_new_session=True,  # its own process group, so that what it starts is killed with it
             bufsize=0,
         )
@@ -80,6 +87,21 @@ class Grader:
         self.unsent = memoryview(message)
         self._start_item()
         self.write()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it owes answers."""
+        return bool(self.batch)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether its next replies come soon enough to be read together."""
+        return len(self.batch) > 1 and not self.unsent
+
+    def suspects(self, guilty: int | None) -> tuple[list[int], list[int]]:
+        """(tickets that may have ended it, the others of its batch). `guilty`: the one that its last reply named."""
+        tickets = [ticket for ticket, _ in self.batch]
+        return ([guilty], tickets) if guilty is not None else (tickets[:1], tickets[1:])
 
     def _start_item(self) -> None:
         """Start the clock of the first item: of the import until the worker says `loaded`, then of the grading."""

@@ -14,6 +14,7 @@ import logging
 from treepo_mega.data.rewards.pool import Tally
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import dist
+from treepo_mega.text.server_name import server_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ def describe_lost(tallies: list[Tally], when: str) -> tuple[int, int, str]:
     count = sum(lost.values())
     advice = "See docs/grading.md. Set data.verifier or data.label_key if the truths do not suit the verifier, "
     advice += "reward.timeout_s if gradings take too long, reward.memory_mb if they need more memory"
+    if any(server_of(name) is not None for name in lost):
+        advice = (
+            "See docs/guides/remote-rewards.md: timeout_s, retries and deadline_s of reward.servers bound an answer"
+        )
     return count, total, f"{when}: {count} of {total} rewards were lost: {told}. {advice}"
 
 

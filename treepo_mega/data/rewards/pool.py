@@ -16,6 +16,9 @@ Items go to a worker in batches (one message for many is five times cheaper), an
 next. So the first item without an answer is the one that hung or crashed: it alone is charged, and the rest of its
 batch goes back into the queue. An item's time runs from when the pool learns that the one before it has ended.
 
+Rewards that wait, `async def` functions and reward servers, have a process a kind, which takes many items at a time
+(`flight_grader.py`).
+
 Traps. (1) Deadlines are wall time: on a crowded machine choose them generously. (2) Answers are cut to their last
 `max_chars` characters before they are sent. (3) Worker processes have a fixed hash seed, because some reasoning-gym
 tasks depend on it, and one thread a library.
@@ -29,14 +32,19 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
+from treepo_mega.data.rewards.flight_grader import FlightGrader
 from treepo_mega.data.rewards.grader import Grader, GraderFailed
-from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
+from treepo_mega.data.rewards.items import Pending, RewardItem, RewardResult, Tally, Trajectory
+from treepo_mega.data.rewards.verifiers import BUILT_IN, Kind, VerifierError, check_verifier, kind_of
+from treepo_mega.errors import nearest
+from treepo_mega.text.server_name import server_of
 
 if TYPE_CHECKING:
     from treepo_mega.config import RewardConfig
+
+__all__ = ["RewardItem", "RewardPool", "RewardResult", "Tally", "Trajectory"]
 
 ATTEMPTS = 2
 """Times an item is tried when its worker hangs or dies."""
@@ -49,64 +57,6 @@ GATHER_S = 0.002
 """Pause between two looks at workers amid a batch: several replies are then read at once."""
 
 
-class Trajectory(TypedDict):
-    """How a response came about; handed to verifiers that have a parameter `trajectory`."""
-
-    prompt_id: str
-    tokens: int
-    """Of the response, its end mark included."""
-    stop: str
-    """eos, answer, length, depth or repetition."""
-    segments: int
-    """On the path."""
-    fallback: bool
-    """Whether the path was made by cutting back another one."""
-
-
-@dataclass(slots=True)
-class RewardItem:
-    """One answer to grade; fields as in verl's compute_score. `extra_info` must be JSON-safe.
-
-    `trajectory` goes to verifiers that ask for it. Without one they get None.
-    """
-
-    verifier: str
-    data_source: str
-    solution_str: str
-    ground_truth: str
-    extra_info: dict[str, Any] | None = None
-    trajectory: Trajectory | None = None
-
-
-@dataclass(slots=True)
-class RewardResult:
-    """A finite `score`, or None (lost) with the reason in `error`. `extra`: further scalars of the verifier."""
-
-    score: float | None
-    error: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    wrong_return: bool = False
-    """Whether the verifier did return, but no reward."""
-
-
-class Tally(TypedDict):
-    """JSON-safe count of gradings: in all, and of the lost ones by verifier with the first reason."""
-
-    total: int
-    lost: dict[str, int]
-    reasons: dict[str, str]
-
-
-@dataclass(slots=True)
-class _Pending:
-    """An item without a result: what the worker is sent, and how often its worker hung or died."""
-
-    verifier: str
-    prompt_id: str | None
-    payload: bytes
-    failures: int = 0
-
-
 class RewardPool:
     """`cfg.num_workers` grader processes of this rank, started when first needed. Not for use by several threads."""
 
@@ -115,15 +65,19 @@ class RewardPool:
         self.restarts = 0
         """Workers killed or lost so far."""
         self._workers: list[Grader] = []
+        # The processes of rewards that wait, which take many items at a time.
+        self._flights: dict[Kind, FlightGrader] = {}
         self._tickets = itertools.count()
         # By ticket: items without a result, and results that nobody has taken yet.
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._finished: dict[int, RewardResult] = {}
-        self._waiting: deque[int] = deque()
+        self._queues: dict[Kind, deque[int]] = {"batch": deque(), "async": deque(), "http": deque()}
         # Tickets of imports, which nobody asked a result of.
         self._imports: set[int] = set()
-        # A user's file is parsed to check it: not again with every tree.
-        self._checked: set[str] = set()
+        # By verifier. A user's file is parsed for it: not again with every tree.
+        self._kinds: dict[str, Kind] = {}
+        self._servers = {server.name: server for server in cfg.servers}
+        self._costs: dict[str, int] = {}
         self._total = 0
         self._lost: dict[int, tuple[str, str]] = {}
         self._closed = False
@@ -161,19 +115,17 @@ class RewardPool:
         """
         names = list(dict.fromkeys(verifiers))
         self._check(names)
-        while names and len(self._workers) < self.cfg.num_workers:
-            self._workers.append(Grader(self.cfg))
+        in_batches = [name for name in names if self._kinds[name] == "batch"]
+        while in_batches and len(self._workers) < self.cfg.num_workers:
+            self._workers.append(self._new_worker())
         for worker in self._workers:
-            if worker.batch:
-                continue
-            batch: list[tuple[int, str]] = []
-            for name in names:
-                ticket = next(self._tickets)
-                message = json.dumps({"id": ticket, "verifier": name, "only_import": True})
-                self._pending[ticket] = _Pending(name, None, message.encode())
-                batch.append((ticket, name))
-            self._imports.update(ticket for ticket, _ in batch)
-            worker.give(batch, _message([self._pending[ticket].payload for ticket, _ in batch]))
+            if in_batches and not worker.busy:
+                batch = [(self._import(name), name) for name in in_batches]
+                worker.give(batch, _message([self._pending[ticket].payload for ticket, _ in batch]))
+        for name in names:
+            if self._kinds[name] != "batch":
+                self._queues[self._kinds[name]].append(self._import(name))
+        self._hand_out(to_the_end=False)
 
     def finish_warming(self, say: Callable[[str], None]) -> None:
         """Wait until all workers have imported what `warm` named; `say` is told of a wait, and for what.
@@ -217,8 +169,10 @@ class RewardPool:
 
     def abandon(self) -> None:
         """Forget what was submitted, and end the workers, which would go on with it."""
-        workers, self._workers = self._workers, []
-        self._waiting.clear()
+        workers = [*self._workers, *self._flights.values()]
+        self._workers, self._flights = [], {}
+        for queue in self._queues.values():
+            queue.clear()
         self._pending.clear()
         self._finished.clear()
         self._imports.clear()
@@ -241,24 +195,31 @@ class RewardPool:
         results = self.score([RewardItem("math", "", "", truth) for truth in truths])
         return [None if r.score is not None else f"math-verify cannot read it ({r.error})" for r in results]
 
-    def _encode(self, index: int, item: RewardItem) -> tuple[int, _Pending]:
+    def take_costs(self) -> dict[str, int]:
+        """Counts of asked servers since the last call: remote_calls, remote_retries, remote_cached; empty for none."""
+        costs, self._costs = self._costs, {}
+        return costs
+
+    def _encode(self, index: int, item: RewardItem) -> tuple[int, Pending]:
         ticket = next(self._tickets)
+        more: dict[str, Any] = {} if item.verifier in BUILT_IN else {"prompt": item.prompt}
+        if (server := server_of(item.verifier)) is not None:
+            # The same clock in all processes of a machine.
+            more["until"] = time.monotonic() + self._servers[server].deadline_s
         try:
-            text = json.dumps(
-                {
-                    "id": ticket,
-                    "verifier": item.verifier,
-                    "data_source": item.data_source,
-                    "solution_str": item.solution_str[-self.cfg.max_chars :],
-                    "ground_truth": item.ground_truth,
-                    "extra_info": item.extra_info,
-                    "trajectory": item.trajectory,
-                }
-            )
+            payload = item.encode(ticket, self.cfg.max_chars, **more)
         except (TypeError, ValueError) as e:
             raise ValueError(f"reward item {index} ({item.data_source}): not JSON: {e}") from None
         prompt_id = item.trajectory["prompt_id"] if item.trajectory else None
-        return ticket, _Pending(item.verifier, prompt_id, text.encode())
+        return ticket, Pending(item.verifier, prompt_id, payload)
+
+    def _import(self, name: str) -> int:
+        """The ticket of a new item that only imports a verifier."""
+        ticket = next(self._tickets)
+        message = json.dumps({"id": ticket, "verifier": name, "only_import": True})
+        self._pending[ticket] = Pending(name, None, message.encode())
+        self._imports.add(ticket)
+        return ticket
 
     def _submit(self, items: Sequence[RewardItem], *, to_the_end: bool) -> list[int]:
         if self._closed:
@@ -266,7 +227,8 @@ class RewardPool:
         self._check(item.verifier for item in items)
         pending = dict(self._encode(index, item) for index, item in enumerate(items))
         self._pending |= pending
-        self._waiting.extend(pending)
+        for ticket, item in pending.items():
+            self._queues[self._kinds[item.verifier]].append(ticket)
         try:
             self._hand_out(to_the_end=to_the_end)
         except BaseException:
@@ -275,9 +237,13 @@ class RewardPool:
         return list(pending)
 
     def _check(self, verifiers: Iterable[str]) -> None:
-        for name in set(verifiers) - self._checked:
+        for name in set(verifiers) - set(self._kinds):
             check_verifier(name)
-            self._checked.add(name)
+            server = server_of(name)
+            if server is not None and server not in self._servers:
+                near = nearest(server, self._servers)
+                raise VerifierError(f"verifier {name!r}: no server of that name in reward.servers{near}")
+            self._kinds[name] = kind_of(name)
 
     def _take_finished(self) -> dict[int, RewardResult]:
         finished, self._finished = self._finished, {}
@@ -295,21 +261,48 @@ class RewardPool:
             self._lost[ticket] = (item.verifier, f"{result.error}{where}")
 
     def _hand_out(self, *, to_the_end: bool) -> None:
-        """Give batches to idle workers; `to_the_end`: nothing is submitted before all of it has ended."""
+        """Give items to workers with room; `to_the_end`: nothing is submitted before all of it has ended."""
         parts = self.cfg.num_workers
         if to_the_end and parts > 1:
             parts *= 2
-        while self._waiting and (worker := self._idle_worker()) is not None:
+        while self._queues["batch"] and (worker := self._idle_worker()) is not None:
             worker.give(*self._next_batch(parts))
+        if self._queues["async"]:
+            self._fill("async", self._flights.get("async") or FlightGrader(self.cfg, "async"))
+        if self._queues["http"]:
+            self._fill("http", self._flights.get("http") or FlightGrader(self.cfg, "http"))
+
+    def _fill(self, kind: Kind, grader: FlightGrader) -> None:
+        """Give items that wait to a process of many calls; an item that may have ended another goes alone."""
+        self._flights[kind] = grader
+        queue = self._queues[kind]
+        while queue:
+            suspect = self._pending[queue[0]].failures > 0
+            room = grader.room(suspect=suspect)
+            batch: list[tuple[int, str]] = []
+            while queue and len(batch) < room and (self._pending[queue[0]].failures > 0) == suspect:
+                batch.append((queue[0], self._pending[queue[0]].verifier))
+                queue.popleft()
+            if not batch:
+                return
+            grader.give(batch, _message([self._pending[ticket].payload for ticket, _ in batch]), suspect=suspect)
+
+    def _new_worker(self) -> Grader:
+        # The tokens of reward servers are for the process that asks them: others may run what a model wrote.
+        return Grader(self.cfg, tuple(server.token_env for server in self.cfg.servers if server.token_env))
 
     def _idle_worker(self) -> Grader | None:
         for worker in self._workers:
-            if not worker.batch:
+            if not worker.busy:
                 return worker
         if len(self._workers) < self.cfg.num_workers:
-            self._workers.append(Grader(self.cfg))
+            self._workers.append(self._new_worker())
             return self._workers[-1]
         return None
+
+    @property
+    def _busy(self) -> list[Grader]:
+        return [worker for worker in (*self._workers, *self._flights.values()) if worker.busy]
 
     def _next_batch(self, parts: int) -> tuple[list[tuple[int, str]], bytes]:
         """The next items and their message: of what waits, one of so many parts.
@@ -317,12 +310,13 @@ class RewardPool:
         The more parts, the smaller the last batches, and the more alike the ends of workers. The fewer, the longer a
         worker has something to do while nobody looks.
         """
-        share = -(-len(self._waiting) // parts)
+        waiting = self._queues["batch"]
+        share = -(-len(waiting) // parts)
         batch: list[tuple[int, str]] = []
         texts: list[bytes] = []
         size = 0
-        while self._waiting and len(batch) < min(share, MAX_BATCH_ITEMS) and size < MAX_BATCH_BYTES:
-            ticket = self._waiting.popleft()
+        while waiting and len(batch) < min(share, MAX_BATCH_ITEMS) and size < MAX_BATCH_BYTES:
+            ticket = waiting.popleft()
             item = self._pending[ticket]
             batch.append((ticket, item.verifier))
             texts.append(item.payload)
@@ -338,7 +332,7 @@ class RewardPool:
             raise
 
     def _move(self, *, block: bool) -> None:
-        busy = [worker for worker in self._workers if worker.batch]
+        busy = self._busy
         with selectors.PollSelector() as selector:
             for worker in busy:
                 selector.register(worker.replies, selectors.EVENT_READ, worker)
@@ -347,18 +341,18 @@ class RewardPool:
             first = min(worker.deadline for worker in busy)
             events = selector.select(max(0.0, first - time.monotonic()) if block else 0)
         for key, mask in events:
-            if key.data not in self._workers:  # replaced a moment ago, by its other pipe's event
+            if key.data not in self._busy:  # replaced a moment ago, by its other pipe's event
                 continue
             if mask & selectors.EVENT_WRITE:
                 key.data.write()
             else:
                 self._read(key.data)
         now = time.monotonic()
-        for worker in [each for each in self._workers if each.batch and each.deadline <= now]:
+        for worker in [each for each in self._busy if each.deadline <= now]:
             self._failed(worker, worker.phase)
         self._hand_out(to_the_end=block)
-        busy = [worker for worker in self._workers if worker.batch]
-        if block and busy and all(len(worker.batch) > 1 and not worker.unsent for worker in busy):
+        busy = self._busy
+        if block and busy and all(worker.gathers for worker in busy):
             time.sleep(GATHER_S)
 
     def _read(self, worker: Grader) -> None:
@@ -369,36 +363,44 @@ class RewardPool:
             return
         for ticket, reply in replies:
             verifier = self._pending[ticket].verifier
+            for name, count in reply.get("cost", {}).items():
+                self._costs[name] = self._costs.get(name, 0) + count
             if "load_error" in reply:
                 raise VerifierError(f"verifier {verifier!r} cannot be loaded: {reply['load_error']}")
             if reply.get("retire"):
-                # `read` took the item off; `_failed` charges the first of the batch, which has to be this one.
-                worker.batch.appendleft((ticket, verifier))
-                self._failed(worker, str(reply["error"]))
+                self._failed(worker, str(reply["error"]), ticket)
                 return
             if "error" in reply:
                 self._finish(ticket, RewardResult(None, str(reply["error"]), wrong_return="returned" in reply))
             else:
                 self._finish(ticket, RewardResult(float(reply["score"]), None, dict(reply["extra"])))
-        if not worker.batch:
+        if not worker.busy:
             worker.tidy_log()
 
-    def _failed(self, worker: Grader, reason: str) -> None:
-        """Replace a worker that hung or died. The item it worked on is tried again or lost, the others go on."""
+    def _failed(self, worker: Grader, reason: str, guilty: int | None = None) -> None:
+        """Replace a worker that hung or died. What it worked on is tried again or lost, the others go on.
+
+        `guilty`: the item that it named itself.
+        """
         starting = worker.phase.startswith("starting")
-        ticket, *others = [entry[0] for entry in worker.batch]
-        self._workers.remove(worker)
+        charged, others = worker.suspects(guilty)
+        queue = self._queues[self._kinds[self._pending[charged[0]].verifier]]
+        if isinstance(worker, FlightGrader):
+            self._flights = {kind: each for kind, each in self._flights.items() if each is not worker}
+        else:
+            self._workers.remove(worker)
         self.restarts += 1
         worker.kill()
-        self._waiting.extendleft(reversed(others))
-        item = self._pending[ticket]
-        item.failures += 1
-        if item.failures < ATTEMPTS:
-            self._waiting.appendleft(ticket)
-        elif starting:
-            raise VerifierError(f"verifier {item.verifier!r} cannot be loaded ({ATTEMPTS} tries): {reason}")
-        else:
-            self._finish(ticket, RewardResult(None, f"{reason} ({ATTEMPTS} tries)"))
+        queue.extendleft(reversed(others))
+        for ticket in reversed(charged):
+            item = self._pending[ticket]
+            item.failures += 1
+            if item.failures < ATTEMPTS:
+                queue.appendleft(ticket)
+            elif starting:
+                raise VerifierError(f"verifier {item.verifier!r} cannot be loaded ({ATTEMPTS} tries): {reason}")
+            else:
+                self._finish(ticket, RewardResult(None, f"{reason} ({ATTEMPTS} tries)"))
 
 
 def _message(items: Sequence[bytes]) -> bytes:

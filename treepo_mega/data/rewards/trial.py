@@ -1,9 +1,9 @@
-"""Reward functions of people's own at the start: each grades an example answer in a worker, before engines are built.
+"""Reward functions of people's own, and servers, at the start: each grades an example answer, before engines are built.
 
     for line in try_rewards(pool, reward, prompts): print(line)
 
 The answer is the truth of the first prompt in a box. A function that returns no reward is an error; one that raises is
-a line, for it may be meant to refuse such an answer.
+a line, for it may be meant to refuse such an answer. A server has to answer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from treepo_mega.data.rewards.pool import RewardItem, RewardPool, Trajectory
 from treepo_mega.data.rewards.verifiers import VerifierError
 from treepo_mega.text.function_path import is_function_path
+from treepo_mega.text.server_name import server_of
 
 if TYPE_CHECKING:
     from treepo_mega.config import RewardConfig
@@ -32,17 +33,23 @@ def try_rewards(pool: RewardPool, reward: RewardConfig, prompts: Iterable[Prompt
     for prompt in prompts:
         for name in [part.verifier or prompt.verifier for part in reward.functions] or [prompt.verifier]:
             first.setdefault(name, prompt)
-    items = [example_answer(name, prompt) for name, prompt in first.items() if is_function_path(name)]
+    items = [
+        example_answer(name, prompt)
+        for name, prompt in first.items()
+        if is_function_path(name) or server_of(name) is not None
+    ]
     notes = []
     for item, result in zip(items, pool.score(items) if items else (), strict=True):
         if result.score is not None:
             continue
         case = f"on the example answer {item.solution_str[:80]!r} to prompt {first[item.verifier].id!r}"
-        if result.wrong_return:
+        # A server that does not answer now would lose a whole step; a function may be meant to refuse such an answer.
+        if result.wrong_return or server_of(item.verifier) is not None:
             raise VerifierError(f"verifier {item.verifier!r} {case}: {result.error}")
         notes.append(f"verifier {item.verifier!r} {case}: {result.error}; such answers are lost (reward.on_lost)")
     # No step has these: they must not count as its rewards.
     pool.take_tally()
+    pool.take_costs()
     return notes
 
 
@@ -50,4 +57,4 @@ def example_answer(verifier: str, prompt: Prompt) -> RewardItem:
     """The truth of `prompt` in a box, as if it had been sampled."""
     text = f"\\boxed{{{prompt.answer}}}"
     shown = Trajectory(prompt_id=prompt.id, tokens=len(text), stop="eos", segments=1, fallback=False)
-    return RewardItem(verifier, prompt.data_source, text, prompt.answer, prompt.extra, shown)
+    return RewardItem(verifier, prompt.data_source, text, prompt.answer, prompt.extra, shown, prompt.text)

@@ -10,7 +10,8 @@ and returns a float or a dict with "score" (other scalar entries are kept as ext
     countdown      the last attempt meets the target of a truth like 3,8,5,2>29 by right steps (tasks/countdown.py)
     reasoning_gym  the task's own score_answer on the last box, else on <answer>...</answer>, else on the text
 
-and `path/to/file.py:function` for a user's own. Each is imported only when it is first asked for, in the
+and `path/to/file.py:function` for a user's own, which may be async, and `http:NAME` for a server of `reward.servers`
+(remote.py). Each is imported only when it is first asked for, in the
 worker (math-verify and reasoning-gym take seconds); this module itself imports the standard library only.
 docs/grading.md says which candidate counts; a truth that is a JSON list of texts accepts any of them.
 
@@ -25,7 +26,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from treepo_mega.data.rewards.answers import accepted, after_thinking, as_number, find_answer, plain
 from treepo_mega.data.rewards.truths import check_truth
@@ -36,16 +37,22 @@ from treepo_mega.runtime.user_code import (
     check_defined,
     check_parameters,
     import_function,
+    is_written_async,
     parameters_of,
 )
 from treepo_mega.text.boxes import last_box
 from treepo_mega.text.function_path import FORM, is_function_path
+from treepo_mega.text.server_name import FORM as SERVER_FORM
+from treepo_mega.text.server_name import server_of
 
 Verifier = Callable[..., Any]
 
 PARAMETERS = ("data_source", "solution_str", "ground_truth", "extra_info")
-OPTIONAL_PARAMETERS = ("trajectory",)
+OPTIONAL_PARAMETERS = ("trajectory", "prompt")
 """What a verifier is called with, by name (`plugins/contracts.py: Reward`)."""
+
+Kind = Literal["batch", "async", "http"]
+"""By what a verifier is run: `worker.py` one answer after the other, or `flights.py` many at a time."""
 
 BUILT_IN = ("math", "boxed", "last_number", "exact", "countdown", "reasoning_gym")
 
@@ -145,28 +152,34 @@ def _load_reasoning_gym() -> Verifier:
 
 
 def check_verifier(name: str) -> None:
-    """Raise VerifierError unless `name` is built in or a function that its file defines (nothing is run).
+    """Raise VerifierError unless `name` is built in, a server or a function that its file defines (nothing is run).
 
-    The message names what is known, and the nearest name.
+    The message names what is known, and the nearest name. `config/rules.py` knows which servers there are.
     """
-    if name in BUILT_IN:
+    if name in BUILT_IN or server_of(name) is not None:
         return
     if not is_function_path(name):
-        raise VerifierError(
-            f"unknown verifier {name!r}{nearest(name, BUILT_IN)}: expected {', '.join(BUILT_IN)} or {FORM}"
-        )
+        known = f"{', '.join(BUILT_IN)}, {SERVER_FORM} or {FORM}"
+        raise VerifierError(f"unknown verifier {name!r}{nearest(name, BUILT_IN)}: expected {known}")
     what = f"verifier {name!r}"
     try:
         # Parsed, not imported: the trainer and the preflight call this, and a user's file runs in workers only.
-        written = check_defined(name, what)
+        written = check_defined(name, what, may_be_async=True)
         if written is not None:
             check_parameters(written, PARAMETERS, OPTIONAL_PARAMETERS, what)
     except UserCodeError as error:
         raise VerifierError(str(error)) from None
 
 
+def kind_of(name: str) -> Kind:
+    """What runs a verifier that `check_verifier` lets through; of a user's file its text says it."""
+    if server_of(name) is not None:
+        return "http"
+    return "async" if is_function_path(name) and is_written_async(name, f"verifier {name!r}") else "batch"
+
+
 def load_verifier(name: str) -> Verifier:
-    """Import what verifier `name` needs and return its function. Runs the user's file: workers only.
+    """Import what verifier `name`, no server, needs and return its function. Runs the user's file: workers only.
 
     Raises VerifierError for an unknown name, and whatever the user's file raises while it is imported.
     """
@@ -179,7 +192,7 @@ def load_verifier(name: str) -> Verifier:
         return {"boxed": boxed, "last_number": last_number, "exact": exact, "countdown": countdown}[name]
     what = f"verifier {name!r}"
     try:
-        function = import_function(name, what)
+        function = import_function(name, what, asynchronous=kind_of(name) == "async")
         check_parameters(parameters_of(function), PARAMETERS, OPTIONAL_PARAMETERS, what)
     except UserCodeError as error:
         # The cause is what the file raised; the pool says whose it is.

@@ -1,7 +1,7 @@
 """A grader process: `python -m treepo_mega.data.rewards.worker`, started and killed by `pool.RewardPool`.
 
 Protocol, one JSON message a line. In: a list of requests `{"id", "verifier", "data_source", "solution_str",
-"ground_truth", "extra_info", "trajectory"}`, or a single one; `{"id", "verifier", "only_import": true}` grades nothing.
+"ground_truth", "extra_info", "trajectory", "prompt"}`, or a single one. One with `"only_import": true` grades nothing.
 Out: `{"ready": true}` at the start; then in the order of the requests `{"id", "loaded": true}` when its verifier was
 imported for it (so that imports have a deadline of their own) or `{"id", "load_error"}`, and `{"id", "score", "extra"}`
 or `{"id", "error"}`, the latter with `"retire": true` when the process ran out of memory and should be replaced, and
@@ -23,25 +23,18 @@ import argparse
 import functools
 import inspect
 import json
-import math
 import os
 import resource
 import signal
 import sys
 import threading
 import time
-import traceback
 from typing import Any, BinaryIO
 
-from treepo_mega.data.rewards.verifiers import Verifier, load_verifier
+from treepo_mega.data.rewards.returned import interpret, reason_of
+from treepo_mega.data.rewards.verifiers import OPTIONAL_PARAMETERS, PARAMETERS, Verifier, load_verifier
 
 MAX_FILE_BYTES = 1 << 30
-MAX_EXTRAS = 32
-MAX_TEXT = 500
-"""Characters of an error or an extra that are sent back."""
-
-OWN_METRICS = ("lost", "mean", "overlapped_share", "overlong_penalty", "kl", "kl_penalty")
-"""Numbers that a verifier's dict cannot hold, because `reward/<name>` is a metric of the trainer."""
 
 
 def protect_streams() -> tuple[BinaryIO, BinaryIO]:
@@ -83,84 +76,36 @@ def ignore_job_signals() -> None:
         signal.signal(number, lambda *_: None)
 
 
-def interpret(value: Any) -> dict[str, Any]:
-    """What a verifier returned as `{"score", "extra"}`. Raises TypeError or ValueError for anything else."""
-    extra: dict[str, Any] = {}
-    if isinstance(value, dict):
-        if "score" not in value:
-            raise TypeError(f"the verifier returned a dict without 'score' (keys: {', '.join(map(str, value))[:200]})")
-        for key in list(value)[:MAX_EXTRAS]:
-            if key == "score":
-                continue
-            if key in OWN_METRICS:
-                raise ValueError(f"the verifier's dict holds {key!r}, a metric of the trainer; choose another name")
-            kept = _scalar(str(key), value[key])
-            if key == "acc" and not isinstance(kept, float):
-                raise TypeError(f"the verifier's 'acc' is {type(value[key]).__name__}; expected a number")
-            if kept is not None:
-                extra[str(key)[:80]] = kept
-        value = value["score"]
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise TypeError(f"the verifier returned {type(value).__name__}; expected a float or a dict with 'score'")
-    score = float(value)
-    if not math.isfinite(score):
-        raise ValueError(f"the verifier returned {score}; expected a finite score")
-    return {"score": score, "extra": extra}
-
-
-def _scalar(key: str, value: Any) -> float | str | None:
-    """A finite number or a short text; None for anything else, which is not sent back.
-
-    Raises ValueError for NaN and infinity: they would spoil the metric `reward/<key>` in silence.
-    """
-    if isinstance(value, str):
-        return value[:MAX_TEXT]
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if not math.isfinite(number):
-        raise ValueError(f"the verifier returned {number} as {key!r}; expected a finite number")
-    return number
-
-
-def _reason(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error)[:MAX_TEXT]}{where}"
-
-
 @functools.lru_cache(maxsize=64)
-def wants_trajectory(function: Verifier) -> bool:
-    """Whether a verifier has a parameter of the name `trajectory`; `**kwargs` alone is no wish."""
+def wishes(function: Verifier) -> tuple[str, ...]:
+    """The optional parameters (trajectory, prompt) that a verifier has; `**kwargs` alone is no wish."""
     try:
-        return "trajectory" in inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # callables of C have no signature
-        return False
+        return ()
+    return tuple(name for name in OPTIONAL_PARAMETERS if name in parameters)
+
+
+def arguments_of(function: Verifier, request: dict[str, Any]) -> dict[str, Any]:
+    """What a verifier is called with for a request."""
+    return {name: request.get(name) for name in (*PARAMETERS, *wishes(function))}
 
 
 def grade(function: Verifier, request: dict[str, Any]) -> dict[str, Any]:
     """Run a verifier on one request; whatever it raises, SystemExit included, becomes an error text."""
     try:
-        more = {"trajectory": request.get("trajectory")} if wants_trajectory(function) else {}
-        returned = function(
-            data_source=request["data_source"],
-            solution_str=request["solution_str"],
-            ground_truth=request["ground_truth"],
-            extra_info=request["extra_info"],
-            **more,
-        )
+        returned = function(**arguments_of(function, request))
     except MemoryError as e:
         # What filled the memory may be what earlier items left behind: this process must take no more of them.
-        return {"error": _reason(e), "retire": True}
+        return {"error": reason_of(e), "retire": True}
     except BaseException as e:
-        return {"error": _reason(e)}
+        return {"error": reason_of(e)}
     try:
         return interpret(returned)
     except MemoryError as e:
-        return {"error": _reason(e), "retire": True}
+        return {"error": reason_of(e), "retire": True}
     except BaseException as e:
-        return {"error": _reason(e), "returned": type(returned).__name__}
+        return {"error": reason_of(e), "returned": type(returned).__name__}
 
 
 def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeout_s: float) -> None:
@@ -189,7 +134,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeo
                     loaded[name] = load_verifier(name)
                 except BaseException as e:
                     cpu_alarm(0)
-                    reply({**key, "load_error": _reason(e)})
+                    reply({**key, "load_error": reason_of(e)})
                     continue
                 reply({**key, "loaded": True})
             if request.get("only_import"):
