@@ -75,15 +75,36 @@ def test_every_arm_is_a_configuration_and_every_stored_run_one_of_them(bench):
     from treepo_mega.config import check, load_config
 
     plan = yaml.safe_load(bench.ARMS.read_text())
-    task = plan["tasks"]["carry"]
-    for name, arm in plan["arms"].items():
-        check(load_config(BENCH.parents[2] / task["config"], [*task["overrides"], *arm]), 1), name
+    root = BENCH.parents[2]
+    for task in plan["tasks"].values():
+        for name, arm in plan["arms"].items():
+            check(load_config(root / task["config"], [*task["overrides"], *arm]), 1), name
+    assert all((root / script).is_file() for script in plan["elsewhere"].values())
     for path in bench.RESULTS.glob("*/*.json"):
         arm, _, seed = path.name.removesuffix(".json").partition(".seed")
-        assert arm in plan["arms"] and json.loads(path.read_text())["seed"] == int(seed)
+        assert arm in (plan["arms"] | plan["elsewhere"]) and json.loads(path.read_text())["seed"] == int(seed)
 
 
 def test_an_unknown_arm_is_answered_with_the_nearest(bench, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["learning.py", "run", "--arms", "flat-gpro"])
     with pytest.raises(SystemExit, match=r"no arm 'flat-gpro' in learning\.yaml.*flat-grpo"):
         bench.main()
+
+
+def test_trl_gets_the_recipe_s_batch_and_its_prompts(monkeypatch, capsys):
+    import yaml
+
+    from treepo_mega.config import load_config
+
+    monkeypatch.syspath_prepend(str(BENCH.parent / "against_trl"))
+    side_by_side = importlib.import_module("side_by_side")
+    cfg = load_config(BENCH.parents[2] / "examples" / "tiny_cpu.yaml")
+    settings = side_by_side.settings_of(cfg, 7)
+    assert (settings["prompts"] * settings["samples"], settings["updates"], settings["seed"]) == (256, 2, 7)
+    assert len(settings["rows"]) == 3072
+    first = settings["rows"][0]
+    assert first["verifier"] == "boxed" and first["prompt_tokens"] == len(first["prompt"]) + 1
+    assert side_by_side.ARM in yaml.safe_load((BENCH.with_suffix(".yaml")).read_text())["elsewhere"]
+    monkeypatch.setattr(sys, "argv", ["side_by_side.py", "--trl-python", "/nowhere/python"])
+    assert side_by_side.main() == 2
+    assert "requirements.txt says how to make it" in capsys.readouterr().err

@@ -34,10 +34,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+
+if TYPE_CHECKING:
+    from treepo_mega.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARMS = Path(__file__).with_suffix(".yaml")
@@ -52,7 +55,11 @@ def train(config: str, overrides: list[str], run_dir: Path, timeout_s: float) ->
     """One run of one process; returns the CPU seconds of it and of its children. RuntimeError when it fails."""
     command = [sys.executable, "-m", "treepo_mega.cli", "train", config, f"logging.run_dir={run_dir}", *overrides]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    log = run_dir.with_suffix(".log")
+    return timed(command, env, run_dir.with_suffix(".log"), timeout_s)
+
+
+def timed(command: list[str], env: dict[str, str], log: Path, timeout_s: float) -> float:
+    """Run a command, its output in `log`; returns its CPU seconds, children too. RuntimeError when it fails."""
     before = os.times()
     with log.open("wb") as out:
         status = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=out, timeout=timeout_s).returncode
@@ -65,15 +72,19 @@ def train(config: str, overrides: list[str], run_dir: Path, timeout_s: float) ->
 
 def export_accuracy(run_dir: Path, problems: int) -> float:
     """Share of right samples of the run's export at temperature 1, by transformers: the same for every arm."""
+    from treepo_mega.config import load_config
+
+    return accuracy_of(run_dir / "hf", load_config(run_dir / "config.yaml"), problems)
+
+
+def accuracy_of(hf: Path, cfg: Config, problems: int) -> float:
+    """Share of right samples of a checkpoint on the recipe's held-out prompts, graded by their own verifier."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from treepo_mega.config import load_config
     from treepo_mega.data.prompts import load_prompts
-    from treepo_mega.data.rewards.verifiers import boxed
+    from treepo_mega.data.rewards.verifiers import load_verifier
 
-    cfg = load_config(run_dir / "config.yaml")
-    hf = run_dir / "hf"
     tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
     prompts = list(load_prompts(cfg.data.eval, cfg.data, tokenizer).prompts)[:problems]
@@ -99,7 +110,9 @@ def export_accuracy(run_dir: Path, problems: int) -> float:
             )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         asked = [prompt for prompt in batch for _ in range(SAMPLES)]
-        right += sum(boxed(p.data_source, text, p.answer) for p, text in zip(asked, texts, strict=True))
+        for prompt, text in zip(asked, texts, strict=True):
+            found = load_verifier(prompt.verifier)(prompt.data_source, text, prompt.answer, prompt.extra)
+            right += found["score"] if isinstance(found, dict) else found
     return right / (len(prompts) * SAMPLES)
 
 
@@ -164,10 +177,15 @@ def run(args: argparse.Namespace, plan: dict[str, Any], results: Path, extra: li
                 continue
             print(f"{args.task}: {arm}, seed {seed}", file=sys.stderr, flush=True)
             result = one_run(task, plan["arms"][arm], seed, extra, problems)
-            part = target.with_suffix(".part")
-            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            part.replace(target)
+            keep(target, result)
             print(f"  accuracy {result['accuracy']:.3f}, {result['process_cpu_s']:.0f} CPU s", file=sys.stderr)
+
+
+def keep(target: Path, result: Result) -> None:
+    """Write a finished run's file at once or not at all: a half-written one would never be run again."""
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(target)
 
 
 def reach(results: list[Result], accuracy: float, axis: str) -> float:
