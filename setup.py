@@ -20,6 +20,7 @@ REQUIRED = [
     "tokenizers",  # which one: transformers says
     "safetensors>=0.6.2",  # vllm's lower bound; get_slice on bf16
     "numpy>=1.26",  # upper bound: numba (through vllm) says
+    "scipy>=1.11",  # the report's curve of accuracy over compute; older ones do not know numpy 2
     "pydantic>=2.12",  # vllm's lower bound; use_attribute_docstrings needs 2.7
     "pyyaml",
     "jinja2>=3.1",  # what chat templates are written in; transformers asks for this much
