@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,17 +20,21 @@ from transformers import AutoTokenizer
 
 from tests.engine_weights import write_weights
 from treepo_mega.config import Config, parse_config
+from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool, RewardResult
 from treepo_mega.engine.cpu_segments import SHARED_MEMORY
 from treepo_mega.engine.engine import Engine
+from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout import generator as generator_module
+from treepo_mega.rollout.collect import Collector
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.rollout.shaping import reward_leaves
+from treepo_mega.runtime import dist as runtime_dist
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.regrow import with_grades
 
@@ -90,25 +95,28 @@ def grown_on(generator: Generator, cfg: Config) -> list[list]:
 
 
 def forked(generator: Generator, cfg: Config) -> list[list]:
-    """Trees whose branches start at uncertain tokens, sampled by engines of which the first is slow."""
-    forks = {"branching.at": "fork", "branching.initial": (2, 2), "branching.fork.draw": "other"}
-    prompts = [Prompt(f"f{k}", "", [3 + k] * 20, str(k), "last_number", "test") for k in range(4)]
+    """A step of trees that branch at uncertain tokens, with leaves dealt to mixed prompts; the first engine is slow."""
+    forks = {"branching.at": "fork", "branching.initial": (3, 3), "branching.fork.draw": "other"}
+    leaves = {"leaves": "adaptive", "first_leaves": 3, "rollout_batch_size": 6, "dynamic_sampling": False}
+    under = cfg.model_copy(update={"rollout": cfg.rollout.replace(forks | leaves | {"engine.max_num_seqs": 4})})
+    coin = str(Path(__file__).with_name("coin.py")) + ":length_is_even"
+    prompts = [Prompt(f"f{k}", "", [3 + k] * 20, "", coin, "test") for k in range(6)]
     engine, real = generator.engine, generator.engine.step
-    if dist.get_rank() == 0:
+    if runtime_dist.rank() == 0:
         engine.step = lambda: (time.sleep(0.02), real())[1]  # type: ignore[method-assign]
-
-    def report(tree: Tree, texts: list[str], results: list[RewardResult]) -> dict:
-        return reward_leaves(tree, results, cfg)
-
-    with RewardPool(cfg.reward) as pool:
-        jobs = [Job(prompt) for prompt in prompts]
-        rollout = cfg.rollout.replace(forks | {"engine.max_num_seqs": 4})
-        sampled = sample_and_grade(
-            generator, pool, jobs, report, name="forks", costs=[1.0] * 4, step=5, rollout=rollout
-        )
+    generator.cfg = under
+    with RewardPool(under.reward) as pool:
+        cursor = PromptCursor(prompts, seed=0, shuffle=False)
+        trees = Collector(under, generator, pool, cursor, Timers()).collect(5).trees
+    generator.cfg = cfg
     engine.step = real  # type: ignore[method-assign]
-    trees = [Tree.from_dict(row["tree"]) for row in sampled.rows.values()]
-    return [[tree.leaves, [(n.path, n.tokens, n.stop, n.fork) for n in tree.nodes]] for tree in trees]
+    return [[tree.leaves, tree.rewards, [(n.path, n.tokens, n.stop, n.fork) for n in tree.nodes]] for tree in trees]
+
+
+def forked_alone(generator: Generator, cfg: Config) -> list[list]:
+    """`forked` by this rank's engine, as in a launch of one rank. No round may follow, in which others take part."""
+    with mock.patch.multiple(runtime_dist, rank=lambda: 0, world_size=lambda: 1):
+        return forked(generator, cfg)
 
 
 def deadline_of_the_first_rank(generator: Generator, jobs: list[Job], store: dist.Store) -> None:
@@ -167,6 +175,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
         deadline_of_the_first_rank(generator, [Job(p) for p in prompts], store)
     whole = grown_on(generator, cfg)
     at_forks = forked(generator, cfg)
+    alone = forked_alone(generator, cfg) if tp == 1 and rank == 0 else at_forks
     write_weights(engine, other, tp=tp, tp_rank=rank % tp)
     scores = engine.score(prompts[0].tokens, 0.7)
     total = torch.ones(1)
@@ -179,11 +188,8 @@ def main(hf: Path, other: Path, tp: int) -> None:
         parts = paths[:1] if tp > 1 else paths
         assert tp == 1 or paths[0] == paths[1]
         trees = sorted(t for part in parts for t in part)  # type: ignore[attr-defined]
-        print(
-            json.dumps(
-                {"trees": trees, "scores": scores, "evaluated": evaluated, "grown_on": whole, "forked": at_forks}
-            )
-        )
+        found = {"trees": trees, "scores": scores, "evaluated": evaluated, "grown_on": whole}
+        print(json.dumps(found | {"forked": at_forks, "forked_alone": alone}))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # not through the engine's destructor, which tears the process group down under the other ranks

@@ -1,4 +1,4 @@
-"""Two ranks under torchrun: an engine each (with nothing to do on one of them), and one engine over both."""
+"""Four ranks with an engine each (with nothing to do on one of them), two that share one, and one that works alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.ranks import run_ranks
 
 
-def launch(hf: Path, other: Path, tp: int) -> dict[str, list]:
-    out = run_ranks(2, Path(__file__).with_name("ranks.py"), hf, other, tp)
+def launch(ranks: int, hf: Path, other: Path, tp: int) -> dict[str, list]:
+    out = run_ranks(ranks, Path(__file__).with_name("ranks.py"), hf, other, tp)
     return json.loads(next(line for line in out.splitlines() if line.startswith('{"trees"')))
 
 
@@ -21,11 +21,13 @@ def launch(hf: Path, other: Path, tp: int) -> dict[str, list]:
 @pytest.mark.timeout(600)
 def test_trees_and_scores_are_the_same_in_either_layout(tiny_llama, make_tiny_llama):
     other = make_tiny_llama(seed=1)
-    apart, together = launch(tiny_llama, other, 1), launch(tiny_llama, other, 2)
+    apart, together = launch(4, tiny_llama, other, 1), launch(2, tiny_llama, other, 2)
     assert len(apart["trees"]) == 3 and apart["trees"] == together["trees"]
     assert len(apart["grown_on"]) == 3 and apart["grown_on"] == together["grown_on"]
-    assert len(apart["forked"]) == 4 and apart["forked"] == together["forked"]
-    assert {fork for _, nodes in apart["forked"] for *_, fork in nodes} == {None, "rank"}
+    assert len(apart["forked"]) == 6 and apart["forked"] == together["forked"] == apart["forked_alone"]
+    assert {fork for *_, nodes in apart["forked"] for *_, fork in nodes} == {None, "rank"}
+    sizes = [len(leaves) for leaves, *_ in apart["forked"]]
+    assert min(sizes) == 3 < max(sizes) and sum(sizes) == 36, "settled prompts leave theirs to mixed ones"
     (whole,) = together["evaluated"]
     assert whole["stolen"] == 0 and whole["metrics"][0]["samples"] == 12 and whole["metrics"][1]["samples"] == 36
     for slow in apart["evaluated"]:
