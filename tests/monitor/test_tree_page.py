@@ -293,6 +293,63 @@ def test_the_page_in_a_browser(browser, run):
     assert browser.problems == []
 
 
+def forked_tree() -> Tree:
+    """A trunk whose tokens 5 and 8 fork; the branch at token 5 begins with the hostile token."""
+    tree = Tree.start("train:9", encode("Q"))
+    for parent, text, rule in (
+        (0, "long", None),
+        (1, " wo", None),
+        (1, HOSTILE + "!", "rank"),
+        (2, "rds<|end|>", None),
+        (2, "ods<|end|>", "rank"),
+    ):
+        node = tree.add_child(parent)
+        node.tokens = encode(text)
+        node.logprobs = [-0.5] * len(node.tokens)
+        node.entropies = [{1: 0.25, 2: 1.25}.get(parent, 0.0), *[0.0] * (len(node.tokens) - 1)]
+        node.fork = rule
+    for leaf in (3, 4, 5):
+        tree.nodes[leaf].stop = "eos"
+        tree.leaves.append(leaf)
+    tree.rewards = [0.0, 1.0, 0.0]
+    return tree
+
+
+def test_forks_are_marked_at_their_tokens_with_what_is_known_there(browser, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    write_run(tmp_path / "run", [forked_tree()])
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": {"hf_checkpoint": str(tmp_path)}}))
+    path, _ = write_tree_page(tmp_path / "run")
+    browser.size(1300, 800)
+    browser.open(path)
+    assert "2 forks" in browser.evaluate("byId('facts').textContent")
+    told = "[...document.querySelectorAll('#canvas .fork')].map(one => [one.dataset.node, one.title])"
+    marks = browser.evaluate(told)
+    first = "fork at token 5\nentropy 0.25 nats\nplace 2 of 2 by entropy\nchosen by rank"
+    second = "fork at token 8\nentropy 1.25 nats\nplace 1 of 2 by entropy\nchosen by rank"
+    assert marks == [["1", first], ["2", second]]
+    # The line stands where the branches begin, and crosses them all.
+    box = "(one => [one.left, one.top, one.bottom])(document.querySelector('{}').getBoundingClientRect())"
+    mark, branch, last = (
+        browser.evaluate(box.format(f"#canvas .{name}"))
+        for name in ('fork[data-node="2"]', 'node[data-node="4"]', 'node[data-node="5"]')
+    )
+    assert mark[0] == pytest.approx(branch[0], abs=1) and mark[0] == pytest.approx(last[0], abs=1)
+    assert mark[1] <= min(branch[1], last[1]) + 1 and mark[2] >= max(branch[2], last[2]) - 1
+    tokens = "[...document.querySelectorAll('#path .at-fork')].map(one => [one.textContent, one.title])"
+    browser.evaluate("select(5)")
+    assert browser.evaluate(tokens) == [[" ", first], ["o", second]]
+    browser.evaluate("select(3)")
+    assert browser.evaluate(tokens) == [[HOSTILE, first]]
+    words = "[...document.querySelectorAll('#path .words')].map(one => one.textContent)"
+    assert browser.evaluate(words) == ["Q", "long", HOSTILE + "!"]
+    browser.click("#search")
+    browser.evaluate("byId('search').value = 'g<'; byId('search').dispatchEvent(new Event('input'))")
+    found = "[...document.querySelectorAll('#path mark')].map(one => [one.textContent, one.parentNode.className])"
+    assert browser.evaluate(found) == [["g", "words"], ["<", "at-fork"]], "a hit may end within the token"
+    assert browser.evaluate("window.owned") is None and browser.problems == []
+
+
 def test_a_tree_without_its_text_says_so_in_the_browser(browser, run):
     text, _ = render_page(load_run(run, 20), max_bytes=1)
     page = run / "small.html"

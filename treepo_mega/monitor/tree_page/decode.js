@@ -102,6 +102,13 @@ class Tree {
     });
   }
 
+  // Characters of a node's text that its first token holds, at least one of them.
+  firstLength(node) {
+    if (!this.ids) return 0;
+    const bytes = this.vocabulary.join(this.ids, this.offsets[node], this.offsets[node] + 1);
+    return Math.max(1, visible(new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes, { stream: true })).length);
+  }
+
   // Kept: a segment stands on the paths of many leaves.
   bytesOf(node) {
     this.joined[node] ??= this.vocabulary.join(this.ids, this.offsets[node], this.offsets[node + 1]);

@@ -58,6 +58,7 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
     alike = look_alikes(tree)
     flat = sum(sum(sizes[node] for node in tree.ancestry(leaf)[1:]) for leaf in tree.leaves)
     by_node = len(tree.advantages) == len(tree.nodes)
+    entropy = [_entropy(tree, node, below) for node in range(len(tree.nodes))]
     head = {
         "id": tree.prompt_id,
         "shortfall": tree.shortfall,
@@ -73,7 +74,8 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
         if by_node
         else _means(tree, tree.advantages, shares, below),
         "surprisal": [_mean_surprisal(node.logprobs) for node in tree.nodes],
-        "entropy": [_entropy(tree, node, below) for node in range(len(tree.nodes))],
+        "entropy": entropy,
+        "fork_places": _fork_places(tree, entropy),
         "leaves": tree.leaves,
         "rewards": [rounded(value) for value in tree.rewards],
         "verdicts": [rounded(value) for value in tree.verdicts],
@@ -90,6 +92,7 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
         "flat": flat,
         "stops": dict(Counter(str(tree.nodes[leaf].stop) for leaf in tree.leaves)),
         "alike": sum(group is not None for group in alike),
+        "forks": len(head["fork_places"]),
         "short": tree.shortfall is not None,
     }
     return Outline(tree.prompt_id, [node.tokens for node in tree.nodes], head, summary)
@@ -161,3 +164,11 @@ def _entropy(tree: Tree, node: int, below: dict[int, list[int]]) -> list[Any] | 
         return [rounded(-math.fsum(math.exp(logprob) * logprob for logprob in peek)), "likeliest"]
     first = [branch.logprobs[0] for branch in branches if branch.logprobs]
     return [rounded(-math.fsum(first) / len(first)), "drawn"] if first else None
+
+
+def _fork_places(tree: Tree, entropy: Sequence[list[Any] | None]) -> dict[str, int]:
+    """The nodes at whose ends branches fork, with the place of each by its entropy: from 1, the highest first."""
+    points = sorted({node.parent for node in tree.nodes if node.fork})
+    known = {point: found[0] for point in points if (found := entropy[point]) and found[0] is not None}
+    points.sort(key=lambda point: -known.get(point, -math.inf))
+    return {str(point): place for place, point in enumerate(points, 1)}

@@ -56,6 +56,7 @@ function showFacts(tree, prompt) {
     `stopped by ${stops.join(", ") || "nothing"}`,
   ];
   if (prompt.alike) facts.push(`${prompt.alike} look alike`);
+  if (prompt.forks) facts.push(many(prompt.forks, "fork", "forks (◆)"));
   if (tree.head.fallback.length) facts.push(many(tree.head.fallback.length, "branch by fallback", "branches by fallback"));
   if (tree.head.shortfall) facts.push(tree.head.shortfall);
   byId("facts").replaceChildren(make("h2", "", visible(prompt.label) || prompt.id), make("p", "", facts.join(" · ")));
@@ -105,9 +106,43 @@ function showTree(tree, layout, mode, scale) {
     paint(box, tree, node, mode, scale);
     nodes.set(node, box);
   });
-  canvas.replaceChildren(...nodes.values());
+  const marks = Object.keys(tree.head.fork_places).map((at) => forkMark(tree, layout, Number(at)));
+  canvas.replaceChildren(...nodes.values(), ...marks);
   byId("labels").replaceChildren(...layout.rows.map((node) => leafLabel(tree, node)));
   return nodes;
+}
+
+// A line across the branches that start after a token, and what is known of the choice there.
+function forkMark(tree, layout, node) {
+  const mark = make("div", "fork");
+  mark.dataset.node = node;
+  mark.style.left = `calc(var(--root) + (100% - var(--root)) * ${endOf(tree, node) / tree.longest})`;
+  mark.style.top = `calc(var(--row) * ${layout.top[node]})`;
+  mark.style.height = `calc(var(--row) * ${layout.height[node]})`;
+  mark.title = aboutFork(tree, node).join("\n");
+  mark.append(make("span", "", "◆"));
+  return mark;
+}
+
+// Tokens of the response up to the end of a node.
+function endOf(tree, node) {
+  return node === ROOT ? 0 : tree.begins[node] + tree.head.size[node];
+}
+
+// What there is to say of the fork at the end of a node, one fact an item.
+function aboutFork(tree, node) {
+  const places = tree.head.fork_places;
+  const count = Object.keys(places).length;
+  const facts = [`fork at token ${endOf(tree, node) + 1}`, ...entropyAt(tree, node)];
+  facts.push(`place ${places[node]} of ${count} by entropy`);
+  const rules = new Set(tree.children[node].map((child) => tree.head.fork[child]).filter(Boolean));
+  for (const rule of rules) facts.push(`chosen by ${rule}`);
+  return facts;
+}
+
+function entropyAt(tree, node) {
+  const known = tree.head.entropy[node];
+  return known && known[0] !== null ? [ENTROPY[known[1]](show(known[0]))] : [];
 }
 
 function paint(box, tree, node, mode, scale) {
@@ -214,26 +249,41 @@ function link(node, text) {
 
 function segment(tree, node, text, ranges) {
   const part = make("section", "segment");
-  part.append(make("p", "meta", about(tree, node).join(" · ")), markedText(text, ranges));
+  part.append(make("p", "meta", about(tree, node).join(" · ")), markedText(text, ranges, forkOf(tree, node)));
   part.style.setProperty("--tint", colourOf(tree, node, "credit", scaleOf(tree, "credit")));
   return part;
 }
 
-function markedText(text, ranges) {
+// The first token of a segment, where branches fork: { length, title } of it, or null.
+function forkOf(tree, node) {
+  const parent = tree.head.parent[node];
+  if (!(parent in tree.head.fork_places)) return null;
+  return { length: tree.firstLength(node), title: aboutFork(tree, parent).join("\n") };
+}
+
+// The text of a segment, with what a search found in `ranges`, and the token at a fork.
+function markedText(text, ranges, fork = null) {
   const block = make("div", "words");
-  let at = 0;
-  for (const [from, to] of ranges) {
-    block.append(text.slice(at, from), make("mark", "", text.slice(from, to)));
-    at = to;
-  }
-  block.append(text.slice(at));
+  const cuts = new Set([0, fork ? fork.length : 0, text.length, ...ranges.flat()]);
+  const places = [...cuts].filter((place) => place <= text.length).sort((one, other) => one - other);
+  places.slice(1).forEach((to, index) => {
+    const from = places[index];
+    const found = ranges.some((range) => range[0] <= from && to <= range[1]);
+    const piece = found ? make("mark", "", text.slice(from, to)) : text.slice(from, to);
+    if (fork && to <= fork.length) {
+      const token = make("span", "at-fork");
+      token.title = fork.title;
+      token.append(piece);
+      block.append(token);
+    } else block.append(piece);
+  });
   return block;
 }
 
 function branchLine(tree, node, taken, branches) {
   const line = make("p", "branch links", `├ ${branches.length} branches`);
-  const known = tree.head.entropy[node];
-  if (known && known[0] !== null) line.append(` · ${ENTROPY[known[1]](show(known[0]))}`);
+  const facts = node in tree.head.fork_places ? aboutFork(tree, node) : entropyAt(tree, node);
+  for (const fact of facts) line.append(` · ${fact}`);
   line.append(" · V ");
   branches.forEach((child, place) => {
     const name = `${place + 1}: ${show(tree.head.value[child])}`;
