@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -39,7 +40,8 @@ def grow(cfg: RolloutConfig, seed: int, order: random.Random, begun: Tree | None
         entropies = [rng.random() for _ in tokens] if want.entropy else []
         peek = [-rng.random() for _ in range(want.peek)]
         logprobs = [-rng.random() for _ in tokens]
-        search.take(want.node_id, Segment(tokens, logprobs, "length", peek, entropies))
+        top = [(token, math.log(0.1)) for token in rng.sample(range(9), 9)][: want.top]
+        search.take(want.node_id, Segment(tokens, logprobs, "length", peek, entropies, top))
         pending += search.wants()
     assert search.done
     return search.tree
@@ -64,7 +66,17 @@ configs = (
         branching__at=st.just("fork"),
         branching__fork__distance=st.integers(1, 4),
         branching__fork__threshold=st.sampled_from([None, 0.7]),
+        branching__fork__draw=st.sampled_from(["again", "other"]),
+        branching__fork__waves=st.integers(1, 3),
         branching__initial=st.sampled_from([None, (2, 4)]),
+        segment__end=st.sampled_from(["length", "newline"]),
+    )
+    | st.builds(
+        config,
+        branching__at=st.just("fork"),
+        branching__fork__signal=st.just("logprob"),
+        branching__fork__draw=st.sampled_from(["again", "other"]),
+        branching__fork__distance=st.integers(1, 4),
     )
     | st.builds(config, mode=st.just("sequential"))
 )
