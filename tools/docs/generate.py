@@ -120,7 +120,7 @@ def section_tables(section: type[Section], prefix: str, level: int) -> Iterator[
 
 def render_configuration_markdown() -> str:
     """The page of all keys: a table per section, in the code's order."""
-    return "\n".join([CONFIGURATION_INTRO.strip(), *section_tables(Config, "", 2)])
+    return "\n".join([CONFIGURATION_INTRO.strip(), "", *section_tables(Config, "", 2)])
 
 
 def pages() -> dict[Path, str]:

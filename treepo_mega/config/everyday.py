@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EVERYDAY: tuple[str, ...] = (
+    "preset",
     "model.hf_checkpoint",
     "model.load",
     "model.params_dtype",

@@ -29,6 +29,7 @@ import yaml
 from pydantic import ValidationError
 
 from treepo_mega.config.moved import KNOWN_ELSEWHERE, moved_keys
+from treepo_mega.config.presets import expand_preset
 from treepo_mega.config.root import Config
 from treepo_mega.config.rules import check_batch, check_loss, check_parallel, check_sampling
 from treepo_mega.config.section import Section
@@ -169,7 +170,7 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     """Validate a plain dict; see `load_config` for the errors."""
     _refuse_moved(raw, source)
     try:
-        return Config.model_validate(_numbers(raw))
+        return Config.model_validate(_numbers(expand_preset(raw)))
     except ValidationError as e:
         raise ConfigError(_explain(e, source)) from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -27,6 +27,8 @@ from treepo_mega.config.training import AlgoConfig, LossConfig, TrainConfig
 class Config(Section):
     """A run."""
 
+    preset: Literal["treepo_paper", "fair_trees"] | None = None
+    """Named setting of sampling, credit and training (docs/guides/algorithms.md). A key that is written wins."""
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig
