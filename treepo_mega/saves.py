@@ -53,6 +53,7 @@ class Saves:
         actor.skipped_in_a_row = state["skipped_in_a_row"]
         self.cursor.load_state_dict(state["cursor"], source=str(directory))
         self.collector.carried = state.get("carried", [])
+        self.collector.surplus = state.get("surplus", [])
         if "costs" in state:
             self.collector.generator.costs.load_state_dict(state["costs"])
         last = self.cfg.train.num_rollouts
@@ -74,6 +75,7 @@ class Saves:
             "cursor": self.cursor.state_dict(),
             "skipped_in_a_row": actor.skipped_in_a_row,
             "carried": self.collector.carried,
+            "surplus": self.collector.surplus,
             "costs": self.collector.generator.costs.state_dict(),
         }
         self._set_aside_others()

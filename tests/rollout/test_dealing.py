@@ -15,6 +15,7 @@ from tests.properties import examples
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.rollout.dealing import (
     DEADLINE_STEPS,
+    WORDS_KEPT,
     CostModel,
     DealingTimeout,
     LocalQueue,
@@ -121,7 +122,7 @@ def test_words_about_the_deadline_do_not_pile_up_in_the_store():
     leader = SharedQueue(store, "r", [[0]], [1.0], 0, rank=0, ranks=2)
     for _ in range(50 * DEADLINE_STEPS):
         leader.deadline_passed(False)
-    assert store.num_keys() <= 2
+    assert store.num_keys() <= WORDS_KEPT
 
 
 def test_an_engine_of_one_rank_keeps_to_its_own_clock():

@@ -6,6 +6,8 @@ A prompt's digit says how many of its four answers are right: 0 and 4 have no si
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +19,17 @@ from treepo_mega.config import Config, ConfigError, check, parse_config
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.monitor.explain import why_nothing
 from treepo_mega.monitor.timers import Timers
-from treepo_mega.rollout.collect import BatchNotFilled, Collector, Forest, draws
+from treepo_mega.rollout.collect import BatchNotFilled, Collector, Forest, Graded, draws
 from treepo_mega.rollout.jobs import Job
+from treepo_mega.rollout.refill import RefillRule
 from treepo_mega.rollout.round import SampledRound
+from treepo_mega.rollout.teaching import Teaches, judge
 from treepo_mega.tree.advantage import set_rewards
 from treepo_mega.tree.node import ROOT, Tree
 
 WIDTH = 4
+GENERATED = 9
+"""Tokens that sampling a tree cost."""
 
 
 MINIMAL = {"model": {"hf_checkpoint": "none"}, "data": {"train": [{"reasoning_gym": "chain_sum"}]}}
@@ -33,29 +39,73 @@ def config(**rollout: Any) -> Config:
     return parse_config({**MINIMAL, "rollout": {"rollout_batch_size": 3, "n_samples_per_prompt": WIDTH, **rollout}})
 
 
-class Table(Collector):
-    """A collector whose sampling and grading is the digit of the prompt's id; `x` is not finished in this step."""
+class Cursor:
+    """Prompts named `<position>-<digit>`."""
 
-    def __init__(self, cfg: Config, digits: str) -> None:
+    def __init__(self, digits: str, position: int = 0) -> None:
+        self.digits = digits
+        self.position = position
+
+    def take(self, count: int) -> list[Prompt]:
+        first, self.position = self.position, self.position + count
+        places = range(first, self.position)
+        return [Prompt(f"{place}-{self.digits[place]}", "", [1], "", "exact", "test") for place in places]
+
+    def lookahead(self) -> Cursor:
+        return Cursor(self.digits, self.position)
+
+
+class Table(Collector):
+    """A collector whose sampling and grading is the digit of the prompt's id; `x` is not finished in this step.
+
+    Trees end in the order that `rng` says; None: in the order in which they began.
+    """
+
+    def __init__(self, cfg: Config, digits: str, rng: random.Random | None = None) -> None:
         self.asked: list[str] = []
-        ids = iter([f"{index}-{digit}" for index, digit in enumerate(digits)])
-        take = lambda count: [Prompt(next(ids), "", [1], "", "exact", "test") for _ in range(count)]  # noqa: E731
+        self.rng = rng
         tally = {"total": 8, "lost": {}, "reasons": {}}
         pool = SimpleNamespace(take_tally=lambda: tally)
-        super().__init__(cfg, None, pool, SimpleNamespace(take=take), Timers())  # type: ignore[arg-type]
+        super().__init__(cfg, None, pool, Cursor(digits), Timers())  # type: ignore[arg-type]
 
-    def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
-        self.asked.append(" ".join(job.prompt.id for job in jobs))
-        trees = []
-        for job in jobs:
-            digit = job.prompt.id[-1]
-            if digit == "x" and job.state is None:
-                self.carried.append({"prompt": asdict(job.prompt), "state": {"begun": True}})
-                continue
-            trees.append(graded(job.prompt.id, 2 if digit == "x" else int(digit)))
-        sums = ("engine_steps", "running", "idle_s", "engine_s", "stolen", "gradings", "gradings_early")
-        counts = dict.fromkeys(("lost", "idle_share_max", *sums), 0.0)
-        return trees, counts
+    def sample(
+        self, jobs: Sequence[Job], step: int, rule: RefillRule | None = None
+    ) -> tuple[list[Graded], dict[str, float]]:
+        flying = list(range(len(jobs)))
+        begun, empty = list(flying), 0
+        ended: dict[int, Graded | None] = {}
+        while flying:
+            index = flying.pop(0 if self.rng is None else self.rng.randrange(len(flying)))
+            tree = self.grown(jobs[index])
+            # Of a tree that grows on, the first leaves have said it.
+            grows = jobs[index].begun is not None
+            teaches = Teaches(True, True) if tree is None or grows else judge(tree, self.cfg, step=step)
+            ended[index] = None if tree is None else Graded(tree, teaches)
+            empty += not teaches.trains
+            position = None if rule is None or teaches.trains else rule.replaces(empty)
+            if position is not None:
+                flying.append(position)
+                begun.append(position)
+        assert begun == sorted(set(begun)), "in the order of the cursor, each once"
+        self.asked.append(" ".join(self.name(jobs[index]) for index in begun))
+        for index in begun:
+            if ended[index] is None:
+                self.carried.append({"prompt": asdict(jobs[index].prompt), "state": {"begun": True}})
+        names = ("engine_steps", "running", "idle_s", "engine_s", "grader_wait_s", "idle_share_max")
+        counts = dict.fromkeys((*names, "lost", "stolen", "gradings", "gradings_early"), 0.0)
+        counts["prompts_begun"] = float(len(begun))
+        return [found for index in begun if (found := ended[index]) is not None], counts
+
+    def name(self, job: Job) -> str:
+        """What `asked` says of a job."""
+        return job.prompt.id
+
+    def grown(self, job: Job) -> Tree | None:
+        """Its graded tree; None: it is not finished."""
+        digit = job.prompt.id[-1]
+        if digit == "x":
+            return None if job.state is None else graded(job.prompt.id, 2)
+        return graded(job.prompt.id, int(digit))
 
 
 def graded(name: str, right: int, width: int = WIDTH) -> Tree:
@@ -64,6 +114,7 @@ def graded(name: str, right: int, width: int = WIDTH) -> Tree:
         node = tree.add_child(ROOT)
         node.tokens, node.logprobs, node.stop = [5, 6], [0.0, 0.0], "eos"
         tree.leaves.append(node.id)
+    tree.counts["generated_tokens"] = GENERATED
     set_rewards(tree, [float(index < right) for index in range(width)])
     return tree
 
@@ -72,34 +123,35 @@ def names(forest: Forest) -> list[str]:
     return [tree.prompt_id for tree in forest.trees]
 
 
-def test_draws_what_is_missing_until_the_batch_is_full():
-    collector = Table(config(), "020413")
+def test_prompts_without_signal_are_replaced_until_the_batch_is_full():
+    collector = Table(config(), "0204131")
     forest = collector.collect(0)
-    assert collector.asked == ["0-0 1-2 2-0", "3-4 4-1", "5-3"]
+    assert collector.asked == ["0-0 1-2 2-0 3-4 4-1 5-3"] and collector.cursor.position == 6
     assert names(forest) == ["1-2", "4-1", "5-3"]
     assert forest.metrics["rollout/prompts_trained"] == 3
     assert forest.metrics["rollout/prompts_dropped_zero_std"] == 3
-    assert forest.metrics["rollout/refills"] == 2
+    assert forest.metrics["rollout/refills"] == 3
 
 
 def test_oversampling_saves_refills_and_says_what_was_left_over():
     collector = Table(config(oversample=2.0), "0204131")
     forest = collector.collect(0)
     assert collector.asked == ["0-0 1-2 2-0 3-4 4-1 5-3"]
-    assert names(forest) == ["1-2", "4-1", "5-3"]
+    assert names(forest) == ["1-2", "4-1", "5-3"] and forest.metrics["rollout/refills"] == 0
     collector = Table(config(oversample=2.0), "1213310")
     forest = collector.collect(0)
+    assert forest.metrics["rollout/wasted_tokens"] == 3 * GENERATED
     assert names(forest) == ["0-1", "1-2", "2-1"], "the first in the order of drawing"
     assert (forest.metrics["rollout/prompts_surplus"], forest.metrics["rollout/prompts_dropped_zero_std"]) == (3, 0)
 
 
 def test_a_step_that_is_not_full_says_so_and_goes_on(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
-        forest = Table(config(max_refills=1), "00100").collect(7)
+        forest = Table(config(max_refills=1), "001000").collect(7)
     assert names(forest) == ["2-1"]
     assert forest.metrics["rollout/prompts_trained"] == 1
     said = caplog.text
-    assert "step 7: 1 of 3 prompts (rollout.rollout_batch_size) have rewards that differ, after 1 refills" in said
+    assert "step 7: 1 of 3 prompts (rollout.rollout_batch_size) have rewards that differ, after 3 refills" in said
     assert "rollout.max_refills 1, rollout.oversample 1)" in said and "The step goes on with 1" in said
 
 
@@ -108,18 +160,18 @@ def test_or_it_ends_the_run_where_a_smaller_batch_is_not_allowed():
     with pytest.raises(
         BatchNotFilled, match=r"1 of 3 prompts .* have verdicts \(rollout.filter_metric acc\) that differ"
     ):
-        Table(cfg, "00100").collect(0)
+        Table(cfg, "001000").collect(0)
     with pytest.raises(BatchNotFilled, match=r"or set rollout\.allow_smaller_batch=true"):
-        Table(cfg, "00100").collect(0)
+        Table(cfg, "001000").collect(0)
 
 
 def test_the_filter_looks_at_verdicts_before_penalties():
     class Shaped(Table):
-        def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
-            trees, counts = super().sample(jobs, step)
-            for tree in trees:
-                tree.rewards[0] -= 0.5
-            return trees, counts
+        def grown(self, job: Job) -> Tree | None:
+            tree = super().grown(job)
+            assert tree is not None
+            tree.rewards[0] -= 0.5
+            return tree
 
     assert names(Shaped(config(), "0412").collect(0)) == ["0-0", "1-4", "2-1"]
     assert names(Shaped(config(filter_metric="acc"), "041213").collect(0)) == ["2-1", "3-2", "4-1"]
@@ -133,7 +185,7 @@ def test_a_filter_plugin_says_which_trees_train(tmp_path: Path):
     assert names(forest) == ["0-1", "4-1", "5-1"]
     cfg = config(filter_metric=f"{file}:few", max_refills=1, allow_smaller_batch=False)
     with pytest.raises(BatchNotFilled, match=rf"step 3: 1 of 3 prompts .* were kept by {file}:few \(rollout.filter_m"):
-        Table(cfg, "30000").collect(3)
+        Table(cfg, "300000").collect(3)
     odd = {"rollout": {"dynamic_sampling": False, "filter_metric": f"{file}:few", "segment": {"length": 64}}}
     with pytest.raises(ConfigError, match=r"filter_metric .*few needs rollout\.dynamic_sampling"):
         check(parse_config({**MINIMAL, **odd}), 1)
@@ -152,17 +204,15 @@ def test_a_step_whose_trees_are_all_carried_over_is_no_shortage(caplog: pytest.L
 class Handfuls(Table):
     """A digit says how many of the first two leaves are right; of the later ones, every second one."""
 
-    def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
-        trees, counts = super().sample(jobs, step)
-        self.asked[-1] = " ".join(f"{job.prompt.id}:{job.leaves}" for job in jobs)
-        out = []
-        for job, tree in zip(jobs, trees, strict=True):
-            assert job.begun is None or job.begun.rewards, "its first leaves are graded"
-            first = int(job.prompt.id[-1])
-            rewards = [float(index < first if index < 2 else index % 2) for index in range(job.leaves)]
-            out.append(graded(tree.prompt_id, 0, width=job.leaves))
-            set_rewards(out[-1], rewards)
-        return out, counts
+    def name(self, job: Job) -> str:
+        return f"{job.prompt.id}:{job.leaves}"
+
+    def grown(self, job: Job) -> Tree | None:
+        assert job.begun is None or job.begun.rewards, "its first leaves are graded"
+        first = int(job.prompt.id[-1])
+        tree = graded(job.prompt.id, 0, width=job.leaves)
+        set_rewards(tree, [float(index < first if index < 2 else index % 2) for index in range(job.leaves)])
+        return tree
 
 
 def adaptive(**rollout: Any) -> Config:
@@ -189,10 +239,10 @@ def test_new_prompts_begin_while_the_mixed_ones_cannot_take_all(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         forest = collector.collect(0)
     # 12 - 6 left, one mixed prompt may take 2: two more begin. Then 2 are left, which the mixed ones take.
-    assert collector.asked == ["0-0:2 1-0:2 2-1:2", "3-0:2 4-1:2", "2-1:3 4-1:3"]
+    assert collector.asked == ["0-0:2 1-0:2 2-1:2 3-0:2 4-1:2", "2-1:3 4-1:3"]
     assert leaves(forest) == [("2-1", 3), ("4-1", 3)]
     assert caplog.text == "", "the step has spent its leaves: nothing is missing"
-    assert forest.metrics["rollout/refills"] == 1 and forest.metrics["rollout/prompts_dropped_zero_std"] == 3
+    assert forest.metrics["rollout/refills"] == 2 and forest.metrics["rollout/prompts_dropped_zero_std"] == 3
 
 
 def test_leaves_that_nobody_can_take_are_said(caplog: pytest.LogCaptureFixture):
@@ -203,16 +253,19 @@ def test_leaves_that_nobody_can_take_are_said(caplog: pytest.LogCaptureFixture):
     assert forest.metrics["rollout/leaves_unspent"] == 4
 
 
-def test_a_tree_grows_on_where_it_began_whichever_round_that_was(monkeypatch: pytest.MonkeyPatch):
+def test_a_tree_grows_on_where_it_began_whomever_it_replaced(monkeypatch: pytest.MonkeyPatch):
     """Its first leaves lie in the prefix cache of that engine."""
     collector = Handfuls(adaptive(most_leaves=4), "0010112")
     dealt: list[dict[str, int] | None] = []
 
-    def sample_and_grade(generator, pool, jobs, make_row, *, engines, **_) -> SampledRound:
+    def sample_and_grade(generator, pool, jobs, make_row, *, engines, rule, **_) -> SampledRound:
+        found, counts = Handfuls.sample(collector, jobs, 0, rule)
         ids = [job.prompt.id for job in jobs]
         dealt.append(None if engines is None else dict(zip(ids, engines, strict=True)))
-        trees, counts = Handfuls.sample(collector, jobs, 0)
-        rows = {index: {"tree": tree.to_dict(), "lost": 0, "numbers": {}} for index, tree in enumerate(trees)}
+        rows = {
+            index: {"tree": each.tree.to_dict(), "lost": 0, "numbers": {}} | asdict(each.teaches)
+            for index, each in enumerate(found)
+        }
         # A prompt's number names the engine that takes it.
         return SampledRound(rows=rows, counts=counts, engines={index: int(name[0]) for index, name in enumerate(ids)})
 
@@ -220,10 +273,10 @@ def test_a_tree_grows_on_where_it_began_whichever_round_that_was(monkeypatch: py
     monkeypatch.setattr("treepo_mega.rollout.collect.with_earlier_grades", lambda job, row: Tree.from_dict(row["tree"]))
     costs = SimpleNamespace(expected=lambda prompt: 1.0, update=lambda prompts, trees: None)
     collector.generator = SimpleNamespace(costs=costs)  # type: ignore[assignment]
-    monkeypatch.setattr(collector, "sample", lambda jobs, step: Collector.sample(collector, jobs, step))
+    monkeypatch.setattr(collector, "sample", lambda *args: Collector.sample(collector, *args))
     collector.collect(0)
     *rounds, last = dealt
-    assert rounds == [None, None], "by cost, and a refill"
+    assert rounds == [None], "by cost"
     assert last == {"2-1": 2, "4-1": 4}
 
 

@@ -79,6 +79,12 @@ class FakePool:
     def take_costs(self) -> dict[str, int]:
         return {"remote_calls": 2, "remote_retries": 0}
 
+    def wait_any(self) -> dict[int, RewardResult]:
+        found: dict[int, RewardResult] = {}
+        while self.flying and not found:
+            found = self.poll(0.3)
+        return found
+
     def abandon(self) -> None:
         self.abandoned += 1
         self.flying.clear()
@@ -184,10 +190,11 @@ def test_of_a_tree_that_grew_on_only_new_leaves_are_graded():
     (first,) = jobs(1)
     begun = tree_of(first, leaves=2)
     pool = FakePool(random.Random(1), 0.0)
-    grading = Grading(lambda tokens: f"{tokens[-1]}", pool, [Job(first.prompt, begun=begun)], [])  # type: ignore[arg-type]
+    jobs_ = [Job(first.prompt, begun=begun)]
+    grading = Grading(lambda tokens: f"{tokens[-1]}", pool, jobs_, [], row)  # type: ignore[arg-type]
     grading.tree_done(0, tree_of(first))
     grading.sampling_ended()
-    assert grading.rows([0], row)[0]["texts"] == ["2", "3"]
+    assert grading.rows([0])[0]["texts"] == ["2", "3"]
     assert (grading.total, grading.early) == (2, 0)
 
 

@@ -211,16 +211,22 @@ class RolloutConfig(Section):
     """Tokens by which a path may grow in one step. A tree with longer paths is carried over and goes on in the next
     step, under the weights of then (Node.policy_version says which segment is whose); None: trees are finished."""
     dynamic_sampling: bool = True
-    """Drop prompts whose rewards are all equal, and refill from new prompts."""
+    """Drop prompts whose rewards are all equal. Each is replaced at once by the next prompt, while too few are found or
+    in flight."""
     filter_metric: Literal["reward", "acc"] | FunctionPath = "reward"
     """What dynamic sampling looks at. reward: the rewards that are trained on. acc: the verifier's verdict before any
     penalty (the number `acc` of its dict, else its score), as DAPO does: shaped rewards nearly always differ.
     path/to/file.py:function: a plug-in that says for each tree whether the step trains on it."""
     oversample: float = Field(1.0, ge=1)
-    """Prompts drawn in a round of dynamic sampling, as a multiple of those that are missing. What is left over is not
-    trained on."""
+    """Prompts that begin at once, as a multiple of those that the step wants. More in flight: fewer engine steps with a
+    small batch at the end."""
+    surplus: Literal["drop", "carry"] = "drop"
+    """What becomes of trees with signal beyond the first rollout_batch_size of a step (oversample > 1). drop: nothing,
+    rollout/wasted_tokens counts them. carry: they train first in the next step, under the weights of then
+    (Node.policy_version says whose they are)."""
     max_refills: int = Field(10, ge=0)
-    """Extra generation rounds per step before the step goes on with fewer prompts, or ends."""
+    """Prompts that may begin in place of others, as a multiple of those that begin at once. Then the step goes on with
+    fewer prompts, or ends. 0: nothing is replaced."""
     allow_smaller_batch: bool = True
     """Whether a step that could not be filled trains on fewer prompts, and says so. false: the run ends with an error.
     Trees that rollout.partial_rollout carries over are not missing."""

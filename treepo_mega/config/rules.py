@@ -169,6 +169,8 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
         bad.append(
             f"rollout.oversample {rollout.oversample:g} needs rollout.dynamic_sampling: else nothing is refilled"
         )
+    if rollout.surplus == "carry" and rollout.oversample == 1:
+        bad.append("rollout.surplus carry needs rollout.oversample above 1: else nothing is left over")
     if is_function_path(rollout.filter_metric) and not rollout.dynamic_sampling:
         bad.append(
             f"rollout.filter_metric {rollout.filter_metric} needs rollout.dynamic_sampling: else none is dropped"
@@ -242,6 +244,8 @@ def _check_leaves(rollout: RolloutConfig) -> list[str]:
         )
         if is_set is not None
     ]
+    if rollout.surplus == "carry":
+        bad.append("rollout.leaves adaptive with rollout.surplus carry: what is left over has a handful of leaves only")
     if rollout.first_leaves >= width:
         bad.append(
             f"rollout.first_leaves {rollout.first_leaves} is not below rollout.n_samples_per_prompt {width}: nothing "

@@ -13,6 +13,7 @@ id, and with it a seed, even where two passes meet in one batch.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -63,6 +64,11 @@ class PromptCursor:
             out.append(replace(prompt, id=f"{prompt.id}@{turn}") if turn else prompt)
             self._index += 1
         return out
+
+    def lookahead(self) -> PromptCursor:
+        """A cursor that stands where this one does and moves alone."""
+        # Its lists are replaced by new epochs and never changed, so both may hold the same.
+        return copy.copy(self)
 
     def state_dict(self) -> dict[str, Any]:
         """`{"epoch", "index", "fingerprint"}`, JSON-safe."""

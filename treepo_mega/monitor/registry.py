@@ -129,7 +129,11 @@ _ROLLOUT = (
     Metric(
         "rollout/prompts_surplus", "count", "0 with oversample 1", "prompts with signal that the batch had no room for"
     ),
-    Metric("rollout/refills", "count", "at most rollout.max_refills", "extra generation rounds to replace them"),
+    Metric("rollout/refills", "count", "below rollout_batch_size", "prompts that began in place of others"),
+    Metric("rollout/wasted_tokens", "tokens", "0 with oversample 1", "tokens sampled of the surplus that was dropped"),
+    Metric("rollout/surplus_trained", "count", "0 without rollout.surplus carry", "trees left over by earlier steps"),
+    Metric("rollout/prompts_settled", "count", "0 under leaves fixed", "prompts lost after a handful of leaves"),
+    Metric("rollout/tokens_saved", "tokens", "0 under leaves fixed", "what their other leaves would have cost, about"),
     Metric("rollout/logprob_abs_diff_mean", "nats", "below 1e-4 in fp32, 1e-2 in bf16", "mean |engine - actor| logp"),
     Metric("rollout/logprob_abs_diff_max", "nats", "below 1e-3 in fp32, 1 in bf16", "largest |engine - actor| logp"),
     Metric("rollout/is_weight_mean", "ratio", "near 1; absent by token", "mean importance weight of the trajectories"),
@@ -157,6 +161,12 @@ _ROLLOUT = (
     ),
     Metric("rollout/engine_idle_share", "share", "below 0.1", "of the engines' time spent waiting for the slowest one"),
     Metric("rollout/engine_idle_share_max", "share", "below 0.3", "the same, of the engine that waited most"),
+    Metric(
+        "rollout/engine_grader_wait_share",
+        "share",
+        "below 0.05",
+        "of the engines' time with nothing to sample until graders said whether trees are replaced",
+    ),
     Metric("rollout/prompts_stolen", "count", "small", "prompts begun by another engine than they were dealt to"),
     Metric("rollout/trees_resumed", "count", "0 without partial_rollout", "trees carried over from the step before"),
     Metric(
@@ -398,6 +408,7 @@ _CLOCKED = (
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
     *("reward/overlapped_share", "reward/remote_calls", "reward/remote_retries", "reward/remote_cached"),
+    "rollout/engine_grader_wait_share",
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
     "rollout/forwarded_pairs",

@@ -1,12 +1,13 @@
 """Leaves where there is signal: how the leaves of a step are dealt to its prompts. Pure bookkeeping.
 
     budget = LeafBudget.of(cfg.rollout)              # rollout_batch_size x n_samples_per_prompt leaves
-    count = budget.begin(wanted, mixed)              # prompts that begin now, each with a handful of leaves
+    budget.need(begun, wanted)                       # prompts whose rewards differ that suffice: then no more begin
+    budget.begin(begun)                              # that many prompts have got a handful of leaves each
     shares = budget.share(mixed)                     # leaves more for each prompt whose rewards differ, in cursor order
 
-A handful of equal rewards settles a prompt: it gets no more. New prompts begin while the step holds more leaves than
-the mixed ones may take. Everything follows from rewards in cursor order, so it is the same on every rank and for every
-order in which trees were finished.
+A handful of equal rewards settles a prompt: it gets no more, and the next prompt begins at once, while the step holds
+more leaves than the mixed ones may take. Whether it does is a function of the prefix of prompts that have begun
+(`refill.py`), so it is the same on every rank and for every order in which trees end.
 """
 
 from __future__ import annotations
@@ -30,21 +31,25 @@ class LeafBudget:
         total = rollout.rollout_batch_size * rollout.n_samples_per_prompt
         return cls(rollout.first_leaves, rollout.leaves_at_most, total)
 
-    def begin(self, wanted: int, mixed: int) -> int:
-        """How many of `wanted` prompts begin, while `mixed` wait for more leaves; their handfuls are taken off.
+    def need(self, begun: int, wanted: int) -> int:
+        """Mixed prompts that suffice once `begun` have begun: `wanted`, or those that may take all that is then left.
+
+        It never grows with `begun`. 0: no leaves are left for another handful. For a budget that is still whole.
 
         >>> budget = LeafBudget(first=4, most=16, left=100)
-        >>> budget.begin(10, 0), budget.left
-        (10, 60)
-        >>> budget.begin(7, 3), budget.left
-        (7, 32)
-        >>> budget.begin(4, 6)
-        0
+        >>> [budget.need(begun, 10) for begun in (10, 16, 20, 24, 25)]
+        [5, 3, 2, 1, 0]
         """
+        left = self.left - begun * self.first
+        if left < self.first:
+            return 0
+        more = self.most - self.first
         # What the mixed ones may take is better spent on them than on prompts of which nothing is known.
-        count = 0 if self.left <= mixed * (self.most - self.first) else min(wanted, self.left // self.first)
-        self.left -= count * self.first
-        return count
+        return min(wanted, -(-left // more)) if more else wanted
+
+    def begin(self, begun: int) -> None:
+        """The handfuls of `begun` prompts are taken off."""
+        self.left -= begun * self.first
 
     def share(self, mixed: int) -> list[int]:
         """Leaves more for each of `mixed` prompts: all that is left, equally, the earlier ones first; taken off.

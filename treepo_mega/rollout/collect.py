@@ -3,16 +3,18 @@
 Sampling and grading are `rollout/round.py`'s. Afterwards every rank holds the same list of trees, so filtering,
 advantages and packing are computed alike everywhere, without messages.
 
-Dynamic sampling (DAPO): a prompt whose rewards (or verdicts: `rollout.filter_metric`) are all equal has no signal and
-is dropped; or a plug-in says which are. New prompts are drawn to replace it, `rollout.oversample` times as many as are
-missing, at most `rollout.max_refills` times. A step that is not full then goes on with fewer and says so, or ends the
-run (`rollout.allow_smaller_batch`).
+Dynamic sampling (DAPO): a prompt without signal (`teaching.py`) is replaced at once by the next of the cursor, while
+too few are found or in flight (`refill.py`). The step trains on the first `rollout_batch_size` in cursor order that
+have signal. One that is not full goes on with fewer and says so, or ends the run (`rollout.allow_smaller_batch`).
+
+Surplus (`rollout.oversample` > 1): what has signal beyond them is dropped, or trains first in the next step
+(`rollout.surplus`); a checkpoint keeps it.
 
 Adaptive leaves (`rollout.leaves`): trees begin with a handful of leaves, and those whose rewards differ grow on in a
 last round, with the leaves that settled prompts do not need (`adaptive.py`).
 
 Partial rollouts: a tree with paths that reach beyond the step (`rollout.partial_rollout`) is carried over, as a state
-that every rank holds and a checkpoint keeps; the next step goes on with it in place of a new prompt.
+that every rank holds and a checkpoint keeps; it holds its place in the batch, and the next step goes on with it.
 """
 
 from __future__ import annotations
@@ -20,29 +22,30 @@ from __future__ import annotations
 import logging
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.prompts import Prompt
-from treepo_mega.data.rewards import RewardPool
+from treepo_mega.data.rewards import RewardPool, RewardResult
 from treepo_mega.data.rewards.lost import report_lost
 from treepo_mega.data.rewards.returned import REMOTE_COSTS
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
-from treepo_mega.plugins import plugin_keeps
 from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.jobs import Job
+from treepo_mega.rollout.refill import RefillRule, Supply
 from treepo_mega.rollout.round import sample_and_grade
-from treepo_mega.rollout.shaping import reward_leaves, without_cut
+from treepo_mega.rollout.shaping import reward_leaves
+from treepo_mega.rollout.teaching import Teaches, counted, judge
 from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
-from treepo_mega.tree.advantage import has_signal
-from treepo_mega.tree.descent import fair_leaves, policy_mean
+from treepo_mega.tree.descent import policy_mean
 from treepo_mega.tree.diversity import common_tokens, distinct_responses, effective_samples
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.regrow import with_grades
@@ -66,6 +69,14 @@ class Forest:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """A graded tree, whole, and what it is good for."""
+
+    tree: Tree
+    teaches: Teaches
+
+
 class Collector:
     """Samples and grades the prompts of a step. Collective: every rank calls `collect`."""
 
@@ -79,6 +90,8 @@ class Collector:
         self.timers = timers
         self.carried: list[dict[str, Any]] = []
         """Unfinished trees with their prompts, JSON-safe, the same on every rank; part of a checkpoint."""
+        self.surplus: list[dict[str, Any]] = []
+        """Graded trees that train in the next step, with the leaves alone that count; as `carried`."""
         self._engine_of: dict[str, int] = {}
         """Prompt id -> the engine that sampled its tree in this step."""
 
@@ -90,138 +103,150 @@ class Collector:
         """
         rollout = self.cfg.rollout
         wanted = rollout.rollout_batch_size
-        kept: list[Tree] = []
-        seen: list[Tree] = []
-        drawn: dict[str, Prompt] = {}
-        # Emptied here and not by a round: a tree of any round of the step may grow on.
+        # Emptied here and not by `sample`: a tree of the step may grow on.
         self._engine_of = {}
-        totals: dict[str, float] = {}
+        older = [Tree.from_dict(state) for state in self.surplus[:wanted]]
+        self.surplus = self.surplus[wanted:]
+        resumed = self.carried[: wanted - len(older)]
+        self.carried = self.carried[wanted - len(older) :]
         budget = LeafBudget.of(rollout) if rollout.leaves == "adaptive" else None
-        first = None if budget is None else budget.first
-        resumed = self.carried[:wanted]
-        self.carried = self.carried[wanted:]
-        jobs = [Job(Prompt(**carried["prompt"]), carried["state"]) for carried in resumed]
-        rounds = 1 + (rollout.max_refills if rollout.dynamic_sampling else 0)
-        for refill in range(rounds):
-            # A paused tree keeps its place in the batch: if each were replaced, they could pile up from step to step.
-            missing = wanted - len(kept) - len(self.carried) - len(jobs)
-            count = draws(missing, rollout.oversample)
-            count = count if budget is None else budget.begin(count, len(kept))
-            jobs += [Job(prompt, leaves=first) for prompt in self.cursor.take(count)]
-            # All ranks see the same trees and leave the loop together: sampling is collective.
-            if not jobs:
-                break
-            drawn |= {job.prompt.id: job.prompt for job in jobs}
-            trees, counts = self.sample(jobs, step)
-            add_counts(totals, counts | {"refills": float(refill > 0)})
-            seen += trees
-            chosen = [tree for tree in self._trainable(trees) if self._teaches(tree, step)]
-            if is_function_path(rollout.filter_metric):
-                what = f"filter plug-in {rollout.filter_metric!r} (rollout.filter_metric)"
-                dist.require_agreement([tree.prompt_id for tree in chosen], what)
-            kept += chosen
-            jobs = []
-        surplus = max(0, len(kept) - wanted)
+        # A paused tree keeps its place in the batch: if each were replaced, they could pile up from step to step.
+        missing = wanted - len(older) - len(self.carried)
+        supply, rule = self._supply(resumed, missing, budget)
+        begun = len(supply)
+        graded, totals = self.sample(supply, step, rule)
+        replaced = int(totals["prompts_begun"]) - begun
+        self.cursor.take(replaced)
+        seen = [each.tree for each in graded]
+        taught = [counted(each.tree, self.cfg) for each in graded if each.teaches.trains]
         # The first drawn stay, not the first finished: choosing by speed would favour short responses.
-        kept = kept[:wanted]
+        new = taught[: wanted - len(older)]
+        surplus = taught[len(new) :]
         asked = len(seen) * rollout.n_samples_per_prompt
+        settled = [each.tree for each in graded if not each.teaches.differs]
         if budget is not None:
-            seen, kept = self._grow_on(seen, kept, drawn, budget, totals, step)
+            budget.begin(begun + replaced)
+            mixed = {each.tree.prompt_id for each in graded if each.teaches.differs}
+            jobs = {job.prompt.id: job for job in supply}
+            growing = [jobs[tree.prompt_id] for tree in new if tree.prompt_id in mixed]
+            seen, new = self._grow_on(seen, new, growing, budget, totals, step)
             asked = wanted * rollout.n_samples_per_prompt - budget.left
         report_lost(self.pool.take_tally(), f"step {step}")
+        kept = older + new
         # Leaves that went to other prompts of the step are not missing.
         if budget is None or budget.left:
-            self._check_filled(len(kept), totals["refills"], step)
-        totals |= {"resumed": len(resumed), "carried": len(self.carried), "surplus": surplus, "asked": asked}
-        totals["unspent"] = 0 if budget is None else budget.left
+            self._check_filled(len(kept), replaced, step)
+        if rollout.surplus == "carry":
+            self.surplus += [tree.to_dict() for tree in surplus]
+            wasted: list[Tree] = []
+        else:
+            wasted = surplus
+        totals |= {"resumed": len(resumed), "carried": len(self.carried), "surplus": len(surplus), "asked": asked}
+        totals |= {"refills": replaced, "older": len(older), "unspent": 0 if budget is None else budget.left}
+        totals["wasted"] = sum(tree.counts.get("generated_tokens", 0) for tree in wasted)
+        totals |= saved_by_settling(settled if budget is not None else [], rollout.n_samples_per_prompt)
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
+
+    def _supply(
+        self, resumed: Sequence[dict[str, Any]], missing: int, budget: LeafBudget | None
+    ) -> tuple[Supply, RefillRule]:
+        """The jobs of a step of which `missing` places are free, and the rule by which more of them begin."""
+        rollout = self.cfg.rollout
+        first = None if budget is None else budget.first
+        jobs = [Job(Prompt(**carried["prompt"]), carried["state"]) for carried in resumed]
+        count = draws(missing - len(jobs), rollout.oversample)
+        if budget is not None:
+            count = min(count, budget.left // budget.first)
+        jobs += [Job(prompt, leaves=first) for prompt in self.cursor.take(count)]
+        refills = rollout.max_refills if rollout.dynamic_sampling else 0
+        rule = RefillRule(begin=len(jobs), wanted=missing, most=len(jobs) * (1 + refills), leaves=budget)
+        return Supply(jobs, self.cursor.lookahead(), first), rule
 
     def _grow_on(
         self,
         seen: list[Tree],
         kept: list[Tree],
-        drawn: dict[str, Prompt],
+        mixed: Sequence[Job],
         budget: LeafBudget,
         totals: dict[str, float],
         step: int,
     ) -> tuple[list[Tree], list[Tree]]:
-        """`seen` and `kept` after those of `kept` whose rewards differ have got the leaves that are left."""
+        """`seen` and `kept` after the trees of the jobs `mixed`, of `kept`, have got the leaves that are left."""
         by_prompt = {tree.prompt_id: tree for tree in seen}
-        mixed = [tree.prompt_id for tree in kept if self._differs(tree, step)]
         jobs = [
-            Job(drawn[name], leaves=budget.first + more, begun=by_prompt[name])
-            for name, more in zip(mixed, budget.share(len(mixed)), strict=True)
+            Job(job.prompt, leaves=budget.first + more, begun=by_prompt[job.prompt.id])
+            for job, more in zip(mixed, budget.share(len(mixed)), strict=True)
             if more
         ]
         if not jobs:
             return seen, kept
-        trees, counts = self.sample(jobs, step)
+        graded, counts = self.sample(jobs, step)
         add_counts(totals, counts)
-        grown = {tree.prompt_id: tree for tree in trees}
-        trained = {tree.prompt_id: tree for tree in self._trainable(trees)}
+        grown = {each.tree.prompt_id: each.tree for each in graded}
+        trained = {name: fair for name, tree in grown.items() if (fair := counted(tree, self.cfg)).leaves}
         return [grown.get(tree.prompt_id, tree) for tree in seen], [trained.get(tree.prompt_id, tree) for tree in kept]
 
-    def _teaches(self, tree: Tree, step: int) -> bool:
-        """Whether the step keeps a tree that has leaves."""
-        return not self.cfg.rollout.dynamic_sampling or self._differs(tree, step)
-
-    def _differs(self, tree: Tree, step: int) -> bool:
-        """Whether a tree has signal, by rollout.filter_metric."""
-        rollout = self.cfg.rollout
-        if is_function_path(rollout.filter_metric):
-            return plugin_keeps(rollout.filter_metric, tree, step=step)
-        return len(set(tree.verdicts)) > 1 if rollout.filter_metric == "acc" else has_signal(tree)
-
-    def _check_filled(self, trained: int, refills: float, step: int) -> None:
+    def _check_filled(self, trained: int, refills: int, step: int) -> None:
         """Say that the step has fewer prompts than the batch, or raise BatchNotFilled; all ranks see the same."""
         if trained + len(self.carried) >= self.cfg.rollout.rollout_batch_size:
             return
-        message = shortage(trained, len(self.carried), int(refills), self.cfg, step)
+        message = shortage(trained, len(self.carried), refills, self.cfg, step)
         if not self.cfg.rollout.allow_smaller_batch:
             raise BatchNotFilled(f"{message}, or set rollout.allow_smaller_batch=true to train on fewer")
         if dist.rank() == 0:
             logger.warning("%s. The step goes on with %d", message, trained)
 
-    def _trainable(self, trees: list[Tree]) -> list[Tree]:
-        """The trees with leaves, without those that count nothing (algo.leaf_weight, algo.mask_truncated_samples)."""
-        fair = self.cfg.algo.leaf_weight == "descent"
-        counted = [fair_leaves(tree) if fair else tree for tree in trees]
-        if self.cfg.algo.mask_truncated_samples:
-            counted = [without_cut(tree) for tree in counted]
-        return [tree for tree in counted if tree.leaves]
-
-    def sample(self, jobs: list[Job], step: int) -> tuple[list[Tree], dict[str, float]]:
+    def sample(
+        self, jobs: Sequence[Job], step: int, rule: RefillRule | None = None
+    ) -> tuple[list[Graded], dict[str, float]]:
         """Graded finished trees of `jobs`, in order, and counts, on every rank; paused trees go to `carried`.
 
-        Counts `SUM + name` and `COUNT + name`: of the numbers that verifiers gave beside their scores.
+        `rule`: which jobs of a `Supply` begin in place of others; "prompts_begun" counts all that have begun. Counts
+        `SUM + name` and `COUNT + name`: of the numbers that verifiers gave beside their scores. `Graded.teaches` of a
+        tree that grew on is that of its first leaves.
         """
         expected = [self.generator.costs.expected(job.prompt) for job in jobs]
+        # Trees grow on after grading because they have signal; of them the new leaves alone are graded now.
+        grows = any(job.begun for job in jobs)
         sampled = sample_and_grade(
             self.generator,
             self.pool,
             jobs,
-            lambda tree, texts, results: reward_leaves(tree, results, self.cfg),
+            lambda tree, texts, results: self._make_row(tree, results, None if grows else step),
             name=f"step {step}",
             costs=expected,
             step=step,
             policy_version=step,
             timers=self.timers,
-            engines=[self._engine_of[job.prompt.id] for job in jobs] if jobs[0].begun else None,
+            engines=[self._engine_of[job.prompt.id] for job in jobs] if grows else None,
+            rule=rule,
+            no_signal=None if rule is None else lambda row: not row["trains"],
         )
         self._engine_of |= {jobs[index].prompt.id: engine for index, engine in sampled.engines.items()}
         for index, state in sampled.paused.items():
             self.carried.append({"prompt": asdict(jobs[index].prompt), "state": state})
-        trees = [with_earlier_grades(jobs[index], row) for index, row in sampled.rows.items()]
+        graded = [
+            Graded(with_earlier_grades(jobs[index], row), Teaches(row["trains"], row["differs"]))
+            for index, row in sampled.rows.items()
+        ]
         # Learnt from all trees on every rank: with other costs, ranks would deal other lists.
-        self.generator.costs.update([jobs[index].prompt for index in sampled.rows], trees)
+        self.generator.costs.update([jobs[index].prompt for index in sampled.rows], [each.tree for each in graded])
         counts = dict(sampled.counts)
+        counts["prompts_begun"] = len(sampled.rows) + len(sampled.paused)
         counts["lost"] = float(sum(row["lost"] for row in sampled.rows.values()))
         for row in sampled.rows.values():
             for name, (total, count) in row["numbers"].items():
                 counts[SUM + name] = counts.get(SUM + name, 0.0) + total
                 counts[COUNT + name] = counts.get(COUNT + name, 0.0) + count
         counts["idle_share_max"] = sampled.idle_share_max
-        return trees, counts
+        return graded, counts
+
+    def _make_row(self, tree: Tree, results: Sequence[RewardResult], step: int | None) -> dict[str, Any]:
+        """`reward_leaves`, and what the tree is good for, which is known when `step` is None. JSON-safe."""
+        row = reward_leaves(tree, results, self.cfg)
+        # Decided by one process, where the tree was graded: it is replaced there, and a plug-in is asked once.
+        teaches = Teaches(True, True) if step is None else judge(tree, self.cfg, step=step)
+        return row | {"trains": teaches.trains, "differs": teaches.differs}
 
 
 def with_earlier_grades(job: Job, row: dict[str, Any]) -> Tree:
@@ -235,6 +260,15 @@ def add_counts(totals: dict[str, float], counts: dict[str, float]) -> None:
     for name, value in counts.items():
         both = max if name == "idle_share_max" else operator.add
         totals[name] = both(totals.get(name, 0.0), value)
+
+
+def saved_by_settling(settled: Sequence[Tree], width: int) -> dict[str, float]:
+    """Counts of trees that stayed at a handful of leaves; `tokens_saved`: what those up to `width` might have cost.
+
+    Such leaves are taken to cost what the handful cost a leaf.
+    """
+    saved = sum(tree.unique_tokens() * (width / len(tree.leaves) - 1) for tree in settled if tree.leaves)
+    return {"settled": len(settled), "tokens_saved": saved}
 
 
 def draws(missing: int, oversample: float) -> int:
@@ -315,12 +349,17 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/leaves_masked": counts["stop/length"] + counts["stop/depth"] if masks else 0.0,
         "rollout/prompts_trained": len(kept),
         "rollout/prompts_surplus": totals["surplus"],
-        "rollout/prompts_dropped_zero_std": len(seen) - len(kept) - totals["surplus"],
+        "rollout/prompts_dropped_zero_std": len(seen) - (len(kept) - totals["older"]) - totals["surplus"],
         "rollout/refills": totals["refills"],
+        "rollout/wasted_tokens": totals["wasted"],
+        "rollout/surplus_trained": totals["older"],
+        "rollout/prompts_settled": totals["settled"],
+        "rollout/tokens_saved": totals["tokens_saved"],
         "rollout/engine_steps": totals["engine_steps"],
         "rollout/running_mean": totals["running"] / max(1.0, totals["engine_steps"]),
         "rollout/engine_idle_share": totals["idle_s"] / max(1e-9, totals["engine_s"]),
         "rollout/engine_idle_share_max": totals["idle_share_max"],
+        "rollout/engine_grader_wait_share": totals["grader_wait_s"] / max(1e-9, totals["engine_s"]),
         "rollout/prompts_stolen": totals["stolen"],
         "rollout/trees_resumed": totals["resumed"],
         "rollout/trees_carried_over": totals["carried"],

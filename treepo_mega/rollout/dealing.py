@@ -11,15 +11,22 @@ not depend on where they grow.
 
 An engine takes from its own list until that is empty. When all it began is finished too, it is dry, and takes from
 the list with the most left. A tree that was begun is not moved: its prefix cache is where it is.
+
+Prompts that begin in place of trees without signal (`refill.py`) are on no list. The k-th tree without signal of all
+engines says which position begins, and the engine on which it ended takes it before its list, which others can take
+from. k comes from a counter of the store: nobody polls, and no two engines get one position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.rollout.refill import RefillRule
 from treepo_mega.runtime.balance import balance
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.node import Tree
@@ -89,6 +96,15 @@ def deal_to(engine_of: Sequence[int], costs: Sequence[float], engines: int) -> l
     return [[index for index in by_cost if engine_of[index] == engine] for engine in range(engines)]
 
 
+News = Literal["begin", "end", "late"]
+BEGIN: News = "begin"
+"""A prompt begins: `take` hands it out."""
+END: News = "end"
+"""Nothing more begins on this engine."""
+LATE: News = "late"
+"""The deadline has passed while graders had trees that might be replaced."""
+
+
 class Queue(Protocol):
     """Hands out prompts to begin. `stolen`: how many of them were dealt to another engine."""
 
@@ -98,29 +114,70 @@ class Queue(Protocol):
         """Index of the next prompt; None when there are no more of this engine's, or, when it is `dry`, of anyone's."""
         ...
 
+    def no_signal(self) -> None:
+        """A tree that ended on this engine has no signal. To be told to the queue of the engine's first rank alone."""
+        ...
+
+    def more(self, settle: Callable[[], bool], late: Callable[[], bool]) -> News:
+        """What comes after all that this engine took has ended; asked for by all its ranks.
+
+        The first rank calls `settle`, which waits for graders, until a prompt begins, nothing is left to wait for
+        (`settle` returns False), or it is `late`.
+        """
+        ...
+
     def deadline_passed(self, passed: bool) -> bool:
         """What the engine's first rank says of its own `passed`. The ranks of an engine ask at the same steps."""
         ...
 
 
 DEADLINE_STEPS = 16
-"""Engine steps between two words of an engine's first rank about the deadline."""
+"""Engine steps between two words of an engine's first rank about the deadline, and about prompts that begin."""
+
+WORDS_KEPT = 4
+"""Words of a first rank that stay in the store: its engine keeps its ranks within fewer of each other."""
 
 
 class LocalQueue:
-    """All of `order`, one after the other."""
+    """All of `order`, one after the other, and what `rule` begins in place of trees without signal."""
 
-    def __init__(self, order: Sequence[int]) -> None:
+    def __init__(self, order: Sequence[int], rule: RefillRule | None = None) -> None:
         self._rest = iter(order)
+        self._rule = rule
+        self._empty = 0
+        self._granted: deque[int] = deque()
         self.stolen = 0
 
     def take(self, dry: bool = False) -> int | None:
-        """The next of `order`."""
-        return next(self._rest, None)
+        """A prompt that replaces another, else the next of `order`."""
+        return self._granted.popleft() if self._granted else next(self._rest, None)
+
+    def no_signal(self) -> None:
+        """Count it; a prompt may begin."""
+        self._empty += 1
+        position = None if self._rule is None else self._rule.replaces(self._empty)
+        if position is not None:
+            self._granted.append(position)
+
+    def more(self, settle: Callable[[], bool], late: Callable[[], bool]) -> News:
+        """Wait for graders until a prompt begins, or none can."""
+        if self._rule is None or not self._rule.may_replace:
+            return END
+        return await_news(self._granted, settle, late)
 
     def deadline_passed(self, passed: bool) -> bool:
         """`passed`: this process has the engine for itself."""
         return passed
+
+
+def await_news(granted: Sequence[int], settle: Callable[[], bool], late: Callable[[], bool]) -> News:
+    """`settle` until there is something in `granted`; see `Queue.more`."""
+    while not granted:
+        if not settle():
+            return END
+        if not granted and late():
+            return LATE
+    return BEGIN
 
 
 class Store(Protocol):
@@ -136,7 +193,8 @@ class Store(Protocol):
 class SharedQueue:
     """One engine's view of the lists of all engines; see the module docstring.
 
-    `name` must be new for every rollout; `rank` is this process's among the `ranks` that share the engine.
+    `name` must be new for every rollout; `rank` is this process's among the `ranks` that share the engine. `rule`: what
+    begins in place of trees without signal.
     """
 
     def __init__(
@@ -147,6 +205,7 @@ class SharedQueue:
         costs: Sequence[float],
         engine: int,
         *,
+        rule: RefillRule | None = None,
         rank: int = 0,
         ranks: int = 1,
         timeout_s: float = 600.0,
@@ -156,52 +215,101 @@ class SharedQueue:
         self._deal = deal
         self._costs = costs
         self._engine = engine
+        self._rule = rule
         self._rank = rank
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._taken = 0
         self._asked = 0
+        self._words = 0
         self._own_done = not deal[engine]
+        self._all_done = False
+        # Positions that begin on this engine; `staged`: its other ranks do not know of them yet.
+        self._granted: deque[int] = deque()
+        self._staged: list[int] = []
         self._left = [self._remaining(owner, 0) for owner in range(len(deal))]
         self.stolen = 0
         """Prompts that this engine took from others' lists."""
 
     def take(self, dry: bool = False) -> int | None:
-        """The next prompt: of this engine's list; once that is empty and it is `dry`, of the list with the most left.
+        """The next prompt: one that replaces another, else of this engine's list.
+
+        Once that is empty and it is `dry`, of the list with the most left.
 
         Raises DealingTimeout when the engine's first rank does not say in time what it took.
         """
+        # Before the engine's own list: of that others can take what this engine has no room for.
+        if self._granted:
+            return self._granted.popleft()
         # An engine that is still busy steals nothing: its neighbour may only be a little late.
-        if self._own_done and not dry:
+        if self._all_done or (self._own_done and not dry):
             return None
         key = f"{self._name}/engine {self._engine}/{self._taken}"
         self._taken += 1
         # Ranks that share an engine must make the same moves: one takes and writes it down, the others read that.
         found = self._claim(key) if self._rank == 0 else self._hear(key)
         if found is None:
+            self._all_done = self._own_done
             self._own_done = True
         return found
+
+    def no_signal(self) -> None:
+        """Count it among those of all engines; a prompt may begin on this one."""
+        if self._rule is None:
+            return
+        # `add` is atomic in the store: each number is got once, so each position begins once.
+        position = self._rule.replaces(self._store.add(f"{self._name}/without signal", 1))
+        if position is None:
+            return
+        if self._ranks == 1:
+            self._granted.append(position)
+        else:
+            self._staged.append(position)
+
+    def more(self, settle: Callable[[], bool], late: Callable[[], bool]) -> News:
+        """What the engine's first rank finds, once graders have told it.
+
+        Raises DealingTimeout when it says nothing in time.
+        """
+        if self._rule is None or not self._rule.may_replace:
+            return END
+        if self._ranks == 1:
+            return await_news(self._granted, settle, late)
+        # Ranks that share an engine must make the same moves: the first one alone knows what graders say.
+        news = await_news(self._staged, settle, late) if self._rank == 0 else END
+        return self._word(news, "say what its graders found")
 
     def deadline_passed(self, passed: bool) -> bool:
         """What the engine's first rank says, in every DEADLINE_STEPS-th call; False in the others.
 
-        Raises DealingTimeout when the first rank says nothing in time.
+        With its word come the prompts that begin in place of others. Raises DealingTimeout when the first rank says
+        nothing in time.
         """
         if self._ranks == 1:
             return passed
         # A rank that left on its own clock would leave the others in a collective of the engine's next step.
-        number, between = divmod(self._asked, DEADLINE_STEPS)
+        between = self._asked % DEADLINE_STEPS
         self._asked += 1
         if between:
             return False
-        key = f"{self._name}/engine {self._engine}/deadline {{}}"
+        return self._word(LATE if passed else BEGIN, "say whether the deadline has passed") == LATE
+
+    def _word(self, news: News, what: str) -> News:
+        """What the engine's first rank says, and which prompts begin with it; all its ranks ask in the same order."""
+        key = f"{self._name}/engine {self._engine}/word {{}}"
+        number = self._words
+        self._words += 1
         if self._rank == 0:
-            self._store.set(key.format(number), "passed" if passed else "goes on")
-            # The engine keeps its ranks within a few steps of each other: all have read the one before the last.
-            if number >= 2:
-                self._store.delete_key(key.format(number - 2))
-            return passed
-        return self._told(key.format(number), "say whether the deadline has passed") == "passed"
+            self._granted.extend(self._staged)
+            self._store.set(key.format(number), json.dumps([news, self._staged]))
+            self._staged = []
+            # The engine keeps its ranks within a few steps of each other: all have read the older ones.
+            if number >= WORDS_KEPT:
+                self._store.delete_key(key.format(number - WORDS_KEPT))
+            return news
+        news, begin = json.loads(self._told(key.format(number), what))
+        self._granted.extend(begin)
+        return news
 
     def _claim(self, key: str) -> int | None:
         """Take, and tell the other ranks of the engine."""

@@ -26,7 +26,7 @@ from treepo_mega.plugins import split_of
 from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import PREFIX_COUNTS, TokenCounts, summarize
-from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
+from treepo_mega.rollout.dealing import END, LATE, CostModel, LocalQueue, Queue, deal_by_cost
 from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.runtime.seeding import derive_seed
@@ -122,6 +122,9 @@ class Generator:
     ) -> Grown:
         """Grow the trees of the jobs that `queue` hands out, to their end or to the reach of this step.
 
+        The queue may hand out positions beyond the jobs that are known now (`refill.Supply`), in place of trees whose
+        graders said that they have no signal.
+
         Seeds come from (train.seed, purpose, step, prompt id), so ids must be unique within a step (those of
         `PromptCursor` are unique within a run): equal ids would give equal trees. Where trees grow on (`Job.begun`),
         the prefix cache of the call before is kept. `watcher` is told of each tree that is done, and of each step.
@@ -141,8 +144,13 @@ class Generator:
             self.engine.reset_prefix_cache()
         stop = StopRules.from_config(now, self.eos_token_ids, self.decode)
 
-        def begin(job: Job) -> TreeSearch:
+        known = len(jobs)
+
+        def begin(index: int) -> TreeSearch:
             """A new tree, or a carried-over one that goes on in this step."""
+            job = jobs[index]
+            if index >= known:
+                check_jobs([job], now.max_response_len, self.engine.max_model_len)
             prompt = job.prompt
             width = leaves_of(job, now)
             search = TreeSearch(
@@ -184,7 +192,7 @@ class _Run:
         queue: Queue,
         rollout: RolloutConfig,
         temperature: float,
-        begin: Callable[[Job], TreeSearch],
+        begin: Callable[[int], TreeSearch],
         watcher: Watcher | None,
     ) -> None:
         self.generator = generator
@@ -216,14 +224,27 @@ class _Run:
         self.leaves = 0
 
     def to_its_end(self) -> None:
-        """Drive all trees until they are done or paused. Raises GenerationTimeout naming what is missing."""
+        """Drive all trees until they are done or paused, those that replace others, too.
+
+        Raises GenerationTimeout naming what is missing.
+        """
         deadline = time.monotonic() + self.rollout.timeout_s
+
+        def late() -> bool:
+            return time.monotonic() > deadline
+
         while True:
             self._fill()
             if not self.room.running:
-                return
+                # Trees that are done may be replaced, once their graders have spoken.
+                news = self.queue.more(self._settle, late)
+                if news == LATE:
+                    raise GenerationTimeout(self._ungraded())
+                if news == END:
+                    return
+                continue
             # The queue decides, not this rank's clock: ranks that share an engine must leave it at the same step.
-            if self.queue.deadline_passed(time.monotonic() > deadline):
+            if self.queue.deadline_passed(late()):
                 raise GenerationTimeout(self._unfinished())
             finished = self.engine.step()
             self.reading.clear()
@@ -255,23 +276,30 @@ class _Run:
         self._submit()
         # Asked before new trees begin: only an engine with nothing of its own left may take another's prompts.
         dry = not self.room.running
-        while self.room.idle and (index := self.queue.take(dry)) is not None:
-            self._begin(index)
-            self._submit()
+        # Twice: the first None only says that the engine's own list is empty, which others may have emptied.
+        for _ in range(2 if dry else 1):
+            while self.room.idle and (index := self.queue.take(dry)) is not None:
+                self._begin(index)
+                self._submit()
+            if self.room.running:
+                return
 
     def _fill_level(self) -> None:
-        """All trees at once; what they want waits for the last segment of the level."""
-        if not self.searches:
+        """All trees at once; what they want waits for the last segment of the level, and so do trees that replace."""
+        if self.room.idle and not self.room.running:
             while (index := self.queue.take()) is not None:
                 self._begin(index)
-        if self.room.idle and not self.room.running:
             for rank, want in self.later:
                 self._wait(rank, want)
             self.later = []
         self._submit()
 
+    def _settle(self) -> bool:
+        """Wait for the graders of trees that are done; False: nothing is with them."""
+        return self.watcher is not None and self.watcher.settle()
+
     def _begin(self, index: int) -> None:
-        search = self.begin(self.jobs[index])
+        search = self.begin(index)
         for name in PREFIX_COUNTS:
             # A carried-over tree brings what it cost in earlier steps.
             search.tree.counts.setdefault(name, 0)
@@ -403,6 +431,13 @@ class _Run:
         if self.generator.progress is not None and now > self.leaves:
             self.generator.progress(now, sum(leaves_of(job, self.rollout) for job in self.jobs))
         self.leaves = now
+
+    def _ungraded(self) -> str:
+        return (
+            f"generation passed its deadline of {self.rollout.timeout_s} s (rollout.timeout_s) while the engine waited "
+            "for graders to say which trees are replaced: look for a slow verifier, lower reward.timeout_s, or raise "
+            "reward.num_workers"
+        )
 
     def _unfinished(self) -> str:
         keys = sorted(self.room.running)

@@ -1,22 +1,26 @@
-"""Grades the trees of an engine while it samples the others, and tells afterwards what came of each.
+"""Grades the trees of an engine while it samples the others, and tells what came of each.
 
-    grading = Grading(generator.decode, pool, jobs, functions)
+    grading = Grading(generator.decode, pool, jobs, functions, make_row, row_made=tell)
     grown = generator.grow(jobs, queue, step=7, watcher=grading)     # trees go to the graders as they are done
     grading.sampling_ended()
-    rows = grading.rows(grown.trees, make_row)                       # waits for what is left
+    rows = grading.rows(grown.trees)                                 # waits for what is left
 
-The engine never waits for the graders. What comes out depends on neither's speed: rows are made afterwards, in the
-order of the trees. So are errors: while one rank raises, the others of its engine would wait for it amid a step.
+An engine that samples never waits for the graders. Once all gradings of a tree have ended, its row is made, and
+`row_made` is told of it: a tree without signal is replaced while others are sampled. A row depends on its tree and its
+grades alone, so on nobody's speed. Errors are raised afterwards: while one rank raises, the others of its engine would
+wait for it amid a step.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from treepo_mega.config import RewardFunction
 from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
 from treepo_mega.data.rewards.weighted import combine, expand
+from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.jobs import Job
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.regrow import new_leaves
@@ -31,7 +35,8 @@ MakeRow = Callable[[Tree, list[str], list[RewardResult]], Row]
 class Grading:
     """The gradings of one round on one engine; a `Watcher` of its generator. Of a tree that grew on, new leaves alone.
 
-    `decode`: the text of a response's tokens. `functions`: those of `used_functions`. Used once.
+    `decode`: the text of a response's tokens. `functions`: those of `used_functions`. `row_made(index, row)` is called
+    once a tree, when its row is there; it must not raise. Used once.
     """
 
     def __init__(
@@ -40,18 +45,30 @@ class Grading:
         pool: RewardPool,
         jobs: Sequence[Job],
         functions: Sequence[RewardFunction],
+        make_row: MakeRow,
+        *,
+        row_made: Callable[[int, Row], None] | None = None,
+        timers: Timers | None = None,
     ) -> None:
         self.early = 0
-        """Gradings that had ended when sampling did."""
+        """Gradings that had ended when sampling did, without those that the engine waited for."""
+        self.waited_s = 0.0
+        """Seconds in which the engine had nothing to do until graders were done."""
         self._decode = decode
         self._pool = pool
         self._jobs = jobs
         self._functions = functions
-        # By the index of the job: what is graded, and the tickets of its answers.
+        self._make_row = make_row
+        self._row_made = row_made
+        self._timers = timers or Timers()
+        # By the index of the job: what is graded, the tickets of its answers, and how many of them have no result.
         self._trees: dict[int, Tree] = {}
         self._texts: dict[int, list[str]] = {}
         self._tickets: dict[int, list[int]] = {}
+        self._missing: dict[int, int] = {}
+        self._index_of: dict[int, int] = {}
         self._results: dict[int, RewardResult] = {}
+        self._rows: dict[int, Row] = {}
         self._error: Exception | None = None
 
     @property
@@ -67,23 +84,54 @@ class Grading:
     def step_done(self) -> None:
         """Take what the graders have finished, and give them more."""
         if self._error is None:
-            self._keep_error(lambda: self._results.update(self._pool.poll()))
+            before = len(self._results)
+            self._keep_error(lambda: self._take(self._pool.poll()))
+            self.early += len(self._results) - before
+
+    def settle(self) -> bool:
+        """Wait until gradings have ended; False when none is left, or they met an error.
+
+        The deadlines of the graders bound the time.
+        """
+        if self._error is not None or not self._missing:
+            return False
+        begun = time.monotonic()
+        with self._timers.span("waiting for graders"):
+            self._keep_error(lambda: self._take(self._pool.wait_any()))
+        self.waited_s += time.monotonic() - begun
+        return self._error is None
 
     def sampling_ended(self) -> None:
         """Count what has ended until now."""
         self.step_done()
-        self.early = len(self._results)
 
-    def rows(self, indices: Iterable[int], make_row: MakeRow) -> dict[int, Row]:
+    def rows(self, indices: Iterable[int]) -> dict[int, Row]:
         """Rows of the trees at `indices`, in that order, once all are graded. Raises what the graders met."""
+        if self._error is None:
+            self._keep_error(lambda: self._take(self._pool.wait()))
         if self._error is not None:
             raise self._error
-        self._results |= self._pool.wait()
-        rows: dict[int, Row] = {}
-        for index in indices:
-            results = combine([self._results[ticket] for ticket in self._tickets[index]], self._functions)
-            rows[index] = make_row(self._trees[index], self._texts[index], results)
-        return rows
+        return {index: self._rows[index] for index in indices}
+
+    def _take(self, results: dict[int, RewardResult]) -> None:
+        """Results by ticket; rows of the trees that have all of theirs."""
+        self._results |= results
+        whole = []
+        for ticket in results:
+            index = self._index_of[ticket]
+            self._missing[index] -= 1
+            if not self._missing[index]:
+                whole.append(index)
+        for index in whole:
+            self._make(index)
+
+    def _make(self, index: int) -> None:
+        """The row of a tree whose gradings have all ended."""
+        del self._missing[index]
+        graded = combine([self._results[ticket] for ticket in self._tickets[index]], self._functions)
+        self._rows[index] = self._make_row(self._trees[index], self._texts.pop(index), graded)
+        if self._row_made is not None:
+            self._row_made(index, self._rows[index])
 
     def _send(self, index: int, tree: Tree) -> None:
         job = self._jobs[index]
@@ -109,6 +157,11 @@ class Grading:
         self._trees[index] = tree
         self._texts[index] = texts
         self._tickets[index] = self._pool.submit(expand(items, self._functions))
+        self._missing[index] = len(self._tickets[index])
+        self._index_of |= dict.fromkeys(self._tickets[index], index)
+        # A tree that grew on may have no new leaf.
+        if not self._missing[index]:
+            self._make(index)
 
     def _keep_error(self, act: Callable[[], None]) -> None:
         try:

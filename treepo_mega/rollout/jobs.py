@@ -41,13 +41,16 @@ class Grown:
 
 
 class Watcher(Protocol):
-    """Told by a generator how far it is, so that others can work meanwhile. It must neither block nor raise."""
+    """Told by a generator how far it is, so that others can work meanwhile. Only `settle` blocks; nothing raises."""
 
     def tree_done(self, index: int, tree: Tree) -> None:
         """The tree of job `index` is complete: it does not change any more while others are sampled."""
 
     def step_done(self) -> None:
         """The engine took a step."""
+
+    def settle(self) -> bool:
+        """The engine has nothing to do: wait until more is known of trees that are done; False: nothing will be."""
 
 
 def leaves_of(job: Job, rollout: RolloutConfig) -> int:

@@ -7,8 +7,8 @@
 Training (`collect.py`) and evaluation (`eval.py`) sample through it. Prompts are dealt by expected cost, and an
 engine that runs dry takes prompts from the others' lists (`dealing.py`). A tree lives on one engine. The ranks of
 that engine sample it together. The first of them has it graded while the engine goes on (`grading.py`), and reports
-it. Reports travel packed. Afterwards every rank holds the same rows, so what follows is computed alike everywhere,
-without messages.
+it. A tree without signal is replaced meanwhile (`refill.py`), so a step has one round. Reports travel packed.
+Afterwards every rank holds the same rows, so what follows is computed alike everywhere, without messages.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.grading import Grading, MakeRow, Row
 from treepo_mega.rollout.jobs import Job
+from treepo_mega.rollout.refill import NoSignal, RefillRule
 from treepo_mega.runtime import dist
 
 
@@ -42,8 +43,9 @@ class SampledRound:
     engines: dict[int, int] = field(default_factory=dict)
     """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
-    """Sums over engines: engine_steps, running, stolen (prompts), idle_s and engine_s (seconds), gradings,
-    gradings_early, which ended before their engine had done sampling, and `RewardPool.take_costs`."""
+    """Sums over engines: engine_steps, running, stolen (prompts), gradings, gradings_early, which ended while their
+    engine sampled, and `RewardPool.take_costs`. Seconds: engine_s in all, idle_s waiting for the others at the end, and
+    grader_wait_s waiting for graders with nothing to sample."""
     idle_share_max: float = 0.0
     """Largest share of the sampling time that a rank waited for the others at the end."""
 
@@ -64,8 +66,13 @@ def sample_and_grade(
     waits_for: str = "generation",
     timers: Timers | None = None,
     engines: Sequence[int] | None = None,
+    rule: RefillRule | None = None,
+    no_signal: NoSignal | None = None,
 ) -> SampledRound:
     """Sample and grade the trees of `jobs`, the same list on every rank. Collective over all ranks.
+
+    `rule`: which positions of `jobs` behind those known now (`refill.Supply`) begin in place of trees whose row has
+    `no_signal`. None: those that are known are all.
 
     `costs`: expected tokens a job. `name` and `waits_for` stand in the messages about lost ranks. `timers` gets the
     phases `rollout` and `reward`, the latter what is left to grade and to exchange after sampling. `engines`: the
@@ -77,11 +84,17 @@ def sample_and_grade(
     cfg = generator.cfg
     timers = timers or Timers()
     started = time.monotonic()
-    queue = open_round(cfg, costs, name, engines)
+    queue = open_round(cfg, costs, name, engines, rule)
     # The ranks of one engine hold the same trees: the first of them speaks for the engine.
     grading = None
     if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
-        grading = Grading(generator.decode, pool, jobs, used_functions(cfg.reward.functions, purpose))
+        functions = used_functions(cfg.reward.functions, purpose)
+
+        def row_made(index: int, row: Row) -> None:
+            if no_signal is not None and no_signal(row):
+                queue.no_signal()
+
+        grading = Grading(generator.decode, pool, jobs, functions, make_row, row_made=row_made, timers=timers)
     try:
         with timers("rollout"):
             with timers.span("sampling"):
@@ -107,13 +120,14 @@ def sample_and_grade(
         with timers("reward"):
             if grading is not None:
                 with timers.span("grading"):
-                    report["rows"] = list(grading.rows(grown.trees, make_row).items())
+                    report["rows"] = list(grading.rows(grown.trees).items())
                 report["engine"] = dist.rank() // cfg.rollout.engine.tensor_parallel_size
                 report["paused"] = list(grown.paused.items())
                 report["counts"] = {
                     "engine_steps": generator.counts["engine_steps"],
                     "running": generator.counts["running"],
                     "stolen": queue.stolen,
+                    "grader_wait_s": grading.waited_s,
                     "idle_s": idle_s,
                     "engine_s": engine_s,
                     "gradings": grading.total,
@@ -128,10 +142,16 @@ def sample_and_grade(
         raise
 
 
-def open_round(cfg: Config, costs: Sequence[float], name: str, dealt_to: Sequence[int] | None = None) -> Queue:
+def open_round(
+    cfg: Config,
+    costs: Sequence[float],
+    name: str,
+    dealt_to: Sequence[int] | None = None,
+    rule: RefillRule | None = None,
+) -> Queue:
     """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike.
 
-    `dealt_to`: the engine of each prompt; None: as even as can be.
+    `dealt_to`: the engine of each prompt; None: as even as can be. `rule`: what begins where trees have no signal.
     """
     tp = cfg.rollout.engine.tensor_parallel_size
     engines = max(1, dist.world_size() // tp)
@@ -139,10 +159,10 @@ def open_round(cfg: Config, costs: Sequence[float], name: str, dealt_to: Sequenc
     # A name of its own for every round: a list in the store is a counter, and counters only go up.
     key = f"round {next(_rounds())}, {name}"
     if engines == tp == 1:
-        return LocalQueue(deal[0])
+        return LocalQueue(deal[0], rule)
     engine, rank = divmod(dist.rank(), tp)
     timeout_s = cfg.rollout.timeout_s
-    return SharedQueue(dist.store(), key, deal, costs, engine, rank=rank, ranks=tp, timeout_s=timeout_s)
+    return SharedQueue(dist.store(), key, deal, costs, engine, rule=rule, rank=rank, ranks=tp, timeout_s=timeout_s)
 
 
 @functools.cache

@@ -167,6 +167,12 @@ class RewardPool:
             self._turn(block=True)
         return self._take_finished()
 
+    def wait_any(self) -> dict[int, RewardResult]:
+        """As `poll`, once something in flight has ended; nothing in flight: at once."""
+        while self._pending and not self._finished:
+            self._turn(block=True)
+        return self._take_finished()
+
     def abandon(self) -> None:
         """Forget what was submitted, and end the workers, which would go on with it."""
         workers = [*self._workers, *self._flights.values()]

@@ -1,0 +1,142 @@
+"""An engine and graders whose work ends in an order that a seed says. What they answer depends on what was asked.
+
+The engine samples one token of 0 to 3 and an end token. An answer is right if its token is below the prompt's number:
+prompts of 0 have no signal, and those of 1 to 3 may have.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treepo_mega.config import Config, parse_config
+from treepo_mega.data.prompts import Prompt
+from treepo_mega.data.rewards import RewardItem, RewardResult
+from treepo_mega.engine.stream import Finished, SegmentRequest, SegmentStream
+from treepo_mega.rollout.generator import Generator
+
+END_TOKEN = 9
+LEAVES = 3
+
+
+def fake_config(**rollout: Any) -> Config:
+    raw: dict[str, Any] = {
+        "model": {"hf_checkpoint": "none"},
+        "data": {"train": [{"reasoning_gym": "chain_sum"}]},
+        "rollout": {
+            "mode": "sequential",
+            "rollout_batch_size": 4,
+            "n_samples_per_prompt": LEAVES,
+            "max_response_len": 8,
+            "stop": {"eos_token_ids": [END_TOKEN], "answer_box": False, "repetition_window": 0},
+            "timeout_s": 60,
+            **rollout,
+        },
+    }
+    return parse_config(raw)
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Prompts whose number, their answer, is 0 to 3."""
+    rng = random.Random(11)
+    return [Prompt(f"p{place}", "", [1, 2], str(rng.choice("00123")), "exact", "test") for place in range(count)]
+
+
+class FakeTokenizer:
+    """Tokens are said as numbers."""
+
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
+        return " ".join(map(str, tokens))
+
+
+class FakeEngine:
+    """Every step ends some of the requests, at least one; which, says `rng`. The step `fails_at` raises."""
+
+    hf_dir = Path("none")
+    vocab_size = 16
+    max_model_len = 1024
+    kv_blocks = 10_000
+
+    def __init__(self, rng: random.Random, fails_at: int | None = None) -> None:
+        self.lockstep: threading.Barrier | None = None
+        """Where the ranks of one engine meet in each step."""
+        self.rng = rng
+        self.fails_at = fails_at
+        self.steps = 0
+        self.running: dict[str, SegmentRequest] = {}
+
+    def submit(self, request: SegmentRequest) -> SegmentStream:
+        self.running[request.name] = request
+        return SegmentStream(request, lambda: self.running.pop(request.name, None))
+
+    def step(self) -> list[Finished]:
+        self.steps += 1
+        if self.lockstep is not None:
+            self.lockstep.wait()
+        if self.steps == self.fails_at:
+            raise RuntimeError("killed")
+        names = self.rng.sample(sorted(self.running), self.rng.randint(1, len(self.running)))
+        return [self.finish(self.running.pop(name)) for name in names]
+
+    def finish(self, request: SegmentRequest) -> Finished:
+        drawn = random.Random(request.seed)
+        tokens = [drawn.randrange(4), END_TOKEN]
+        return Finished(request.name, tokens, [-drawn.random(), -0.5], "stop", 0)
+
+    def abort(self) -> None:
+        self.running.clear()
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+
+class FakePool:
+    """Gradings end when `rng` says so: a `share` of them at each look; others once they are waited for."""
+
+    def __init__(self, rng: random.Random, share: float) -> None:
+        self.rng = rng
+        self.share = share
+        self.flying: dict[int, RewardItem] = {}
+        self.tickets = 0
+
+    def submit(self, items: Sequence[RewardItem]) -> list[int]:
+        tickets = list(range(self.tickets, self.tickets + len(items)))
+        self.tickets += len(items)
+        self.flying |= dict(zip(tickets, items, strict=True))
+        return tickets
+
+    def poll(self, share: float | None = None) -> dict[int, RewardResult]:
+        ended = [ticket for ticket in self.flying if self.rng.random() < (self.share if share is None else share)]
+        self.rng.shuffle(ended)
+        return {ticket: right(self.flying.pop(ticket)) for ticket in ended}
+
+    def wait(self) -> dict[int, RewardResult]:
+        return self.poll(1.0)
+
+    def wait_any(self) -> dict[int, RewardResult]:
+        found: dict[int, RewardResult] = {}
+        while self.flying and not found:
+            found = self.poll(0.3)
+        return found
+
+    def abandon(self) -> None:
+        self.flying.clear()
+
+    def take_costs(self) -> dict[str, int]:
+        return {}
+
+    def take_tally(self) -> dict[str, Any]:
+        return {"total": self.tickets, "lost": {}, "reasons": {}}
+
+
+def right(item: RewardItem) -> RewardResult:
+    """Whether the answer's token is below the prompt's number."""
+    return RewardResult(float(int(item.solution_str.split()[0]) < int(item.ground_truth)), None, {})
+
+
+def fake_generator(cfg: Config, seed: int = 0, fails_at: int | None = None) -> Generator:
+    """The real generator on a fake engine."""
+    return Generator(FakeEngine(random.Random(seed), fails_at), cfg, FakeTokenizer())  # type: ignore[arg-type]
