@@ -108,3 +108,42 @@ def test_trl_gets_the_recipe_s_batch_and_its_prompts(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["side_by_side.py", "--trl-python", "/nowhere/python"])
     assert side_by_side.main() == 2
     assert "requirements.txt says how to make it" in capsys.readouterr().err
+
+
+def test_differences_are_of_the_same_seeds(bench):
+    baseline = [result([0.0, accuracy], 1, 1, seed) for seed, accuracy in ((1, 0.5), (2, 0.7))]
+    arm = [result([0.0, accuracy], 1, 1, seed) for seed, accuracy in ((2, 0.8), (1, 0.6), (9, 0.0))]
+    rng = np.random.default_rng(0)
+    found = bench.learning_curves.paired(baseline, arm, rng, 200)
+    assert found == {"paired_difference": 0.1, "paired_ci95": [0.1, 0.1]}, "seed 9 has no partner"
+    assert bench.learning_curves.paired(baseline, arm[2:], rng, 200)["paired_difference"] is None
+    assert bench.learning_curves.paired(baseline, arm[:1], rng, 200)["paired_ci95"] is None
+
+
+def test_a_fit_gives_the_compute_to_equal_accuracy_or_says_why_not(bench):
+    from treepo_mega.monitor.scaling_fit import value_at
+
+    def runs(price: float) -> list[dict]:
+        shares = value_at(np.arange(12) * 10.0, 0.4, 0.9, 1.5, 30.0)
+        return [result(list(shares + 0.002 * seed), price, price, seed) for seed in (1, 2, 3)]
+
+    found = bench.learning_curves.fitted(runs(2.0), runs(1.0), "cpu_s")
+    assert found["ratio"] == pytest.approx(0.5, abs=0.02) and found["asymptote"] == pytest.approx(0.9, abs=0.02)
+    short = [result([0.4, 0.5], 1, 1)]
+    assert "four parameters need" in bench.learning_curves.fitted(short, short, "tokens")["problem"]
+
+
+def test_an_arm_is_held_against_trl_on_common_seeds(bench):
+    trl = [result([0.4, 0.6, 0.8], 1, 4, seed) for seed in (1, 2)]
+    found = bench.against_trl(trl, [result([0.4, 0.8, 0.9], 1, 2, 1)])
+    assert found == {"seeds": [1], "step_ratio": 0.5, "cpu_ratio_at_equal_accuracy": 0.25}
+    assert bench.against_trl(trl, [result([0.4, 0.8], 1, 2, 7)]) is None
+
+
+def test_a_plot_is_small_and_the_same_each_time(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    arms = {"flat-grpo": [result([0.4, 0.6, 0.8], 1e6, 4, seed) for seed in (1, 2)]}
+    for name in ("one", "two"):
+        bench.learning_curves.plot("carry", arms, tmp_path / f"{name}.svg")
+    text = (tmp_path / "one.svg").read_text()
+    assert text == (tmp_path / "two.svg").read_text() and "<svg" in text and len(text) < 200_000

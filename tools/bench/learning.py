@@ -20,7 +20,9 @@ forward ones) plus those of the old-logprob pass.
 
 Last line, JSON: {"tasks": [{"name", "baseline", "seeds", "arms": [{"name", "seeds", "accuracy", "accuracy_sd",
 "accuracy_difference_at_equal_steps", "ci95", "tokens_ratio_at_equal_accuracy", "tokens_ci95",
-"cpu_ratio_at_equal_accuracy", "cpu_ci95", "tokens_ratio", "cpu_ratio" (whole runs)}]}]}.
+"cpu_ratio_at_equal_accuracy", "cpu_ci95", "tokens_ratio", "cpu_ratio" (whole runs), "paired_difference",
+"paired_ci95", "fit_tokens", "fit_cpu" (ScaleRL's curve, or its `problem`)}], "vs_trl": {arm: {"seeds", "step_ratio",
+"cpu_ratio_at_equal_accuracy"}} where TRL's runs are there}]}. --plot writes an SVG of the task's curves.
 --quick: two arms, one seed, two steps, in a temporary folder.
 """
 
@@ -39,6 +41,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+# Loaded as a module of another name, this file's folder is not on the path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import learning_curves
+
 if TYPE_CHECKING:
     from treepo_mega.config import Config
 
@@ -48,6 +55,8 @@ RESULTS = ROOT / "docs" / "results" / "learning"
 PROBLEMS = 512
 SAMPLES = 4
 BOOTSTRAPS = 2000
+TRL = "trl-grpo"
+"""The arm of tools/bench/against_trl/side_by_side.py."""
 Result = dict[str, Any]
 
 
@@ -247,8 +256,33 @@ def compare(baseline: list[Result], arm: list[Result], rng: np.random.Generator)
     }
 
 
-def report(plan: dict[str, Any], results: Path, tasks: list[str], seeds: list[int] | None) -> dict[str, Any]:
-    """The comparison of every finished arm of `tasks` on `seeds` (None: all), as the last line's object."""
+def against_trl(theirs: list[Result], ours: list[Result]) -> dict[str, Any] | None:
+    """CPU seconds of a step and to TRL's final accuracy, as shares of TRL's, on common seeds; None without any."""
+    seeds = {r["seed"] for r in theirs} & {r["seed"] for r in ours}
+    if not seeds:
+        return None
+    trl = [r for r in theirs if r["seed"] in seeds]
+    arm = [r for r in ours if r["seed"] in seeds]
+
+    def step_s(runs: list[Result]) -> float:
+        return float(np.mean([r["curve"][-1]["cpu_s"] / r["curve"][-1]["step"] for r in runs]))
+
+    goal = float(np.mean([r["curve"][-1]["accuracy"] for r in trl]))
+    spent = float(np.mean([r["curve"][-1]["cpu_s"] for r in trl]))
+    return {
+        "seeds": sorted(seeds),
+        "step_ratio": round(step_s(arm) / step_s(trl), 3),
+        "cpu_ratio_at_equal_accuracy": finite(reach(arm, goal, "cpu_s") / spent),
+    }
+
+
+def report(
+    plan: dict[str, Any], results: Path, tasks: list[str], seeds: list[int] | None, plots: Path | None = None
+) -> dict[str, Any]:
+    """The comparison of every finished arm of `tasks` on `seeds` (None: all), as the last line's object.
+
+    `plots`: a folder that gets an SVG for each task.
+    """
     out = []
     for task in tasks:
         finished: dict[str, list[Result]] = {}
@@ -260,8 +294,21 @@ def report(plan: dict[str, Any], results: Path, tasks: list[str], seeds: list[in
         if name not in finished:
             raise SystemExit(f"task {task}: no finished run of its baseline {name} under {results / task}")
         rng = np.random.default_rng(0)
-        arms = [{"name": arm} | compare(finished[name], runs, rng) for arm, runs in finished.items()]
-        out.append({"name": task, "baseline": name, "seeds": sorted(r["seed"] for r in finished[name]), "arms": arms})
+        arms = []
+        for arm, runs in finished.items():
+            row = {"name": arm} | compare(finished[name], runs, rng)
+            row |= learning_curves.paired(finished[name], runs, rng, BOOTSTRAPS)
+            row |= {
+                "fit_tokens": learning_curves.fitted(finished[name], runs, "tokens"),
+                "fit_cpu": learning_curves.fitted(finished[name], runs, "cpu_s"),
+            }
+            arms.append(row)
+        found = {"name": task, "baseline": name, "seeds": sorted(r["seed"] for r in finished[name]), "arms": arms}
+        if TRL in finished:
+            found["vs_trl"] = {arm: against_trl(finished[TRL], runs) for arm, runs in finished.items() if arm != TRL}
+        out.append(found)
+        if plots is not None:
+            learning_curves.plot(task, finished, plots / f"learning_{task}.svg")
     return {"tasks": out}
 
 
@@ -306,6 +353,7 @@ def main() -> int:
     p.add_argument("--arms", nargs="+", default=["flat-grpo", "tree-treepo"])
     p.add_argument("--seeds", nargs="+", type=int, help="run: default 101 102 103; report: default all")
     p.add_argument("--results", type=Path, default=RESULTS)
+    p.add_argument("--plot", type=Path, metavar="FOLDER", help="report: write learning_TASK.svg there (docs/assets)")
     p.add_argument("--quick", action="store_true", help="two arms, one seed, two steps, in a temporary folder")
     args = p.parse_args()
     plan = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
@@ -324,7 +372,7 @@ def main() -> int:
         if args.command == "run":
             args.seeds = args.seeds or [101, 102, 103]
             run(args, plan, args.results, [], PROBLEMS)
-        found = report(plan, args.results, [args.task], args.seeds)
+        found = report(plan, args.results, [args.task], args.seeds, args.plot)
     show(found)
     print(json.dumps(found))
     return 0

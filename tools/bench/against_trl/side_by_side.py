@@ -34,7 +34,7 @@ from treepo_mega.config import Config, load_config  # noqa: E402
 from treepo_mega.data.prompts import load_prompts  # noqa: E402
 from treepo_mega.data.tokenizer import load_tokenizer  # noqa: E402
 
-ARM = "trl-grpo"
+ARM = learning.TRL
 DEFAULT_PYTHON = ROOT / "build" / "trl" / "bin" / "python"
 
 
