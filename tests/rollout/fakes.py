@@ -6,20 +6,25 @@ prompts of 0 have no signal, and those of 1 to 3 may have.
 
 from __future__ import annotations
 
+import json
 import random
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from treepo_mega.config import Config, parse_config
+from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardItem, RewardResult
 from treepo_mega.engine.stream import Finished, SegmentRequest, SegmentStream
+from treepo_mega.monitor.registry import depends_on_time
+from treepo_mega.monitor.timers import Timers
+from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.generator import Generator
 
 END_TOKEN = 9
 LEAVES = 3
+PROMPTS = 40
 
 
 def fake_config(**rollout: Any) -> Config:
@@ -52,19 +57,26 @@ class FakeTokenizer:
         return " ".join(map(str, tokens))
 
 
+class Meeting(Protocol):
+    """A barrier."""
+
+    def wait(self) -> Any: ...
+
+
 class FakeEngine:
-    """Every step ends some of the requests, at least one; which, says `rng`. The step `fails_at` raises."""
+    """Every step ends some of the requests, at least one; which, says `rng`."""
 
     hf_dir = Path("none")
     vocab_size = 16
     max_model_len = 1024
     kv_blocks = 10_000
 
-    def __init__(self, rng: random.Random, fails_at: int | None = None) -> None:
-        self.lockstep: threading.Barrier | None = None
+    def __init__(self, rng: random.Random) -> None:
+        self.lockstep: Meeting | None = None
         """Where the ranks of one engine meet in each step."""
+        self.at_step: tuple[int, Callable[[], None]] | None = None
+        """What happens in a certain step."""
         self.rng = rng
-        self.fails_at = fails_at
         self.steps = 0
         self.running: dict[str, SegmentRequest] = {}
 
@@ -76,8 +88,8 @@ class FakeEngine:
         self.steps += 1
         if self.lockstep is not None:
             self.lockstep.wait()
-        if self.steps == self.fails_at:
-            raise RuntimeError("killed")
+        if self.at_step is not None and self.steps == self.at_step[0]:
+            self.at_step[1]()
         names = self.rng.sample(sorted(self.running), self.rng.randint(1, len(self.running)))
         return [self.finish(self.running.pop(name)) for name in names]
 
@@ -137,6 +149,38 @@ def right(item: RewardItem) -> RewardResult:
     return RewardResult(float(int(item.solution_str.split()[0]) < int(item.ground_truth)), None, {})
 
 
-def fake_generator(cfg: Config, seed: int = 0, fails_at: int | None = None) -> Generator:
+def fake_generator(cfg: Config, seed: int = 0) -> Generator:
     """The real generator on a fake engine."""
-    return Generator(FakeEngine(random.Random(seed), fails_at), cfg, FakeTokenizer())  # type: ignore[arg-type]
+    return Generator(FakeEngine(random.Random(seed)), cfg, FakeTokenizer())  # type: ignore[arg-type]
+
+
+def fake_collector(cfg: Config, seed: int, share: float) -> Collector:
+    """The real collector on a fake engine and fake graders; `seed` says what ends when."""
+    pool = FakePool(random.Random(seed), share)
+    cursor = PromptCursor(prompts(PROMPTS), seed=0, shuffle=True)
+    return Collector(cfg, fake_generator(cfg, seed), pool, cursor, Timers())  # type: ignore[arg-type]
+
+
+def state_of(collector: Collector) -> str:
+    """What a checkpoint keeps of a collector (saves.py)."""
+    costs = collector.generator.costs.state_dict()
+    return json.dumps([collector.cursor.state_dict(), collector.carried, collector.surplus, costs])
+
+
+def load(collector: Collector, state: str) -> None:
+    """The inverse of `state_of`."""
+    cursor, collector.carried, collector.surplus, costs = json.loads(state)
+    collector.cursor.load_state_dict(cursor)
+    collector.generator.costs.load_state_dict(costs)
+
+
+def said(forests: Sequence[Forest]) -> list[Any]:
+    """Trees and metrics, without what depends on time; as JSON gives it back."""
+    made = [
+        [
+            [tree.to_dict() for tree in forest.trees],
+            {name: value for name, value in forest.metrics.items() if not depends_on_time(name)},
+        ]
+        for forest in forests
+    ]
+    return json.loads(json.dumps(made))

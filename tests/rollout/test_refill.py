@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties import examples
-from tests.rollout.fakes import FakePool, fake_config, fake_generator, prompts
+from tests.ranks import run_ranks
+from tests.rollout.fakes import (
+    PROMPTS,
+    FakeEngine,
+    FakePool,
+    fake_collector,
+    fake_config,
+    fake_generator,
+    load,
+    prompts,
+    said,
+    state_of,
+)
+from tests.world import run_world
 from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.rewards.weighted import used_functions
-from treepo_mega.monitor.registry import depends_on_time
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.collect import Collector, Forest
@@ -28,8 +41,6 @@ from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.refill import RefillRule, Supply
 from treepo_mega.rollout.shaping import reward_leaves
 from treepo_mega.rollout.teaching import judge
-
-PROMPTS = 40
 
 
 def smallest_prefix(rule: RefillRule, signal: list[bool]) -> int:
@@ -203,37 +214,25 @@ def alone_rows() -> list[Row]:
 
 def collected(cfg: Config, seed: int, share: float, steps: int, killed: int | None = None) -> list[Forest]:
     """Steps of a collector; `killed`: its engine fails at that step of the last one, and a run goes on from before."""
-
-    def collector(fails_at: int | None = None) -> Collector:
-        pool = FakePool(random.Random(seed), share)
-        cursor = PromptCursor(prompts(PROMPTS), seed=0, shuffle=True)
-        return Collector(cfg, fake_generator(cfg, seed, fails_at), pool, cursor, Timers())  # type: ignore[arg-type]
-
-    made = collector()
+    made = fake_collector(cfg, seed, share)
     out = [made.collect(step) for step in range(steps - 1)]
     if killed is not None:
-        saved = json.dumps([made.cursor.state_dict(), made.carried, made.surplus, made.generator.costs.state_dict()])
-        made.generator.engine.fails_at = made.generator.engine.steps + killed  # type: ignore[attr-defined]
+        saved = state_of(made)
+        engine = made.generator.engine
+        assert isinstance(engine, FakeEngine)
+        engine.at_step = (engine.steps + killed, fail)
         with pytest.raises(RuntimeError, match="killed"):
             made.collect(steps - 1)
-        made = collector()
-        cursor, made.carried, made.surplus, costs = json.loads(saved)
-        made.cursor.load_state_dict(cursor)
-        made.generator.costs.load_state_dict(costs)
+        made = fake_collector(cfg, seed, share)
+        load(made, saved)
     return [*out, made.collect(steps - 1)]
 
 
-def said(forests: list[Forest]) -> list[Any]:
-    """All that must not depend on time."""
-    return [
-        [
-            [tree.to_dict() for tree in forest.trees],
-            {name: value for name, value in forest.metrics.items() if not depends_on_time(name)},
-        ]
-        for forest in forests
-    ]
+def fail() -> None:
+    raise RuntimeError("killed")
 
 
+WORKER = Path(__file__).with_name("refill_worker.py")
 KEYS = [{}, {"oversample": 1.5, "surplus": "carry"}, {"oversample": 2.0}, {"leaves": "adaptive", "first_leaves": 2}]
 
 
@@ -245,6 +244,23 @@ def test_steps_are_equal_in_any_order_of_ends_and_after_a_kill_amid_a_rollout(ke
     assert said(collected(cfg, 2, 0.0, 4)) == whole, "graders that finish nothing before they are waited for"
     assert said(collected(cfg, 3, 0.5, 4, killed=2)) == whole
     assert sum(metrics["rollout/refills"] for _, metrics in whole) > 0, "some prompts were replaced"
+
+
+def test_steps_are_equal_on_one_two_and_four_ranks_and_after_all_are_killed_amid_a_rollout(tmp_path: Path):
+    """Engines of one rank and of two. Two ranks are killed in their last step, and go on later."""
+    keys = {"n_samples_per_prompt": 4, "oversample": 1.5, "surplus": "carry"}
+    whole = said(collected(fake_config(**keys), 0, 0.5, 3))
+    assert all(metrics["rollout/refills"] > 0 for _, metrics in whole[1:])
+    four, two = tmp_path / "4", tmp_path / "2"
+
+    for where in (four, two):
+        where.mkdir()
+    run_ranks(4, WORKER, four, 3, json.dumps(keys), "whole", timeout=120)
+    code, _, _ = run_world(2, [str(WORKER), str(two), "3", json.dumps(keys), "killed"], 120)
+    assert code != 0 and len(json.loads((two / "1.json").read_text())) == 2, "what the last step began is lost"
+    run_ranks(2, WORKER, two, 3, json.dumps(keys), "whole", timeout=120)
+    for made in (four / "1.json", four / "2.json", two / "1.json", two / "2.json"):
+        assert json.loads(made.read_text()) == whole, made
 
 
 def test_what_is_left_over_trains_first_in_the_next_step_and_is_marked():
