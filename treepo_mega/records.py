@@ -10,24 +10,34 @@ the methods only keep the summary.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from treepo_mega.config import Config, dump_config
-from treepo_mega.monitor import completions
+from treepo_mega.loss.mismatch import LIMITS, share_names
+from treepo_mega.monitor import completions, samples
 from treepo_mega.monitor.metrics import MetricsLogger
 from treepo_mega.monitor.progress import Progress
+from treepo_mega.monitor.sinks import BUILT_IN, Run, Sinks, flat, open_sink
 from treepo_mega.monitor.trace import Trace
 from treepo_mega.monitor.tree_page.read import trees_path
 from treepo_mega.plugins import open_sinks
 from treepo_mega.plugins.record import record_plugins
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.files import atomic_file
+from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.node import Tree
 
 SUMMARY = "summary.json"
+IDENTITY = "run_id"
+"""File with the name under which trackers know the run before and after a resume."""
+SAMPLES = 4
+"""Leaves whose text TensorBoard shows, of a step whose trees are saved."""
+FARTHEST = 10.0
+"""End of the last range of log ratios in TensorBoard's histogram, nats."""
 
 
 class Records:
@@ -45,24 +55,56 @@ class Records:
         # A new run in an old directory must not add to the sums that another run left there.
         self.summary: dict[str, Any] = self._read_summary() if resume_step else {}
         self.logger: MetricsLogger | None = None
+        self.sinks: Sinks | None = None
         if dist.is_main():
             self.run_dir.mkdir(parents=True, exist_ok=True)
             dump_config(cfg, self.run_dir / "config.yaml")
+            self.sinks = self._open_sinks(cfg, resumed=bool(resume_step))
             # `or None`: a new run sets an older file aside, where step 0 would mean to go on with it.
             self.logger = MetricsLogger(
                 self.run_dir,
-                tensorboard=cfg.logging.tensorboard,
+                tensorboard=cfg.logging.tensorboard or "tensorboard" in cfg.logging.sinks,
                 resume_step=resume_step or None,
-                sinks=open_sinks(cfg.logging.sinks),
+                sinks=[self.sinks],
+                config=flat(cfg.model_dump(exclude_defaults=True)),
             )
             progress.say(*record_plugins(cfg, self.run_dir, resumed=bool(resume_step)))
+
+    def _open_sinks(self, cfg: Config, *, resumed: bool) -> Sinks:
+        """The sinks of `logging.sinks`, built in and of people's own. Raises SinkError."""
+        logging = cfg.logging
+        known = self.run_dir / IDENTITY
+        if not (resumed and known.is_file()):
+            with atomic_file(known) as file:
+                file.write(secrets.token_hex(6) + "\n")
+        run = Run(
+            directory=self.run_dir,
+            project=logging.project,
+            name=logging.run_name or self.run_dir.resolve().name,
+            identity=known.read_text(encoding="utf-8").strip(),
+            resumed=resumed,
+            offline=logging.sinks_offline,
+            config=flat(cfg.model_dump()),
+            address=logging.prometheus_address,
+            port=logging.prometheus_port,
+        )
+        built_in = [(name, open_sink(name, run)) for name in dict.fromkeys(logging.sinks) if name in BUILT_IN]
+        own = [name for name in logging.sinks if is_function_path(name)]
+        for _, sink in built_in:
+            if port := getattr(sink, "port", 0):
+                self.progress.say(f"metrics for Prometheus: http://{logging.prometheus_address}:{port}/metrics")
+        functions = list(zip(own, open_sinks(own), strict=True))
+        return Sinks(built_in, functions, strict=logging.sinks_strict, say=self.progress.say)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """The line of metrics after `step` finished steps; `summary.json` keeps what a reader asks first."""
         self._summarize(step, metrics)
         if self.logger is None:
             return
+        if self.sinks is not None and (failures := self.sinks.take_failures()):
+            metrics = metrics | {"logging/sink_failures": float(failures)}
         self.logger.log(step, metrics)
+        self._draw_ratios(step, metrics)
         self.progress.show(step, metrics)
         with atomic_file(self.run_dir / SUMMARY) as file:
             file.write(json.dumps(self.summary, indent=1) + "\n")
@@ -72,13 +114,30 @@ class Records:
         if self.logger is not None:
             self.logger.log(step, metrics)
 
+    def _saves_trees(self, step: int) -> bool:
+        return bool(self.trees_interval) and (step == 1 or step % self.trees_interval == 0)
+
     def save_trees(self, step: int, trees: Sequence[Tree]) -> None:
         """After step 1 and every logging.trees_interval steps, trees of logging.trees_prompts prompts, one a line."""
-        wanted = bool(self.trees_interval) and (step == 1 or step % self.trees_interval == 0)
-        if not wanted or not dist.is_main():
+        if not self._saves_trees(step) or not dist.is_main():
             return
         with atomic_file(trees_path(self.run_dir, step)) as file:
             file.writelines(json.dumps(tree.to_dict()) + "\n" for tree in trees[: self.trees_prompts])
+
+    def _draw_ratios(self, step: int, metrics: dict[str, float]) -> None:
+        board = None if self.logger is None else self.logger.board
+        if board is not None and (names := share_names())[0] in metrics:
+            board.shares(step, "histograms/log_ratio", [*LIMITS, FARTHEST], [metrics[name] for name in names])
+
+    def draw(self, step: int, trees: Sequence[Tree], decode: Callable[[list[int]], str]) -> None:
+        """For TensorBoard: advantages, rewards and lengths of all leaves; the text of a few where trees are saved."""
+        board = None if self.logger is None else self.logger.board
+        if board is None:
+            return
+        board.histograms(step, samples.distributions(trees))
+        if self._saves_trees(step):
+            for number, text in enumerate(samples.texts(trees, SAMPLES, decode), 1):
+                board.text(step, f"samples/{number}", text)
 
     def show_completions(self, step: int, trees: Sequence[Tree], decode: Callable[[list[int]], str]) -> None:
         """logging.completions leaves of the step as a table on the console; nothing for 0."""
@@ -112,6 +171,8 @@ class Records:
         self._write_trace()
         if self.logger is not None:
             self.logger.close()
+        if self.sinks is not None:
+            self.sinks.close()
 
     def _summarize(self, step: int, metrics: dict[str, float]) -> None:
         summary = self.summary

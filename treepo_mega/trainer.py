@@ -146,6 +146,7 @@ class Trainer:
     def record(self, step: int, forest: Forest) -> None:
         """Write and show trees, once their rewards and advantages are those that are trained on."""
         self.records.save_trees(step + 1, forest.trees)
+        self.records.draw(step + 1, forest.trees, self.inputs.tokenizer.decode)
         self.records.show_completions(step + 1, forest.trees, self.inputs.tokenizer.decode)
 
     def update(self, plans: list[StepPlan]) -> dict[str, float]:

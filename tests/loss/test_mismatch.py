@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from treepo_mega.loss.mismatch import DEPTHS, MEANS, mismatch_metrics, mismatch_sums
+from treepo_mega.loss.mismatch import DEPTHS, MEANS, mismatch_metrics, mismatch_sums, share_names
 from treepo_mega.monitor.registry import check_known
 
 
@@ -81,4 +81,11 @@ def test_nothing_compared_is_nothing_said():
     assert {name for name in metrics([-1.0], [-1.0], [1], [1]) if "depth" not in name} == {
         *(f"train/{name}" for name in MEANS),
         "train/is_eff_sample_size",
+        *share_names(),
     }
+
+
+def test_shares_by_distance_add_up():
+    apart = [0.0005, 0.001, 0.005, 0.5, -0.5, 3.0]
+    found = metrics([-1.0] * 6, [-1.0 - distance for distance in apart], [1, 1, 2, 1, 1, 4], [1] * 6)
+    assert [found[name] * 10 for name in share_names()] == pytest.approx([2, 2, 0, 2, 4])

@@ -165,7 +165,7 @@ def test_known_names():
 
 
 def test_every_metric_the_code_spells_out_is_documented():
-    pattern = re.compile(r"(train|rollout|tree|reward|reshard|perf|timing_s|cpu_s|eval|gpu|host)/[a-z0-9_]+")
+    pattern = re.compile(r"(train|rollout|tree|reward|reshard|perf|timing_s|cpu_s|eval|gpu|host|logging)/[a-z0-9_]+")
     package = Path(__file__).parents[2] / "treepo_mega"
     spelled = set()
     for path in package.rglob("*.py"):

@@ -244,8 +244,22 @@ class LoggingConfig(Section):
     trace_steps: tuple[int, int] | None = None
     """[first, last]: of these steps, counted from 1, every rank writes its phases to <run_dir>/trace/rank_N.json, which
     chrome://tracing and ui.perfetto.dev open. None: never."""
-    sinks: list[FunctionPath] = Field(default_factory=list)
-    """Functions that take each step's metrics as well, such as a tracker of your own: path/to/file.py:function."""
+    sinks: list[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio", "prometheus"] | FunctionPath] = Field(
+        default_factory=list
+    )
+    """Where each step's metrics go as well: trackers by name, or a function of your own, path/to/file.py:function."""
+    sinks_strict: bool = False
+    """A sink that fails ends the run. Else it is warned of once and counted in logging/sink_failures."""
+    sinks_offline: bool = False
+    """wandb and swanlab write below run_dir alone, to be synced later."""
+    project: str = "treepo_mega"
+    """The project (experiment in MLflow) under which trackers file the run."""
+    run_name: str | None = None
+    """The run's name in trackers; null: the last part of run_dir."""
+    prometheus_port: int = Field(9400, ge=0, le=65535)
+    """Port of the endpoint of the sink prometheus, on rank 0; 0: any free one, which the start names."""
+    prometheus_address: str = "127.0.0.1"
+    """Address of that endpoint; 0.0.0.0 lets other machines read it."""
     telemetry_interval_s: float = Field(2.0, ge=0)
     """Seconds between two looks at GPUs (NVML) and host by a thread of each node's first rank: gpu/ and host/ metrics.
     0: none."""

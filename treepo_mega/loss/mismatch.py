@@ -34,6 +34,9 @@ LOG_BOUND = 20.0
 PAIRS = "mismatch_pairs"
 MEANS = ("token_mult_prob_error", "gen_kl_error", "policy_kl_error", "js_divergence_error", "sampling_importance_ratio")
 SQUARES = "squared_ratio"
+LIMITS = (0.001, 0.01, 0.1, 1.0)
+"""Ranges of |d| whose shares of the pairs are told, nats: up to each, and more than the last."""
+BEYOND = "more"
 DEPTHS = (1, 2, 4, 8)
 """Segments between the prompt and a token, that one included: each range ends before the next begins."""
 
@@ -52,6 +55,9 @@ def mismatch_sums(actor: Tensor, engine: Tensor, count: Tensor, depth: Tensor) -
     divergence = (_k3(-above_engine) + _k3(-above_actor)) / 2
     terms = torch.stack([apart.abs().exp(), gen_kl, _k3(-apart), divergence, ratio, ratio * ratio])
     sums = dict(zip((*MEANS, SQUARES), (terms @ count).unbind(), strict=True)) | {"pairs": count.sum()}
+    distance = apart.abs()
+    beyond = torch.stack([distance > limit for limit in LIMITS]).to(count.dtype) @ count
+    sums |= {f"beyond_{limit:g}": value for limit, value in zip(LIMITS, beyond.unbind(), strict=True)}
     # Comparisons with numbers, and no table of the ranges: it would come from the host, and the device wait for it.
     reached = [depth >= least for least in DEPTHS]
     inside = [*(here & ~beyond for here, beyond in itertools.pairwise(reached)), reached[-1]]
@@ -59,6 +65,15 @@ def mismatch_sums(actor: Tensor, engine: Tensor, count: Tensor, depth: Tensor) -
     for name, values in (("gen_kl_error", (of_depth * gen_kl).sum(1)), ("pairs", of_depth.sum(1))):
         sums |= {f"{name}_depth_{least}": value for least, value in zip(DEPTHS, values.unbind(), strict=True)}
     return {f"{MISMATCH}_{name}": value for name, value in sums.items()}
+
+
+def share_names() -> list[str]:
+    """Metrics of the shares of pairs by |d|, ascending.
+
+    >>> share_names()[0], share_names()[-1]
+    ('train/log_ratio_share_0.001', 'train/log_ratio_share_more')
+    """
+    return [f"train/log_ratio_share_{limit}" for limit in (*(f"{limit:g}" for limit in LIMITS), BEYOND)]
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
@@ -82,6 +97,9 @@ def mismatch_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     out = {f"train/{name}": sums[f"{MISMATCH}_{name}"] / pairs for name in MEANS}
     ratios = sums[f"{MISMATCH}_sampling_importance_ratio"]
     out["train/is_eff_sample_size"] = ratios**2 / (pairs * sums[f"{MISMATCH}_{SQUARES}"])
+    above = [pairs, *(sums[f"{MISMATCH}_beyond_{limit:g}"] for limit in LIMITS), 0.0]
+    for name, (more, fewer) in zip(share_names(), itertools.pairwise(above), strict=True):
+        out[name] = (more - fewer) / pairs
     for least in DEPTHS:
         if pairs_there := sums[f"{PAIRS}_depth_{least}"]:
             out[f"train/gen_kl_error_depth_{least}"] = sums[f"{MISMATCH}_gen_kl_error_depth_{least}"] / pairs_there

@@ -30,6 +30,7 @@ from typing import Any
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.registry import METRICS, Metric, check_known
+from treepo_mega.monitor.sinks.tensorboard import TensorBoard
 from treepo_mega.runtime.files import atomic_file
 
 __all__ = ["METRICS", "METRICS_FILE", "Metric", "MetricsError", "MetricsLogger", "check_known", "read_metrics"]
@@ -103,8 +104,8 @@ def _plain(value: Any) -> int | float | None:
 class MetricsLogger:
     """Writes metrics.jsonl and TensorBoard events, and hands the numbers to `sinks`; see the module's page.
 
-    `resume_step`: the last step whose line is kept; None starts a new file. Raises MetricsError when
-    resuming from a malformed file, ValueError from `log` for a step before the last one.
+    `resume_step`: the last step whose line is kept; None starts a new file. `config`: flat, for TensorBoard. Raises
+    MetricsError when resuming from a malformed file, ValueError from `log` for a step before the last one.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class MetricsLogger:
         tensorboard: bool = True,
         resume_step: int | None = None,
         sinks: Sequence[Sink] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self._sinks = sinks
         self.run_dir = Path(run_dir)
@@ -125,7 +127,8 @@ class MetricsLogger:
         self._file = self.path.open("r+b" if self.path.exists() else "w+b")
         self._offset = _last_line_offset(self._file)
         self._file.seek(0, os.SEEK_END)
-        self._writer = self._open_tensorboard(resume_step) if tensorboard else None
+        purge = 0 if resume_step is None else resume_step + 1
+        self.board = TensorBoard(self.run_dir / "tensorboard", purge_step=purge, config=config) if tensorboard else None
 
     def _keep_until(self, step: int) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -143,14 +146,6 @@ class MetricsLogger:
                 number += 1
             os.replace(self.path, target)
         return []
-
-    def _open_tensorboard(self, resume_step: int | None) -> Any:
-        # Imported here: it costs a torch import, which readers of the file do not need.
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step: TensorBoard hides what earlier event files of the folder hold from that step on.
-        purge = 0 if resume_step is None else resume_step + 1
-        return SummaryWriter(log_dir=str(self.run_dir / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record `metrics` (name -> number) of `step`; flushed when this returns."""
@@ -175,25 +170,23 @@ class MetricsLogger:
         self._file.flush()
         self._last = row
         names = [*values, *(["train/nonfinite_metrics"] if lost else [])]
-        self._to_tensorboard(row, names)
+        if self.board is not None:
+            self.board.scalars(step, row["time"], {name: row[name] for name in names})
         # Last: a sink that raises ends the run, whose own record then has the step.
         for sink in self._sinks:
             sink(step, {name: row[name] for name in names})
 
-    def _to_tensorboard(self, row: dict[str, Any], names: list[str]) -> None:
-        if self._writer is None:
-            return
-        for name in names:
-            if row[name] is not None:
-                self._writer.add_scalar(name, row[name], global_step=row["step"], walltime=row["time"])
-        self._writer.flush()
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last line of the file; empty before the first."""
+        return self._last or {}
 
     def close(self) -> None:
         """Flush and close both files; calling it again does nothing."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self.board is not None:
+            self.board.close()
+            self.board = None
 
     def __enter__(self) -> MetricsLogger:
         return self

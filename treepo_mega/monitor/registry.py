@@ -80,6 +80,12 @@ _OPTIMISATION = (
         "effective sample size of these ratios / tokens: (sum of ratios)^2 / (tokens x sum of squares)",
     ),
     Metric(
+        "train/log_ratio_share_{0.001,0.01,0.1,1,more}",
+        "share",
+        "nearly all up to 0.01 in fp32, up to 0.1 in bf16; none at more",
+        "tokens by |engine - actor| of their logprobs, nats: up to each number, and above the one before",
+    ),
+    Metric(
         "train/gen_kl_error_depth_{1,2,4,8}",
         "nats/token",
         "alike; a rise with depth is an error that a cached prefix carries along",
@@ -369,6 +375,15 @@ _MACHINE = (
     Metric("host/telemetry_s", "s", "below 0.005 of the step x nodes", "time that taking them cost, in a thread"),
 )
 
+_LOGGING = (
+    Metric(
+        "logging/sink_failures",
+        "count",
+        "absent; else read the warning of that sink in the log",
+        "calls of sinks (logging.sinks) that failed since the last line",
+    ),
+)
+
 _EVAL = (
     Metric("eval/accuracy", "share", "rises", "mean correctness of single samples at eval.temperature"),
     Metric("eval/pass_at_n", "share", "at least accuracy", "prompts with one correct sample of n"),
@@ -384,7 +399,9 @@ _EVAL = (
     Metric("eval/response_len_mean", "tokens", "no jump", "mean response length in evaluation"),
 )
 
-METRICS: tuple[Metric, ...] = _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + _MACHINE + _EVAL
+METRICS: tuple[Metric, ...] = (
+    _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + _MACHINE + _LOGGING + _EVAL
+)
 
 
 def known_names() -> dict[str, Metric]:
@@ -404,7 +421,7 @@ def check_known(name: str) -> Metric:
 
 
 _CLOCKED = (
-    *("time", "timing_s/", "cpu_s/", "perf/", "gpu/", "host/"),
+    *("time", "timing_s/", "cpu_s/", "perf/", "gpu/", "host/", "logging/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
     *("reward/overlapped_share", "reward/remote_calls", "reward/remote_retries", "reward/remote_cached"),
