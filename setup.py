@@ -25,6 +25,7 @@ REQUIRED = [
     "pyyaml",
     "jinja2>=3.1",  # what chat templates are written in; transformers asks for this much
     "rich>=13",
+    "plotly>=6",  # the report's charts: its own script is embedded in the page
     "packaging",
     "prometheus-client",  # the sink of that name; vllm asks for it too
     "psutil",

@@ -10,6 +10,7 @@ import pytest
 from tests.ranks import CLI, REPO, run_ranks
 from treepo_mega.cli import main
 from treepo_mega.evaluate import Plan, Point, best_within, page
+from treepo_mega.monitor.report.page import plotly_script
 
 
 def point(sampler: str, k: int, tokens: float, majority: float) -> Point:
@@ -47,7 +48,7 @@ def test_every_sampler_has_its_series_up_to_the_compute_budget(run):
 
 def test_the_page_is_self_contained_and_shows_the_curves(run):
     html = (run[0] / "eval.html").read_text()
-    assert html.count("<svg") == 3 and "default-src 'none'" in html and "<script" not in html
+    assert html.count('class="chart"') == 3 and "default-src 'none'" in html and plotly_script() in html
     assert "tokens a prompt" in html and "tree b=4" in html and "(best)" in html
 
 
@@ -60,7 +61,8 @@ def test_the_best_within_a_budget_is_the_cheapest_of_equals():
 def test_names_are_escaped():
     plan = Plan(("tree",), (1,), (2,), 1.0, None, Path("."))
     html = page([point("<b>", 1, 10, 0.5)], {}, plan, "<img src=x>")
-    assert "<b>" not in html and "<img" not in html
+    html = html.replace(plotly_script(), "")
+    assert "<b>" not in html and "<img" not in html and "&lt;b&gt;" in html
 
 
 @pytest.mark.parametrize(

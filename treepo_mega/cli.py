@@ -7,7 +7,7 @@
     treepo-mega eval CONFIG.yaml [a.b=c ...] --sampler both
                                                          accuracy against compute: trees, independent samples
     treepo-mega plan CONFIG.yaml [a.b=c ...]             bytes and seconds of a refit on a cluster
-    treepo-mega report RUN [RUN ...]                     report.html and report.json of finished or live runs
+    treepo-mega report RUN... [--baseline RUN] [--live]  where GPU-hours went: report.html, .json, .md
     treepo-mega tree RUN [--step N] [--prompt K]         a page of a step's trees, to read and to search
     treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
                                                          checkpoints between Hugging Face and Megatron, verified
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         if args.command == "report":
-            return _report(args.runs, args.output)
+            return _report(args)
         if args.command == "tree":
             return _tree(args)
         if args.command == "convert":
@@ -102,9 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", type=Path, help="directory to write to (default: <logging.run_dir>/eval)")
     _add_plan(commands.add_parser("plan", help="what a refit moves, and how long that takes, on a cluster"))
     add_verbs(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, verified"))
-    report = commands.add_parser("report", help="write report.html and report.json for one run or several")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (holds metrics.jsonl)")
-    report.add_argument("--output", type=Path, help="directory to write to (default: the first RUN)")
+    _add_report(commands.add_parser("report", help="where the GPU-hours of runs went, as HTML, JSON and Markdown"))
     tree = commands.add_parser("tree", help="write one HTML page of the trees of a step")
     tree.add_argument("run", type=Path, metavar="RUN", help="run directory (holds trees/)")
     tree.add_argument("--step", type=int, metavar="N", help="default: the last step with trees")
@@ -121,6 +119,19 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     for link, what in (("local", "copies in a rank's memory"), ("node", "within a node"), ("network", "between nodes")):
         plan.add_argument(f"--{link}-gb-per-s", type=float, help=f"speed of {what}, a rank and direction, GB/s")
     plan.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a directory of them")
+    report.add_argument("--baseline", action="append", type=Path, default=[], metavar="RUN", help="to compare with")
+    report.add_argument("--output", type=Path, help="directory to write to (default: the first RUN)")
+    report.add_argument("--live", action="store_true", help="write it again and again until the runs have finished")
+    report.add_argument(
+        "--every", type=float, default=30.0, metavar="S", help="period of --live (default: %(default)s)"
+    )
+    report.add_argument("--slurm-job", action="append", default=[], metavar="ID", help="ask sacct what it was charged")
+    report.add_argument("--gpus", type=_positive, metavar="N", help="default: what the metrics say")
+    report.add_argument("--price", type=float, metavar="P", help="of a GPU-hour, in any currency")
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -236,10 +247,21 @@ def _describe_model(hf_dir: Path) -> str:
     )
 
 
-def _report(runs: list[Path], output: Path | None) -> int:
-    from treepo_mega.monitor.report import write_report
+def _report(args: argparse.Namespace) -> int:
+    from treepo_mega.monitor.report import Asked, ReportError, write_live, write_report
 
-    for path in write_report(runs, output or runs[0]):
+    if args.every < 1:
+        raise ReportError(f"--every {args.every:g}: expected a second or more")
+    if args.price is not None and args.price < 0:
+        raise ReportError(f"--price {args.price:g}: must not be negative")
+    asked = Asked(tuple(args.baseline), tuple(args.slurm_job), args.gpus, args.price)
+    output = args.output or args.runs[0]
+    try:
+        paths = write_live(args.runs, output, asked, period_s=args.every) if args.live else None
+    except KeyboardInterrupt:
+        # How people end it. The last page must not go on waiting for another one.
+        paths = None
+    for path in paths or write_report(args.runs, output, asked):
         print(f"wrote {path}")
     return 0
 

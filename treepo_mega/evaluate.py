@@ -33,8 +33,8 @@ from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import Progress
-from treepo_mega.monitor.report.page import document, table
-from treepo_mega.monitor.report.svg import COLOURS, line_chart
+from treepo_mega.monitor.report.charts import colour, lines
+from treepo_mega.monitor.report.page import Charts, document, table
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import dist
@@ -182,15 +182,18 @@ def write(points: Sequence[Point], plan: Plan, prompts_from: str) -> list[Path]:
 def page(points: Sequence[Point], best: dict[str, Point], plan: Plan, checkpoint: str) -> str:
     """One HTML page: three curves over tokens, and the table behind them."""
     names = list(dict.fromkeys(point.sampler for point in points))
-    keys = "".join(f'<span class="key c{i % COLOURS}"></span>{escape(label)} &nbsp; ' for i, label in enumerate(names))
+    keys = "".join(
+        f'<span class="key" style="background:{colour(i)}"></span>{escape(label)} &nbsp; '
+        for i, label in enumerate(names)
+    )
+    charts = Charts()
     figures = []
     for title, field in (("maj@k", "majority"), ("pass@k", "passed"), ("avg@k", "avg")):
-        lines = []
+        series = []
         for name in names:
             mine = sorted((point for point in points if point.sampler == name), key=lambda point: point.tokens)
-            lines.append((name, [round(point.tokens) for point in mine], [getattr(point, field) for point in mine]))
-        chart = line_chart(lines, "tokens a prompt")
-        figures.append(f"<figure><figcaption>{title} <small>over tokens a prompt</small></figcaption>{chart}</figure>")
+            series.append((name, [round(point.tokens) for point in mine], [getattr(point, field) for point in mine]))
+        figures.append(charts.place(title, lines(series, "tokens a prompt"), about="over tokens a prompt"))
     head = ("sampler", "k", "tokens a prompt", "avg@k", "pass@k", "maj@k", "length", "truncated", "lost", "s")
     rows = [
         [
@@ -203,7 +206,7 @@ def page(points: Sequence[Point], best: dict[str, Point], plan: Plan, checkpoint
     limit = "" if plan.compute_budget is None else f", at most {plan.compute_budget:g} tokens a prompt"
     note = f'<p class="note">{escape(checkpoint)}, temperature {plan.temperature}{limit}</p>'
     body = f'<h1>Accuracy against compute</h1>{note}<p>{keys}</p><div class="charts">{"".join(figures)}</div>'
-    return document("treepo_mega eval", body + "<h2>Measurements</h2>" + table(head, rows))
+    return document("treepo_mega eval", body + "<h2>Measurements</h2>" + table(head, rows), charts)
 
 
 def main(cfg: Config, plan: Plan) -> None:

@@ -275,6 +275,6 @@ def test_plugins_of_every_kind_decide_a_step(run, resumed):
 def test_the_report_reads_the_run(run, tmp_path):
     from treepo_mega.monitor.report import write_report
 
-    page, data = write_report([run], tmp_path)
+    page, data, _ = write_report([run], tmp_path)
     assert "<html" in Path(page).read_text() and json.loads(Path(data).read_text())
     assert (REPO / "examples" / "tiny_cpu.yaml").exists()

@@ -1,90 +1,463 @@
-"""`treepo-mega report`: the figures are right, the page is self-contained, hostile text stays text."""
+"""The report: every second and every token of a recorded run, what is said of broken ones, and the page itself."""
 
 import json
+import os
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tokenizers import Tokenizer, models
 
+from tests.monitor.browser import NAMES, Browser, find_browser
 from treepo_mega.cli import main
 from treepo_mega.monitor.metrics import MetricsLogger
-from treepo_mega.monitor.report import ReportError, write_report
-from treepo_mega.monitor.report.summary import load_run, percentile, phases, summarise
-from treepo_mega.monitor.report.svg import MAX_POINTS, line_chart, short, ticks
+from treepo_mega.monitor.report import Asked, ReportError, comparison, page, write_live, write_report
+from treepo_mega.monitor.report.charts import MOST_POINTS, lines
+from treepo_mega.monitor.report.comparison import compare, to_dict
+from treepo_mega.monitor.report.hours import AGAIN, BETWEEN, OTHER, RESTARTS, account, waterfall
+from treepo_mega.monitor.report.numbers import percentile, short
+from treepo_mega.monitor.report.read import load_run
+from treepo_mega.monitor.report.slurm import charged
+from treepo_mega.monitor.report.stragglers import find_stragglers
+from treepo_mega.monitor.report.summary import summarise
+from treepo_mega.monitor.scaling_fit import value_at
 from treepo_mega.tree.node import Node, Tree
+
+RECORDED = Path(__file__).parent / "demo_run"
+"""The first 20 steps of a demo run on two ranks, with evaluations at 0, 10 and 20 and a checkpoint at 20."""
+ATTACK = "</script><script>window.owned=1</script><img src=x onerror='window.owned=2'>"
+NOW = 2e9
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(comparison, "DRAWS", 30)
+
+
+@pytest.fixture
+def short_plotly(few_draws, monkeypatch):
+    """A page without the 5 MB that are plotly's own, and intervals of few draws."""
+    monkeypatch.setattr(page, "plotly_script", lambda: "/* plotly */")
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of 10 steps: rollout takes 3 s and update 1 s of the 5 s step; steps 5 to 9 have twice the tokens."""
-    path = tmp_path / "demo"
-    with MetricsLogger(path, tensorboard=False) as logger:
-        for step in range(10):
-            logger.log(
-                step,
-                {
-                    "timing_s/rollout": 3.0,
-                    "timing_s/update": 1.0 if step else 2.0,
-                    "timing_s/step": 5.0,
-                    "rollout/reward_mean": step / 10,
-                    "tree/unique_tokens": 100 if step < 5 else 400,
-                    "tree/flat_tokens": 400 if step < 5 else 800,
-                    "tree/token_ratio": 0.25 if step < 5 else 0.5,
-                    "reshard/gb_per_s": 2.0,
-                    "reward/lost": step % 2,
-                    "train/kl_loss": float("nan"),
-                },
-            )
-    (path / "config.yaml").write_text(yaml.safe_dump({"model": {"hf_checkpoint": "somewhere"}}))
-    (path / "summary.json").write_text(json.dumps({"accuracy_after": 0.75}))
+    """A run of 10 steps: rollout 3 s and update 1 s of 5 s, then 4 s and 2 s of 7 s; two GPUs."""
+    rows = []
+    for step in range(10):
+        late = step >= 5
+        rows.append(
+            {
+                "step": step,
+                "time": 1000.0 + 5 * step + (2 * (step - 4) if late else 0),
+                "timing_s/rollout": 4.0 if late else 3.0,
+                "timing_s/update": 2.0 if late else 1.0,
+                "timing_s/step": 7.0 if late else 5.0,
+                "perf/step_s": 7.0 if late else 5.0,
+                "perf/packed_tokens": 700.0,
+                "perf/unique_tokens_per_s_per_gpu": 50.0 if late else 70.0,
+                "perf/packed_token_ratio": 0.5,
+                "rollout/reward_mean": step / 10,
+                "rollout/engine_idle_share": 0.25,
+                "rollout/prompts_trained": 12.0,
+                "rollout/prompts_dropped_zero_std": 4.0,
+                "tree/unique_tokens": 400 if late else 100,
+                "tree/flat_tokens": 800 if late else 400,
+                "tree/leaves": 100,
+                "gpu/energy_kj": 360.0,
+                "reward/lost": step % 2,
+            }
+        )
+    return write_run(tmp_path / "run", rows, train={"num_rollouts": 9})
+
+
+def write_run(path, rows, **config):
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path
 
 
+def seen(path, **options):
+    return summarise(load_run(path), now=NOW, **options)
+
+
+def test_phases_of_a_recorded_run_are_its_wall_time_and_tokens_its_counters():
+    rows = [json.loads(line) for line in (RECORDED / "metrics.jsonl").read_text().splitlines()]
+    figures = seen(RECORDED).figures
+    clock = rows[-1]["time"] - rows[0]["time"]
+    named = sum(p["total"] for p in figures["phases"] if p["name"] not in (BETWEEN, RESTARTS))
+    assert named == pytest.approx(clock, rel=0.02), "the phases' own clocks against the lines' time stamps"
+    assert figures["wall_s"] == pytest.approx(clock, abs=0.05)
+    assert sum(p["total"] for p in figures["phases"]) == pytest.approx(figures["wall_s"])
+    assert sum(p["share"] for p in figures["phases"]) == pytest.approx(1)
+    for name, metric in (("generated", "rollout/generated_tokens"), ("unique", "tree/unique_tokens")):
+        assert figures["tokens"][name] == sum(row.get(metric, 0) for row in rows) > 0
+    assert figures["tokens"]["flat"] == sum(row.get("tree/flat_tokens", 0) for row in rows)
+    # Rates by phase, times seconds and ranks, are the tokens again.
+    step_s = sum(row.get("timing_s/step", 0) for row in rows)
+    rate = figures["throughput"]["step"]["unique_tokens_per_s_per_gpu"]
+    assert rate * step_s * 2 == pytest.approx(sum(row.get("perf/packed_tokens", 0) for row in rows), rel=1e-5)
+    assert (figures["gpus"], figures["unit"]) == (2, "core-hours")
+    assert figures["hours"] == pytest.approx(2 * figures["wall_s"] / 3600)
+    assert figures["status"] == "stopped at step 20 of 40"
+
+
 def test_figures(run):
-    figures = summarise(load_run(run))
+    found = seen(run, price=3.0)
+    figures = found.figures
     assert (figures["steps"], figures["first_step"], figures["last_step"]) == (10, 0, 9)
-    assert figures["tokens"] == {"generated": None, "cached": None, "recomputed": None, "unique": 2500, "flat": 6000}
+    assert figures["status"] == "finished" and figures["notes"] == []
+    assert (figures["tokens"]["unique"], figures["tokens"]["flat"], figures["tokens"]["cached"]) == (2500, 6000, None)
     assert figures["token_ratio"] == pytest.approx(2500 / 6000)
     assert figures["trends"]["rollout/reward_mean"] == {"first": 0.0, "last": 0.9, "best": 0.9, "count": 10}
-    assert figures["medians"] == {"reshard/gb_per_s": 2.0}
-    assert figures["totals"] == {"reward/lost": 5, "train/nonfinite_metrics": 10}
-    assert figures["summary"] == {"accuracy_after": 0.75}
+    assert figures["totals"] == {"reward/lost": 5, "restarts": 0}
+    assert (figures["wall_s"], figures["gpus"], figures["unit"]) == (60, 2, "GPU-hours")
+    # Of the whole run: 7,000 tokens in 60 s on two GPUs, not the mean of 70 and 50.
+    assert figures["throughput"]["step"]["unique_tokens_per_s_per_gpu"] == pytest.approx(7000 / 120)
+    assert [p["name"] for p in figures["phases"]] == ["rollout", "update", OTHER]
+    assert [p["hours"] for p in figures["phases"]] == pytest.approx([35 / 1800, 15 / 1800, 10 / 1800])
+    cost = figures["cost"]
+    assert cost["energy_kwh"] == pytest.approx(1) and cost["energy_kwh_per_1000"] == pytest.approx(1)
+    assert cost["cost"] == pytest.approx(0.1) and cost["reward_gain_per_hour"] == pytest.approx(0.9 * 30)
 
 
-def test_what_the_model_wrote_stands_in_the_report_as_text(run, tmp_path):
-    hostile = "<script>alert(1)</script>"
-    tokenizer = Tokenizer(models.WordLevel(vocab={"Q:": 0, "fine": 1, hostile: 2, "?": 3}, unk_token="?"))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"hf_checkpoint": str(tmp_path)}}))
-    alike = Tree("train:1", [Node(0, -1, (), [0]), Node(1, 0, (0,), [3])], [1], [0.5])
-    differs = Tree("train:2", [Node(0, -1, (), [0]), *(Node(n, 0, (n - 1,), [n]) for n in (1, 2, 3))], [1, 2, 3])
-    differs.rewards, differs.advantages = [1.0, 0.0, 0.5], [0.5, -0.75, 0.25]
-    (run / "trees").mkdir()
-    (run / "trees" / "step_000001.jsonl").write_text("".join(json.dumps(t.to_dict()) + "\n" for t in (alike, differs)))
-    (run / "trees" / "step_000002.jsonl").write_text('{"prompt_id"')
-    page = write_report([run], tmp_path)[0].read_text()
-    assert hostile not in page and "&lt;script&gt;alert(1)" in page
-    rows = re.findall(r"<td>(1)</td><td>([^<]*)</td><td>([^<]*)</td><td><div class=.words.>", page)
-    assert rows == [("1", "1", "+0.500"), ("1", "0", "-0.750")], "the best, then the worst, of the tree that differs"
-    assert "step_000002.jsonl: cannot be read" in page
+def test_a_waterfall_adds_up(run):
+    found = account(load_run(run))
+    bars = {bar.name: bar.hours * 1800 for bar in waterfall(load_run(run), found)}
+    assert bars["engines idle"] == pytest.approx(35 / 4)
+    assert bars["refills"] == pytest.approx(35 * 0.75 / 4)
+    useful = 35 * 0.75 * 0.75 + 15
+    assert bars["useful work"] == pytest.approx(useful) and bars[OTHER] == pytest.approx(10)
+    assert bars["trees: training"] == pytest.approx(-15)
+    assert bars["trees: sampling"] == pytest.approx(-(15 * 3 + 20) * 0.75 * 0.75)
+    flat = bars["flat, without losses"]
+    assert flat + bars["trees: sampling"] + bars["trees: training"] == pytest.approx(useful)
+    totals = ("flat, without losses", "useful work", "measured")
+    losses = sum(hours for name, hours in bars.items() if name not in totals and not name.startswith("trees"))
+    assert useful + losses == pytest.approx(bars["measured"]) and bars["measured"] == pytest.approx(60)
 
 
-def test_phases_are_shares_of_the_step_and_add_up(run):
-    found = phases(load_run(run))
-    assert [p["name"] for p in found] == ["rollout", "update", "other"]
-    assert [p["total"] for p in found] == pytest.approx([30, 11, 9])
-    assert sum(p["share"] for p in found) == pytest.approx(1)
-    assert (found[1]["p50"], found[1]["p95"]) == (1.0, 2.0)
+def test_a_resumed_run_counts_what_it_did_twice(tmp_path):
+    rows = [{"step": n, "time": 100.0 * n, "timing_s/step": 100.0, "timing_s/rollout": 100.0} for n in (1, 2, 3)]
+    rows += [{"step": n, "time": 1000 + 100.0 * n, "timing_s/step": 100.0, "tree/leaves": 5} for n in (3, 4)]
+    path = write_run(tmp_path / "run", rows)
+    found = seen(path, gpus=4)
+    assert found.figures["steps"] == 4 and found.figures["totals"]["restarts"] == 1
+    # 300 s to the first step 3, whose 100 s were lost; then 900 s of queue and start-up.
+    assert {p["name"]: p["total"] for p in found.figures["phases"]} == {
+        RESTARTS: 900, "rollout": 200, OTHER: 200, AGAIN: 100
+    }  # fmt: skip
+    assert found.figures["hours"] == pytest.approx(1400 * 4 / 3600)
+    assert "1 lines are of steps that were done again" in found.figures["notes"][0]
 
 
 def test_evaluation_and_checkpoints_lie_outside_the_step(run):
     with (run / "metrics.jsonl").open("a") as f:
-        f.write(json.dumps({"step": 10, "timing_s/eval": 30.0, "timing_s/checkpoint": 20.0}) + "\n")
-    share = {p["name"]: p["share"] for p in phases(load_run(run))}
-    # 10 steps of 5 s, and 50 s beside them.
-    assert share == pytest.approx({"rollout": 0.3, "eval": 0.3, "checkpoint": 0.2, "update": 0.11, "other": 0.09})
+        f.write(json.dumps({"step": 10, "timing_s/eval": 30.0, "timing_s/checkpoint": 10.0}) + "\n")
+    total = {p["name"]: p["total"] for p in seen(run).figures["phases"]}
+    assert total == pytest.approx({"rollout": 35, "update": 15, OTHER: 10, "eval": 30, "checkpoint": 10})
+
+
+def test_broken_files_are_said_and_the_rest_is_made(run, tmp_path, short_plotly, capsys):
+    good = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text('{"step": 0, "a": "text"}\n{nonsense\n' + good + '{"step": 10, "ti')
+    (run / "config.yaml").write_text("a: [1")
+    (run / "summary.json").write_text("[1]")
+    (run / "metrics.1.jsonl").write_text("")
+    empty = write_run(tmp_path / "empty", [])
+    written = write_report([run, empty], tmp_path / "out")
+    notes = "\n".join(json.loads(written[1].read_text())["runs"][0]["notes"])
+    for message in (
+        r"metrics\.jsonl:1: left out, 'a' is 'text'; expected a number",
+        r"metrics\.jsonl:2: left out, not valid JSON",
+        r"metrics\.jsonl:13: left out, the last line is torn",
+        r"config\.yaml: cannot be read",
+        r"summary\.json: expected a mapping",
+        r"older runs, which are not counted: metrics\.1\.jsonl",
+    ):
+        assert re.search(message, notes), message
+    html = written[0].read_text()
+    assert "no step was logged yet" in html and "the last line is torn" in html
+    figures = json.loads(written[1].read_text())["runs"]
+    assert [one["steps"] for one in figures] == [10, 0] and figures[1]["status"] == "empty"
+    assert "10 steps" not in capsys.readouterr().err
+
+
+def test_numbers_that_no_float_holds_are_left_out(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "metrics.jsonl").write_text(
+        '{"step": 1, "time": NaN, "timing_s/step": 1e999, "grad-norm": null}\n{"step": 2, "grad-norm": 1'
+        + "0" * 400
+        + "}\n"
+    )
+    (path / "summary.json").write_text('{"x": NaN}')
+    figures = seen(path).figures
+    assert json.dumps(figures, allow_nan=False) and figures["wall_s"] == 0
+    assert "3 values were not finite" in "".join(figures["notes"])
+
+
+def test_what_is_no_run_is_named(run, tmp_path, capsys):
+    for path, message in (
+        (tmp_path / "rnu", "did you mean"),
+        (run / "nothing", "no such run"),
+        (tmp_path / "x", "holds no"),
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(ReportError, match=message):
+            write_report([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert main(["report", str(tmp_path / "x")]) == 2
+    assert main(["report", str(run), "--baseline", str(run)]) == 2
+    assert "is among the runs" in capsys.readouterr().err
+    assert main(["report", str(run), "--slurm-job", "12;rm"]) == 2
+    assert "expected a job id" in capsys.readouterr().err
+
+
+def test_a_directory_of_runs_stands_for_all_of_them(run, tmp_path, short_plotly, capsys):
+    for task in ("2", "1"):
+        shutil.copytree(run, tmp_path / "array" / task)
+    assert main(["report", str(tmp_path / "array"), "--price", "2"]) == 0
+    data = json.loads((tmp_path / "array" / "report.json").read_text())
+    assert [Path(one["run"]).name for one in data["runs"]] == ["1", "2"]
+    assert len(data["comparison"]["arms"]) == 1, "equal configurations are one arm"
+    assert "report.md" in capsys.readouterr().out
+
+
+def learner(path, seed, midpoint, *, checkpoint="m", steps=30):
+    noise = np.random.default_rng(seed).normal(0, 0.01, steps)
+    accuracy = value_at(np.arange(1, steps + 1) / 3600, 0.2, 0.8, 1.5, midpoint / 3600) + noise
+    rows = [
+        {
+            "step": n,
+            "time": float(n),
+            "timing_s/step": 1.0,
+            "eval/accuracy": float(accuracy[n - 1]),
+            "rollout/forwarded_tokens": 1000,
+            "rollout/generated_tokens": 800,
+        }
+        for n in range(1, steps + 1)
+    ]
+    return write_run(
+        path, rows, model={"hf_checkpoint": str(checkpoint)}, train={"seed": seed}, logging={"run_dir": str(path)}
+    )
+
+
+def tokenizer(folder, words):
+    folder.mkdir()
+    Tokenizer(models.WordLevel(vocab={word: n for n, word in enumerate(words)}, unk_token=words[0])).save(
+        str(folder / "tokenizer.json")
+    )
+    return folder
+
+
+def test_against_a_baseline_the_saving_is_that_of_equal_accuracy(tmp_path, short_plotly):
+    ours = [learner(tmp_path / "ours" / str(seed), seed, 4.0) for seed in (1, 2)]
+    learner(tmp_path / "base", 9, 8.0)
+    written = write_report([tmp_path / "ours"], tmp_path / "out", Asked(baselines=(tmp_path / "base",), gpus=1))
+    data = json.loads(written[1].read_text())["comparison"]
+    assert [(arm["baseline"], len(arm["runs"])) for arm in data["arms"]] == [(False, len(ours)), (True, 1)]
+    hours = next(one for one in data["savings"] if one["axis"] == "hours")
+    assert hours["problem"] is None and hours["ratio"] == pytest.approx(0.5, abs=0.08)
+    assert hours["ci95"][0] < 0.5 < hours["ci95"][1] + 0.05
+    fit = data["arms"][0]["fits"]["hours"]
+    assert fit["asymptote"] == pytest.approx(0.8, abs=0.05) and len(fit["ci95"]["asymptote"]) == 2
+    for text in (written[0].read_text(), written[2].read_text()):
+        assert re.search(r"\d\d% saved \(95 % interval", text)
+
+
+def test_a_fit_that_is_not_identified_shows_no_figure(tmp_path, short_plotly):
+    learner(tmp_path / "ours", 1, 4.0, steps=4)
+    learner(tmp_path / "base", 2, 8.0)
+    written = write_report([tmp_path / "ours"], tmp_path / "out", Asked(baselines=(tmp_path / "base",)))
+    data = json.loads(written[1].read_text())["comparison"]
+    assert all(set(one) == {"arm", "axis", "problem"} and "4 points" in one["problem"] for one in data["savings"])
+    assert set(data["arms"][0]["fits"]["hours"]) == {"problem", "points"}
+    html = written[0].read_text()
+    assert "not identifiable: 4 points" in html and "saved (" not in html
+
+
+def test_tokens_of_different_tokenizers_are_not_compared(tmp_path, few_draws):
+    paths = [
+        learner(tmp_path / name, 1, 4.0, checkpoint=tokenizer(tmp_path / f"m{name}", words))
+        for name, words in (("a", ["x", "y"]), ("b", ["x", "z"]), ("c", ["x", "y"]))
+    ]
+    one, other, same = [seen(path) for path in paths]
+    different = compare([one], [other])
+    assert "different tokenizers" in different.notes[0] and not different.same_tokens
+    assert {axis for _, axis in different.savings} == {"hours"} == set(to_dict(different)["arms"][0]["fits"])
+    alike = compare([one], [same])
+    assert alike.same_tokens and alike.notes == []
+    lost = replace(same, run=replace(same.run, config={}))
+    assert "was not found" in compare([one], [lost]).notes[0]
+
+
+def test_the_rank_that_the_others_wait_for_is_named(run):
+    assert "logging.trace_steps" in find_stragglers(run).notes[0]
+    (run / "trace").mkdir()
+    for rank, waits in enumerate(([1.0, 1.0], [0.0, 0.0], [2.0, 0.5])):
+        events = [{"name": "waiting for other engines", "ph": "X", "dur": wait * 1e6, "ts": 0} for wait in waits]
+        events += [{"name": "sampling", "ph": "X", "dur": (5 - wait) * 1e6, "ts": 0} for wait in waits]
+        (run / "trace" / f"rank_{rank}.json").write_text(json.dumps({"traceEvents": events}))
+    (run / "trace" / "rank_3.json").write_text("{")
+    found = find_stragglers(run)
+    assert [(one.rank, one.last) for one in found.ranks] == [(1, 2), (0, 0), (2, 0)]
+    assert found.phases["sampling"] == (8.0, 10.0, 10.0) and found.rounds == 2
+    assert "rank_3.json: cannot be read" in found.notes[0]
+    assert "came last" in page_of(run)
+
+
+def page_of(*paths):
+    from treepo_mega.monitor.report.sections import render
+
+    everyone = [seen(path) for path in paths]
+    return render(everyone, [], compare(everyone, []), charged([]), now=NOW)
+
+
+def test_what_slurm_charged_is_shown_and_its_absence_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert charged([]).problems == [] and "no sacct" in charged([]).notes[0]
+    assert "there is no sacct on this machine" in charged(["12"]).problems[0]
+    stub = tmp_path / "sacct"
+    lines = "12_1|tr<b>|TIMEOUT|3600|2|billing=1,gres/gpu=16,node=2|7200000\\n12_2|t|PENDING|0|0||\\nshort|line"
+    stub.write_text(f"#!{shutil.which('sh', path=os.defpath)}\nprintf '{lines}'\n")
+    stub.chmod(0o755)
+    found = charged(["12"])
+    assert [(job.gpu_hours, job.energy_kj) for job in found.jobs] == [(16.0, 7200.0), (None, None)]
+    assert "left out: expected 7 fields" in found.problems[0]
+    stub.write_text(f"#!{shutil.which('sh', path=os.defpath)}\necho no accounting >&2; exit 1\n")
+    assert "sacct failed with status 1: no accounting" in charged(["12"]).problems[0]
+
+
+def test_a_live_report_ends_with_the_run(run, tmp_path, short_plotly):
+    (run / "config.yaml").write_text(yaml.safe_dump({"train": {"num_rollouts": 10}}))
+    waited = []
+
+    def one_more_step(seconds):
+        assert 'data-refresh="5"' in (tmp_path / "report.html").read_text()
+        waited.append(seconds)
+        with (run / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps({"step": 10, "time": 1070.0, "timing_s/step": 5.0}) + "\n")
+
+    write_live([run], tmp_path, Asked(), period_s=5.0, wait=one_more_step)
+    assert waited == [5.0] and "data-refresh" not in (tmp_path / "report.html").read_text()
+    assert main(["report", str(run), "--live", "--every", "0"]) == 2
+
+
+class Markup(HTMLParser):
+    """Collects what could load or run something, and checks that every tag is closed."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def hostile(run, tmp_path):
+    """The run with an attack in every place that a text can come from."""
+    evil = run.parent / "<img src=x onerror=window.owned=3>[b]"
+    run.rename(evil)
+    vocabulary = {"Q:": 0, "fine": 1, ATTACK: 2, "?": 3}
+    Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
+    config = {"model": {"hf_checkpoint": str(tmp_path)}, ATTACK: ATTACK}
+    (evil / "config.yaml").write_text(yaml.safe_dump(config))
+    (evil / "summary.json").write_text(json.dumps({"note": ATTACK}))
+    with (evil / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"step": 10, f"timing_s/{ATTACK}": 1.0, f"host/{ATTACK}_gib": 1.0}) + "\n")
+        f.write(json.dumps({"step": 11, ATTACK: ATTACK}) + "\n")
+    tree = Tree("train:2", [Node(0, -1, (), [0]), *(Node(n, 0, (n - 1,), [n]) for n in (1, 2, 3))], [1, 2, 3])
+    tree.rewards, tree.advantages = [1.0, 0.0, 0.5], [0.5, -0.75, 0.25]
+    (evil / "trees").mkdir()
+    (evil / "trees" / "step_000001.jsonl").write_text(json.dumps(tree.to_dict()) + "\n")
+    (evil / "trees" / "step_000002.jsonl").write_text('{"prompt_id"')
+    (evil / "trace").mkdir()
+    events = [{"name": ATTACK, "ph": "X", "dur": 1.0}, {"name": "sampling", "ph": "X", "dur": 1.0}]
+    (evil / "trace" / "rank_0.json").write_text(json.dumps({"traceEvents": events}))
+    return evil
+
+
+def test_hostile_text_stays_text(run, tmp_path, short_plotly):
+    html, data, text = write_report([hostile(run, tmp_path)], tmp_path / "out")
+    found = html.read_text()
+    markup = Markup(found)
+    assert ATTACK not in found and "&lt;script&gt;window.owned=1" in found
+    assert not set(markup.tags) & {"img", "link", "iframe", "object", "a"}
+    assert not {one for one in markup.attributes if one.startswith("on") or one in ("src", "href")}
+    assert "http" not in re.sub(r"http-equiv", "", found) and "width=device-width" in found
+    # Two scripts are the page's own, whose hashes its policy names; all others are data.
+    assert len(re.findall("<script>", found)) == len(re.findall("'sha256-", found)) == 2
+    assert json.loads(data.read_text())["runs"][0]["steps"] == 11
+    assert "<script" not in text.read_text() and "<img" not in text.read_text()
+
+
+def test_what_the_model_wrote_stands_in_the_report(run, tmp_path, short_plotly):
+    html = write_report([hostile(run, tmp_path)], tmp_path / "out")[0].read_text()
+    rows = re.findall(r"<td>(1)</td><td>([^<]*)</td><td>([^<]*)</td><td><div class=.words.>", html)
+    assert rows == [("1", "1", "+0.500"), ("1", "0", "-0.750")], "the best, then the worst"
+    assert "step_000002.jsonl: cannot be read" in html
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    command = find_browser()
+    if command is None:
+        pytest.skip(f"no browser: install one of {', '.join(NAMES)} to try the report in it")
+    with Browser(command, tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+def test_the_page_in_a_browser(browser, run, tmp_path):
+    """Charts are drawn under the page's own policy, nothing hostile runs, and a phone scrolls one way alone."""
+    html, *_ = write_report([hostile(run, tmp_path), RECORDED], tmp_path / "out")
+    browser.size(1200, 900)
+    browser.open(html)
+    browser.evaluate("drawAll().then(() => true)")
+    charts = browser.evaluate("document.querySelectorAll('.chart').length")
+    drawn = "[...document.querySelectorAll('.chart')].filter(one => one.querySelector('.main-svg')).length"
+    assert browser.evaluate(drawn) == charts >= 20
+    names = "[...document.querySelectorAll('.legendtext')].map(one => one.textContent).join()"
+    assert "<img src=x onerror" in browser.evaluate(names), "shown as text"
+    light = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    browser.size(390, 800, dark=True)
+    browser.wait("document.documentElement.scrollWidth <= 390")
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    assert browser.evaluate("document.images.length") == 0 and browser.evaluate("window.owned") is None
+    assert browser.problems == []
+
+
+def test_a_long_series_is_averaged_and_keeps_its_mean():
+    values = np.random.default_rng(0).normal(size=5 * MOST_POINTS)
+    line = lines([("a<b", range(len(values)), values)], "step")["data"][0]
+    assert len(line["x"]) == len(line["y"]) == MOST_POINTS and line["name"] == "a&lt;b"
+    assert np.mean(line["y"]) == pytest.approx(values.mean(), abs=1e-5)
+
+
+def test_a_logger_of_this_version_writes_what_the_report_reads(tmp_path):
+    with MetricsLogger(tmp_path, tensorboard=False) as logger:
+        logger.log(1, {"grad-norm": float("nan"), "timing_s/step": 2.0})
+        logger.log(1, {"timing_s/eval": 1.0})
+    figures = seen(tmp_path).figures
+    assert figures["wall_s"] == 3 and figures["totals"]["train/nonfinite_metrics"] == 1
 
 
 def test_percentile_is_nearest_rank():
@@ -94,123 +467,6 @@ def test_percentile_is_nearest_rank():
         percentile([], 0.5)
 
 
-class Page(HTMLParser):
-    """Collects what could load or run something, and checks that every tag is closed."""
-
-    VOID = ("meta", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_page_is_self_contained_and_well_formed(run, capsys):
-    html, data = write_report([run], run)
-    page = Page(html.read_text())
-    assert page.open == []
-    assert not page.tags & {"script", "link", "img", "iframe", "object", "a"}
-    assert not {a for a in page.attributes if a.startswith("on") or a in ("src", "href")}
-    assert "http://" not in html.read_text()
-    assert "https://" not in html.read_text()
-    assert json.loads(data.read_text())["runs"][0]["token_ratio"] == pytest.approx(2500 / 6000)
-    assert "0.000 → 0.900" in capsys.readouterr().out
-
-
-def test_hostile_text_stays_text(run):
-    evil = run.parent / "<img src=x onerror=alert(1)> [bold]"
-    run.rename(evil)
-    attack = "</pre><script>alert(1)</script>"
-    (evil / "config.yaml").write_text(yaml.safe_dump({attack: attack}))
-    (evil / "summary.json").write_text(json.dumps({"note": attack}))
-    with (evil / "metrics.jsonl").open("a") as f:
-        f.write(json.dumps({"step": 10, f"timing_s/{attack}": 1.0}) + "\n")
-    html, _ = write_report([evil], evil)
-    page = Page(html.read_text())
-    assert page.open == []
-    assert not page.tags & {"script", "img"}
-    assert "&lt;script&gt;" in html.read_text()
-
-
-def test_several_runs_share_a_page(run, tmp_path):
-    other = tmp_path / "other"
-    with MetricsLogger(other, tensorboard=False) as logger:
-        logger.log(3, {"grad-norm": 1.0, "rollout/reward_mean": 1.0})
-    html, data = write_report([run, other], tmp_path / "both")
-    assert html == tmp_path / "both" / "report.html"
-    assert [r["steps"] for r in json.loads(data.read_text())["runs"]] == [10, 1]
-    # The second run keeps its colour in a chart that the first has no part in.
-    assert 'class="dot c1"' in html.read_text().split("grad-norm")[1]
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("metrics.jsonl", '{"step": 0}\n{nonsense\n{"step": 1}\n', r"metrics\.jsonl:2: not valid JSON"),
-        ("metrics.jsonl", "", "no step was logged yet"),
-        ("config.yaml", "a: [1", r"config\.yaml: cannot be read"),
-        ("config.yaml", "- 1", r"config\.yaml: expected a mapping"),
-        ("summary.json", "{", r"summary\.json: cannot be read"),
-    ],
-)
-def test_a_malformed_file_is_named_and_nothing_is_written(run, capsys, file, text, message):
-    (run / file).write_text(text)
-    with pytest.raises(ReportError, match=message):
-        write_report([run], run)
-    assert not (run / "report.html").exists()
-    assert main(["report", str(run)]) == 2
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ReportError, match=r"holds no metrics\.jsonl"):
-        load_run(tmp_path)
-
-
-def test_command_writes_where_it_is_told(run, tmp_path, capsys):
-    assert main(["report", str(run), "--output", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "report.html").exists()
-    assert "report.json" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("bounds", [(0, 1), (0.31, 0.37), (-5, 5000), (2, 2), (0, 0), (1e-9, 3e-9), (-3, -3)])
-def test_ticks_span_the_values_and_are_few(bounds):
-    marks = ticks(*bounds)
-    assert marks[0] <= bounds[0] + 1e-12
-    assert marks[-1] >= bounds[1] - 1e-12
-    assert 2 <= len(marks) <= 8
-
-
 def test_short_numbers():
-    assert [short(x) for x in (0, 0.5, 1234, 12345, 1234567, 2.5e9, 0.00012, -20000)] == [
-        "0",
-        "0.5",
-        "1234",
-        "12.3k",
-        "1.23M",
-        "2.5G",
-        "1.2e-04",
-        "-20k",
-    ]
-
-
-def test_a_long_series_is_thinned_but_keeps_its_ends():
-    n = 5 * MAX_POINTS
-    svg = line_chart([("a", range(n), [float(i % 7) for i in range(n)])])
-    assert svg.count("<circle") <= MAX_POINTS
-    assert "step 0," in svg
-    assert f"step {n - 1}," in svg
+    found = [short(x) for x in (0, 0.5, 1234, 12345, 1234567, 2.5e9, 0.00012, -20000)]
+    assert found == ["0", "0.5", "1234", "12.3k", "1.23M", "2.5G", "1.2e-04", "-20k"]

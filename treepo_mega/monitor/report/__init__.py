@@ -1,45 +1,106 @@
-"""`treepo-mega report RUN...`: what a run did with its time and tokens, as one HTML file and one JSON.
+"""`treepo-mega report RUN...`: where a run's GPU-hours went and what it learned, as HTML, JSON and Markdown.
 
-    write_report([Path("runs/demo")], Path("runs/demo"))   ->  report.html, report.json
+    write_report([Path("runs/demo")], Path("runs/demo"))   ->  report.html, report.json, report.md
 
-Reads what a run leaves behind (`metrics.jsonl`, `config.yaml`, `summary.json`), also while it is still
-running. `summary.py` turns rows into figures, `svg.py` draws, `page.py` lays out. The page holds no script
-and loads nothing: it can be mailed, and opened on a machine without a network. Everything that came from a
-run is escaped. Several runs are drawn over one another, for comparison.
+Reads what a run leaves behind (`metrics.jsonl`, `config.yaml`, `summary.json`, `trees/`, `trace/`), also while it is
+still running, and needs no torch. `read.py` reads, `hours.py` accounts for the time, `summary.py` makes the figures,
+`comparison.py` sets them beside a baseline, `sections.py` and `page.py` lay them out. The page can be mailed, and opens
+on a machine without a network. What is missing or broken is said on the page, and the rest is made.
 
-report.json: `{"runs": [figures of a run, ...]}`; the keys are those of `summary.summarise`.
+report.json: `{"runs": [...], "baselines": [...], "comparison": {...}, "slurm": {...}}`; the keys of a run are those of
+`summary.summarise`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from treepo_mega.monitor.report.page import render_page
-from treepo_mega.monitor.report.summary import ReportError, load_run, summarise
+from treepo_mega.monitor.report import markdown
+from treepo_mega.monitor.report.comparison import compare, to_dict
+from treepo_mega.monitor.report.read import ReportError, find_runs, load_run
+from treepo_mega.monitor.report.sections import render
+from treepo_mega.monitor.report.slurm import charged
+from treepo_mega.monitor.report.summary import summarise
 from treepo_mega.monitor.report.table import print_table
+from treepo_mega.runtime.files import atomic_file
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["Asked", "ReportError", "write_live", "write_report"]
 
 
-def write_report(run_dirs: Sequence[Path], output: Path) -> list[Path]:
-    """Write report.html and report.json for `run_dirs` into `output`, print a short table; returns both paths.
+@dataclass(frozen=True)
+class Asked:
+    """The command's options. `price` is of a GPU-hour; `gpus` overrides what the metrics say."""
 
-    Raises ReportError naming the file (and line) when a run cannot be read; nothing is written then.
+    baselines: tuple[Path, ...] = ()
+    jobs: tuple[str, ...] = ()
+    gpus: float | None = None
+    price: float | None = None
+
+
+def write_report(
+    run_dirs: Sequence[Path], output: Path, asked: Asked | None = None, *, refresh_s: float | None = None
+) -> list[Path]:
+    """Write report.html, .json and .md for `run_dirs` into `output`, print a short table; returns the paths.
+
+    Raises ReportError naming a directory that is no run; what is broken inside a run is noted in the report.
     """
-    runs = [load_run(path) for path in run_dirs]
-    figures = [summarise(run) for run in runs]
-    # Both texts exist before the first write: a run that cannot be drawn leaves the old report whole.
+    paths, _ = _write(run_dirs, output, asked or Asked(), refresh_s)
+    return paths
+
+
+def write_live(
+    run_dirs: Sequence[Path],
+    output: Path,
+    asked: Asked,
+    *,
+    period_s: float,
+    wait: Callable[[float], None] = time.sleep,
+) -> list[Path]:
+    """Write the report again every `period_s` until all runs have finished; the page reloads itself meanwhile."""
+    while True:
+        _, finished = _write(run_dirs, output, asked, period_s)
+        if finished:
+            # Once more, without the reload: the page stays as it is from here on.
+            return _write(run_dirs, output, asked, None)[0]
+        wait(period_s)
+
+
+def _write(run_dirs: Sequence[Path], output: Path, asked: Asked, refresh_s: float | None) -> tuple[list[Path], bool]:
+    """The paths, and whether every run has finished. A page that is written again and again prints nothing."""
+    now = time.time()
+    found = find_runs(run_dirs)
+    bases = [path for path in find_runs(asked.baselines) if path not in found]
+    if asked.baselines and not bases:
+        raise ReportError(f"--baseline {asked.baselines[0]}: is among the runs; expected another run")
+    sides = [
+        [summarise(load_run(path), now=now, gpus=asked.gpus, price=asked.price) for path in side]
+        for side in (found, bases)
+    ]
+    runs, baselines = sides
+    comparison = compare(runs, baselines)
+    slurm = charged(asked.jobs)
+    data = {
+        "runs": [seen.figures for seen in runs],
+        "baselines": [seen.figures for seen in baselines],
+        "comparison": to_dict(comparison),
+        "slurm": slurm.to_dict(),
+    }
+    # All texts exist before the first write: a run that cannot be drawn leaves the old report whole.
     texts = {
-        "report.html": render_page(runs, figures),
-        "report.json": json.dumps({"runs": figures}, indent=2, allow_nan=False) + "\n",
+        "report.html": render(runs, baselines, comparison, slurm, now=now, refresh_s=refresh_s),
+        "report.json": json.dumps(data, indent=2, allow_nan=False, default=str) + "\n",
+        "report.md": markdown.render(runs, baselines, comparison, slurm),
     }
     try:
-        output.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (output / name).write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ReportError(f"{output}: cannot write the report: {e}") from None
-    print_table(figures)
-    return [output / name for name in texts]
+            with atomic_file(output / name) as file:
+                file.write(text)
+    except OSError as error:
+        raise ReportError(f"{output}: cannot write the report: {error}") from None
+    if refresh_s is None:
+        print_table([seen.figures for seen in (*runs, *baselines)])
+    return [output / name for name in texts], all(seen.figures["status"] == "finished" for seen in runs)

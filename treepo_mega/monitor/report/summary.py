@@ -1,24 +1,20 @@
-"""From a run's files to the figures of its report.
+"""The figures of a run's report, JSON-safe: what it spent, how fast each phase was, what it learned.
 
-Shares are of `timing_s/step` plus the phases that lie outside it (evaluation, checkpoints), or of the sum of
-all phases where a run has no `timing_s/step`; what no phase of the step accounts for is shown as `other`. The
-token ratio is that of the whole run (sum of unique tokens / sum of flat tokens), not a mean of ratios, which
-would give a step of few tokens the weight of one of many.
+Rates are those of the whole run: tokens (or FLOPs) of a phase by its GPU-seconds, not a mean of rates, which would
+give a short step the weight of a long one. The token ratio is the sum of unique by the sum of flat tokens.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
+import numpy as np
 
-from treepo_mega.errors import TreepoError
-from treepo_mega.monitor.metrics import METRICS_FILE, MetricsError, read_metrics
-from treepo_mega.monitor.report.samples import Samples, load_samples
+from treepo_mega.monitor.report.hours import AGAIN, TRAINING, Spent, account, waterfall
+from treepo_mega.monitor.report.numbers import Array, number, percentile
+from treepo_mega.monitor.report.read import Run
+from treepo_mega.monitor.report.stragglers import Stragglers, find_stragglers
 from treepo_mega.monitor.timers import WALL
 
 Row = dict[str, Any]
@@ -26,8 +22,11 @@ TOKENS = {
     "generated": "rollout/generated_tokens",
     "cached": "rollout/cached_tokens",
     "recomputed": "rollout/recomputed_tokens",
+    "forwarded": "rollout/forwarded_tokens",
+    "dropped": "rollout/dropped_tokens",
     "unique": "tree/unique_tokens",
     "flat": "tree/flat_tokens",
+    "packed": "perf/packed_tokens",
 }
 TRENDS = (
     "rollout/reward_policy",
@@ -38,128 +37,163 @@ TRENDS = (
     "eval/accuracy",
     "eval/greedy_accuracy",
 )
-MEDIANS = ("perf/tokens_per_s", "perf/step_s", "reshard/gb_per_s", "reshard/seconds", "reshard/bytes")
-TOTALS = ("reward/lost", "train/skipped_steps", "train/nonfinite_metrics", "tree/shortfall", "tree/fallbacks")
-OUTSIDE_STEP = ("eval", "checkpoint")
-"""Phases that the loop runs after `timing_s/step` has ended."""
-
-
-class ReportError(TreepoError):
-    """A run cannot be reported on; the message names the file, the line and what was expected."""
+MEDIANS = (
+    *("perf/tokens_per_s", "perf/step_s", "reshard/gb_per_s", "reshard/seconds", "reshard/bytes"),
+    *("reshard/bytes_moved", "reshard/bytes_over_bound", "reshard/transport_s", "reshard/pack_s"),
+    *("reshard/buffer_bytes", "reshard/handover_freed_bytes", "reshard/handover_taken_bytes"),
+    *("rollout/engine_idle_share", "rollout/engine_idle_share_max"),
+)
+TOTALS = (
+    *("reward/lost", "train/skipped_steps", "train/nonfinite_metrics", "tree/shortfall", "tree/fallbacks"),
+    *("reshard/canary_failures", "train/head_fallback", "gpu/ecc_errors"),
+)
+PHASES = ("step", "rollout", *TRAINING)
+RATES = ("unique_tokens_per_s_per_gpu", "flat_tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "hfu")
+REWARDS = ("rollout/reward_policy", "rollout/reward_mean", "reward/mean")
+ENDS = 0.1
+"""Of the steps: the first and the last tenth are averaged for what a run gained."""
+MEMORY = ("_gib", "_gib_mean", "_gib_max", "_bytes")
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run left behind. `rows` ascend in step; what lies in other files is empty when they are not there."""
+class Seen:
+    """A run with what was found out about it."""
 
-    name: str
-    rows: list[Row]
-    config: Row
-    summary: Row
-    samples: Samples = field(default_factory=Samples)
-
-    def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of `metric` where it was logged and finite."""
-        points = [(row["step"], row[metric]) for row in self.rows if row.get(metric) is not None]
-        return [point[0] for point in points], [point[1] for point in points]
+    run: Run
+    spent: Spent
+    stragglers: Stragglers
+    figures: Row
 
 
-def load_run(path: Path) -> Run:
-    """Read a run directory. Raises ReportError for a missing or malformed file, or a run without a step."""
-    if not path.is_dir():
-        raise ReportError(f"{path}: no such run directory")
-    if not (path / METRICS_FILE).exists():
-        raise ReportError(f"{path}: holds no {METRICS_FILE}; expected the run_dir of a run that made a step")
-    try:
-        rows = read_metrics(path / METRICS_FILE)
-    except MetricsError as e:
-        raise ReportError(str(e)) from None
-    if not rows:
-        raise ReportError(f"{path / METRICS_FILE}: no step was logged yet")
-    config = _mapping(path / "config.yaml")
-    return Run(str(path), rows, config, _mapping(path / "summary.json"), load_samples(path))
-
-
-def _mapping(path: Path) -> Row:
-    """The mapping in a YAML or JSON file; empty when there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise ReportError(f"{path}: cannot be read: {' '.join(str(e).split())}") from None
-    if not isinstance(value, dict):
-        raise ReportError(f"{path}: expected a mapping, got {type(value).__name__}")
-    return value
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The smallest value that `share` of the values do not exceed (nearest rank); ValueError without values."""
-    if not values:
-        raise ValueError("percentile of no values")
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
-
-
-def phases(run: Run) -> list[Row]:
-    """Seconds by phase, longest first: name, steps (in which it ran), p50, p95, total, share of the step time."""
-    names = sorted({name for row in run.rows for name in row if name.startswith(WALL)} - {WALL + "step"})
-    found = []
-    for name in names:
-        values = run.series(name)[1]
-        if values:
-            found.append(_phase(name.removeprefix(WALL), values))
-    phase_total = sum(part["total"] for part in found)
-    outside = sum(part["total"] for part in found if part["name"] in OUTSIDE_STEP)
-    whole = max(sum(run.series(WALL + "step")[1]) + outside, phase_total)
-    if whole - phase_total > 1e-3 * whole:
-        found.append({"name": "other", "steps": len(run.rows), "p50": None, "p95": None, "total": whole - phase_total})
-    for phase in found:
-        phase["share"] = phase["total"] / whole if whole else 0.0
-    return sorted(found, key=lambda part: -part["total"])
-
-
-def _phase(name: str, values: list[float]) -> Row:
-    return {
-        "name": name,
-        "steps": len(values),
-        "p50": percentile(values, 0.5),
-        "p95": percentile(values, 0.95),
-        "total": sum(values),
-    }
-
-
-def summarise(run: Run) -> Row:
-    """The figures of a run, JSON-safe. A figure the run did not log is null.
-
-    Keys: run, steps, first_step, last_step, phases (see `phases`), tokens (sums of generated, cached,
-    recomputed, unique, flat), token_ratio, trends (metric -> first, last, best, count), medians
-    (metric -> p50 over steps), totals (metric -> sum; faults that should be 0), summary (summary.json).
-    """
-    tokens = {name: _sum(run, metric) for name, metric in TOKENS.items()}
-    unique = tokens["unique"]
-    flat = tokens["flat"]
+def summarise(run: Run, *, now: float, gpus: float | None = None, price: float | None = None) -> Seen:
+    """All figures of a run. What it did not log is null. `price`: of a GPU-hour, in any currency."""
+    spent = account(run, gpus)
+    slow = find_stragglers(run.path)
+    tokens = {name: run.total(metric) for name, metric in TOKENS.items()}
     trends = {}
     for metric in TRENDS:
         values = run.series(metric)[1]
-        if values:
-            trends[metric] = {"first": values[0], "last": values[-1], "best": max(values), "count": len(values)}
-    medians = {key: percentile(found, 0.5) for key in MEDIANS if (found := run.series(key)[1])}
-    return {
+        if len(values):
+            ends = {"first": float(values[0]), "last": float(values[-1]), "best": float(values.max())}
+            trends[metric] = ends | {"count": len(values)}
+    medians = {key: percentile(found, 0.5) for key in MEDIANS if len(found := run.series(key)[1])}
+    totals = {key: total for key in TOTALS if (total := run.total(key)) is not None}
+    kept = run.steps[run.kept]
+    figures = {
         "run": run.name,
-        "steps": len(run.rows),
-        "first_step": run.rows[0]["step"],
-        "last_step": run.rows[-1]["step"],
-        "phases": phases(run),
+        "status": run.status(now),
+        "steps": len(kept),
+        "first_step": int(kept[0]) if len(kept) else None,
+        "last_step": int(kept[-1]) if len(kept) else None,
+        "wall_s": spent.wall_s,
+        "clock_s": spent.clock_s,
+        "gpus": number(spent.gpus[-1]) if spent.known else None,
+        "unit": spent.unit,
+        "hours": spent.total_hours,
+        "phases": phases(run, spent),
+        "waterfall": [asdict(bar) for bar in waterfall(run, spent)] if len(kept) else [],
+        "throughput": throughput(run, spent),
+        "memory": memory(run),
         "tokens": tokens,
-        "token_ratio": unique / flat if unique is not None and flat else None,
+        "token_ratio": tokens["unique"] / tokens["flat"] if tokens["unique"] is not None and tokens["flat"] else None,
         "trends": trends,
         "medians": medians,
-        "totals": {key: total for key in TOTALS if (total := _sum(run, key)) is not None},
+        "totals": totals | ({"restarts": float(spent.restarts)} if len(kept) else {}),
+        "cost": cost(run, spent, price),
+        "stragglers": slow.to_dict(),
         "summary": run.summary,
+        "notes": [*run.notes, *_doubts(run, spent), *(slow.notes if slow.found else []), *run.samples.notes],
+    }
+    return Seen(run, spent, slow, figures)
+
+
+def phases(run: Run, spent: Spent) -> list[Row]:
+    """Pieces of the run, longest first: name, steps, p50, p95, seconds in all, share of the wall time, hours."""
+    wall = spent.wall_s
+    found = []
+    for name, seconds in spent.seconds.items():
+        times = seconds[seconds > 0]
+        found.append(
+            {
+                "name": name,
+                "steps": len(times),
+                "p50": percentile(times, 0.5),
+                "p95": percentile(times, 0.95),
+                "total": float(seconds.sum()),
+                "share": float(seconds.sum()) / wall if wall else 0.0,
+                "hours": spent.hours(seconds),
+            }
+        )
+    return sorted(found, key=lambda part: -part["total"])
+
+
+def throughput(run: Run, spent: Spent) -> Row:
+    """Rates by phase, of the whole run: see the module's page."""
+    out: Row = {}
+    for phase in PHASES:
+        prefix = "perf/" if phase == "step" else f"perf/{phase}_"
+        seconds = run.column(WALL + phase) * spent.devices[run.kept]
+        rates = {rate: _weighted(run.column(prefix + rate), seconds) for rate in RATES}
+        if any(value is not None for value in rates.values()):
+            out[phase] = rates
+    return out
+
+
+def _weighted(rates: Array, seconds: Array) -> float | None:
+    known = np.isfinite(rates) & (np.nan_to_num(seconds) > 0)
+    return float((rates[known] * seconds[known]).sum() / seconds[known].sum()) if known.any() else None
+
+
+def memory(run: Run) -> list[Row]:
+    """Every figure of memory that was logged: its name, median and maximum over steps, in GiB."""
+    out = []
+    for name in sorted(run.columns):
+        if name.endswith(MEMORY) and not name.startswith(("reshard/bytes", "rollout/")):
+            values = run.series(name)[1] / (2**30 if name.endswith("_bytes") else 1)
+            if len(values):
+                out.append({"name": name, "p50": percentile(values, 0.5), "max": float(values.max())})
+    return out
+
+
+def cost(run: Run, spent: Spent, price: float | None) -> Row:
+    """Trajectories, energy and money, and what a GPU-hour gained; null where it is not known."""
+    leaves = run.total("tree/leaves")
+    energy = run.total("gpu/energy_kj")
+    money = price * spent.total_hours if price is not None and spent.known else None
+    gain = _gain(run)
+    hours = spent.total_hours
+    return {
+        "trajectories": leaves,
+        "energy_kwh": None if energy is None else energy / 3600,
+        "energy_kwh_per_1000": energy / 3.6 / leaves if energy is not None and leaves else None,
+        "hours_per_1000": 1000 * hours / leaves if leaves else None,
+        "price_of_an_hour": price,
+        "cost": money,
+        "cost_per_1000": 1000 * money / leaves if money is not None and leaves else None,
+        "reward_gain": gain,
+        "reward_gain_per_hour": gain / hours if gain is not None and hours else None,
     }
 
 
-def _sum(run: Run, metric: str) -> float | None:
-    values = run.series(metric)[1]
-    return sum(values) if values else None
+def _gain(run: Run) -> float | None:
+    """Mean reward of the last tenth of the steps less that of the first."""
+    values = next((found for name in REWARDS if len(found := run.series(name)[1]) > 1), None)
+    if values is None:
+        return None
+    count = max(1, round(ENDS * len(values)))
+    return float(values[-count:].mean() - values[:count].mean())
+
+
+def _doubts(run: Run, spent: Spent) -> list[str]:
+    """What does not add up."""
+    out = []
+    if len(run.steps) and not spent.known:
+        out.append(f"{run.name}: its metrics do not say how many GPUs it had (--gpus N): hours are of the whole job")
+    if spent.clock_s > 0.02 * spent.wall_s:
+        out.append(
+            f"{run.name}: phases claim {spent.clock_s:.3g} s more than lies between the lines' time stamps: the clock "
+            "was set back, or the file was written afterwards"
+        )
+    if AGAIN in spent.seconds:
+        out.append(f"{run.name}: {spent.seconds[AGAIN].sum():.3g} s went into steps that were done again")
+    return out

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from treepo_mega.monitor.report.svg import short
+from treepo_mega.monitor.report.numbers import short
 
 # Runs of versions before 0.2 logged the means over leaves alone.
 REWARD = ("rollout/reward_policy", "rollout/reward_mean")
@@ -18,7 +18,9 @@ ACCURACY = ("rollout/accuracy_policy", "rollout/accuracy")
 def print_table(figures: list[dict[str, Any]], console: Console | None = None) -> None:
     """Steps, rewards and accuracies from first to last step, token ratio, refit rate, then the phases by share."""
     table = Table("", *(escape(f["run"]) for f in figures))
-    table.add_row("steps", *(f"{f['first_step']} to {f['last_step']}" for f in figures))
+    table.add_row("status", *(escape(f["status"]) for f in figures))
+    table.add_row("steps", *("-" if f["steps"] == 0 else f"{f['first_step']} to {f['last_step']}" for f in figures))
+    table.add_row("hours", *(f"{short(f['hours'])} {f['unit']}" for f in figures))
     for label, metrics in (("reward", REWARD), ("accuracy", ACCURACY), ("eval", ("eval/accuracy",))):
         table.add_row(label, *(trend(f, *metrics) for f in figures))
     table.add_row("token_ratio", *("-" if f["token_ratio"] is None else f"{f['token_ratio']:.3f}" for f in figures))

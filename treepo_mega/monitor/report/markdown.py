@@ -1,0 +1,96 @@
+"""The report as Markdown: its tables, for an issue or a terminal. Everything from a run is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from treepo_mega.monitor.report.comparison import Comparison, side_by_side
+from treepo_mega.monitor.report.numbers import shown
+from treepo_mega.monitor.report.sections import cost_rows, fit_cells, saving_text
+from treepo_mega.monitor.report.slurm import Charged
+from treepo_mega.monitor.report.summary import PHASES, RATES, Seen
+from treepo_mega.monitor.report.table import ACCURACY, REWARD, trend
+
+
+def plain(text: str) -> str:
+    """Text that is neither markup nor a cell's end.
+
+    >>> plain("<b>a|b`c")
+    '&lt;b&gt;a\\\\|b\\\\`c'
+    """
+    out = escape(" ".join(text.split()), quote=False)
+    for character in "\\|`*_[]":
+        out = out.replace(character, "\\" + character)
+    return out
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are Markdown already."""
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*out, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def render(runs: Sequence[Seen], baselines: Sequence[Seen], found: Comparison, charged: Charged) -> str:
+    """The whole text."""
+    everyone = [*runs, *baselines]
+    parts = ["# treepo_mega report"]
+    said = [note for seen in everyone for note in seen.figures["notes"]]
+    parts += [f"- {plain(note)}" for note in dict.fromkeys([*said, *found.notes, *charged.problems, *charged.notes])]
+    rows = []
+    for seen in everyone:
+        f = seen.figures
+        steps = "-" if f["first_step"] is None else f"{f['first_step']} to {f['last_step']}"
+        gains = (trend(f, *REWARD), trend(f, *ACCURACY), trend(f, "eval/accuracy"))
+        rows.append((plain(f["run"]), plain(f["status"]), steps, *gains, shown(f["token_ratio"]), shown(f["hours"])))
+    head = ("run", "status", "steps", "reward", "accuracy", "eval accuracy", "token ratio", "hours")
+    parts += ["", table(head, rows)]
+    if baselines:
+        parts += _comparison(found)
+    for seen in everyone:
+        if len(seen.run.steps):
+            parts += _run(seen)
+    if charged.jobs:
+        jobs = [
+            (plain(j.job), plain(j.name), plain(j.state), shown(j.elapsed_s), shown(j.gpu_hours)) for j in charged.jobs
+        ]
+        parts += ["", "## What Slurm charged", "", table(("job", "name", "state", "seconds", "GPU-hours"), jobs)]
+    return "\n".join(parts) + "\n"
+
+
+def _comparison(found: Comparison) -> list[str]:
+    head = ("", *(plain(arm.name) + (" (baseline)" if arm.is_baseline else "") for arm in found.arms))
+    rows = [
+        (plain(label), *(shown(value) + ("" if ratio is None else f" ({ratio:.2f} x)") for value, ratio in cells))
+        for label, cells in side_by_side(found)
+    ]
+    parts = ["", "## Against the baseline", "", table(head, rows), ""]
+    parts += [f"- {plain(saving_text(key, one, found.unit))}" for key, one in found.savings.items()]
+    fits = [(plain(arm.name), axis, *fit_cells(one)) for arm in found.arms for axis, one in arm.fits.items()]
+    return [*parts, "", table(("runs", "over", "A", "B", "C_mid", "R0", "what is not known"), fits)]
+
+
+def _run(seen: Seen) -> list[str]:
+    f = seen.figures
+    unit = f["unit"]
+    phases = [
+        (plain(p["name"]), f"{p['share']:.1%}", shown(p["hours"]), shown(p["total"]), shown(p["p50"]), shown(p["p95"]))
+        for p in f["phases"]
+    ]
+    bars = [(plain(b["name"]), shown(b["hours"]), plain(b["note"])) for b in f["waterfall"]]
+    rates = f["throughput"]
+    speeds = [(name, *(shown(rates[name][rate]) for rate in RATES)) for name in PHASES if name in rates]
+    figures = [(plain(k), shown(v)) for k, v in [*f["tokens"].items(), *f["medians"].items(), *f["totals"].items()]]
+    heads = ("phase", "unique tokens/s per GPU", "flat", "TFLOP/s per GPU", "MFU", "HFU")
+    parts = [
+        *("", f"## Where the {unit} of {plain(f['run'])} went", ""),
+        table(("phase", "share", unit, "seconds", "p50", "p95"), phases),
+        *("", table(("from perfect to measured", unit, "from"), bars)),
+    ]
+    if speeds:
+        parts += ["", table(heads, speeds)]
+    parts += ["", table(("figure", "value"), [*figures, *((plain(k), plain(v)) for k, v in cost_rows(f))])]
+    if seen.stragglers.ranks:
+        slow = [(f"rank {r.rank}", str(r.last), shown(r.waiting_s)) for r in seen.stragglers.ranks[:8]]
+        parts += ["", table(("rank", "came last, rounds", "waiting, s"), slow)]
+    return parts
