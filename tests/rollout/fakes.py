@@ -27,10 +27,11 @@ LEAVES = 3
 PROMPTS = 40
 
 
-def fake_config(**rollout: Any) -> Config:
+def fake_config(schedule: str = "async", **rollout: Any) -> Config:
     raw: dict[str, Any] = {
         "model": {"hf_checkpoint": "none"},
         "data": {"train": [{"reasoning_gym": "chain_sum"}]},
+        "debug": {"schedule": schedule},
         "rollout": {
             "mode": "sequential",
             "rollout_batch_size": 4,

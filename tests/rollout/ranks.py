@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,9 +26,10 @@ from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardPool, RewardResult
 from treepo_mega.engine.cpu_segments import SHARED_MEMORY
 from treepo_mega.engine.engine import Engine
+from treepo_mega.monitor.registry import depends_on_time
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout import generator as generator_module
-from treepo_mega.rollout.collect import Collector
+from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
@@ -95,28 +97,49 @@ def grown_on(generator: Generator, cfg: Config) -> list[list]:
 
 
 def forked(generator: Generator, cfg: Config) -> list[list]:
-    """A step of trees that branch at uncertain tokens, with leaves dealt to mixed prompts; the first engine is slow."""
+    """A step of trees that branch at uncertain tokens, with leaves dealt to mixed prompts."""
     forks = {"branching.at": "fork", "branching.initial": (3, 3), "branching.fork.draw": "other"}
     leaves = {"leaves": "adaptive", "first_leaves": 3, "rollout_batch_size": 6, "dynamic_sampling": False}
-    under = cfg.model_copy(update={"rollout": cfg.rollout.replace(forks | leaves | {"engine.max_num_seqs": 4})})
+    forest = step_of(generator, cfg, forks | leaves, prompts=6)
+    trees = forest.trees
+    return [[tree.leaves, tree.rewards, [(n.path, n.tokens, n.stop, n.fork) for n in tree.nodes]] for tree in trees]
+
+
+def refilled(generator: Generator, cfg: Config) -> list:
+    """A step in which prompts without signal are replaced: half of all, where two leaves toss a coin."""
+    few = {"rollout_batch_size": 5, "n_samples_per_prompt": 2, "branching.factor": 2}
+    forest = step_of(generator, cfg, few, prompts=7)
+    kept = {name: value for name, value in forest.metrics.items() if not depends_on_time(name)}
+    return [[[tree.prompt_id, tree.rewards, [(n.path, n.tokens) for n in tree.nodes]] for tree in forest.trees], kept]
+
+
+def step_of(generator: Generator, cfg: Config, changes: dict[str, Any], prompts: int) -> Forest:
+    """A step of the collector over so many prompts, whose verdicts a model that knows nothing gets half right.
+
+    The first engine is slow.
+    """
+    under = cfg.model_copy(update={"rollout": cfg.rollout.replace(changes | {"engine.max_num_seqs": 4})})
     coin = str(Path(__file__).with_name("coin.py")) + ":length_is_even"
-    prompts = [Prompt(f"f{k}", "", [3 + k] * 20, "", coin, "test") for k in range(6)]
+    drawn = [Prompt(f"f{k}", "", [3 + k] * 20, "", coin, "test") for k in range(prompts)]
     engine, real = generator.engine, generator.engine.step
     if runtime_dist.rank() == 0:
         engine.step = lambda: (time.sleep(0.02), real())[1]  # type: ignore[method-assign]
     generator.cfg = under
     with RewardPool(under.reward) as pool:
-        cursor = PromptCursor(prompts, seed=0, shuffle=False)
-        trees = Collector(under, generator, pool, cursor, Timers()).collect(5).trees
+        cursor = PromptCursor(drawn, seed=0, shuffle=False)
+        forest = Collector(under, generator, pool, cursor, Timers()).collect(5)
     generator.cfg = cfg
     engine.step = real  # type: ignore[method-assign]
-    return [[tree.leaves, tree.rewards, [(n.path, n.tokens, n.stop, n.fork) for n in tree.nodes]] for tree in trees]
+    return forest
 
 
-def forked_alone(generator: Generator, cfg: Config) -> list[list]:
-    """`forked` by this rank's engine, as in a launch of one rank. No round may follow, in which others take part."""
+def alone(generator: Generator, cfg: Config) -> list:
+    """`forked` and `refilled` by this rank's engine, as in a launch of one rank.
+
+    No round may follow, in which others take part.
+    """
     with mock.patch.multiple(runtime_dist, rank=lambda: 0, world_size=lambda: 1):
-        return forked(generator, cfg)
+        return [forked(generator, cfg), refilled(generator, cfg)]
 
 
 def deadline_of_the_first_rank(generator: Generator, jobs: list[Job], store: dist.Store) -> None:
@@ -175,7 +198,8 @@ def main(hf: Path, other: Path, tp: int) -> None:
         deadline_of_the_first_rank(generator, [Job(p) for p in prompts], store)
     whole = grown_on(generator, cfg)
     at_forks = forked(generator, cfg)
-    alone = forked_alone(generator, cfg) if tp == 1 and rank == 0 else at_forks
+    at_refills = refilled(generator, cfg)
+    by_one = alone(generator, cfg) if tp == 1 and rank == 0 else None
     write_weights(engine, other, tp=tp, tp_rank=rank % tp)
     scores = engine.score(prompts[0].tokens, 0.7)
     total = torch.ones(1)
@@ -189,7 +213,7 @@ def main(hf: Path, other: Path, tp: int) -> None:
         assert tp == 1 or paths[0] == paths[1]
         trees = sorted(t for part in parts for t in part)  # type: ignore[attr-defined]
         found = {"trees": trees, "scores": scores, "evaluated": evaluated, "grown_on": whole}
-        print(json.dumps(found | {"forked": at_forks, "forked_alone": alone}))
+        print(json.dumps(found | {"forked": at_forks, "refilled": at_refills, "alone": by_one}))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # not through the engine's destructor, which tears the process group down under the other ranks

@@ -285,6 +285,37 @@ def test_a_step_of_settled_prompts_grows_nothing():
     assert collector.collect(0).trees == [] and len(collector.asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"surplus": "carry"}, r"rollout\.surplus carry needs rollout\.oversample above 1"),
+        ({"surplus": "carry", "oversample": 2.0, "leaves": "adaptive"}, r"leaves adaptive with rollout\.surplus carry"),
+    ],
+)
+def test_surplus_is_carried_where_there_is_any_and_its_trees_are_whole(keys: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        check(parse_config({**MINIMAL, "rollout": {"segment": {"length": 64}, **keys}}), 1)
+
+
+def test_settled_prompts_say_what_their_other_leaves_would_have_cost():
+    metrics = Handfuls(adaptive(dynamic_sampling=False), "1021").collect(0).metrics
+    # Two of three are settled: two leaves of two tokens each, where four were planned.
+    assert (metrics["rollout/prompts_settled"], metrics["rollout/tokens_saved"]) == (2, 8)
+
+
+@pytest.mark.parametrize("keys", [{}, {"oversample": 2.0}, {"leaves": "adaptive", "first_leaves": 2}], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_does_not_depend_on_what_ends_first(keys: dict[str, Any], seed: int):
+    table = Handfuls if "leaves" in keys else Table
+    digits = "".join(random.Random(seed).choice("0012") for _ in range(200))
+    first, other = (table(config(max_refills=3, **keys), digits, rng) for rng in (None, random.Random(seed)))
+    for step in range(3):
+        forest, same = first.collect(step), other.collect(step)
+        assert [tree.to_dict() for tree in forest.trees] == [tree.to_dict() for tree in same.trees]
+        assert forest.metrics == same.metrics
+    assert first.asked == other.asked
+
+
 def test_draws():
     assert [draws(missing, 1.0) for missing in (-1, 0, 5)] == [0, 0, 5]
     assert [draws(10, 1.1), draws(1, 1.01), draws(7, 3.0)] == [11, 2, 21]

@@ -24,7 +24,10 @@ def test_trees_and_scores_are_the_same_in_either_layout(tiny_llama, make_tiny_ll
     apart, together = launch(4, tiny_llama, other, 1), launch(2, tiny_llama, other, 2)
     assert len(apart["trees"]) == 3 and apart["trees"] == together["trees"]
     assert len(apart["grown_on"]) == 3 and apart["grown_on"] == together["grown_on"]
-    assert len(apart["forked"]) == 6 and apart["forked"] == together["forked"] == apart["forked_alone"]
+    assert len(apart["forked"]) == 6 and apart["forked"] == together["forked"]
+    assert apart["refilled"] == together["refilled"] and [apart["forked"], apart["refilled"]] == apart["alone"]
+    trained, metrics = apart["refilled"]
+    assert len(trained) == 5 and metrics["rollout/refills"] >= 2, "prompts were replaced"
     assert {fork for *_, nodes in apart["forked"] for *_, fork in nodes} == {None, "rank"}
     sizes = [len(leaves) for leaves, *_ in apart["forked"]]
     assert min(sizes) == 3 < max(sizes) and sum(sizes) == 36, "settled prompts leave theirs to mixed ones"

@@ -233,7 +233,13 @@ def fail() -> None:
 
 
 WORKER = Path(__file__).with_name("refill_worker.py")
-KEYS = [{}, {"oversample": 1.5, "surplus": "carry"}, {"oversample": 2.0}, {"leaves": "adaptive", "first_leaves": 2}]
+KEYS = [
+    {},
+    {"oversample": 1.5, "surplus": "carry"},
+    {"oversample": 2.0},
+    {"leaves": "adaptive", "first_leaves": 2},
+    {"schedule": "level"},
+]
 
 
 @pytest.mark.parametrize("keys", KEYS, ids=str)

@@ -1,12 +1,13 @@
 """What a step costs: trees against independent samples, and this tree against an earlier commit.
 
-    python tools/bench/step.py [--quick] [--before COMMIT] [--repeats 3] [--steps 12]
+    python tools/bench/step.py [--quick] [--before COMMIT] [--repeats 2] [--steps 40]
 
 Short runs of the demo's recipe (examples/tiny_cpu.yaml), each a process of one rank with one thread, on seed after
 seed. The modes alternate, so that what else the machine does meets them alike:
 
     tree          the recipe as it is
     flat          rollout.mode sequential, the same number of trajectories
+    tree carry    rollout.oversample 1.5 and rollout.surplus carry: more in flight, and what is left over trains later
     tree before   the recipe and the code of --before, in a git worktree of its own that is removed afterwards
 
 The default of --before is the last commit whose step sampled, waited, graded and sampled replacements in rounds, and
@@ -50,7 +51,12 @@ SHARED = [
     "logging.progress=false",
 ]
 """What is no part of a step is off. Both commits have these keys."""
-MODES = {"tree": [], "flat": ["rollout.mode=sequential"], "tree before": []}
+MODES = {
+    "tree": [],
+    "flat": ["rollout.mode=sequential"],
+    "tree before": [],
+    "tree carry": ["rollout.oversample=1.5", "rollout.surplus=carry"],
+}
 TARGETS = {"ratio_tree_over_flat": 0.75, "ratio_now_over_before": 0.60, "idle_share": 0.10}
 Row = dict[str, Any]
 
@@ -118,7 +124,7 @@ def mean_of(rows: list[Row]) -> Row:
 
 def verdict(modes: dict[str, Row], before: str) -> Row:
     """The last line."""
-    tree, flat, old = (modes[name] for name in MODES)
+    tree, flat, old = modes["tree"], modes["flat"], modes["tree before"]
     out: Row = {"modes": [{"name": name} | found for name, found in modes.items()]}
     for end in ("_s", "_wall_s"):
         name = end.removesuffix("_s")
@@ -135,8 +141,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one repeat of three steps")
     parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help="the commit to compare with")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each mode, on seeds of their own")
-    parser.add_argument("--steps", type=int, default=12, help="steps of a run, the first of which is left out")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each mode, on seeds of their own")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a run, the first of which is left out")
     args = parser.parse_args()
     repeats, steps = (1, 3) if args.quick else (args.repeats, args.steps)
     if steps < 2:
