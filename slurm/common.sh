@@ -94,6 +94,8 @@ launch_command() {
 # The batch script's part: one srun for the whole job, the hand-over of signals, and the requeue.
 run_job() {
     local hosts rc=0 step asked=0
+    # Job ids begin anew on a new cluster: failures that another job of this id left are not this one's.
+    [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$TREEPO_HOME/runs/.slurm/$SLURM_JOB_ID.failures"
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     [[ ${#hosts[@]} -gt 0 ]] || fail "scontrol named no hosts for $SLURM_JOB_NODELIST"
     # The restart count keeps ranks of an earlier start, should any linger, out of this one's rendezvous.

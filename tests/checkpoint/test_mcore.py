@@ -10,6 +10,7 @@ import pytest
 
 from tests.actor.oracle import configuration
 from tests.ranks import run_ranks
+from treepo_mega.checkpoint import mcore
 from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, check_complete, check_digests, find_latest, prune
 from treepo_mega.checkpoint.space import checkpoint_bytes
 from treepo_mega.errors import TreepoError
@@ -145,3 +146,43 @@ def test_prune_keeps_the_last(checkpoints):
     assert sorted(p.name for p in checkpoints.iterdir()) == ["notes", "step_000004", "step_000006"]
     prune(checkpoints, 5)
     assert len(list(checkpoints.iterdir())) == 3
+
+
+FULL = "[Errno 28] No space left on device"
+UNREADABLE = "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"
+
+
+def _save_meets(error, monkeypatch):
+    def refuse(state, directory):
+        raise error
+
+    monkeypatch.setattr(mcore.dist_checkpointing, "save", refuse)
+
+
+@pytest.mark.parametrize(
+    ("error", "writable"),
+    [
+        (RuntimeError(f"Worker failure: {FULL}"), True),
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError(UNREADABLE), False),
+    ],
+)
+def test_a_full_disk_is_told_with_what_is_free_and_what_to_do(error, writable, tmp_path, monkeypatch):
+    directory = tmp_path / "step_000002"
+    directory.mkdir()
+    if not writable:
+        # A device that is always full takes the probe's place.
+        (directory / ".probe_0").symlink_to("/dev/full")
+    _save_meets(error, monkeypatch)
+    with pytest.raises(CheckpointError, match="could not be written: ") as caught:
+        mcore._write({}, directory, {}, 5.0)
+    assert FULL in str(caught.value)
+    assert "are free there). Earlier checkpoints are whole" in str(caught.value)
+    assert "make room" in str(caught.value)
+
+
+def test_another_fault_while_saving_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    _save_meets(RuntimeError("shapes differ"), monkeypatch)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        mcore._write({}, tmp_path, {}, 5.0)
+    assert list(tmp_path.iterdir()) == []

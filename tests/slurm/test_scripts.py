@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-SCRIPTS = {"treepo_70b.sh": (16, 8, "llama3_70b_16x8"), "treepo_7b.sh": (2, 8, "qwen25_7b_2x8")}
+SCRIPTS = {
+    "treepo_70b.sh": (16, 8, "llama3_70b_16x8"),
+    "treepo_7b.sh": (2, 8, "qwen25_7b_2x8"),
+    "treepo_cpu.sh": (2, 2, "tiny_cpu"),
+}
 DEADLINE = 60
 
 
@@ -188,13 +192,17 @@ def test_the_warning_reaches_every_rank_and_the_job_requeues(job, tmp_path, sent
 
 def test_failures_are_requeued_and_bounded(job, tmp_path):
     for failure in (1, 2):
-        process = job("fail", TREEPO_MAX_FAILURES="2")
+        process = job("fail", TREEPO_MAX_FAILURES="2", SLURM_RESTART_COUNT=str(failure - 1))
         process.communicate(timeout=DEADLINE)
         assert len((tmp_path / "requeued").read_text().split()) == failure
-    process = job("fail", TREEPO_MAX_FAILURES="2")
+    process = job("fail", TREEPO_MAX_FAILURES="2", SLURM_RESTART_COUNT="2")
     out, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 3, out
     assert len((tmp_path / "requeued").read_text().split()) == 2
+    # Job ids begin anew on a new cluster: the first start of a job has no failures behind it.
+    process = job("fail", TREEPO_MAX_FAILURES="2")
+    process.communicate(timeout=DEADLINE)
+    assert len((tmp_path / "requeued").read_text().split()) == 3
 
 
 def test_restarts_are_bounded(job, tmp_path):

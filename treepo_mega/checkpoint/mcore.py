@@ -14,8 +14,10 @@ size against the one it was saved with: rows of padding may differ, and Megatron
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,8 @@ from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from treepo_mega.checkpoint.space import in_units
+from treepo_mega.config.surroundings import nearest_existing
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
@@ -34,6 +38,8 @@ from treepo_mega.runtime.files import atomic_file
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
+PROBE_BYTES = 1 << 16
+"""Of the file by which a refused write is told from a fault of another kind."""
 
 
 class CheckpointError(TreepoError):
@@ -209,8 +215,23 @@ def _merged(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout_s: float) -> None:
-    """The state's files into an empty directory, then the manifest. Collective over all ranks."""
-    dist_checkpointing.save(state, str(directory))
+    """The state's files into an empty directory, then the manifest. Collective over all ranks.
+
+    Raises CheckpointError when the file system refuses: it is full, read-only, or gone.
+    """
+    try:
+        dist_checkpointing.save(state, str(directory))
+    except (OSError, RuntimeError) as error:
+        # Torch's writer tells a full disk as "unexpected pos 64 vs 0", and Megatron's as a text: so the disk is asked.
+        refusal = error if isinstance(error, OSError) else _refusal(directory)
+        if refusal is None and "[Errno" not in str(error):
+            raise
+        free = in_units(shutil.disk_usage(nearest_existing(directory)).free)
+        raise CheckpointError(
+            f"{directory.parent}: a checkpoint could not be written: {refusal or error} ({free} are free there). "
+            "Earlier checkpoints are whole, and the run resumes from the newest: make room, or set checkpoint.save to "
+            "another disk or a lower checkpoint.keep_last"
+        ) from error
     # Every rank lists the directory to find its share: a file that another rank still writes would be missing.
     dist.barrier(f"saving to {directory}", timeout_s)
     digests = _digests(directory, _files(directory))
@@ -218,6 +239,22 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
         # Last: a directory without a manifest was cut short.
         _write_manifest(directory, note, digests)
     dist.barrier(f"the manifest of {directory}", timeout_s)
+
+
+def _refusal(directory: Path) -> OSError | None:
+    """Why `directory` takes no small file; None when it does."""
+    probe = directory / f".probe_{dist.rank()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return None
 
 
 def _files(directory: Path) -> list[str]:
