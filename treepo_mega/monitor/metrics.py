@@ -22,73 +22,22 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.registry import METRICS, Metric, check_known
+from treepo_mega.monitor.rows import METRICS_FILE, MetricsError, read_metrics
 from treepo_mega.monitor.sinks.tensorboard import TensorBoard
 from treepo_mega.runtime.files import atomic_file
 
 __all__ = ["METRICS", "METRICS_FILE", "Metric", "MetricsError", "MetricsLogger", "check_known", "read_metrics"]
 
-METRICS_FILE = "metrics.jsonl"
 _RESERVED = ("step", "time")
 
 Sink = Callable[[int, Mapping[str, float | None]], None]
 """Takes what `MetricsLogger.log` takes, after it is written; None is a number that was not finite."""
-
-
-class MetricsError(TreepoError):
-    """A metrics file cannot be used; the message names the file, the line and what was expected."""
-
-
-def _parse_line(text: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise MetricsError(f"{where}: not valid JSON: {e.msg} (column {e.colno})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise MetricsError(f'{where}: expected an object with an integer "step"')
-    for name, value in row.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise MetricsError(f"{where}: {name!r} is {value!r}; expected a number or null")
-    return row
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in file order.
-
-    A last line without its newline that does not parse was torn by a kill (or is being written):
-    it is left out with a warning. Raises MetricsError (file:line) for anything else that is malformed,
-    for steps that do not ascend, and when the file cannot be read.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise MetricsError(f"{path}: cannot read the metrics: {e}") from None
-    rows: list[dict[str, Any]] = []
-    # Not splitlines: `split` gives one more piece after a last newline, so that the last number means a torn line.
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = _parse_line(line, f"{path}:{number}")
-        except MetricsError:
-            # Torn by a kill, or being written right now.
-            if number == len(lines):
-                warnings.warn(f"{path}:{number}: the last line is torn and was left out", stacklevel=2)
-                break
-            raise
-        if rows and row["step"] <= rows[-1]["step"]:
-            raise MetricsError(f"{path}:{number}: step {row['step']} comes after step {rows[-1]['step']}")
-        rows.append(row)
-    return rows
 
 
 def _plain(value: Any) -> int | float | None:
