@@ -6,7 +6,7 @@
     treepo-mega train --help-config                      every configuration key
     treepo-mega eval CONFIG.yaml [a.b=c ...] --sampler both
                                                          accuracy against compute: trees, independent samples
-    treepo-mega plan CONFIG.yaml [a.b=c ...]             bytes and seconds of a refit on a cluster
+    treepo-mega plan CONFIG.yaml [a.b=c ...]             memory, time and cost of a run on a cluster, before it starts
     treepo-mega report RUN... [--baseline RUN] [--live]  where GPU-hours went: report.html, .json, .md
     treepo-mega tree RUN [--step N] [--prompt K]         a page of a step's trees, to read and to search
     treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
@@ -29,12 +29,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from treepo_mega import __version__
-from treepo_mega.config import Config, ConfigError, check, dump_text, load_config
+from treepo_mega.config import Config, ConfigError, dump_text, load_config
 from treepo_mega.config.describe import help_config
 from treepo_mega.convert.cli import add_verbs, convert
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import quieten_libraries
+from treepo_mega.plan.command import add_arguments
 from treepo_mega.runtime.environment import check_environment
 
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compute-budget", type=float, metavar="TOKENS", help="a prompt; longer series are cut there"
     )
     evaluate.add_argument("--output", type=Path, help="directory to write to (default: <logging.run_dir>/eval)")
-    _add_plan(commands.add_parser("plan", help="what a refit moves, and how long that takes, on a cluster"))
+    _add_plan(commands.add_parser("plan", help="memory, time and cost of a run on a cluster, before it starts"))
     add_verbs(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, verified"))
     _add_report(commands.add_parser("report", help="where the GPU-hours of runs went, as HTML, JSON and Markdown"))
     tree = commands.add_parser("tree", help="write one HTML page of the trees of a step")
@@ -115,10 +116,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("config", help="YAML file; a key may be overridden by a.b=c arguments after it")
     plan.add_argument("overrides", nargs="*", metavar="a.b=c")
     plan.add_argument("--world-size", type=_positive, help="ranks (default: WORLD_SIZE, else the fewest that fit)")
-    plan.add_argument("--ranks-per-node", type=_positive, default=8, help="default: %(default)s")
-    for link, what in (("local", "copies in a rank's memory"), ("node", "within a node"), ("network", "between nodes")):
-        plan.add_argument(f"--{link}-gb-per-s", type=float, help=f"speed of {what}, a rank and direction, GB/s")
-    plan.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add_arguments(plan)
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
@@ -135,19 +133,26 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Print the plan of the configuration's refit."""
-    from treepo_mega.plan.refit import LinkSpeeds, plan_refit, smallest_world
+    """Print the plan of the configuration's run, or the best layouts for it."""
+    from treepo_mega.plan.command import read
+    from treepo_mega.plan.refit import smallest_world
 
     cfg = load_config(args.config, overrides)
     world = args.world_size or int(os.environ.get("WORLD_SIZE", 0)) or smallest_world(cfg)
-    given = {link: getattr(args, f"{link}_gb_per_s") for link in ("local", "node", "network")}
-    if bad := [link for link, value in given.items() if value is not None and value <= 0]:
-        raise ConfigError(f"--{bad[0]}-gb-per-s {given[bad[0]]}: expected a positive number")
-    speeds = LinkSpeeds(**{link: value for link, value in given.items() if value is not None})
-    spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
-    check(cfg, world, spec)
-    found = plan_refit(cfg, spec, world_size=world, ranks_per_node=args.ranks_per_node, speeds=speeds)
-    print(json.dumps(found.to_dict()) if args.json else "\n".join(found.lines()))
+    asked = read(args, cfg, world)
+    if args.search:
+        found = asked.search()
+        if not found:
+            raise ConfigError("\n  ".join(asked.proposals()))
+        if args.json:
+            print(json.dumps([{"overrides": each.overrides, **each.plan.to_dict()} for each in found]))
+        else:
+            print(
+                "\n".join([f"layouts that fit on {world} ranks, the fastest first:", *(each.line() for each in found)])
+            )
+        return 0
+    plan = asked.plan()
+    print(json.dumps(plan.to_dict()) if args.json else "\n".join(plan.lines()))
     return 0
 
 

@@ -34,7 +34,7 @@ def test_the_70b_recipe_on_its_cluster(capsys):
     assert "Megatron TP 8 x PP 4 x DP 4 -> 16 engines x TP_v 8, bf16" in text
     assert "moved between ranks / lower bound: 1.00; between nodes / lower bound: 1.00" in text
     code, text, _ = plan(capsys, "--json", "--world-size", "128", "--network-gb-per-s", "25")
-    found = json.loads(text)
+    found = json.loads(text)["refit"]
     links = found["traffic"]["by_link"]
     # Each of 16 engines takes the model once; a stage's quarter of it lies on the right rank already.
     model = found["model_bytes"]

@@ -16,7 +16,9 @@ from typing import Any
 
 from treepo_mega.config import Config, ConfigError
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
-from treepo_mega.reshard.plan import LINKS, Cluster, Traffic, plan_reshard
+from treepo_mega.plan.timing import Cluster
+from treepo_mega.reshard.plan import LINKS, Traffic, plan_reshard
+from treepo_mega.reshard.plan import Cluster as Nodes
 from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -34,6 +36,13 @@ class LinkSpeeds:
     def of(self, link: str) -> float:
         """Speed of a link by name."""
         return float(getattr(self, link))
+
+
+def link_speeds(cluster: Cluster) -> LinkSpeeds:
+    """What the links of a cluster reach. A copy within a device reads and writes its memory."""
+    gpu = cluster.gpu
+    reached = cluster.rates.link
+    return LinkSpeeds(gpu.hbm_gb_s / 2 * reached, gpu.node_gb_s * reached, gpu.network_gb_s * reached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,7 @@ def plan_refit(
     plan = plan_reshard(
         mcore_side(spec, grid_of(cfg), world_size),
         vllm_side(spec, tp_v, world_size),
-        Cluster(world_size, ranks_per_node),
+        Nodes(world_size, ranks_per_node),
         itemsize=ITEMSIZE[dtype],
         bucket_bytes=cfg.reshard.bucket_mb << 20,
     )

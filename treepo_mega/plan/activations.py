@@ -1,0 +1,191 @@
+"""The peak of activations in a pass of a pipeline stage: which tensors are alive at its fullest moments. Pure.
+
+    peak = activation_peak(cfg, spec, layout, stage=0)
+    peak.old_logprobs, peak.update           # bytes beside parameters, gradients and optimizer state
+
+Counted are the tensors of Megatron's local layers with the fused operations of a GPU, attention that keeps no scores,
+and the loss head in tiles. `treepo-mega plan --prove` runs the same passes with fake tensors and measures the peak.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from treepo_mega.config import Config
+from treepo_mega.modelspec.spec import ModelSpec, padded_vocab
+from treepo_mega.plan.layout import ITEMSIZE, Layout
+
+TILE_BYTES = 48 * 2**20
+"""Of logits in the loss head, as `loss/shard.py` has it."""
+LEAST_TILE_ROWS = 128
+WEIGHT_ROWS = 4096
+"""Rows of the output matrix that the head widens to fp32 at a time."""
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Bytes. `items`: what is alive at the update's peak, the most bytes first."""
+
+    old_logprobs: float
+    update: float
+    items: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Bytes of the tensors that a pass is made of. `shared`: those that sequence parallelism splits over TP."""
+
+    whole: float
+    """[s, K], of all tokens of a context-parallel rank."""
+    shared: float
+    """[s/tp, K] under sequence parallelism, else [s, K]."""
+    ffn: float
+    """[s, F/tp]."""
+    query: float
+    """[s, H/tp * D]."""
+    key: float
+    """[s, G/tp * D]."""
+    all_keys: float
+    """[T, G/tp * D], of all tokens of the pack."""
+    log_sum: float
+    ffn_weight: float
+    """A gradient [K, F/tp] of the second matrix of an MLP, in the dtype of parameters."""
+    head_weight: float
+    """Elements [V/tp, K] of the output matrix."""
+    itemsize: int
+    gathers: bool
+
+    @classmethod
+    def of(cls, cfg: Config, spec: ModelSpec, layout: Layout) -> _Sizes:
+        itemsize = ITEMSIZE[cfg.model.params_dtype]
+        own = padded_tokens(cfg, layout) // layout.cp
+        split = layout.tp if cfg.parallel.sequence_parallel else 1
+        key = own * spec.num_key_value_heads * spec.head_dim * itemsize / layout.tp
+        return cls(
+            whole=own * spec.hidden_size * itemsize,
+            shared=own * spec.hidden_size * itemsize / split,
+            ffn=own * spec.intermediate_size * itemsize / layout.tp,
+            query=own * spec.num_attention_heads * spec.head_dim * itemsize / layout.tp,
+            key=key,
+            all_keys=key * layout.cp,
+            log_sum=own * spec.num_attention_heads * FP32 / layout.tp,
+            ffn_weight=spec.hidden_size * spec.intermediate_size * itemsize / layout.tp,
+            head_weight=padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, layout.tp)
+            * spec.hidden_size
+            / layout.tp,
+            itemsize=itemsize,
+            gathers=split > 1,
+        )
+
+    @property
+    def layer(self) -> float:
+        """What a layer's forward pass keeps for its backward pass, its input left out."""
+        # Norms' results and the residual between attention and MLP; queries, keys and values before and after they
+        # are rotated; attention's output; the MLP's two halves and their product.
+        norms = 3 * self.shared
+        rotated = self.query + self.key
+        gathered = 2 * self.all_keys if self.all_keys > self.key else 0.0
+        attention = 2 * self.query + 2 * self.key + rotated + self.log_sum + gathered
+        return norms + attention + 3 * self.ffn
+
+    @property
+    def buffer(self) -> float:
+        """Megatron's buffer for activations gathered over TP: it stays."""
+        return self.whole if self.gathers else 0.0
+
+
+def padded_tokens(cfg: Config, layout: Layout) -> int:
+    """Tokens of a full pack with its padding."""
+    share = layout.cp * (layout.tp if cfg.parallel.sequence_parallel else 1)
+    return math.ceil(cfg.train.max_tokens_per_gpu / share) * share
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Forward passes of a chunk whose backward pass is still to come, at most."""
+    if layout.vpp == 1:
+        return min(layout.pp - stage, micro_batches)
+    # The interleaved schedule: its warm-up, and one more.
+    return min(2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1, micro_batches * layout.vpp)
+
+
+def activation_peak(cfg: Config, spec: ModelSpec, layout: Layout, stage: int, micro_batches: int = 10**6) -> Peak:
+    """Of a stage that runs full packs, `micro_batches` of them in a step."""
+    sizes = _Sizes.of(cfg, spec, layout)
+    layers = spec.num_layers // (layout.pp * layout.vpp)
+    flights = in_flight(layout, stage, micro_batches)
+    kept, again = _kept(cfg, sizes, layers)
+    # The chunk's input and its result stay as long as the pass is in flight.
+    waiting = flights * kept
+    last = stage == layout.pp - 1
+    moments = [
+        [
+            ("kept for the backward passes", waiting),
+            ("gathered activations", sizes.buffer),
+            *_layer_moment(sizes, again),
+        ]
+    ]
+    head = 0.0
+    if last:
+        head = _head_forward(cfg, spec, layout, sizes)
+        moments.append(
+            [
+                ("kept for the backward passes", waiting),
+                ("gathered activations", sizes.buffer),
+                *_head_moment(cfg, sizes, head),
+            ]
+        )
+    fullest = max(moments, key=lambda moment: sum(size for _, size in moment))
+    forward = sizes.buffer + max(4 * sizes.ffn + 6 * sizes.shared, head + 3 * sizes.shared)
+    items = tuple(sorted(((name, size) for name, size in fullest if size), key=lambda item: -item[1]))
+    return Peak(forward, sum(size for _, size in items), items)
+
+
+def _kept(cfg: Config, sizes: _Sizes, layers: int) -> tuple[float, float]:
+    """(bytes that a chunk in flight keeps, bytes of the layers that are computed again at a time)."""
+    parallel = cfg.parallel
+    everything = sizes.layer + sizes.shared
+    if parallel.recompute_granularity != "full":
+        return layers * everything + sizes.shared, 0.0
+    count = min(layers, parallel.recompute_num_layers or 1)
+    if parallel.recompute_method == "block":
+        # The backward pass has freed the last layers, which were kept, when it comes to the first ones.
+        again = sizes.layer if count == layers else 0.0
+        return count * sizes.shared + (layers - count) * everything + sizes.shared, again
+    return math.ceil(layers / count) * sizes.shared + sizes.shared, count * everything - sizes.shared
+
+
+def _layer_moment(sizes: _Sizes, again: float) -> list[tuple[str, float]]:
+    """The backward pass of an MLP's second matrix, when all else of the layer is still there."""
+    gathered = sizes.whole if sizes.gathers else 0.0
+    return [
+        ("layers computed again", again),
+        ("gradients of activations", gathered + sizes.ffn + 2.5 * sizes.shared),
+        ("gradient of a weight", sizes.ffn_weight),
+    ]
+
+
+def _tile(cfg: Config, spec: ModelSpec, layout: Layout) -> float:
+    columns = math.ceil(spec.vocab_size / layout.tp)
+    rows = min(cfg.loss.tile_rows, max(TILE_BYTES // (FP32 * columns), LEAST_TILE_ROWS))
+    return float(rows * columns * FP32 + rows * min(WEIGHT_ROWS, columns) * FP32 + rows * spec.hidden_size * FP32)
+
+
+def _head_forward(cfg: Config, spec: ModelSpec, layout: Layout, sizes: _Sizes) -> float:
+    """Tensors of the head's forward pass: hidden states gathered and selected, a tile of logits, rows of the matrix."""
+    widened = WEIGHT_ROWS * spec.hidden_size * FP32 if sizes.itemsize < FP32 else 0.0
+    return 2 * sizes.whole + _tile(cfg, spec, layout) + min(widened, sizes.head_weight * FP32)
+
+
+def _head_moment(cfg: Config, sizes: _Sizes, forward: float) -> list[tuple[str, float]]:
+    """The fuller of the head's forward pass with its gradients, and of its backward pass."""
+    # With overlapped reduction the weight's gradient is a tensor of its own, which is scaled and rounded.
+    own = cfg.parallel.overlap_grad_reduce
+    made = FP32 * sizes.head_weight if own else 0.0
+    scaled = (FP32 + (sizes.itemsize if sizes.itemsize < FP32 else 0)) * sizes.head_weight if own else 0.0
+    first = forward + sizes.whole + made
+    second = 2 * sizes.whole + made + scaled
+    if first >= second:
+        return [("loss head", forward + sizes.whole), ("gradient of the output matrix", made)]
+    return [("loss head", 2 * sizes.whole), ("gradient of the output matrix", made + scaled)]

@@ -1,0 +1,69 @@
+"""The phases of a step in seconds, one table. Pure.
+
+times = phase_seconds(cfg, spec, layout, cluster, lengths, held=..., kv_budget=..., refit_s=...)
+times["update"], sum(times.values())
+"""
+
+from __future__ import annotations
+
+from treepo_mega.config import Config
+from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.plan.layout import Held, Layout
+from treepo_mega.plan.lengths import Lengths
+from treepo_mega.plan.timing import (
+    GB,
+    Cluster,
+    Engine,
+    old_share,
+    pass_seconds,
+    rollout_seconds,
+    training_work,
+    update_seconds,
+)
+from treepo_mega.plan.work import TreeShape
+
+PHASES = ("rollout", "reward", "old_logprobs", "ref_logprobs", "update", "reshard", "handover", "checkpoint")
+"""In the order in which a step goes through them; as in the `timing_s/` metrics, but for handover, part of reshard."""
+
+
+def tree_shape(cfg: Config, lengths: Lengths) -> TreeShape:
+    """The trees that a step expects."""
+    return TreeShape.of(cfg, response=lengths.response, prompt=lengths.prompt, spread=lengths.spread)
+
+
+def phase_seconds(
+    cfg: Config,
+    spec: ModelSpec,
+    layout: Layout,
+    cluster: Cluster,
+    lengths: Lengths,
+    *,
+    held: Held,
+    kv_budget: float,
+    refit_s: float,
+) -> dict[str, float]:
+    """Seconds of each of PHASES. `held`, `kv_budget`: bytes of the fullest rank; `refit_s`: of the links alone."""
+    rates = cluster.rates
+    shape = tree_shape(cfg, lengths)
+    work = lengths.trained * training_work(cfg, shape)
+    engine = Engine.of(cfg, spec, kv_budget, shape.prompt + shape.response / 2)
+    trees = cfg.rollout.rollout_batch_size * max(1.0, cfg.rollout.oversample) / lengths.kept * lengths.sampled
+    prefill, decode = rollout_seconds(cfg, spec, layout, cluster, engine, shape, trees)
+    forward = rates.forward * pass_seconds(cfg, spec, layout, cluster, work, phase="old_logprobs", passes=1)
+    passes, steps = update_seconds(cfg, spec, layout, cluster, work, held)
+    times = dict.fromkeys(PHASES, 0.0)
+    times["rollout"] = rates.rollout * (prefill + decode)
+    times["reward"] = rates.reward_s * cfg.rollout.rollout_batch_size * shape.leaves / lengths.kept
+    times["old_logprobs"] = old_share(cfg) * forward
+    times["ref_logprobs"] = forward if cfg.needs_reference else 0.0
+    times["update"] = passes + steps
+    times["reshard"] = rates.refit * refit_s
+    if not cluster.gpu.is_cpu:
+        # The optimizer's state goes to the host and back; gradients come back as zeros.
+        times["handover"] = 2 * held.optimizer / (cluster.gpu.host_gb_s * rates.host_copy * GB)
+    if cfg.checkpoint.enabled and cfg.checkpoint.save_interval:
+        # All ranks write their part: a replica's parameters, and the whole optimizer state.
+        every = layout.dp * layout.cp
+        of_node = (held.optimizer + held.parameters / every) * cluster.ranks_per_node
+        times["checkpoint"] = of_node / (rates.storage_gb_s * GB) / cfg.checkpoint.save_interval
+    return times
