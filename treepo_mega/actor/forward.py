@@ -188,6 +188,20 @@ def compute_logprobs(
     `temperature` and `numerics` None: the head's own. With `watch` the guard's sample is kept in `pack.watched`.
     Collective over the model-parallel group.
     """
+    data = logprob_tensors(chunks, packs, head, temperature=temperature, numerics=numerics, watch=watch)
+    return [logprobs.cpu().numpy() for logprobs in data] if data else None
+
+
+def logprob_tensors(
+    chunks: list[Any],
+    packs: list[Pack],
+    head: LossHead,
+    *,
+    temperature: float | None = None,
+    numerics: Numerics | None = None,
+    watch: bool = False,
+) -> list[Tensor]:
+    """As `compute_logprobs`, left on the device: fp32 [N] of each pack on last-stage ranks, [] elsewhere."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -195,4 +209,4 @@ def compute_logprobs(
         data = _run(chunks, packs, partial(_logprobs_of, head, temperature, numerics, watch), gradients=False)
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
-    return [of_pack["logprobs"].cpu().numpy() for of_pack in data] if data else None
+    return [of_pack["logprobs"] for of_pack in data]

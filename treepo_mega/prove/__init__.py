@@ -1,0 +1,1 @@
+"""Ranks of a run built with fake tensors, to prove what `plan/` says about their memory."""
