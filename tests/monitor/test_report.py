@@ -127,6 +127,16 @@ def test_figures(run):
     assert cost["cost"] == pytest.approx(0.1) and cost["reward_gain_per_hour"] == pytest.approx(0.9 * 30)
 
 
+def test_a_wait_for_graders_amid_sampling_is_grading(run):
+    loaded = load_run(run)
+    loaded.columns["rollout/engine_grader_wait_share"] = np.full(len(loaded.steps), 0.2)
+    bars = {bar.name: bar.hours * 1800 for bar in waterfall(loaded, account(loaded))}
+    assert bars["grading"] == pytest.approx(35 * 0.2) and bars["engines idle"] == pytest.approx(35 / 4)
+    assert bars["refills"] == pytest.approx(35 * 0.55 / 4) and bars["useful work"] == pytest.approx(
+        35 * 0.55 * 0.75 + 15
+    )
+
+
 def test_a_waterfall_adds_up(run):
     found = account(load_run(run))
     bars = {bar.name: bar.hours * 1800 for bar in waterfall(load_run(run), found)}

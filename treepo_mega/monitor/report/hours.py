@@ -148,10 +148,12 @@ def waterfall(run: Run, spent: Spent) -> list[Bar]:
 
     rollout = piece("rollout")
     idle = rollout * np.clip(of("rollout/engine_idle_share"), 0, 1)
+    graders = np.minimum(rollout * np.clip(of("rollout/engine_grader_wait_share"), 0, 1), rollout - idle)
     unused = of("rollout/prompts_dropped_zero_std") + of("rollout/prompts_surplus")
-    refills = (rollout - idle) * _share(unused, unused + of("rollout/prompts_trained"))
-    again = (rollout - idle - refills) * _share(of("rollout/recomputed_tokens"), of("rollout/forwarded_tokens"))
-    sampling = rollout - idle - refills - again
+    busy = rollout - idle - graders
+    refills = busy * _share(unused, unused + of("rollout/prompts_trained"))
+    again = (busy - refills) * _share(of("rollout/recomputed_tokens"), of("rollout/forwarded_tokens"))
+    sampling = busy - refills - again
     training = sum((piece(name) for name in TRAINING), np.zeros(len(run.steps)))
     padding = training * np.clip(of("perf/padding_share"), 0, 1)
     recompute = piece("update") * (1 - np.clip(of("perf/padding_share"), 0, 1)) * of("perf/update_recompute_share")
@@ -166,7 +168,7 @@ def waterfall(run: Run, spent: Spent) -> list[Bar]:
         ("prefixes prefilled again", again, "rollout/recomputed_tokens of the rollout; an estimate"),
         ("padding", padding, "perf/padding_share of the training passes"),
         ("recomputed activations", recompute, "perf/update_recompute_share of the update"),
-        ("grading", piece("reward"), "the wait that sampling did not cover"),
+        ("grading", piece("reward") + graders, "the wait that sampling did not cover"),
         ("advantages", piece("advantage"), "credit and packs"),
         ("refit", refit, "reshard/seconds"),
         ("hand-over", piece("reshard") - refit, "memory from trainer to engine and back, and the canary"),
