@@ -1,6 +1,7 @@
 """A run that is asked to stop, and goes on later, equals one that was left alone: bit for bit, metrics and weights.
 
-Long trees are carried over from step to step, so that a checkpoint has unfinished ones to keep.
+Long trees are carried over from step to step, so that a checkpoint has unfinished ones to keep: trunks on their way,
+and trees whose branches have started at uncertain steps of reasoning.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ STEPS = 12
 
 
 def command(run_dir: Path) -> list[str]:
-    """Two ranks, tensor parallel, with a reference model, twice two optimizer steps a rollout, carried-over trees."""
+    """Two ranks, tensor parallel, with a reference model, twice two optimizer steps a rollout, carried-over forks."""
     return [
         *("train", "examples/tiny_cpu.yaml", f"logging.run_dir={run_dir}"),
         *("parallel.tensor_model_parallel_size=2", "rollout.rollout_batch_size=8", "rollout.n_samples_per_prompt=8"),
         *(
             "rollout.partial_rollout=24",
+            *("rollout.branching.at=fork", "rollout.branching.fork.draw=other", "rollout.branching.fork.waves=2"),
+            *("rollout.segment.length=12", "rollout.segment.end=[';']"),
             "train.prefix_sharing=tree",
             "algo.kl_loss_coef=0.05",
             "train.ppo_epochs=2",
@@ -68,6 +71,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     (saved,) = (stopped / "checkpoints").iterdir()
     done = check_complete(saved)["step"]
     assert 1 <= done < STEPS and done == len(numbers(stopped))
+    assert numbers(stopped)[-1]["rollout/trees_carried_over"] > 0, "the checkpoint keeps unfinished trees"
 
     before = metrics.read_text().splitlines()
     resumed = run_ranks(2, CLI, *command(stopped), timeout=280)
@@ -79,5 +83,6 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert len(numbers(whole)) == STEPS
     assert sum(row["rollout/trees_carried_over"] for row in numbers(whole)) > STEPS, "checkpoints keep unfinished trees"
     assert any(row["rollout/stale_token_share"] > 0.1 for row in numbers(whole))
+    assert all(row["tree/forks"] > 0 for row in numbers(whole) if row["rollout/prompts_trained"])
     a, b = (load_file(d / "hf" / "model.safetensors") for d in (stopped, whole))
     assert a.keys() == b.keys() and all(a[n].equal(b[n]) for n in a)
