@@ -1,6 +1,7 @@
 """Where branches should start: the rules of branching against independent samples, on one model.
 
-    python tools/bench/branching.py [--quick] [--config FILE] [--model DIR] [--prompts 32] [--repeats 3]
+    python tools/bench/branching.py [--quick] [--config FILE] [--model DIR] [--prompts 32] [--repeats 3] [--rules ...]
+    python tools/bench/branching.py --random               # the 22 M random weights of tools/bench/rollout.py
 
 One engine, one process, the prompts of the configuration; no training. Each rule samples the same prompts through the
 collector of a training step, the rules take turns, and the fastest of the repeats counts. The rules:
@@ -12,6 +13,7 @@ collector of a training step, the rules take turns, and the fastest of the repea
     fork/again, fork/other   a quarter of the leaves are trunks; the others start where the trunks were uncertain,
                              by a free draw, or by a token that nobody has there
     fork/other, 3 waves      the same in three waves
+    fork/few trunks          fork/other with half as many trunks, in two waves
     fork/threshold           by a threshold, as fair samples
     fork/adaptive            fork/other with `rollout.leaves: adaptive`
 
@@ -33,7 +35,9 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from transformers import AutoTokenizer
 
 from estimators import LONGEST, Process, judge
+from rollout import MODEL, make_model
 from treepo_mega.config import Config, RolloutConfig, load_config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.prompts import Prompt, load_prompts
@@ -55,11 +60,14 @@ from treepo_mega.rollout.generator import Generator
 
 FORK = {"branching.at": "fork", "branching.fork.signal": "logprob"}
 OTHER = FORK | {"branching.fork.draw": "other"}
+COMPARED_WITH = ("independent", "border/equal")
+"""Rules that are always sampled: the figures of the others are ratios to theirs."""
 
 
 def rules(leaves: int) -> dict[str, dict[str, Any]]:
     """Keys of the section rollout by the name of a rule, for trees of so many leaves."""
     half = max(2, leaves // 2)
+    few = max(1, leaves // 8)
     return {
         "independent": {"mode": "sequential"},
         "border/equal": {},
@@ -68,6 +76,7 @@ def rules(leaves: int) -> dict[str, dict[str, Any]]:
         "fork/again": FORK,
         "fork/other": OTHER,
         "fork/other, 3 waves": OTHER | {"branching.fork.waves": 3},
+        "fork/few trunks": OTHER | {"branching.fork.waves": 2, "branching.initial": (few, few)},
         "fork/threshold": OTHER
         | {"branching.fork.signal": "entropy", "branching.fork.threshold": 0.3, "fallback.from": "none"},
         "fork/adaptive": OTHER | {"leaves": "adaptive"},
@@ -115,18 +124,36 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The JSON of the last line."""
     cfg = load_config(args.config, [f"model.hf_checkpoint={args.model}"] if args.model else [])
     quieten_libraries()
-    hf = Path(cfg.model.hf_checkpoint)
+    with tempfile.TemporaryDirectory() as directory:
+        hf = Path(cfg.model.hf_checkpoint)
+        if args.random:
+            hf = random_model(hf, Path(directory))
+        return compare(args, cfg, hf)
+
+
+def random_model(like: Path, directory: Path) -> Path:
+    """The random weights of tools/bench/rollout.py with the tokenizer and the vocabulary of the checkpoint `like`."""
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(like / file, directory / file)
+    vocabulary = json.loads((like / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    make_model(directory, "fp32", MODEL | {"vocab_size": vocabulary})
+    return directory
+
+
+def compare(args: argparse.Namespace, cfg: Config, hf: Path) -> dict[str, Any]:
+    """The rules on the checkpoint `hf`."""
     tokenizer: Any = AutoTokenizer.from_pretrained(hf)
     prompts = list(load_prompts(cfg.data.train, cfg.data, tokenizer))[: args.prompts]
     generator = Generator(Engine(hf, cfg), cfg, tokenizer)
     leaves = cfg.rollout.n_samples_per_prompt
     # All prompts are looked at, not only those that would be trained on.
     whole = {"dynamic_sampling": False}
+    chosen = {name: keys for name, keys in rules(leaves).items() if name in {*args.rules, *COMPARED_WITH}}
     best: dict[str, dict[str, float]] = {}
     with RewardPool(cfg.reward) as pool:
         # The first call of an engine is slow.
         for turn in range(args.repeats + 1):
-            for name, changes in rules(leaves).items():
+            for name, changes in chosen.items():
                 some = prompts[:2] if turn == 0 else prompts
                 keys = {**whole, **changes, "rollout_batch_size": len(some)}
                 under = cfg.model_copy(update={"rollout": cfg.rollout.replace(keys)})
@@ -138,10 +165,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 print(f"{name}: {found['seconds']:.2f} s", file=sys.stderr, flush=True)
     rows = [row(name, found, best) for name, found in best.items()]
     for one in rows:
-        changes = rules(leaves)[one["name"]]
+        changes = chosen[one["name"]]
         # What adapts is how many leaves a prompt gets, which one process cannot show.
         one["cos_exact"] = cosine({k: v for k, v in changes.items() if k != "leaves"}, args.trees)
-    return {"model": str(hf), "prompts": len(prompts), "leaves": leaves, "rules": rows}
+    return {"model": "random" if args.random else str(hf), "prompts": len(prompts), "leaves": leaves, "rules": rows}
 
 
 def row(name: str, found: dict[str, float], best: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -168,7 +195,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 prompts, one repeat, 200 trees for the cosine")
     parser.add_argument("--config", default="examples/tiny_cpu.yaml")
-    parser.add_argument("--model", help="a checkpoint in place of the configuration's")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help="a checkpoint in place of the configuration's")
+    which.add_argument("--random", action="store_true", help="22 M random weights with the configuration's tokenizer")
+    names = list(rules(16))
+    parser.add_argument("--rules", nargs="+", choices=names, default=names, metavar="RULE", help="; ".join(names))
     parser.add_argument("--prompts", type=int, help="32, with --quick 8")
     parser.add_argument("--repeats", type=int, help="3, with --quick 1")
     args = parser.parse_args()
