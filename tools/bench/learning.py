@@ -1,7 +1,7 @@
 """Does it pay? Accuracy against tokens and CPU seconds, for every way to sample and to give credit, seed by seed.
 
     python tools/bench/learning.py run --arms flat-grpo tree-treepo --seeds 101 102 103
-    python tools/bench/learning.py report [--task carry]
+    python tools/bench/learning.py report [--task carry] [--baseline ARM]
     python tools/bench/learning.py --quick
 
 Arms and tasks stand in tools/bench/learning.yaml. A run is one process with one thread, so that wall and CPU seconds
@@ -12,17 +12,19 @@ interrupted one stopped. Settings are chosen on seeds 101 to 103 and reported on
 One evaluator for all arms: the trained model's export, by transformers alone, 512 held-out problems x 4 at
 temperature 1. The curve between comes from the run's own evaluation (256 x 4).
 
-`report` compares each arm with the task's baseline: accuracy at equal steps (difference with a 95 % interval), and the
-tokens and CPU seconds at which the arm's mean curve first reaches the baseline's final accuracy, as ratios to what the
-baseline spent. Intervals are percentiles of 2,000 bootstrap draws over seeds; a ratio that the arm never reaches is
-null. Tokens are those forwarded while sampling plus three times those of the update (a backward pass costs two
-forward ones) plus those of the old-logprob pass.
+`report` compares each arm with the task's baseline: accuracy at equal steps (difference with a 95 % interval), accuracy
+of the mean curves at equal tokens (all that the cheaper of the two spent), and the tokens and CPU seconds at which the
+arm's mean curve first reaches the baseline's final accuracy, as ratios to what the baseline spent. Intervals are
+percentiles of 2,000 bootstrap draws over seeds; a ratio that the arm never reaches is null. Tokens are those forwarded
+while sampling plus three times those of the update (a backward pass costs two forward ones) plus those of the
+old-logprob pass.
 
 Last line, JSON: {"tasks": [{"name", "baseline", "seeds", "arms": [{"name", "seeds", "accuracy", "accuracy_sd",
-"accuracy_difference_at_equal_steps", "ci95", "tokens_ratio_at_equal_accuracy", "tokens_ci95",
-"cpu_ratio_at_equal_accuracy", "cpu_ci95", "tokens_ratio", "cpu_ratio" (whole runs), "paired_difference",
-"paired_ci95", "fit_tokens", "fit_cpu" (ScaleRL's curve, or its `problem`)}], "vs_trl": {arm: {"seeds", "step_ratio",
-"cpu_ratio_at_equal_accuracy"}} where TRL's runs are there}]}. --plot writes an SVG of the task's curves.
+"accuracy_difference_at_equal_steps", "ci95", "accuracy_difference_at_equal_tokens", "equal_tokens_ci95",
+"tokens_ratio_at_equal_accuracy", "tokens_ci95", "cpu_ratio_at_equal_accuracy", "cpu_ci95", "tokens_ratio",
+"cpu_ratio" (whole runs), "paired_difference", "paired_ci95", "fit_tokens", "fit_cpu" (ScaleRL's curve, or its
+`problem`)}], "vs_trl": {arm: {"seeds", "step_ratio", "cpu_ratio_at_equal_accuracy"}} where TRL's runs are there}]}.
+--plot writes an SVG of the task's curves.
 --quick: two arms, one seed, two steps, in a temporary folder.
 """
 
@@ -210,6 +212,17 @@ def reach(results: list[Result], accuracy: float, axis: str) -> float:
     return float(xs[index - 1] + share * (xs[index] - xs[index - 1]))
 
 
+def ahead(ours: list[Result], theirs: list[Result]) -> float:
+    """How much more accurate our mean curve is than theirs at the tokens that the cheaper of the two spent in all."""
+    curves = [
+        [np.mean([[point[name] for point in r["curve"]] for r in results], axis=0) for name in ("tokens", "accuracy")]
+        for results in (ours, theirs)
+    ]
+    spent = min(tokens[-1] for tokens, _ in curves)
+    our_accuracy, their_accuracy = (float(np.interp(spent, tokens, accuracy)) for tokens, accuracy in curves)
+    return our_accuracy - their_accuracy
+
+
 def interval(values: np.ndarray) -> list[float | None]:
     """The middle 95 % of `values`; None for an end that is infinite."""
     ends = np.percentile(values, [2.5, 97.5], method="nearest")
@@ -224,17 +237,18 @@ def finite(value: float) -> float | None:
 def compare(baseline: list[Result], arm: list[Result], rng: np.random.Generator) -> dict[str, Any]:
     """An arm against the baseline, with bootstrap intervals over seeds."""
 
-    def ratios(ours: list[Result], theirs: list[Result]) -> tuple[float, float, float]:
+    def ratios(ours: list[Result], theirs: list[Result]) -> tuple[float, float, float, float]:
         # The final point of the same curve: evaluators must not be mixed within a ratio.
         goal = float(np.mean([r["curve"][-1]["accuracy"] for r in theirs]))
         spent = {axis: np.mean([r["curve"][-1][axis] for r in theirs]) for axis in ("tokens", "cpu_s")}
         difference = float(np.mean([r["accuracy"] for r in ours]) - np.mean([r["accuracy"] for r in theirs]))
-        return difference, reach(ours, goal, "tokens") / spent["tokens"], reach(ours, goal, "cpu_s") / spent["cpu_s"]
+        tokens, cpu = (reach(ours, goal, axis) / spent[axis] for axis in ("tokens", "cpu_s"))
+        return difference, tokens, cpu, ahead(ours, theirs)
 
     def draw(results: list[Result]) -> list[Result]:
         return [results[index] for index in rng.integers(len(results), size=len(results))]
 
-    difference, tokens_ratio, cpu_ratio = ratios(arm, baseline)
+    difference, tokens_ratio, cpu_ratio, at_equal_tokens = ratios(arm, baseline)
     drawn = np.array([ratios(draw(arm), draw(baseline)) for _ in range(BOOTSTRAPS)])
 
     def whole(axis: str) -> float:
@@ -247,6 +261,8 @@ def compare(baseline: list[Result], arm: list[Result], rng: np.random.Generator)
         "accuracy_sd": round(float(np.std([r["accuracy"] for r in arm], ddof=1)), 4) if len(arm) > 1 else None,
         "accuracy_difference_at_equal_steps": round(difference, 4),
         "ci95": interval(drawn[:, 0]),
+        "accuracy_difference_at_equal_tokens": round(at_equal_tokens, 4),
+        "equal_tokens_ci95": interval(drawn[:, 3]),
         "tokens_ratio_at_equal_accuracy": finite(tokens_ratio),
         "tokens_ci95": interval(drawn[:, 1]),
         "cpu_ratio_at_equal_accuracy": finite(cpu_ratio),
@@ -277,11 +293,16 @@ def against_trl(theirs: list[Result], ours: list[Result]) -> dict[str, Any] | No
 
 
 def report(
-    plan: dict[str, Any], results: Path, tasks: list[str], seeds: list[int] | None, plots: Path | None = None
+    plan: dict[str, Any],
+    results: Path,
+    tasks: list[str],
+    seeds: list[int] | None,
+    plots: Path | None = None,
+    baseline: str | None = None,
 ) -> dict[str, Any]:
     """The comparison of every finished arm of `tasks` on `seeds` (None: all), as the last line's object.
 
-    `plots`: a folder that gets an SVG for each task.
+    `plots`: a folder that gets an SVG for each task. `baseline`: another arm than the task's own to compare with.
     """
     out = []
     for task in tasks:
@@ -290,7 +311,7 @@ def report(
             result = json.loads(path.read_text(encoding="utf-8"))
             if seeds is None or result["seed"] in seeds:
                 finished.setdefault(path.name.split(".seed")[0], []).append(result)
-        name = plan["tasks"][task]["baseline"]
+        name = baseline or plan["tasks"][task]["baseline"]
         if name not in finished:
             raise SystemExit(f"task {task}: no finished run of its baseline {name} under {results / task}")
         rng = np.random.default_rng(0)
@@ -316,14 +337,19 @@ def show(found: dict[str, Any]) -> None:
     """The table for people, as Markdown."""
     for task in found["tasks"]:
         print(f"\n{task['name']}: against {task['baseline']}\n")
-        print("| arm | seeds | accuracy | difference | tokens to equal accuracy | CPU to it | tokens | CPU |")
-        print("|---|---|---|---|---|---|---|---|")
+        columns = ("arm", "seeds", "accuracy", "difference", "at equal tokens", "tokens to equal accuracy", "CPU to it")
+        print(f"| {' | '.join([*columns, 'tokens', 'CPU'])} |")
+        print("|---" * (len(columns) + 2) + "|")
         for arm in task["arms"]:
             sd = "" if arm["accuracy_sd"] is None else f" ± {arm['accuracy_sd']:.3f}"
-            ends = " to ".join("-" if end is None else f"{end:+.3f}" for end in arm["ci95"])
+            ends, ends_at_equal_tokens = (
+                " to ".join("-" if end is None else f"{end:+.3f}" for end in arm[name])
+                for name in ("ci95", "equal_tokens_ci95")
+            )
             print(
                 f"| {arm['name']} | {len(arm['seeds'])} | {arm['accuracy']:.3f}{sd} "
                 f"| {arm['accuracy_difference_at_equal_steps']:+.3f} ({ends}) "
+                f"| {arm['accuracy_difference_at_equal_tokens']:+.3f} ({ends_at_equal_tokens}) "
                 f"| {bounds(arm['tokens_ratio_at_equal_accuracy'], arm['tokens_ci95'])} "
                 f"| {bounds(arm['cpu_ratio_at_equal_accuracy'], arm['cpu_ci95'])} "
                 f"| {arm['tokens_ratio']:.2f} | {arm['cpu_ratio']:.2f} |"
@@ -352,6 +378,7 @@ def main() -> int:
     p.add_argument("--task", default="carry")
     p.add_argument("--arms", nargs="+", default=["flat-grpo", "tree-treepo"])
     p.add_argument("--seeds", nargs="+", type=int, help="run: default 101 102 103; report: default all")
+    p.add_argument("--baseline", metavar="ARM", help="report: compare with this arm instead of the task's baseline")
     p.add_argument("--results", type=Path, default=RESULTS)
     p.add_argument("--plot", type=Path, metavar="FOLDER", help="report: write learning_TASK.svg there (docs/assets)")
     p.add_argument("--quick", action="store_true", help="two arms, one seed, two steps, in a temporary folder")
@@ -372,7 +399,7 @@ def main() -> int:
         if args.command == "run":
             args.seeds = args.seeds or [101, 102, 103]
             run(args, plan, args.results, [], PROBLEMS)
-        found = report(plan, args.results, [args.task], args.seeds, args.plot)
+        found = report(plan, args.results, [args.task], args.seeds, args.plot, args.baseline)
     show(found)
     print(json.dumps(found))
     return 0
