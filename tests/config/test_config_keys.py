@@ -126,10 +126,6 @@ def leaves_without_a_stop(cfg: Config, seed: int) -> int:
         ({"most_leaves": 32}, "rollout.most_leaves 32 has no effect with rollout.leaves fixed"),
         ({"leaves": "adaptive", "most_leaves": 5}, "rollout.most_leaves 5 is below rollout.n_samples_per_prompt"),
         ({"leaves": "adaptive", "first_leaves": 16}, "rollout.first_leaves 16 is not below"),
-        (
-            {"leaves": "adaptive", "partial_rollout": 32},
-            "adaptive with rollout.partial_rollout: a handful must be graded",
-        ),
         ({"leaves": "adaptive", "token_budget": 999}, "adaptive with rollout.token_budget"),
         ({"branching.budget.temperature_end": 1.0}, "has no effect with rollout.branching.budget.kind equal"),
         ({"branching.budget.floor": 0.5}, "budget.floor has no effect with rollout.branching.budget.kind equal"),

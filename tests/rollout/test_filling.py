@@ -5,6 +5,7 @@ A prompt's digit says how many of its four answers are right: 0 and 4 have no si
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from treepo_mega.data.prompts import Prompt
 from treepo_mega.monitor.explain import why_nothing
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import BatchNotFilled, Collector, Forest, Graded, draws
-from treepo_mega.rollout.jobs import Job
+from treepo_mega.rollout.jobs import Job, carry
 from treepo_mega.rollout.refill import RefillRule
 from treepo_mega.rollout.round import SampledRound
 from treepo_mega.rollout.teaching import Teaches, judge
@@ -90,7 +91,7 @@ class Table(Collector):
         self.asked.append(" ".join(self.name(jobs[index]) for index in begun))
         for index in begun:
             if ended[index] is None:
-                self.carried.append({"prompt": asdict(jobs[index].prompt), "state": {"begun": True}})
+                self.carried.append(json.loads(json.dumps(carry(jobs[index], {"begun": True}))))
         names = ("engine_steps", "running", "idle_s", "engine_s", "grader_wait_s", "idle_share_max")
         counts = dict.fromkeys((*names, "lost", "stolen", "gradings", "gradings_early"), 0.0)
         counts["prompts_begun"] = float(len(begun))
@@ -202,14 +203,20 @@ def test_a_step_whose_trees_are_all_carried_over_is_no_shortage(caplog: pytest.L
 
 
 class Handfuls(Table):
-    """A digit says how many of the first two leaves are right; of the later ones, every second one."""
+    """A digit says how many of the first two leaves are right; of the later ones, every second one.
+
+    A handful `x` is not finished in its step, and a tree `y` not in the step in which it grows on. Both are mixed.
+    """
 
     def name(self, job: Job) -> str:
         return f"{job.prompt.id}:{job.leaves}"
 
     def grown(self, job: Job) -> Tree | None:
-        assert job.begun is None or job.begun.rewards, "its first leaves are graded"
-        first = int(job.prompt.id[-1])
+        assert job.begun is None or len(job.begun.rewards) == 2, "its first leaves are graded"
+        digit = job.prompt.id[-1]
+        if job.state is None and digit == ("x" if job.begun is None else "y"):
+            return None
+        first = 1 if digit in "xy" else int(digit)
         tree = graded(job.prompt.id, 0, width=job.leaves)
         set_rewards(tree, [float(index < first if index < 2 else index % 2) for index in range(job.leaves)])
         return tree
@@ -232,6 +239,37 @@ def test_settled_prompts_leave_their_leaves_to_mixed_ones():
     metrics = forest.metrics
     assert [metrics[f"tree/leaves_per_prompt_{name}"] for name in ("min", "mean", "max")] == [2, 4, 8]
     assert metrics["tree/leaves"] == 12 and metrics["tree/shortfall"] == 0 and metrics["rollout/leaves_unspent"] == 0
+
+
+def test_a_carried_handful_is_dealt_leaves_in_the_step_in_which_it_ends():
+    collector = Handfuls(adaptive(dynamic_sampling=False, partial_rollout=64), "1x211")
+    forest = collector.collect(0)
+    assert collector.asked == ["0-1:2 1-x:2 2-2:2", "0-1:8"]
+    assert leaves(forest) == [("0-1", 8), ("2-2", 2)] and forest.metrics["tree/shortfall"] == 0
+    forest = collector.collect(1)
+    assert collector.asked[2:] == ["1-x:2 3-1:2 4-1:2", "1-x:4 3-1:4 4-1:4"]
+    assert leaves(forest) == [("1-x", 4), ("3-1", 4), ("4-1", 4)] and forest.metrics["tree/shortfall"] == 0
+
+
+def test_a_tree_that_is_carried_while_it_grows_keeps_its_allotment():
+    """It trains where it ends, with its first leaves, and that step deals out so much less."""
+    collector = Handfuls(adaptive(dynamic_sampling=False, partial_rollout=64), "1y211")
+    forest = collector.collect(0)
+    assert collector.asked == ["0-1:2 1-y:2 2-2:2", "0-1:5 1-y:5"]
+    assert leaves(forest) == [("0-1", 5), ("2-2", 2)] and forest.metrics["tree/shortfall"] == 0
+    forest = collector.collect(1)
+    assert collector.asked[2:] == ["1-y:5 3-1:2 4-1:2", "3-1:4 4-1:3"], "it grows no more"
+    assert leaves(forest) == [("1-y", 5), ("3-1", 4), ("4-1", 3)], "twelve leaves, as in every step"
+    assert forest.metrics["tree/shortfall"] == 0 and forest.metrics["rollout/leaves_unspent"] == 0
+
+
+def test_a_carried_tree_is_no_prompt_that_could_take_leaves():
+    """Of 12 leaves `y` has 3; the other two prompts are needed to take what is left, so a settled one is replaced."""
+    collector = Handfuls(adaptive(partial_rollout=64, most_leaves=4), "1y1001")
+    assert leaves(collector.collect(0)) == [("0-1", 4), ("2-1", 4)]
+    forest = collector.collect(1)
+    assert collector.asked[2:] == ["1-y:4 3-0:2 4-0:2 5-1:2", "5-1:4"]
+    assert leaves(forest) == [("1-y", 4), ("5-1", 4)]
 
 
 def test_new_prompts_begin_while_the_mixed_ones_cannot_take_all(caplog: pytest.LogCaptureFixture):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -30,6 +32,13 @@ def grow(cfg: RolloutConfig, seed: int, order: random.Random, begun: Tree | None
     """One tree; what is sampled depends on the want alone."""
     stop = StopRules.from_config(cfg, [EOS], str)
     search = TreeSearch("p", [7, 8], cfg, seed=seed, stop=stop, begun=begun)
+    run(search, order)
+    assert search.done
+    return search.tree
+
+
+def run(search: TreeSearch, order: random.Random) -> None:
+    """Deliver all that may be sampled in this step, in any order."""
     pending = search.wants()
     while pending:
         order.shuffle(pending)
@@ -43,8 +52,6 @@ def grow(cfg: RolloutConfig, seed: int, order: random.Random, begun: Tree | None
         top = [(token, math.log(0.1)) for token in rng.sample(range(9), 9)][: want.top]
         search.take(want.node_id, Segment(tokens, logprobs, "length", peek, entropies, top))
         pending += search.wants()
-    assert search.done
-    return search.tree
 
 
 def grade(tree: Tree) -> None:
@@ -107,6 +114,44 @@ def test_a_tree_grows_on_from_its_graded_leaves(cfg, width, seed, order):
     )
     assert whole.verdicts == [reward + 1 for reward in whole.rewards]
     assert whole.counts["generated_tokens"] > before.counts["generated_tokens"], "what both stages cost"
+
+
+@examples(60)
+@given(configs, st.integers(5, 12), st.integers(0, 999), st.integers(0, 99))
+def test_a_tree_that_is_carried_over_before_and_while_it_grows_is_the_tree_it_would_have_been(cfg, width, seed, order):
+    shuffle = random.Random(order)
+    reached = []
+    trees = []
+    for reach in (6, 1000):
+        partial = rollout_config(cfg, partial_rollout=reach)
+        before, version = carry(partial, seed, shuffle, 1)
+        grade(before)
+        tree, last = carry(rollout_config(partial, n_samples_per_prompt=width), seed, shuffle, version, before)
+        assert new_leaves(tree, before).leaves and tree.shortfall is None
+        reached.append(last)
+        told = [replace(node, policy_version=0) for node in tree.nodes]
+        trees.append([told, tree.leaves, tree.counts, before.rewards])
+    assert trees[0] == trees[1] and reached[1] == 1
+    longest = max(len(tree.response(leaf)) for leaf in tree.leaves)
+    assert (reached[0] > 1) == (longest > 6 and cfg.mode == "tree"), "it took more than one step"
+
+
+def carry(
+    cfg: RolloutConfig, seed: int, order: random.Random, version: int, begun: Tree | None = None
+) -> tuple[Tree, int]:
+    """A tree over as many steps as it takes, written down between them; and the last step's version."""
+    stop = StopRules.from_config(cfg, [EOS], str)
+    search = TreeSearch("p", [7, 8], cfg, seed=seed, stop=stop, policy_version=version, begun=begun)
+    assert not search.paused, "what begins may begin at once, however long the paths are that it begins on"
+    run(search, order)
+    while not search.done:
+        state = json.loads(json.dumps(search.state_dict()))
+        search = TreeSearch("p", [7, 8], cfg, seed=seed + 1, stop=stop, begun=begun)
+        search.load_state_dict(state)
+        version += 1
+        search.resume(version, cfg)
+        run(search, order)
+    return search.tree, version
 
 
 def test_a_leaf_that_lost_its_reward_is_made_up_for():

@@ -236,14 +236,12 @@ def _check_leaves(rollout: RolloutConfig) -> list[str]:
         if rollout.most_leaves is None:
             return []
         return [f"rollout.most_leaves {rollout.most_leaves} has no effect with rollout.leaves fixed; set adaptive"]
-    bad = [
-        f"rollout.leaves adaptive with rollout.{name}: {why}"
-        for name, why, is_set in (
-            ("partial_rollout", "a handful must be graded in the step in which it began", rollout.partial_rollout),
-            ("token_budget", "it decides on leaves by itself; use one of them", rollout.token_budget),
+    bad = []
+    if rollout.token_budget is not None:
+        bad.append(
+            "rollout.leaves adaptive with rollout.token_budget: both decide how many leaves a tree has. A tree whose "
+            "tokens are spent could not take the leaves that its step has dealt to it; use one of the two keys"
         )
-        if is_set is not None
-    ]
     if rollout.surplus == "carry":
         bad.append("rollout.leaves adaptive with rollout.surplus carry: what is left over has a handful of leaves only")
     if rollout.first_leaves >= width:

@@ -12,24 +12,36 @@ more leaves than the mixed ones may take. Whether it does is a function of the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treepo_mega.config import RolloutConfig
+from treepo_mega.rollout.jobs import Job, leaves_of
 
 
 @dataclass(slots=True)
 class LeafBudget:
-    """The leaves of one step. `first`: of a handful; `most`: of one tree; `left`: not asked for yet."""
+    """The leaves of one step. `first`: of a handful; `most`: of one tree; `left`: not asked for yet.
+
+    `whole`: mixed prompts whose trees have all the leaves that they are to have.
+    """
 
     first: int
     most: int
     left: int
+    whole: int = 0
 
     @classmethod
-    def of(cls, rollout: RolloutConfig) -> LeafBudget:
-        """The whole budget of a step."""
+    def of(cls, rollout: RolloutConfig, goes_on: Sequence[Job] = ()) -> LeafBudget:
+        """The budget of a step that goes on with carried-over trees, each of which keeps the leaves that it was given.
+
+        A handful is taken off by `begin`; what a tree has beyond it is taken off here.
+        """
         total = rollout.rollout_batch_size * rollout.n_samples_per_prompt
-        return cls(rollout.first_leaves, rollout.leaves_at_most, total)
+        first = rollout.first_leaves
+        beyond = sum(leaves_of(job, rollout) - first for job in goes_on)
+        whole = sum(leaves_of(job, rollout) > first for job in goes_on)
+        return cls(first, rollout.leaves_at_most, total - beyond, whole)
 
     def need(self, begun: int, wanted: int) -> int:
         """Mixed prompts that suffice once `begun` have begun: `wanted`, or those that may take all that is then left.
@@ -45,11 +57,12 @@ class LeafBudget:
             return 0
         more = self.most - self.first
         # What the mixed ones may take is better spent on them than on prompts of which nothing is known.
-        return min(wanted, -(-left // more)) if more else wanted
+        return min(wanted, self.whole - (-left // more)) if more else wanted
 
     def begin(self, begun: int) -> None:
         """The handfuls of `begun` prompts are taken off."""
-        self.left -= begun * self.first
+        # Trees that several steps have carried over may hold more than a step has.
+        self.left = max(0, self.left - begun * self.first)
 
     def share(self, mixed: int) -> list[int]:
         """Leaves more for each of `mixed` prompts: all that is left, equally, the earlier ones first; taken off.

@@ -14,7 +14,8 @@ Adaptive leaves (`rollout.leaves`): trees begin with a handful of leaves, and th
 last round, with the leaves that settled prompts do not need (`adaptive.py`).
 
 Partial rollouts: a tree with paths that reach beyond the step (`rollout.partial_rollout`) is carried over, as a state
-that every rank holds and a checkpoint keeps; it holds its place in the batch, and the next step goes on with it.
+that every rank holds and a checkpoint keeps; it holds its place in the batch, and the next step goes on with it. With
+adaptive leaves it keeps its allotment, which is taken off that step's leaves as well.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import logging
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from treepo_mega.config import Config
@@ -38,7 +39,7 @@ from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
-from treepo_mega.rollout.jobs import Job
+from treepo_mega.rollout.jobs import Job, carry, grows_in_place, job_of, leaves_of
 from treepo_mega.rollout.refill import RefillRule, Supply
 from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.rollout.shaping import reward_leaves
@@ -109,10 +110,11 @@ class Collector:
         self.surplus = self.surplus[wanted:]
         resumed = self.carried[: wanted - len(older)]
         self.carried = self.carried[wanted - len(older) :]
-        budget = LeafBudget.of(rollout) if rollout.leaves == "adaptive" else None
+        goes_on = [job_of(carried) for carried in resumed]
+        budget = LeafBudget.of(rollout, goes_on) if rollout.leaves == "adaptive" else None
         # A paused tree keeps its place in the batch: if each were replaced, they could pile up from step to step.
         missing = wanted - len(older) - len(self.carried)
-        supply, rule = self._supply(resumed, missing, budget)
+        supply, rule = self._supply(goes_on, missing, budget)
         begun = len(supply)
         graded, totals = self.sample(supply, step, rule)
         replaced = int(totals["prompts_begun"]) - begun
@@ -122,15 +124,17 @@ class Collector:
         # The first drawn stay, not the first finished: choosing by speed would favour short responses.
         new = taught[: wanted - len(older)]
         surplus = taught[len(new) :]
-        asked = len(seen) * rollout.n_samples_per_prompt
         settled = [each.tree for each in graded if not each.teaches.differs]
+        asked = {job.prompt.id: leaves_of(job, rollout) for job in supply}
         if budget is not None:
             budget.begin(begun + replaced)
             mixed = {each.tree.prompt_id for each in graded if each.teaches.differs}
-            jobs = {job.prompt.id: job for job in supply}
-            growing = [jobs[tree.prompt_id] for tree in new if tree.prompt_id in mixed]
-            seen, new = self._grow_on(seen, new, growing, budget, totals, step)
-            asked = wanted * rollout.n_samples_per_prompt - budget.left
+            # A tree that was carried over while it grew has all that it is to have.
+            jobs = {job.prompt.id: job for job in supply if job.begun is None and job.leaves is not None}
+            growing = [jobs[tree.prompt_id] for tree in new if tree.prompt_id in mixed & jobs.keys()]
+            shares = budget.share(len(growing))
+            asked |= {job.prompt.id: budget.first + more for job, more in zip(growing, shares, strict=True)}
+            seen, new = self._grow_on(seen, new, [(job.prompt, asked[job.prompt.id]) for job in growing], totals, step)
         report_lost(self.pool.take_tally(), f"step {step}")
         kept = older + new
         # Leaves that went to other prompts of the step are not missing.
@@ -141,22 +145,25 @@ class Collector:
             wasted: list[Tree] = []
         else:
             wasted = surplus
-        totals |= {"resumed": len(resumed), "carried": len(self.carried), "surplus": len(surplus), "asked": asked}
+        totals |= {"resumed": len(resumed), "carried": len(self.carried), "surplus": len(surplus)}
+        # A tree that is carried over is asked for where it ends.
+        totals["asked"] = sum(asked[tree.prompt_id] for tree in seen)
         totals |= {"refills": replaced, "older": len(older), "unspent": 0 if budget is None else budget.left}
         totals["wasted"] = sum(tree.counts.get("generated_tokens", 0) for tree in wasted)
         totals |= saved_by_settling(settled if budget is not None else [], rollout.n_samples_per_prompt)
         return Forest(kept, _metrics(seen, kept, totals, self.cfg, step))
 
-    def _supply(
-        self, resumed: Sequence[dict[str, Any]], missing: int, budget: LeafBudget | None
-    ) -> tuple[Supply, RefillRule]:
-        """The jobs of a step of which `missing` places are free, and the rule by which more of them begin."""
+    def _supply(self, goes_on: Sequence[Job], missing: int, budget: LeafBudget | None) -> tuple[Supply, RefillRule]:
+        """The jobs of a step of which `missing` places are free, and the rule by which more of them begin.
+
+        `goes_on`: carried-over trees, which come first.
+        """
         rollout = self.cfg.rollout
         first = None if budget is None else budget.first
-        jobs = [Job(Prompt(**carried["prompt"]), carried["state"]) for carried in resumed]
-        count = draws(missing - len(jobs), rollout.oversample)
+        count = draws(missing - len(goes_on), rollout.oversample)
         if budget is not None:
-            count = min(count, budget.left // budget.first)
+            count = max(0, min(count, budget.left // budget.first - len(goes_on)))
+        jobs = [*goes_on]
         jobs += [Job(prompt, leaves=first) for prompt in self.cursor.take(count)]
         refills = rollout.max_refills if rollout.dynamic_sampling else 0
         rule = RefillRule(begin=len(jobs), wanted=missing, most=len(jobs) * (1 + refills), leaves=budget)
@@ -166,17 +173,19 @@ class Collector:
         self,
         seen: list[Tree],
         kept: list[Tree],
-        mixed: Sequence[Job],
-        budget: LeafBudget,
+        growing: Sequence[tuple[Prompt, int]],
         totals: dict[str, float],
         step: int,
     ) -> tuple[list[Tree], list[Tree]]:
-        """`seen` and `kept` after the trees of the jobs `mixed`, of `kept`, have got the leaves that are left."""
+        """`seen` and `kept` after those trees of `kept` have grown to so many leaves.
+
+        Without those that are carried over while they grow: they train as a whole in a later step.
+        """
         by_prompt = {tree.prompt_id: tree for tree in seen}
         jobs = [
-            Job(job.prompt, leaves=budget.first + more, begun=by_prompt[job.prompt.id])
-            for job, more in zip(mixed, budget.share(len(mixed)), strict=True)
-            if more
+            Job(prompt, leaves=leaves, begun=by_prompt[prompt.id])
+            for prompt, leaves in growing
+            if leaves > self.cfg.rollout.first_leaves
         ]
         if not jobs:
             return seen, kept
@@ -184,6 +193,9 @@ class Collector:
         add_counts(totals, counts)
         grown = {each.tree.prompt_id: each.tree for each in graded}
         trained = {name: fair for name, tree in grown.items() if (fair := counted(tree, self.cfg)).leaves}
+        paused = {job.prompt.id for job in jobs} - grown.keys()
+        seen = [tree for tree in seen if tree.prompt_id not in paused]
+        kept = [tree for tree in kept if tree.prompt_id not in paused]
         return [grown.get(tree.prompt_id, tree) for tree in seen], [trained.get(tree.prompt_id, tree) for tree in kept]
 
     def _check_filled(self, trained: int, refills: int, step: int) -> None:
@@ -207,24 +219,24 @@ class Collector:
         """
         expected = [self.generator.costs.expected(job.prompt) for job in jobs]
         # Trees grow on after grading because they have signal; of them the new leaves alone are graded now.
-        grows = any(job.begun for job in jobs)
+        grow_on = {job.prompt.id for job in jobs if job.begun}
         sampled = sample_and_grade(
             self.generator,
             self.pool,
             jobs,
-            lambda tree, texts, results: self._make_row(tree, results, None if grows else step),
+            lambda tree, texts, results: self._make_row(tree, results, None if tree.prompt_id in grow_on else step),
             name=f"step {step}",
             costs=expected,
             step=step,
             policy_version=step,
             timers=self.timers,
-            engines=[self._engine_of[job.prompt.id] for job in jobs] if grows else None,
+            engines=[self._engine_of[job.prompt.id] for job in jobs] if any(map(grows_in_place, jobs)) else None,
             rule=rule,
             no_signal=None if rule is None else lambda row: not row["trains"],
         )
         self._engine_of |= {jobs[index].prompt.id: engine for index, engine in sampled.engines.items()}
         for index, state in sampled.paused.items():
-            self.carried.append({"prompt": asdict(jobs[index].prompt), "state": state})
+            self.carried.append(carry(jobs[index], state))
         graded = [
             Graded(with_earlier_grades(jobs[index], row), Teaches(row["trains"], row["differs"]))
             for index, row in sampled.rows.items()

@@ -27,7 +27,7 @@ from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import PREFIX_COUNTS, TokenCounts, summarize
 from treepo_mega.rollout.dealing import END, LATE, CostModel, LocalQueue, Queue, deal_by_cost
-from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, leaves_of
+from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, grows_in_place, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ class Generator:
         check_jobs(jobs, now.max_response_len, self.engine.max_model_len)
         # What a step costs, and how its numbers are rounded, must not depend on what ran before. Trees that grow on are
         # part of one step: what they branch from is still there.
-        if not any(job.begun for job in jobs):
+        if not any(map(grows_in_place, jobs)):
             self.engine.reset_prefix_cache()
         stop = StopRules.from_config(now, self.eos_token_ids, self.decode)
 
@@ -153,10 +153,11 @@ class Generator:
                 check_jobs([job], now.max_response_len, self.engine.max_model_len)
             prompt = job.prompt
             width = leaves_of(job, now)
+            of_tree = now if width == now.n_samples_per_prompt else now.replace({"n_samples_per_prompt": width})
             search = TreeSearch(
                 prompt.id,
                 prompt.tokens,
-                now if width == now.n_samples_per_prompt else now.replace({"n_samples_per_prompt": width}),
+                of_tree,
                 seed=derive_seed(self.cfg.train.seed, purpose, step, prompt.id),
                 stop=stop,
                 policy_version=policy_version,
@@ -166,7 +167,7 @@ class Generator:
             )
             if job.state is not None:
                 search.load_state_dict(job.state)
-                search.resume(policy_version, now)
+                search.resume(policy_version, of_tree)
             return search
 
         run = _Run(self, jobs, queue, now, now.temperature if temperature is None else temperature, begin, watcher)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 from treepo_mega.config import RolloutConfig
+from treepo_mega.data.prompts import Prompt
 from treepo_mega.errors import TreepoError
 from treepo_mega.tree.node import Tree
-
-if TYPE_CHECKING:
-    from treepo_mega.data.prompts import Prompt
 
 
 class PromptError(TreepoError):
@@ -22,8 +20,8 @@ class PromptError(TreepoError):
 class Job:
     """A tree to grow: a prompt, and the state of its tree when it was carried over from an earlier step.
 
-    `leaves`: how many the tree is to have; None: rollout.n_samples_per_prompt. `begun`: the tree of this step, sampled
-    and graded with fewer leaves, that grows on.
+    `leaves`: how many the tree is to have; None: rollout.n_samples_per_prompt. `begun`: the tree, sampled and graded
+    with fewer leaves, that grows on; with a `state`, that of its growth so far.
     """
 
     prompt: Prompt
@@ -56,6 +54,24 @@ class Watcher(Protocol):
 def leaves_of(job: Job, rollout: RolloutConfig) -> int:
     """Leaves that the job's tree is to have."""
     return rollout.n_samples_per_prompt if job.leaves is None else job.leaves
+
+
+def grows_in_place(job: Job) -> bool:
+    """Whether the job's tree grows on in the step that graded it: what it branches from is cached on its engine."""
+    return job.begun is not None and job.state is None
+
+
+def carry(job: Job, state: dict[str, Any]) -> dict[str, Any]:
+    """The job whose tree goes on in a later step, JSON-safe; `job_of` is its inverse."""
+    begun = None if job.begun is None else job.begun.to_dict()
+    return {"prompt": asdict(job.prompt), "state": state, "leaves": job.leaves, "begun": begun}
+
+
+def job_of(carried: dict[str, Any]) -> Job:
+    """The job that `carry` wrote down. A checkpoint of before trees kept their leaves lacks the last two entries."""
+    begun = carried.get("begun")
+    prompt = Prompt(**carried["prompt"])
+    return Job(prompt, carried["state"], carried.get("leaves"), None if begun is None else Tree.from_dict(begun))
 
 
 def check_jobs(jobs: Sequence[Job], max_response_len: int, max_model_len: int) -> None:

@@ -92,7 +92,8 @@ class TreeSearch:
         self._new: list[Want] = []
         # rollout.partial_rollout: wanted in a later step.
         self._beyond_reach: list[Want] = []
-        self._step = 1
+        # The reach of a tree that grows on is that of its own paths, which may have taken several steps.
+        self._step = 1 if begun is None else 1 + policy_version - min(node.policy_version for node in begun.nodes[1:])
         self.rests = 0
         """How often all paths had ended: nodes got new names then."""
         # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
