@@ -3,8 +3,8 @@
     records = Records(cfg, progress, resume_step=None)
     records.log(step, metrics)
 
-All of it lies under logging.run_dir and is written by rank 0, but for traces, which every rank writes; on other ranks
-the methods only keep the summary.
+All of it lies under logging.run_dir and is written by rank 0, but for traces and profiles, which every rank writes; on
+other ranks the methods only keep the summary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from treepo_mega.config import Config, dump_config
 from treepo_mega.loss.mismatch import LIMITS, share_names
 from treepo_mega.monitor import completions, samples
 from treepo_mega.monitor.metrics import MetricsLogger
+from treepo_mega.monitor.phases import phase_table
+from treepo_mega.monitor.profiler import PhaseProfiler
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.sinks import BUILT_IN, Run, Sinks, flat, open_sink
 from treepo_mega.monitor.trace import Trace
@@ -52,6 +54,8 @@ class Records:
         self.completions = cfg.logging.completions
         self.trace_steps = cfg.logging.trace_steps
         self.trace: Trace | None = None
+        self.profiler = PhaseProfiler(cfg.logging.torch_profiler_steps, self.run_dir / "profile", dist.rank())
+        self.phases_interval = cfg.logging.phases_interval
         # A new run in an old directory must not add to the sums that another run left there.
         self.summary: dict[str, Any] = self._read_summary() if resume_step else {}
         self.logger: MetricsLogger | None = None
@@ -106,8 +110,15 @@ class Records:
         self.logger.log(step, metrics)
         self._draw_ratios(step, metrics)
         self.progress.show(step, metrics)
+        if self.phases_interval and step % self.phases_interval == 0:
+            self._show_phases(step, metrics)
         with atomic_file(self.run_dir / SUMMARY) as file:
             file.write(json.dumps(self.summary, indent=1) + "\n")
+
+    def _show_phases(self, step: int, metrics: dict[str, float]) -> None:
+        found = phase_table(metrics, f"step {step}: where the time went (rank 0)")
+        if found is not None:
+            self.progress.show_table(found)
 
     def add_to_log(self, step: int, metrics: dict[str, float]) -> None:
         """More metrics for the line of `step`."""

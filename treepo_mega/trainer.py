@@ -100,6 +100,8 @@ class Trainer:
         """Every step's global generators are a function of (seed, step): a checkpoint needs no RNG state."""
         dist.seed_everything(self.cfg.train.seed, step)
         self.timers.trace = self.records.timeline(step + 1)
+        self.timers.profiler = self.records.profiler
+        self.records.profiler.begin_step(step + 1)
         self.progress.begin(step, self.cfg.train.num_rollouts)
 
     def collect(self, step: int) -> Forest:

@@ -18,6 +18,7 @@ from treepo_mega.config import RolloutConfig
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.dealing import LocalQueue
 from treepo_mega.rollout.generator import GenerationTimeout, Generator
+from treepo_mega.rollout.idleness import Occupancy
 from treepo_mega.rollout.jobs import Grown, Job, PromptError
 from treepo_mega.tree.node import Tree
 
@@ -74,7 +75,8 @@ class Told:
         self.first = self.first or self.steps
         self.trees.append((index, json.loads(json.dumps(tree.to_dict()))))
 
-    def step_done(self) -> None:
+    def step_done(self, occupancy: Occupancy) -> None:
+        assert 1 <= occupancy.running <= 3 and not occupancy.blocked
         self.steps += 1
 
 

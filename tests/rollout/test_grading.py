@@ -15,6 +15,7 @@ from treepo_mega.data.prompts import Prompt
 from treepo_mega.data.rewards import RewardItem, RewardResult, VerifierError
 from treepo_mega.monitor.registry import check_known, depends_on_time
 from treepo_mega.rollout.grading import Grading
+from treepo_mega.rollout.idleness import Occupancy
 from treepo_mega.rollout.jobs import Grown, Job, Watcher
 from treepo_mega.rollout.round import SampledRound, sample_and_grade
 from treepo_mega.tree.node import ROOT, Tree
@@ -112,7 +113,7 @@ class FakeGenerator:
         trees = {index: tree_of(jobs[index]) for index in taken[:-1]}
         for index in self.rng.sample(sorted(trees), len(trees)):
             watcher.tree_done(index, trees[index])
-            watcher.step_done()
+            watcher.step_done(Occupancy(1, blocked=False))
         if self.fails:
             raise RuntimeError("the engine failed")
         self.ended = True

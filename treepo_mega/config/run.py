@@ -244,6 +244,12 @@ class LoggingConfig(Section):
     trace_steps: tuple[int, int] | None = None
     """[first, last]: of these steps, counted from 1, every rank writes its phases to <run_dir>/trace/rank_N.json, which
     chrome://tracing and ui.perfetto.dev open. None: never."""
+    torch_profiler_steps: list[int] = Field(default_factory=list, max_length=16)
+    """Of these steps, counted from 1, torch's profiler writes the training phases of every rank as Chrome traces to
+    <run_dir>/profile/step_N/rank_R_PHASE.json.gz. At most 16: each may take hundreds of MB. The steps are slower."""
+    phases_interval: int = Field(0, ge=0)
+    """Every that many steps a table on the console (rank 0) shows where the time went: phases, and the engines' empty
+    room by cause. 0: never."""
     sinks: list[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio", "prometheus"] | FunctionPath] = Field(
         default_factory=list
     )
@@ -271,6 +277,13 @@ class LoggingConfig(Section):
     def _ascends(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
         if value is not None and not 1 <= value[0] <= value[1]:
             raise ValueError(f"expected [first, last] with 1 <= first <= last, got {list(value)}")
+        return value
+
+    @field_validator("torch_profiler_steps")
+    @classmethod
+    def _counts_from_one(cls, value: list[int]) -> list[int]:
+        if any(step < 1 for step in value) or len(set(value)) < len(value):
+            raise ValueError(f"expected different steps of at least 1, got {value}")
         return value
 
     @field_validator("run_dir")

@@ -173,6 +173,13 @@ _ROLLOUT = (
         "below 0.05",
         "of the engines' time with nothing to sample until graders said whether trees are replaced",
     ),
+    Metric(
+        "rollout/idle_share/{tail,memory,refill,graders,engines}",
+        "share",
+        "memory, refill and graders near 0",
+        "of the engines' room (the most segments that ran at once) that was empty: nothing left to begin; no KV "
+        "blocks; graders had yet to say what is replaced, beside others or alone; waiting for other engines",
+    ),
     Metric("rollout/prompts_stolen", "count", "small", "prompts begun by another engine than they were dealt to"),
     Metric("rollout/trees_resumed", "count", "0 without partial_rollout", "trees carried over from the step before"),
     Metric(
@@ -425,7 +432,7 @@ _CLOCKED = (
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
     *("reward/overlapped_share", "reward/remote_calls", "reward/remote_retries", "reward/remote_cached"),
-    "rollout/engine_grader_wait_share",
+    *("rollout/engine_grader_wait_share", "rollout/idle_share/"),
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
     "rollout/forwarded_pairs",

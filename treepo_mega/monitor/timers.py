@@ -8,7 +8,8 @@
 A phase entered several times in a step adds up. Phases may nest (`step` around all others). `pop` leaves phases that
 are still running alone: they appear in the next `pop` after they end.
 
-With a `trace`, every phase is a span of it, too. `span` names parts of a phase that only a trace shows.
+With a `trace`, every phase is a span of it, too. `span` names parts of a phase that only a trace shows. With a
+`profiler`, torch profiles the phases that it wants (`profiler.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from treepo_mega.monitor.profiler import PhaseProfiler
 from treepo_mega.monitor.trace import Trace
 
 WALL = "timing_s/"
@@ -36,6 +38,8 @@ class Timers:
         self._running: set[str] = set()
         self.trace: Trace | None = None
         """Where phases and parts are drawn now; None: nowhere."""
+        self.profiler: PhaseProfiler | None = None
+        """What profiles phases; None: nothing."""
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """A part of a phase, for the trace alone."""
@@ -49,6 +53,11 @@ class Timers:
         """
         if name in self._running:
             raise RuntimeError(f"timer {name!r} is already running: a phase inside itself would be counted twice")
+        # Outside: writing a profile is no part of its phase.
+        with nullcontext() if self.profiler is None else self.profiler.phase(name):
+            yield from self._timed(name)
+
+    def _timed(self, name: str) -> Iterator[None]:
         self._running.add(name)
         # Wall clock: a phase that only enqueues GPU work must end with something that waits for it. Every phase of the
         # loop does: it ends in a collective, a copy to the host or a barrier.

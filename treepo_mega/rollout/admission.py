@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.rollout.idleness import Occupancy
 
 Path = tuple[int, ...]
 Key = tuple[int, Path]
@@ -47,6 +48,8 @@ class Admission:
         self.max_running = max_running
         self.used = 0
         """Blocks booked now."""
+        self.occupancy = Occupancy(0, blocked=False)
+        """Of the coming engine step, as the last `admit` left it."""
         self.running: set[Key] = set()
         self._waiting: list[Key] = []
         self._asked: dict[Key, _Waiting] = {}
@@ -99,6 +102,7 @@ class Admission:
             heapq.heappop(self._waiting)
             self._book(key)
             out.append(key)
+        self.occupancy = Occupancy(len(self.running), bool(self._waiting) and len(self.running) < self.max_running)
         return out
 
     def grow(self, rank: int, path: Path, tokens: int) -> None:

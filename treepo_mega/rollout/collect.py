@@ -39,6 +39,7 @@ from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
+from treepo_mega.rollout.idleness import idle_shares
 from treepo_mega.rollout.jobs import Job, carry, grows_in_place, job_of, leaves_of
 from treepo_mega.rollout.refill import RefillRule, Supply
 from treepo_mega.rollout.round import sample_and_grade
@@ -393,7 +394,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     }
     for name in (key.removeprefix(SUM) for key in totals if key.startswith(SUM)):
         out[f"reward/{name}"] = totals[SUM + name] / totals[COUNT + name]
-    out |= {f"reward/{name}": totals[name] for name in REMOTE_COSTS if name in totals}
+    out |= {f"reward/{name}": totals[name] for name in REMOTE_COSTS if name in totals} | idle_shares(totals)
     for name in SAMPLING_COUNTS:
         out[f"rollout/{name}"] = counts.get(name, 0.0)
     for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates", *LOOK_ALIKES):

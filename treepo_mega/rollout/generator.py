@@ -256,7 +256,7 @@ class _Run:
             if finished:
                 self._report()
             if self.watcher is not None:
-                self.watcher.step_done()
+                self.watcher.step_done(self.room.occupancy)
 
     def harvest(self) -> Grown:
         """The trees by the index of their job."""

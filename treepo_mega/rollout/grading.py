@@ -21,6 +21,7 @@ from treepo_mega.config import RewardFunction
 from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
 from treepo_mega.data.rewards.weighted import combine, expand
 from treepo_mega.monitor.timers import Timers
+from treepo_mega.rollout.idleness import Idleness, Occupancy
 from treepo_mega.rollout.jobs import Job
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.regrow import new_leaves
@@ -36,7 +37,7 @@ class Grading:
     """The gradings of one round on one engine; a `Watcher` of its generator. Of a tree that grew on, new leaves alone.
 
     `decode`: the text of a response's tokens. `functions`: those of `used_functions`. `row_made(index, row)` is called
-    once a tree, when its row is there; it must not raise. Used once.
+    once a tree, when its row is there; it must not raise. `replaces`: trees without signal are replaced. Used once.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Grading:
         *,
         row_made: Callable[[int, Row], None] | None = None,
         timers: Timers | None = None,
+        replaces: bool = False,
     ) -> None:
         self.early = 0
         """Gradings that had ended when sampling did, without those that the engine waited for."""
@@ -61,6 +63,8 @@ class Grading:
         self._make_row = make_row
         self._row_made = row_made
         self._timers = timers or Timers()
+        self._replaces = replaces
+        self.idleness = Idleness()
         # By the index of the job: what is graded, the tickets of its answers, and how many of them have no result.
         self._trees: dict[int, Tree] = {}
         self._texts: dict[int, list[str]] = {}
@@ -81,7 +85,13 @@ class Grading:
         if self._error is None:
             self._keep_error(lambda: self._send(index, tree))
 
-    def step_done(self) -> None:
+    def step_done(self, occupancy: Occupancy) -> None:
+        """Count the step, and look at the graders."""
+        waits = self._replaces and bool(self._missing)
+        self.idleness.step(occupancy, "memory" if occupancy.blocked else "refill" if waits else "tail")
+        self.look()
+
+    def look(self) -> None:
         """Take what the graders have finished, and give them more."""
         if self._error is None:
             before = len(self._results)
@@ -99,11 +109,12 @@ class Grading:
         with self._timers.span("waiting for graders"):
             self._keep_error(lambda: self._take(self._pool.wait_any()))
         self.waited_s += time.monotonic() - begun
+        self.idleness.wait("graders")
         return self._error is None
 
     def sampling_ended(self) -> None:
         """Count what has ended until now."""
-        self.step_done()
+        self.look()
 
     def rows(self, indices: Iterable[int]) -> dict[int, Row]:
         """Rows of the trees at `indices`, in that order, once all are graded. Raises what the graders met."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from treepo_mega.config import RolloutConfig
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.errors import TreepoError
+from treepo_mega.rollout.idleness import Occupancy
 from treepo_mega.tree.node import Tree
 
 
@@ -44,8 +45,8 @@ class Watcher(Protocol):
     def tree_done(self, index: int, tree: Tree) -> None:
         """The tree of job `index` is complete: it does not change any more while others are sampled."""
 
-    def step_done(self) -> None:
-        """The engine took a step."""
+    def step_done(self, occupancy: Occupancy) -> None:
+        """The engine took a step with so many segments."""
 
     def settle(self) -> bool:
         """The engine has nothing to do: wait until more is known of trees that are done; False: nothing will be."""

@@ -44,8 +44,8 @@ class SampledRound:
     """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
     """Sums over engines: engine_steps, running, stolen (prompts), gradings, gradings_early, which ended while their
-    engine sampled, and `RewardPool.take_costs`. Seconds: engine_s in all, idle_s waiting for the others at the end, and
-    grader_wait_s waiting for graders with nothing to sample."""
+    engine sampled, `RewardPool.take_costs` and `Idleness.counts`. Seconds: engine_s in all, idle_s waiting for the
+    others at the end, and grader_wait_s waiting for graders with nothing to sample."""
     idle_share_max: float = 0.0
     """Largest share of the sampling time that a rank waited for the others at the end."""
 
@@ -94,7 +94,10 @@ def sample_and_grade(
             if no_signal is not None and no_signal(row):
                 queue.no_signal()
 
-        grading = Grading(generator.decode, pool, jobs, functions, make_row, row_made=row_made, timers=timers)
+        replaces = rule is not None and rule.may_replace
+        grading = Grading(
+            generator.decode, pool, jobs, functions, make_row, row_made=row_made, timers=timers, replaces=replaces
+        )
     try:
         with timers("rollout"):
             with timers.span("sampling"):
@@ -133,6 +136,7 @@ def sample_and_grade(
                     "gradings": grading.total,
                     "gradings_early": grading.early,
                     **pool.take_costs(),
+                    **grading.idleness.counts(idle_s),
                 }
             with timers.span("exchange"):
                 return _merge(dist.gather_objects(report))
