@@ -20,6 +20,7 @@
 #   TREEPO_MAX_RESTARTS    restarts of one job, planned or not (default 50)
 #   TREEPO_MAX_FAILURES    of these, restarts after an unexpected failure (default 3)
 #   TREEPO_PORT            rendezvous port (default: from the job id)
+#   TREEPO_DOCTOR          0: do not look at the nodes before the start (default: 1)
 set -euo pipefail
 
 log() { printf '[treepo +%ds] %s\n' "$SECONDS" "$*"; }
@@ -91,6 +92,20 @@ launch_command() {
         ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 }
 
+# check_nodes HOST...: before weights are read, every node looks at itself and meets the others.
+check_nodes() {
+    local gpus=0 names
+    [[ -z ${SLURM_GPUS_PER_NODE:-} ]] || gpus=$(plain_count "$SLURM_GPUS_PER_NODE")
+    names=$(IFS=, && printf '%s' "$*")
+    srun --ntasks-per-node=1 --nodes="$NODES" --ntasks="$NODES" \
+        "$PY" -m treepo_mega.cli doctor "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} \
+        --nodes "$NODES" --hosts "$names" --gpus "$gpus" --ranks "$NPROC" --port "$(rendezvous_port)" && return 0
+    # A node that is unfit now is so a minute later too, and a requeued job may get it again.
+    fail "a node is not fit for the run, as said above: exclude it (sbatch --exclude), or set TREEPO_DOCTOR=0"
+}
+
+rendezvous_port() { printf '%s' "${TREEPO_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"; }
+
 # The batch script's part: one srun for the whole job, the hand-over of signals, and the requeue.
 run_job() {
     local hosts rc=0 step asked=0
@@ -99,12 +114,13 @@ run_job() {
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     [[ ${#hosts[@]} -gt 0 ]] || fail "scontrol named no hosts for $SLURM_JOB_NODELIST"
     # The restart count keeps ranks of an earlier start, should any linger, out of this one's rendezvous.
-    TREEPO_LAUNCH=$(launch_command "${hosts[0]}:${TREEPO_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" \
+    TREEPO_LAUNCH=$(launch_command "${hosts[0]}:$(rendezvous_port)" \
         "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}")
     export TREEPO_LAUNCH
     export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron orders communication and compute by it
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
     log "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID, head ${hosts[0]}"
+    [[ ${TREEPO_DOCTOR:-1} = 0 ]] || check_nodes "${hosts[@]}"
     # --cpus-per-task: a step does not inherit the job's, and would be bound to one core on many clusters.
     srun --kill-on-bad-exit=1 --ntasks-per-node=1 --nodes="$NODES" --ntasks="$NODES" \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" \

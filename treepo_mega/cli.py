@@ -9,11 +9,12 @@
     treepo-mega plan CONFIG.yaml [a.b=c ...]             memory, time and cost of a run on a cluster, before it starts
     treepo-mega report RUN... [--baseline RUN] [--live]  where GPU-hours went: report.html, .json, .md
     treepo-mega tree RUN [--step N] [--prompt K]         a page of a step's trees, to read and to search
+    treepo-mega doctor CONFIG.yaml [a.b=c ...] --gpus 8  is this node, and this job's cluster, fit for the run?
     treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
                                                          checkpoints between Hugging Face and Megatron, verified
 
-`--dry-run`, `--help-config`, `plan`, `report` and `tree` need neither a GPU nor torch, vLLM or Megatron: they work on
-a laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
+`--dry-run`, `--help-config`, `plan`, `report`, `tree` and `doctor` need neither a GPU nor torch, vLLM or Megatron: they
+work on a laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
 `train` and `eval` otherwise exit with what they return.
 """
 
@@ -32,6 +33,7 @@ from treepo_mega import __version__
 from treepo_mega.config import Config, ConfigError, dump_text, load_config
 from treepo_mega.config.describe import help_config
 from treepo_mega.convert.cli import add_verbs, convert
+from treepo_mega.doctor.command import add_arguments as add_doctor
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import quieten_libraries
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse hands back overrides that follow an option; anything else left over is a mistake.
-    if rest and (args.command not in ("train", "eval", "plan") or any(r.startswith("-") for r in rest)):
+    if rest and (args.command not in ("train", "eval", "plan", "doctor") or any(r.startswith("-") for r in rest)):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         if args.command == "report":
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return convert(args)
         if args.command == "eval":
             return _eval(args, [*args.overrides, *rest])
+        if args.command == "doctor":
+            return _doctor(args, [*args.overrides, *rest])
         if args.command == "plan":
             return _plan(args, [*args.overrides, *rest])
         if args.help_config:
@@ -102,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--output", type=Path, help="directory to write to (default: <logging.run_dir>/eval)")
     _add_plan(commands.add_parser("plan", help="memory, time and cost of a run on a cluster, before it starts"))
+    doctor = commands.add_parser("doctor", help="check this node, and all nodes of a Slurm step, before a run")
+    doctor.add_argument("config", help="YAML file; a key may be overridden by a.b=c arguments after it")
+    doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
+    add_doctor(doctor)
     add_verbs(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, verified"))
     _add_report(commands.add_parser("report", help="where the GPU-hours of runs went, as HTML, JSON and Markdown"))
     tree = commands.add_parser("tree", help="write one HTML page of the trees of a step")
@@ -154,6 +162,12 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     plan = asked.plan()
     print(json.dumps(plan.to_dict()) if args.json else "\n".join(plan.lines()))
     return 0
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    from treepo_mega.doctor.command import run
+
+    return run(args, load_config(args.config, overrides))
 
 
 def _positive(text: str) -> int:

@@ -48,6 +48,7 @@ LAYOUTS = {
     "PP2 x DP2": ["parallel.pipeline_model_parallel_size=2"],
 }
 DISK_MB = 64
+MET = "2 nodes see one directory, have one set of versions"
 TOLD = "a checkpoint could not be written: [Errno 28] No space left on device"
 START_S = 420
 """A start may take so long before its first step is done: four ranks share the machine's cores."""
@@ -191,6 +192,8 @@ def compare(name: str, overrides: list[str], cluster: Cluster, disk: Path, direc
     say(f"{name}: undisturbed")
     calm = Job(cluster, directory / f"{label}-calm", overrides)
     calm.wait_for_end()
+    if MET not in calm.log.read_text(encoding="utf-8", errors="replace"):
+        raise Failed(f"the doctor did not say {MET!r}\n{calm.tail()}")
     say(f"{name}: disturbed")
     job = Job(cluster, directory / f"{label}-disturbed", [*overrides, f"checkpoint.save={disk / label}"])
     disturb(job, disk)

@@ -144,6 +144,8 @@ def job(tmp_path):
             SLURM_GPUS_PER_NODE="8",
             OUT=str(tmp_path),
             RANKS=ranks,
+            # Its srun would meet a launcher in Python's place; run.sh runs it on real nodes.
+            TREEPO_DOCTOR="0",
             **extra,
         )
         command = ["bash", str(REPO / "slurm/treepo_7b.sh"), "train.lr=2e-6"]
