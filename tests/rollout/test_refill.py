@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,14 +287,16 @@ def test_what_is_left_over_trains_first_in_the_next_step_and_is_marked():
 
 
 def test_an_engine_that_waits_for_graders_has_a_deadline_that_says_so(monkeypatch: pytest.MonkeyPatch):
-    cfg = fake_config(timeout_s=0.05)
+    cfg = fake_config()
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("treepo_mega.rollout.generator.time", SimpleNamespace(monotonic=lambda: clock.now))
 
     class Stuck(FakePool):
         def poll(self, share: float | None = None) -> dict:
             return {}
 
         def wait_any(self) -> dict:
-            threading.Event().wait(0.06)
+            clock.now += 100
             return {}
 
     pool, cursor = Stuck(random.Random(0), 0.0), PromptCursor(prompts(8), seed=0, shuffle=False)
