@@ -52,6 +52,9 @@ class Records:
         self.trees_interval = cfg.logging.trees_interval
         self.trees_prompts = cfg.logging.trees_prompts
         self.completions = cfg.logging.completions
+        # Told by every rank alike, though rank 0 alone shows and draws.
+        self.draws = cfg.logging.tensorboard or "tensorboard" in cfg.logging.sinks
+        self.shows = cfg.logging.progress and bool(self.completions)
         self.trace_steps = cfg.logging.trace_steps
         self.trace: Trace | None = None
         self.profiler = PhaseProfiler(cfg.logging.torch_profiler_steps, self.run_dir / "profile", dist.rank())
@@ -124,6 +127,15 @@ class Records:
         """More metrics for the line of `step`."""
         if self.logger is not None:
             self.logger.log(step, metrics)
+
+    def trees_to_write(self, step: int, trees: Sequence[Tree]) -> list[Tree]:
+        """Those of `trees` that rank 0 writes or shows after `step` and needs whole; every rank can tell."""
+        saved = list(trees[: self.trees_prompts]) if self._saves_trees(step) else []
+        shown = completions.choose(trees, self.completions) if self.shows else []
+        if self.draws and self._saves_trees(step):
+            shown += completions.choose(trees, SAMPLES)
+        by_prompt = {tree.prompt_id: tree for tree in [*saved, *(tree for tree, _ in shown)]}
+        return list(by_prompt.values())
 
     def _saves_trees(self, step: int) -> bool:
         return bool(self.trees_interval) and (step == 1 or step % self.trees_interval == 0)

@@ -40,6 +40,7 @@ from treepo_mega.monitor.workload import STEP, Workload, rollout_work
 from treepo_mega.plugins import require_plugins
 from treepo_mega.records import Records
 from treepo_mega.rollout.collect import Collector, Forest
+from treepo_mega.rollout.contents import bring_to_main
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import device, dist
@@ -147,6 +148,8 @@ class Trainer:
 
     def record(self, step: int, forest: Forest) -> None:
         """Write and show trees, once their rewards and advantages are those that are trained on."""
+        wanted = self.records.trees_to_write(step + 1, forest.trees)
+        bring_to_main(wanted, timeout_s=self.cfg.distributed.timeout_s)
         self.records.save_trees(step + 1, forest.trees)
         self.records.draw(step + 1, forest.trees, self.inputs.tokenizer.decode)
         self.records.show_completions(step + 1, forest.trees, self.inputs.tokenizer.decode)

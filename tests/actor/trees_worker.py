@@ -30,8 +30,10 @@ from tests.actor.oracle import configuration, write_checkpoint
 from tests.actor.tree_oracle import advantages, fill_in, flat_step, forest, prefixes_of_rows, regimes, relative
 from tests.actor.update_cells import measure_update
 from tests.ranks import leave_layout
+from tests.tree.parts import assert_equal, sent
 from tests.whole import whole_tensors
-from treepo_mega.actor.batch import lesson_of, plan_batch
+from treepo_mega.actor.batch import deal_batch, lay_out_batch, lesson_of, plan_batch
+from treepo_mega.actor.fetch import Draft, fetch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.model import PolicyModel
@@ -73,7 +75,25 @@ def plan(trees: list[Tree], cfg: Config) -> StepPlan:
     """This rank's packs of all of `trees` as one optimizer step."""
     segments = Segments.from_trees(trees, range(len(trees)), cfg.train.prefix_sharing)
     lesson = lesson_of(segments, advantages(trees), trees, cfg)
-    return replace(plan_batch(Batch(segments, lesson.credit()), cfg), lesson=lesson)
+    whole = plan_batch(Batch(segments, lesson.credit()), cfg)
+    assert_equal(plan_of_parts(trees, cfg), whole)
+    return replace(whole, lesson=lesson)
+
+
+def plan_of_parts(trees: list[Tree], cfg: Config) -> StepPlan:
+    """The same of ranks that hold every n-th tree's contents and the structure of the others."""
+    world = dist.world_size()
+    parts = [
+        tree if number % world == dist.rank() else far
+        for number, (tree, far) in enumerate(zip(trees, sent(trees), strict=True))
+    ]
+    for number, tree in enumerate(parts):
+        tree.home = number % world
+    segments = Segments.from_trees(parts, range(len(parts)), cfg.train.prefix_sharing)
+    batch = Batch(segments, lesson_of(segments, advantages(trees), trees, cfg).credit())
+    dealt = deal_batch(batch, cfg)
+    (batch,) = fetch([Draft(parts, batch, dealt)], parts, timeout_s=60)
+    return lay_out_batch(batch, dealt, cfg)
 
 
 def oracle(directory: Path, hf_dir: Path, cell: dict[str, Any], cfg: Config, trees: list[Tree]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from treepo_mega.engine.stream import Finished, SegmentRequest, SegmentStream
 from treepo_mega.monitor.registry import depends_on_time
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import Collector, Forest
+from treepo_mega.rollout.contents import everywhere
 from treepo_mega.rollout.generator import Generator
 
 END_TOKEN = 9
@@ -176,10 +177,10 @@ def load(collector: Collector, state: str) -> None:
 
 
 def said(forests: Sequence[Forest]) -> list[Any]:
-    """Trees and metrics, without what depends on time; as JSON gives it back."""
+    """Trees and metrics, without what depends on time; as JSON gives it back. Collective over all ranks."""
     made = [
         [
-            [tree.to_dict() for tree in forest.trees],
+            everywhere(forest.trees),
             {name: value for name, value in forest.metrics.items() if not depends_on_time(name)},
         ]
         for forest in forests

@@ -30,6 +30,7 @@ from treepo_mega.monitor.registry import depends_on_time
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout import generator as generator_module
 from treepo_mega.rollout.collect import Collector, Forest
+from treepo_mega.rollout.contents import everywhere
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
@@ -38,7 +39,6 @@ from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.rollout.shaping import reward_leaves
 from treepo_mega.runtime import dist as runtime_dist
 from treepo_mega.tree.node import Tree
-from treepo_mega.tree.regrow import with_grades
 
 
 @contextlib.contextmanager
@@ -86,14 +86,18 @@ def grown_on(generator: Generator, cfg: Config) -> list[list]:
     with RewardPool(cfg.reward) as pool:
         jobs = [Job(prompt, leaves=3) for prompt in prompts]
         first = sample_and_grade(generator, pool, jobs, report, name="handfuls", costs=[1.0] * 3, step=4)
-        begun = [Tree.from_dict(row["tree"]) for row in first.rows.values()]
+        begun = [row["tree"] for row in first.rows.values()]
         jobs = [Job(prompt, leaves=8, begun=tree) for prompt, tree in zip(prompts, begun, strict=True)]
         engines = [first.engines[index] for index in range(3)]
         rest = sample_and_grade(generator, pool, jobs, report, name="rest", costs=[1.0] * 3, step=4, engines=engines)
-    new = [Tree.from_dict(row["tree"]) for row in rest.rows.values()]
-    assert [len(tree.leaves) for tree in begun] == [3] * 3 and [len(tree.rewards) for tree in new] == [5] * 3
-    trees = [with_grades(tree, before) for tree, before in zip(new, begun, strict=True)]
+    trees = whole([row["tree"] for row in rest.rows.values()])
+    assert [len(tree.leaves) for tree in begun] == [3] * 3 and [len(tree.rewards) for tree in trees] == [8] * 3
     return [[tree.leaves, tree.rewards, [(n.path, n.tokens, n.stop) for n in tree.nodes]] for tree in trees]
+
+
+def whole(trees: list[Tree]) -> list[Tree]:
+    """The trees with their contents, on every rank."""
+    return [Tree.from_dict(stored) for stored in everywhere(trees)]
 
 
 def forked(generator: Generator, cfg: Config) -> list[list]:
@@ -101,7 +105,7 @@ def forked(generator: Generator, cfg: Config) -> list[list]:
     forks = {"branching.at": "fork", "branching.initial": (3, 3), "branching.fork.draw": "other"}
     leaves = {"leaves": "adaptive", "first_leaves": 3, "rollout_batch_size": 6, "dynamic_sampling": False}
     forest = step_of(generator, cfg, forks | leaves, prompts=6)
-    trees = forest.trees
+    trees = whole(forest.trees)
     return [[tree.leaves, tree.rewards, [(n.path, n.tokens, n.stop, n.fork) for n in tree.nodes]] for tree in trees]
 
 
@@ -110,7 +114,8 @@ def refilled(generator: Generator, cfg: Config) -> list:
     few = {"rollout_batch_size": 5, "n_samples_per_prompt": 2, "branching.factor": 2}
     forest = step_of(generator, cfg, few, prompts=7)
     kept = {name: value for name, value in forest.metrics.items() if not depends_on_time(name)}
-    return [[[tree.prompt_id, tree.rewards, [(n.path, n.tokens) for n in tree.nodes]] for tree in forest.trees], kept]
+    trees = whole(forest.trees)
+    return [[[tree.prompt_id, tree.rewards, [(n.path, n.tokens) for n in tree.nodes]] for tree in trees], kept]
 
 
 def step_of(generator: Generator, cfg: Config, changes: dict[str, Any], prompts: int) -> Forest:

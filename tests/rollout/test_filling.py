@@ -301,14 +301,13 @@ def test_a_tree_grows_on_where_it_began_whomever_it_replaced(monkeypatch: pytest
         ids = [job.prompt.id for job in jobs]
         dealt.append(None if engines is None else dict(zip(ids, engines, strict=True)))
         rows = {
-            index: {"tree": each.tree.to_dict(), "lost": 0, "numbers": {}} | asdict(each.teaches)
+            index: {"tree": each.tree, "lost": 0, "numbers": {}} | asdict(each.teaches)
             for index, each in enumerate(found)
         }
         # A prompt's number names the engine that takes it.
         return SampledRound(rows=rows, counts=counts, engines={index: int(name[0]) for index, name in enumerate(ids)})
 
     monkeypatch.setattr("treepo_mega.rollout.collect.sample_and_grade", sample_and_grade)
-    monkeypatch.setattr("treepo_mega.rollout.collect.with_earlier_grades", lambda job, row: Tree.from_dict(row["tree"]))
     costs = SimpleNamespace(expected=lambda prompt: 1.0, update=lambda prompts, trees: None)
     collector.generator = SimpleNamespace(costs=costs)  # type: ignore[assignment]
     monkeypatch.setattr(collector, "sample", lambda *args: Collector.sample(collector, *args))

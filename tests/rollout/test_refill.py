@@ -171,7 +171,7 @@ def sampled(cfg: Config, engines: int, ranks: int, seed: int, share: float) -> d
 
 
 def tree_of(row: Row) -> dict[str, Any]:
-    return json.loads(json.dumps(row))
+    return json.loads(json.dumps(row | {"tree": row["tree"].to_dict()}))
 
 
 @examples(30)
@@ -267,6 +267,15 @@ def test_steps_are_equal_on_one_two_and_four_ranks_and_after_all_are_killed_amid
     assert code != 0 and len(json.loads((two / "1.json").read_text())) == 2, "what the last step began is lost"
     run_ranks(2, WORKER, two, 3, json.dumps(keys), "whole", timeout=120)
     for made in (four / "1.json", four / "2.json", two / "1.json", two / "2.json"):
+        assert json.loads(made.read_text()) == whole, made
+
+
+def test_trees_grow_on_alike_where_others_hold_their_structure_alone(tmp_path: Path):
+    """Engines of one rank and of two, which both hold what they sampled; the leaves of the first round differ."""
+    keys = {"n_samples_per_prompt": 4, "leaves": "adaptive", "first_leaves": 2}
+    whole = said(collected(fake_config(**keys), 0, 0.5, 2))
+    run_ranks(4, WORKER, tmp_path, 2, json.dumps(keys), "whole", timeout=120)
+    for made in (tmp_path / "1.json", tmp_path / "2.json"):
         assert json.loads(made.read_text()) == whole, made
 
 

@@ -45,7 +45,7 @@ def test_the_overlong_penalty_changes_rewards_and_not_verdicts():
     assert graded.rewards == [1.0, 0.0, 0.5, 1.0]
     assert graded.verdicts == [1.0] * 4
     assert row["numbers"] == {"overlong_penalty": [-1.5, 4]}
-    assert Tree.from_dict(row["tree"]) == graded, "verdicts travel to the other ranks"
+    assert row["tree"] is graded, "verdicts travel to the other ranks"
 
 
 def test_numbers_are_summed_and_acc_is_the_verdict():

@@ -33,6 +33,7 @@ def test_a_barrier_names_what_it_waits_for_and_the_missing_rank():
 def test_one_process_needs_no_group():
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     assert dist.gather_objects({"a": (1, 2)}) == [{"a": [1, 2]}]
+    assert (dist.tell_all({"a": (1, 2)}), dist.tell_all()) == ({0: {"a": [1, 2]}}, {})
     assert dist.sum_over_ranks({"x": 2.0}) == {"x": 2.0} == dist.max_over_ranks({"x": 2.0})
     dist.barrier("nobody", 0.001)
 
@@ -79,13 +80,13 @@ def test_the_default_group_is_whole_before_anyone_uses_it(monkeypatch):
     for owner, name in (
         (dist.dist, "init_process_group"),
         (dist.dist, "all_reduce"),
-        (dist, "_cpu_group"),
+        (dist, "cpu_group"),
         (dist.ps, "initialize_model_parallel"),
         (dist, "seed_everything"),
     ):
         monkeypatch.setattr(owner, name, note(name))
     dist.initialize(parse_config({"model": {"hf_checkpoint": "unused"}, "data": {"train": [{"path": "x"}]}}))
-    assert [name for name, _ in calls[:3]] == ["init_process_group", "all_reduce", "_cpu_group"]
+    assert [name for name, _ in calls[:3]] == ["init_process_group", "all_reduce", "cpu_group"]
     (tensor,) = calls[1][1]
     assert tensor.device == dist.device(), "on the device: gloo's part of the group is another one"
 

@@ -10,16 +10,11 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from tests.tree.forests import forests
-from treepo_mega.runtime.packed import pack, unpack
-from treepo_mega.tree.columns import ColumnsError, from_columns, to_columns
+from tests.tree.parts import sent
+from treepo_mega.tree.columns import ColumnsError, to_columns
 from treepo_mega.tree.elsewhere import Elsewhere, TokensElsewhere
 from treepo_mega.tree.merge import compare
 from treepo_mega.tree.node import Tree
-
-
-def sent(trees: list[Tree]) -> list[Tree]:
-    """What another rank has of `trees`."""
-    return from_columns(unpack(pack(to_columns(trees))), [tree.prompt_id for tree in trees])
 
 
 def outline(tree: Tree) -> dict:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,16 +9,16 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from tests.tree.forests import forests
-from tests.tree.test_columns import sent
+from tests.tree.parts import assert_equal, sent
 from tests.tree.test_merge import few_symbols
 from treepo_mega.tree.alike import Alike
 from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.deal import deal_forest
 from treepo_mega.tree.merge import MergeError, compare, merge_equal
 from treepo_mega.tree.node import Tree
-from treepo_mega.tree.pack import Batch, StepPlan, lay_out
+from treepo_mega.tree.pack import Batch, lay_out
 from treepo_mega.tree.segments import Segments
-from treepo_mega.tree.stretches import Stretches, StretchMissing, Wants, wanted
+from treepo_mega.tree.stretches import Deliveries, Stretches, StretchMissing, Wants, wanted
 
 
 def batch_of(trees: list[Tree], sharing: str, *, alike: bool = False) -> Batch:
@@ -31,14 +29,6 @@ def batch_of(trees: list[Tree], sharing: str, *, alike: bool = False) -> Batch:
         return Batch(segments, credit)
     told = Alike.joined([tree.alike for tree in trees if tree.alike is not None]) if alike else None
     return Batch(*merge_equal(segments, credit, told))
-
-
-def assert_equal(got: StepPlan, want: StepPlan) -> None:
-    assert len(got.packs) == len(want.packs)
-    for mine, other in zip(got.packs, want.packs, strict=True):
-        for spec in dataclasses.fields(mine):
-            left, right = getattr(mine, spec.name), getattr(other, spec.name)
-            assert np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right, spec.name
 
 
 @examples(120)
@@ -71,15 +61,17 @@ def test_parts_plan_as_the_whole(trees, sharing, replicas, data):
             dealt = deal_forest(part.segments, dp_size=replicas, max_tokens=limit, pair_cost=0.01)
             assert dealt.per_rank == want.per_rank
             wants = wanted(part.segments, dealt, home_of_tree)
-            fetched = [own[home].take(wants.of(replica=replica, home=home)) for home in range(homes)]
-            tokens, logprobs = (np.concatenate(values) for values in zip(*fetched, strict=True))
-            arrived = Stretches.arrived(wants.of(replica=replica), tokens, logprobs)
+            # Two optimizer steps of the same trees: parcels hold both.
+            sent_by = Deliveries([wants, wants])
+            parcels = {home: sent_by.contents([own[home]] * 2, replica, home) for home in range(homes)}
+            sizes = sent_by.tokens_between(replicas, homes)
+            assert [len(parcels[home][0]) for home in range(homes)] == sizes[replica].tolist()
+            arrived = sent_by.assemble(replica, parcels)[1]
             furnished = Batch(arrived.furnish(part.segments), part.credit)
             assert_equal(lay_out(furnished, dealt, dp_rank=replica), expected)
             # Every token that a pack holds is fetched once, and nothing else.
             unlike = {token for chosen in dealt.per_rank[replica] for token in addresses(part, dealt.pieces, chosen)}
             assert wants.of(replica=replica).tokens == len(unlike)
-            assert wants.tokens_between(replicas, homes).sum() == wants.tokens
 
 
 def addresses(batch: Batch, pieces, piece: int) -> set[int]:

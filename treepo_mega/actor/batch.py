@@ -1,7 +1,7 @@
 """From graded trees to the packs of each optimizer step: advantages, whitening, weights, packing.
 
-Every rank holds the same forest and computes the same numbers; only the packs differ by data-parallel (and
-context-parallel) rank.
+Every rank holds the structure and the grades of the same forest and computes the same numbers. Tokens it gets for the
+packs of its own data-parallel rank alone (`fetch.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from megatron.core import parallel_state as ps
 
+from treepo_mega.actor.fetch import Draft, fetch
 from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
 from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.modelspec.spec import ModelSpec
@@ -22,16 +23,17 @@ from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Lesson, credit_by_depth
+from treepo_mega.tree.deal import Dealt, deal_forest
 from treepo_mega.tree.descent import leaf_counts, leaf_shares
 from treepo_mega.tree.kl_reward import charge, gather_kl
-from treepo_mega.tree.merge import merge_equal
+from treepo_mega.tree.merge import merge_equal, told_alike
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
-from treepo_mega.tree.pack import Batch, StepPlan, plan_step, split_steps
+from treepo_mega.tree.pack import Batch, StepPlan, lay_out, split_steps
 from treepo_mega.tree.segments import Floats, Segments, Sharing
 
 
-def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
+def advantages(trees: list[Tree], cfg: Config, told: list[list[float]] | None = None) -> list[Floats]:
     """One array a tree: per node under `segment` and `rloo`, else per leaf in the order of `tree.leaves`; under a
     plug-in, as it returns them.
 
@@ -39,11 +41,12 @@ def advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
     rewards are all equal compares nothing: it is left out of the whitening and has advantage 0. Under `reinforce_pp`,
     which compares with the batch and not with the tree, it takes part; under a plug-in, unless all it says is 0.
 
-    Raises PluginError for a plug-in that answers per leaf for one tree and per node for another.
+    `told`: what the estimator says of each tree; None: it is asked here. Raises PluginError for a plug-in that answers
+    per leaf for one tree and per node for another.
     """
     algo = cfg.algo
     shares = [leaf_shares(tree, algo.leaf_weight) for tree in trees]
-    raw = [_raw_advantages(tree, of_tree, algo) for tree, of_tree in zip(trees, shares, strict=True)]
+    raw = told or [_raw_advantages(tree, of_tree, algo) for tree, of_tree in zip(trees, shares, strict=True)]
     by_plugin = is_function_path(algo.advantage_estimator)
     if by_plugin:
         _require_one_kind(raw, trees, algo.advantage_estimator)
@@ -141,15 +144,28 @@ def pair_cost(spec: ModelSpec) -> float:
 
 def plan_batch(batch: Batch, cfg: Config, cost: float = 0.0) -> StepPlan:
     """The packs of `batch` for this rank in the layout that `cfg` describes."""
-    return plan_step(
-        batch,
+    return lay_out_batch(batch, deal_batch(batch, cfg, cost), cfg)
+
+
+def deal_batch(batch: Batch, cfg: Config, cost: float = 0.0) -> Dealt:
+    """Who trains what of `batch`, decided from lengths: the same on every rank."""
+    return deal_forest(
+        batch.segments,
         dp_size=ps.get_data_parallel_world_size(),
-        dp_rank=ps.get_data_parallel_rank(),
         max_tokens=cfg.train.max_tokens_per_gpu,
-        multiple=padding_multiple(cfg),
         count_multiple=count_multiple(cfg),
-        equal_lengths=equal_lengths(cfg),
         pair_cost=cost,
+    )
+
+
+def lay_out_batch(batch: Batch, dealt: Dealt, cfg: Config) -> StepPlan:
+    """The packs that `dealt` gives this rank, whose tokens `batch` holds."""
+    return lay_out(
+        batch,
+        dealt,
+        dp_rank=ps.get_data_parallel_rank(),
+        multiple=padding_multiple(cfg),
+        equal_lengths=equal_lengths(cfg),
         cp_size=ps.get_context_parallel_world_size(),
         cp_rank=ps.get_context_parallel_rank(),
     )
@@ -166,20 +182,28 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
     metrics of credit and of tokens. Writes `advantages` into the trees. Collective over all ranks."""
     values = _agreed_advantages(trees, cfg)
     cost = pair_cost(spec)
-    plans: list[StepPlan] = []
+    drafts: list[Draft] = []
+    lessons: list[Lesson | None] = []
     depth: list[list[float]] = []
     for chosen in _steps(trees, cfg):
-        segments = Segments.from_trees([trees[i] for i in chosen], chosen, sampled_sharing(cfg))
-        lesson = lesson_of(segments, [values[i] for i in chosen], [trees[i] for i in chosen], cfg)
+        of_step = [trees[i] for i in chosen]
+        segments = Segments.from_trees(of_step, chosen, sampled_sharing(cfg))
+        lesson = lesson_of(segments, [values[i] for i in chosen], of_step, cfg)
         credit = lesson.credit()
         depth.append(credit_by_depth(segments, credit))
+        batch = Batch(segments, credit)
         if cfg.train.prefix_sharing == "content":
-            # No lesson goes with it: what rows teach is looked up by the segments from before the merge.
-            plans.append(plan_batch(Batch(*merge_equal(segments, credit)), cfg, cost))
-        else:
-            plans.append(replace(plan_batch(Batch(segments, credit), cfg, cost), lesson=lesson))
-    if not plans:
+            batch = Batch(*merge_equal(segments, credit, told_alike(of_step)))
+        drafts.append(Draft(of_step, batch, deal_batch(batch, cfg, cost)))
+        # No lesson goes with what was merged: what rows teach is looked up by the segments from before.
+        lessons.append(None if cfg.train.prefix_sharing == "content" else lesson)
+    if not drafts:
         return [], {}
+    batches = fetch(drafts, trees, timeout_s=cfg.distributed.timeout_s)
+    plans = [
+        replace(lay_out_batch(batch, draft.dealt, cfg), lesson=lesson)
+        for batch, draft, lesson in zip(batches, drafts, lessons, strict=True)
+    ]
     return plans, _credit_metrics(depth) | _tokens(plans)
 
 
@@ -215,13 +239,37 @@ def charge_kl(plans: list[StepPlan], trees: list[Tree], cfg: Config) -> dict[str
 
 def _agreed_advantages(trees: list[Tree], cfg: Config) -> list[Floats]:
     """`advantages`, written into the trees; all ranks have come to the same. Collective over all ranks."""
-    values = advantages(trees, cfg)
-    if is_function_path(cfg.algo.advantage_estimator):
+    by_plugin = is_function_path(cfg.algo.advantage_estimator)
+    values = advantages(trees, cfg, _told_by_plugin(trees, cfg) if by_plugin else None)
+    if by_plugin:
         what = f"advantage plug-in {cfg.algo.advantage_estimator!r} (algo.advantage_estimator)"
         dist.require_agreement([array.tolist() for array in values], what)
     for tree, of_tree in zip(trees, values, strict=True):
         tree.advantages = of_tree.tolist()
     return values
+
+
+def _told_by_plugin(trees: list[Tree], cfg: Config) -> list[list[float]]:
+    """What the advantage plug-in says, asked where a tree's contents are; on every rank. Collective over all ranks.
+
+    Raises PluginError on every rank.
+    """
+    mine: dict[int, list[float]] = {}
+    error = None
+    try:
+        for index, tree in enumerate(trees):
+            if tree.home is None or tree.home == dist.rank():
+                mine[index] = _raw_advantages(tree, leaf_shares(tree, cfg.algo.leaf_weight), cfg.algo)
+    except PluginError as raised:
+        # Others wait in the exchange that follows: all must hear of it.
+        error = str(raised)
+    told = dist.gather_objects({"values": list(mine.items()), "error": error})
+    wrong = [of_rank["error"] for of_rank in told if of_rank["error"] is not None]
+    if wrong:
+        raise PluginError(wrong[0])
+    # Last of all this rank's own: what every rank can ask, each has asked for itself.
+    of_tree = dict(itertools.chain.from_iterable(of_rank["values"] for of_rank in told)) | mine
+    return [of_tree[index] for index in range(len(trees))]
 
 
 def _steps(trees: list[Tree], cfg: Config) -> list[list[int]]:

@@ -3,8 +3,8 @@
 Arguments are passed by name. A function must have the parameters without default, and is given those with a default
 only if it has them. A parameter of another name needs a default. `tests/plugins` holds every example against these.
 
-A function must be a function of its arguments alone: every rank calls it by itself, and all must come to the same
-result. It must not change what it is given.
+A function must be a function of its arguments alone: which rank calls it depends on who sampled the tree. It must not
+change what it is given.
 """
 
 from __future__ import annotations

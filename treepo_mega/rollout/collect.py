@@ -1,7 +1,7 @@
 """One rollout step over all ranks: deal prompts to engines, sample, grade, exchange, keep what teaches.
 
-Sampling and grading are `rollout/round.py`'s. Afterwards every rank holds the same list of trees, so filtering,
-advantages and packing are computed alike everywhere, without messages.
+Sampling and grading are `rollout/round.py`'s. Afterwards every rank holds the structure and the grades of the same list
+of trees, so filtering, advantages and packing are computed alike everywhere. Their tokens stay where they were sampled.
 
 Dynamic sampling (DAPO): a prompt without signal (`teaching.py`) is replaced at once by the next of the cursor, while
 too few are found or in flight (`refill.py`). The step trains on the first `rollout_batch_size` in cursor order that
@@ -36,21 +36,21 @@ from treepo_mega.data.rewards.returned import REMOTE_COSTS
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.adaptive import LeafBudget
+from treepo_mega.rollout.contents import everywhere
 from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.idleness import idle_shares
-from treepo_mega.rollout.jobs import Job, carry, grows_in_place, job_of, leaves_of
+from treepo_mega.rollout.jobs import Job, grows_in_place, job_of, leaves_of
 from treepo_mega.rollout.refill import RefillRule, Supply
+from treepo_mega.rollout.report import TREE
 from treepo_mega.rollout.round import sample_and_grade
 from treepo_mega.rollout.shaping import reward_leaves
 from treepo_mega.rollout.teaching import Teaches, counted, judge
 from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.descent import policy_mean
-from treepo_mega.tree.diversity import common_tokens, distinct_responses, effective_samples
 from treepo_mega.tree.node import ROOT, Tree
-from treepo_mega.tree.regrow import with_grades
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Collector:
         if budget is None or budget.left:
             self._check_filled(len(kept), replaced, step)
         if rollout.surplus == "carry":
-            self.surplus += [tree.to_dict() for tree in surplus]
+            self.surplus += everywhere(surplus)
             wasted: list[Tree] = []
         else:
             wasted = surplus
@@ -236,12 +236,8 @@ class Collector:
             no_signal=None if rule is None else lambda row: not row["trains"],
         )
         self._engine_of |= {jobs[index].prompt.id: engine for index, engine in sampled.engines.items()}
-        for index, state in sampled.paused.items():
-            self.carried.append(carry(jobs[index], state))
-        graded = [
-            Graded(with_earlier_grades(jobs[index], row), Teaches(row["trains"], row["differs"]))
-            for index, row in sampled.rows.items()
-        ]
+        self.carried += sampled.paused.values()
+        graded = [Graded(row[TREE], Teaches(row["trains"], row["differs"])) for row in sampled.rows.values()]
         # Learnt from all trees on every rank: with other costs, ranks would deal other lists.
         self.generator.costs.update([jobs[index].prompt for index in sampled.rows], [each.tree for each in graded])
         counts = dict(sampled.counts)
@@ -255,17 +251,11 @@ class Collector:
         return graded, counts
 
     def _make_row(self, tree: Tree, results: Sequence[RewardResult], step: int | None) -> dict[str, Any]:
-        """`reward_leaves`, and what the tree is good for, which is known when `step` is None. JSON-safe."""
+        """`reward_leaves`, and what the tree is good for, which is known when `step` is None."""
         row = reward_leaves(tree, results, self.cfg)
         # Decided by one process, where the tree was graded: it is replaced there, and a plug-in is asked once.
         teaches = Teaches(True, True) if step is None else judge(tree, self.cfg, step=step)
         return row | {"trains": teaches.trains, "differs": teaches.differs}
-
-
-def with_earlier_grades(job: Job, row: dict[str, Any]) -> Tree:
-    """The tree of a row; one that grew on has its first leaves and their grades again."""
-    tree = Tree.from_dict(row["tree"])
-    return tree if job.begun is None else with_grades(tree, job.begun)
 
 
 def add_counts(totals: dict[str, float], counts: dict[str, float]) -> None:
@@ -328,14 +318,12 @@ def _leaves_per_prompt(trees: list[Tree]) -> dict[str, float]:
     }
 
 
-def _diversity(trees: list[Tree]) -> dict[str, float]:
-    """How different the leaves of a tree are (see `tree/diversity.py`)."""
-    leaves = sum(len(tree.leaves) for tree in trees)
-    common = [common_tokens(tree) for tree in trees]
+def _diversity(counts: dict[str, float]) -> dict[str, float]:
+    """How different the leaves of a tree are, from sums over trees (`report.complete`)."""
     return {
-        "tree/distinct_share": sum(map(distinct_responses, trees)) / max(1, leaves),
-        "tree/effective_samples": sum(map(effective_samples, trees)) / max(1, len(trees)),
-        "tree/divergence_depth": sum(tokens for tokens, _ in common) / max(1, sum(pairs for _, pairs in common)),
+        "tree/distinct_share": counts.get("distinct", 0) / max(1, counts["leaves"]),
+        "tree/effective_samples": counts.get("effective", 0) / max(1, counts["prompts"]),
+        "tree/divergence_depth": counts.get("common_tokens", 0) / max(1, counts.get("common_pairs", 0)),
     }
 
 
@@ -385,7 +373,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         **_leaves_per_prompt(kept),
         "rollout/leaves_unspent": totals["unspent"],
         "tree/shortfall": totals["asked"] - counts["leaves"],
-        **_diversity(seen),
+        **_diversity(counts),
         "tree/budget_divergence": counts.get("budget_divergence", 0.0) / max(1.0, counts.get("budget_decisions", 0.0)),
         "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),
         "reward/lost": totals["lost"],

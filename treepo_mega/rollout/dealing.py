@@ -194,7 +194,7 @@ class SharedQueue:
     """One engine's view of the lists of all engines; see the module docstring.
 
     `name` must be new for every rollout; `rank` is this process's among the `ranks` that share the engine. `rule`: what
-    begins in place of trees without signal.
+    begins in place of trees without signal. `steals`: whether an engine that runs dry takes from others' lists.
     """
 
     def __init__(
@@ -206,6 +206,7 @@ class SharedQueue:
         engine: int,
         *,
         rule: RefillRule | None = None,
+        steals: bool = True,
         rank: int = 0,
         ranks: int = 1,
         timeout_s: float = 600.0,
@@ -222,8 +223,9 @@ class SharedQueue:
         self._taken = 0
         self._asked = 0
         self._words = 0
+        self._steals = steals
         self._own_done = not deal[engine]
-        self._all_done = False
+        self._all_done = self._own_done and not steals
         # Positions that begin on this engine; `staged`: its other ranks do not know of them yet.
         self._granted: deque[int] = deque()
         self._staged: list[int] = []
@@ -249,7 +251,7 @@ class SharedQueue:
         # Ranks that share an engine must make the same moves: one takes and writes it down, the others read that.
         found = self._claim(key) if self._rank == 0 else self._hear(key)
         if found is None:
-            self._all_done = self._own_done
+            self._all_done = self._own_done or not self._steals
             self._own_done = True
         return found
 

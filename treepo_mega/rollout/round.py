@@ -2,13 +2,14 @@
 
     sampled = sample_and_grade(generator, pool, jobs, rows, name="step 7", costs=costs, step=7)
     sampled.rows            # job index -> what `rows` made of its graded tree, on every rank
-    sampled.paused          # job index -> the state of a tree that goes on in the next step
+    sampled.paused          # job index -> a tree that goes on in the next step, as `jobs.carry` writes it
 
 Training (`collect.py`) and evaluation (`eval.py`) sample through it. Prompts are dealt by expected cost, and an
 engine that runs dry takes prompts from the others' lists (`dealing.py`). A tree lives on one engine. The ranks of
 that engine sample it together. The first of them has it graded while the engine goes on (`grading.py`), and reports
-it. A tree without signal is replaced meanwhile (`refill.py`), so a step has one round. Reports travel packed.
-Afterwards every rank holds the same rows, so what follows is computed alike everywhere, without messages.
+it. A tree without signal is replaced meanwhile (`refill.py`), so a step has one round. Reports are columns without
+tokens (`report.py`). Afterwards every rank holds the same structure and grades, so what follows is computed alike
+everywhere. Tokens stay on the ranks of the engine until they are trained (`actor/fetch.py`).
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost, deal_to
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.grading import Grading, MakeRow, Row
-from treepo_mega.rollout.jobs import Job
+from treepo_mega.rollout.jobs import Grown, Job, carry
 from treepo_mega.rollout.refill import NoSignal, RefillRule
+from treepo_mega.rollout.report import TREE, complete, heard, lend_contents, told
 from treepo_mega.runtime import dist
+from treepo_mega.tree.node import Tree
+from treepo_mega.tree.regrow import with_grades
 
 
 @dataclass(slots=True)
 class SampledRound:
-    """The result of a round, the same on every rank."""
+    """The result of a round, the same on every rank, but for contents of trees, which are where they were sampled."""
 
     rows: dict[int, Row] = field(default_factory=dict)
     """By the index of the job, ascending."""
     paused: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """States of unfinished trees by the index of their job, ascending; JSON-safe."""
+    """What goes on in a later step (`jobs.carry`), by the index of its job, ascending; whole on every rank."""
     engines: dict[int, int] = field(default_factory=dict)
     """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
@@ -119,27 +123,35 @@ def sample_and_grade(
                 dist.barrier(waits_for, cfg.rollout.timeout_s)
             engine_s = time.monotonic() - started
         idle_s = engine_s - busy_s
-        report: dict[str, Any] = {"idle_share": idle_s / max(engine_s, 1e-9)}
+        rows: dict[int, Row] = {}
+        report: dict[str, Any] | None = None
         with timers("reward"):
             if grading is not None:
                 with timers.span("grading"):
-                    report["rows"] = list(grading.rows(grown.trees).items())
-                report["engine"] = dist.rank() // cfg.rollout.engine.tensor_parallel_size
-                report["paused"] = list(grown.paused.items())
-                report["counts"] = {
-                    "engine_steps": generator.counts["engine_steps"],
-                    "running": generator.counts["running"],
-                    "stolen": queue.stolen,
-                    "grader_wait_s": grading.waited_s,
-                    "idle_s": idle_s,
-                    "engine_s": engine_s,
-                    "gradings": grading.total,
-                    "gradings_early": grading.early,
-                    **pool.take_costs(),
-                    **grading.idleness.counts(idle_s),
+                    rows = _whole(grading.rows(grown.trees), jobs, cfg)
+                report = {
+                    "engine": dist.rank() // cfg.rollout.engine.tensor_parallel_size,
+                    "rows": told(rows),
+                    "paused": [[index, carry(jobs[index], state)] for index, state in grown.paused.items()],
+                    "counts": {
+                        "engine_steps": generator.counts["engine_steps"],
+                        "running": generator.counts["running"],
+                        "stolen": queue.stolen,
+                        "grader_wait_s": grading.waited_s,
+                        "idle_s": idle_s,
+                        "engine_s": engine_s,
+                        "gradings": grading.total,
+                        "gradings_early": grading.early,
+                        **pool.take_costs(),
+                        **grading.idleness.counts(idle_s),
+                    },
                 }
             with timers.span("exchange"):
-                return _merge(dist.gather_objects(report))
+                # Ranks without an engine of their own say nothing.
+                merged = _merge(dist.tell_all(report), jobs, rows, grown)
+                share = {"idle_share": idle_s / max(engine_s, 1e-9)}
+                merged.idle_share_max = dist.max_over_ranks(share)["idle_share"]
+                return merged
     except BaseException:
         # What is still with the graders would be answered in the next round.
         pool.abandon()
@@ -155,7 +167,8 @@ def open_round(
 ) -> Queue:
     """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike.
 
-    `dealt_to`: the engine of each prompt; None: as even as can be. `rule`: what begins where trees have no signal.
+    `dealt_to`: the engine of each prompt, which no other takes; None: as even as can be. `rule`: what begins where
+    trees have no signal.
     """
     tp = cfg.rollout.engine.tensor_parallel_size
     engines = max(1, dist.world_size() // tp)
@@ -166,7 +179,19 @@ def open_round(
         return LocalQueue(deal[0], rule)
     engine, rank = divmod(dist.rank(), tp)
     timeout_s = cfg.rollout.timeout_s
-    return SharedQueue(dist.store(), key, deal, costs, engine, rule=rule, rank=rank, ranks=tp, timeout_s=timeout_s)
+    return SharedQueue(
+        dist.store(),
+        key,
+        deal,
+        costs,
+        engine,
+        rule=rule,
+        # What is dealt to an engine of its own has its contents there.
+        steals=dealt_to is None,
+        rank=rank,
+        ranks=tp,
+        timeout_s=timeout_s,
+    )
 
 
 @functools.cache
@@ -175,17 +200,39 @@ def _rounds() -> itertools.count[int]:
     return itertools.count()
 
 
-def _merge(reports: Sequence[dict[str, Any]]) -> SampledRound:
-    """One result of every rank's report; ranks that report no rows only waited."""
-    merged = SampledRound(idle_share_max=max(report["idle_share"] for report in reports))
+def _whole(rows: dict[int, Row], jobs: Sequence[Job], cfg: Config) -> dict[int, Row]:
+    """`rows` whose trees have all their leaves again where they grew on, and what only this rank can find out."""
+    home = dist.rank() if dist.world_size() > 1 else None
+    for index, row in rows.items():
+        if TREE in row:
+            row[TREE] = complete(with_earlier_grades(jobs[index], row), cfg, home)
+    return rows
+
+
+def with_earlier_grades(job: Job, row: Row) -> Tree:
+    """The tree of a row; one that grew on has its first leaves and their grades again."""
+    tree: Tree = row[TREE]
+    return tree if job.begun is None else with_grades(tree, job.begun)
+
+
+def _merge(reports: dict[int, Any], jobs: Sequence[Job], own: dict[int, Row], grown: Grown) -> SampledRound:
+    """One result of all engines' reports, by the rank that speaks; `own` rows and `grown` trees have contents."""
+    merged = SampledRound()
     rows: dict[int, Row] = {}
     paused: dict[int, dict[str, Any]] = {}
-    for report in reports:
-        rows |= dict(report.get("rows", ()))
-        merged.engines |= {index: report["engine"] for index, _ in report.get("rows", ())}
-        paused |= dict(report.get("paused", ()))
-        for key, value in report.get("counts", {}).items():
+    for home, report in reports.items():
+        of_engine = heard(report["rows"], jobs, home=home if dist.world_size() > 1 else None)
+        merged.engines |= dict.fromkeys(of_engine, report["engine"])
+        rows |= of_engine
+        paused |= dict(report["paused"])
+        for key, value in report["counts"].items():
             merged.counts[key] = merged.counts.get(key, 0) + value
+    for index, tree in grown.trees.items():
+        if index in own:
+            rows[index] |= {name: value for name, value in own[index].items() if name == TREE}
+        elif TREE in rows[index]:
+            # This rank shares the engine that sampled it: it may grow on here.
+            lend_contents(rows[index][TREE], tree)
     # In the order of jobs, not of engines: sums over rows must round alike whichever engine sampled what.
     merged.rows = {index: rows[index] for index in sorted(rows)}
     merged.paused = {index: paused[index] for index in sorted(paused)}

@@ -23,7 +23,7 @@ CUT = ("length", "depth")
 
 
 def reward_leaves(tree: Tree, results: Sequence[RewardResult], cfg: Config) -> dict[str, Any]:
-    """Write rewards and verdicts into the tree; JSON-safe row of it.
+    """Write rewards and verdicts into the tree; a row of it.
 
     `lost`: answers that could not be graded. Under `reward.on_lost: drop` their leaves are out of the tree, else they
     have its number, without a penalty. `numbers`: name -> [sum, count] of what the verifier's dicts hold beside
@@ -51,7 +51,7 @@ def reward_leaves(tree: Tree, results: Sequence[RewardResult], cfg: Config) -> d
             total[1] += 1
     set_rewards(tree, rewards, verdicts=verdicts)
     lost = sum(result.score is None for result in results)
-    return {"tree": tree.to_dict(), "lost": lost, "numbers": numbers}
+    return {"tree": tree, "lost": lost, "numbers": numbers}
 
 
 def overlong_penalty(length: int, max_response_len: int, reward: RewardConfig) -> float:

@@ -85,7 +85,7 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
         dist.init_process_group(backend(), timeout=timeout)
     _connect_all()
     # Made here: inside the first barrier, making it would wait without that barrier's deadline and list of ranks.
-    _cpu_group()
+    cpu_group()
     parallel = cfg.parallel
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(
@@ -135,7 +135,7 @@ def _connect_all() -> None:
 
 
 @functools.cache
-def _cpu_group() -> dist.ProcessGroup | None:
+def cpu_group() -> dist.ProcessGroup | None:
     """A gloo group of all ranks (None: the default one is), made collectively by `initialize`."""
     return dist.new_group(backend="gloo") if has_cuda() else None
 
@@ -194,7 +194,7 @@ def barrier(what: str, timeout_s: float) -> None:
         store().set(f"{key}/{rank()}", "here")
     try:
         # On gloo, also beside a GPU: torch has no monitored barrier for NCCL.
-        dist.monitored_barrier(_cpu_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+        dist.monitored_barrier(cpu_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as e:
         raise RankLost(
             f"rank {rank()} waited for all ranks to finish {what} (deadline {timeout_s:.0f} s); missing: "
@@ -235,9 +235,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         # Packed on one rank too: tuples become lists and keys text, as they do on several.
         return [_unpacked(data, 0)]
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([data.numel()]))
-    lengths = [int(size) for size in sizes]
+    lengths = sizes_of_ranks(data.numel())
     longest = max((length for length in lengths if length <= PADDED_BYTES), default=0)
     parts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
     if longest:
@@ -253,6 +251,48 @@ def gather_objects(value: Any) -> list[Any]:
             dist.broadcast(part, src=speaker)
         # Unpacked here: the next speaker's bytes then take the place of this one's.
         told.append(_unpacked(part, speaker))
+    return told
+
+
+def sizes_of_ranks(size: int) -> list[int]:
+    """`size` of every rank, in rank order: 8 bytes a rank. Collective over all ranks (CPU tensors)."""
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([size]))
+    return [int(told) for told in sizes]
+
+
+BROADCASTS = 16
+"""Broadcasts of `tell_all` that run at once."""
+
+
+def tell_all(value: Any = None) -> dict[int, Any]:
+    """What each rank that speaks says, by rank, on every rank; None: this one has nothing to say.
+
+    An all_gather of sizes (8 bytes a rank), then each speaker broadcasts its own bytes, nothing padded. `value` as for
+    `packed.pack`. Collective over all ranks (CPU tensors). Raises PackedError when a value arrived damaged, RankLost
+    when one did not arrive before the group's deadline; both name the speaker.
+    """
+    data = torch.zeros(0, dtype=torch.uint8)
+    if value is not None:
+        data = torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8)
+    if world_size() == 1:
+        return {} if value is None else {0: _unpacked(data, 0)}
+    speakers = [(speaker, size) for speaker, size in enumerate(sizes_of_ranks(data.numel())) if size]
+    told = {}
+    for first in range(0, len(speakers), BROADCASTS):
+        parts = {}
+        for speaker, size in speakers[first : first + BROADCASTS]:
+            part = data if speaker == rank() else torch.empty(size, dtype=torch.uint8)
+            parts[speaker] = part, dist.broadcast(part, src=speaker, async_op=True)
+        for speaker, (part, work) in parts.items():
+            try:
+                work.wait()
+            except RuntimeError as e:
+                raise RankLost(
+                    f"rank {rank()} waited for what rank {speaker} tells all; that rank died or is stuck, and its own "
+                    f"output says why. ({e})"
+                ) from e
+            told[speaker] = _unpacked(part, speaker)
     return told
 
 

@@ -20,6 +20,7 @@ equal, and merge the structure alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,13 @@ def compare(tree: Tree) -> Alike:
         length=np.diff(opening, append=len(opens))[order],
         name=np.unique(tokens.first[opening], return_inverse=True)[1].reshape(-1)[order],
     )
+
+
+def told_alike(trees: Sequence[Tree]) -> Alike | None:
+    """What is known of equal tokens in `trees`; None where every rank holds all tokens, and compares them itself."""
+    if all(tree.home is None for tree in trees):
+        return None
+    return Alike.joined([tree.alike or compare(tree) for tree in trees])
 
 
 def _told(segments: Segments, alike: Alike) -> Atoms:

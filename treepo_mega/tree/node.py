@@ -80,6 +80,8 @@ class Tree:
     node. A tree has more nodes than leaves, so the number tells which."""
     alike: Alike | None = field(default=None, compare=False, repr=False)
     """Which of its nodes' parts are equal, where tokens may be elsewhere; no part of `to_dict`."""
+    home: int | None = field(default=None, compare=False, repr=False)
+    """The rank that holds its contents; None: every rank. No part of `to_dict`."""
 
     @classmethod
     def start(cls, prompt_id: str, prompt_tokens: list[int]) -> Tree:
@@ -238,7 +240,8 @@ class Tree:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` is its inverse."""
         entries = {**_entries(self), "nodes": [_entries(node) for node in self.nodes]}
-        del entries["alike"]
+        # Where it is sampled and kept is no part of what a tree is.
+        del entries["alike"], entries["home"]
         return entries
 
     @classmethod

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from treepo_mega.tree.elsewhere import is_here
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.segments import Floats, Ints, Segments
 
+EVERYWHERE = -1
+"""Home of a tree whose contents every rank holds."""
 ABSENT = 1 << 62
 """The source of a segment whose tokens are not held: NumPy refuses it as an index."""
 
@@ -51,11 +54,6 @@ class Wants:
     def tokens(self) -> int:
         """Tokens of all of them."""
         return int(self.length.sum())
-
-    def tokens_between(self, replicas: int, homes: int) -> Ints:
-        """[replicas, homes] tokens that each replica needs of each home."""
-        pair = self.replica * homes + self.home
-        return np.bincount(pair, self.length, replicas * homes).astype(np.int64).reshape(replicas, homes)
 
 
 def wanted(segments: Segments, dealt: Dealt, home_of_tree: Ints) -> Wants:
@@ -104,14 +102,16 @@ class Stretches:
         held = np.fromiter((is_here(node.tokens) for node in nodes), np.bool_, len(nodes)) & (lengths > 0)
         chosen = [nodes[index] for index in np.flatnonzero(held).tolist()]
         length = lengths[held]
+        size = int(length.sum())
         # A root may carry logprobs in a hand-made tree; prompts are not trained.
-        logprobs = [np.zeros(len(n.tokens)) if n.parent < 0 else np.array(n.logprobs, np.float64) for n in chosen]
+        scores = ([0.0] * len(node.tokens) if node.parent < 0 else node.logprobs for node in chosen)
         return cls(
             start=address[held],
             length=length,
             at=np.cumsum(length) - length,
-            tokens=_joined([np.array(node.tokens, np.int64) for node in chosen], np.int64),
-            logprobs=_joined(logprobs, np.float64),
+            # An iterator and not an array a node: a third less time.
+            tokens=np.fromiter(chain.from_iterable(node.tokens for node in chosen), np.int64, size),
+            logprobs=np.fromiter(chain.from_iterable(scores), np.float64, size),
         )
 
     @classmethod
@@ -152,3 +152,47 @@ class Stretches:
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+@dataclass(slots=True)
+class Deliveries:
+    """The tokens of all optimizer steps of a rollout: from homes to replicas, one parcel a pair. The same on all ranks.
+
+    A parcel holds, step by step, the stretches of `Wants` in their order: all tokens, then all logprobs.
+    """
+
+    wants: list[Wants]
+    """By optimizer step."""
+
+    def tokens_between(self, replicas: int, homes: int) -> Ints:
+        """[replicas, homes] tokens of each parcel; what is everywhere is not sent."""
+        sums = np.zeros((replicas, homes), np.int64)
+        for of_step in self.wants:
+            sent = of_step.home >= 0
+            pair = of_step.replica[sent] * homes + of_step.home[sent]
+            sums += np.bincount(pair, of_step.length[sent], replicas * homes).astype(np.int64).reshape(sums.shape)
+        return sums
+
+    def contents(self, own: Sequence[Stretches], replica: int, home: int) -> tuple[Ints, Floats]:
+        """The tokens and logprobs of the parcel from `home`, which holds `own` (by step), to `replica`."""
+        parts = [
+            held.take(of_step.of(replica=replica, home=home)) for held, of_step in zip(own, self.wants, strict=True)
+        ]
+        return _joined([tokens for tokens, _ in parts], np.int64), _joined([scores for _, scores in parts], np.float64)
+
+    def assemble(self, replica: int, parcels: dict[int, tuple[Ints, Floats]]) -> list[Stretches]:
+        """By step, what `replica` holds once it has the `contents` of every home."""
+        at = dict.fromkeys(parcels, 0)
+        out = []
+        for of_step in self.wants:
+            own = of_step.of(replica=replica)
+            tokens = []
+            logprobs = []
+            # Ascending, as the stretches are.
+            for home in np.unique(own.home).tolist():
+                begin = at[home]
+                at[home] += int(own.length[own.home == home].sum())
+                tokens.append(parcels[home][0][begin : at[home]])
+                logprobs.append(parcels[home][1][begin : at[home]])
+            out.append(Stretches.arrived(own, _joined(tokens, np.int64), _joined(logprobs, np.float64)))
+        return out
