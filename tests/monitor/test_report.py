@@ -64,6 +64,7 @@ def run(tmp_path):
                 "perf/packed_token_ratio": 0.5,
                 "rollout/reward_mean": step / 10,
                 "rollout/engine_idle_share": 0.25,
+                "rollout/idle_share/tail": 0.5 if late else 0.25,
                 "rollout/prompts_trained": 12.0,
                 "rollout/prompts_dropped_zero_std": 4.0,
                 "tree/unique_tokens": 400 if late else 100,
@@ -122,6 +123,7 @@ def test_figures(run):
     assert figures["throughput"]["step"]["unique_tokens_per_s_per_gpu"] == pytest.approx(7000 / 120)
     assert [p["name"] for p in figures["phases"]] == ["rollout", "update", OTHER]
     assert [p["hours"] for p in figures["phases"]] == pytest.approx([35 / 1800, 15 / 1800, 10 / 1800])
+    assert figures["idle"] == {"tail": pytest.approx((0.25 * 15 + 0.5 * 20) / 35)}
     cost = figures["cost"]
     assert cost["energy_kwh"] == pytest.approx(1) and cost["energy_kwh_per_1000"] == pytest.approx(1)
     assert cost["cost"] == pytest.approx(0.1) and cost["reward_gain_per_hour"] == pytest.approx(0.9 * 30)
@@ -422,7 +424,7 @@ def test_hostile_text_stays_text(run, tmp_path, short_plotly):
 
 def test_what_the_model_wrote_stands_in_the_report(run, tmp_path, short_plotly):
     html = write_report([hostile(run, tmp_path)], tmp_path / "out")[0].read_text()
-    rows = re.findall(r"<td>(1)</td><td>([^<]*)</td><td>([^<]*)</td><td><div class=.words.>", html)
+    rows = re.findall(r"<td>(1)</td><td[^>]*>([^<]*)</td><td[^>]*>([^<]*)</td><td><div class=.words.>", html)
     assert rows == [("1", "1", "+0.500"), ("1", "0", "-0.750")], "the best, then the worst"
     assert "step_000002.jsonl: cannot be read" in html
 

@@ -91,13 +91,13 @@ def value_at(compute: Any, start: Any, asymptote: Any, exponent: Any, midpoint: 
     return np.asarray(start + (asymptote - start) * share, np.float64)
 
 
-def compute_to(value: float, start: Any, asymptote: Any, exponent: Any, midpoint: Any) -> Array:
+def compute_to(value: Any, start: Any, asymptote: Any, exponent: Any, midpoint: Any) -> Array:
     """The inverse of `value_at`: 0 where the curve starts at or above `value`, infinite where it never gets there.
 
     >>> float(compute_to(0.5, 0.2, 0.8, 1.0, 4.0).round(9))
     4.0
     """
-    start, asymptote, exponent, midpoint = np.broadcast_arrays(start, asymptote, exponent, midpoint)
+    value, start, asymptote, exponent, midpoint = np.broadcast_arrays(value, start, asymptote, exponent, midpoint)
     reached = (start < value) & (value < asymptote)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         found = midpoint * np.power((value - start) / (asymptote - value), 1.0 / exponent)
@@ -129,21 +129,27 @@ def saving(ours: Fit, baseline: Fit) -> Saving | str:
     for name, found in (("this run's", ours), ("the baseline's", baseline)):
         if found.problem:
             return f"{name} fit is not identified: {found.problem}"
-    accuracy = min(ours.last_value, baseline.last_value)
-    sides = []
-    for found in (ours, baseline):
-        whole = np.array([[found.start, found.asymptote, found.exponent, found.midpoint], *found.draws])
-        sides.append(compute_to(accuracy, *whole.T))
-    count = min(map(len, sides))
-    mine = sides[0][:count]
-    theirs = sides[1][:count]
+    count = min(len(ours.draws), len(baseline.draws))
+    sides = [_with_draws(found, count) for found in (ours, baseline)]
+    # A draw has an accuracy of its own that both reach: the interval is of the whole procedure.
+    accuracies = np.minimum(
+        *(value_at(found.last_compute, *side) for found, side in zip((ours, baseline), sides, strict=True))
+    )
+    mine, theirs = (compute_to(accuracies, *side) for side in sides)
     if not (0 < mine[0] < np.inf and 0 < theirs[0] < np.inf):
-        return f"one of the runs starts at or above the accuracy that both reach, {accuracy:.3g}"
+        return f"one of the runs starts at or above the accuracy that both reach, {accuracies[0]:.3g}"
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = mine[1:] / theirs[1:]
     ratios = np.where(np.isnan(ratios), np.inf, ratios)
     low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
-    return Saving(accuracy, float(mine[0] / theirs[0]), (float(low), float(high)), float(mine[0]), float(theirs[0]))
+    whole = (float(low), float(high))
+    return Saving(float(accuracies[0]), float(mine[0] / theirs[0]), whole, float(mine[0]), float(theirs[0]))
+
+
+def _with_draws(found: Fit, count: int) -> Array:
+    """[4, 1 + count]: the fit, then its draws."""
+    best = [found.start, found.asymptote, found.exponent, found.midpoint]
+    return np.array([best, *found.draws[:count]], np.float64).T
 
 
 def _binned(curve: Curve) -> Curve:

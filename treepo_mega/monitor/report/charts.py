@@ -161,7 +161,9 @@ def throughput_chart(seen: Seen) -> Figure | None:
 def fit_chart(found: Comparison, axis: str) -> Figure | None:
     """Accuracy over compute: each run's points, and its arm's curve where the fit is identified."""
     data = []
-    for place, arm in enumerate(found.arms):
+    for arm in found.arms:
+        # An arm has the colour of its first run.
+        place = found.places[arm.members[0].run.name]
         if arm.metric is None or axis not in arm.fits:
             continue
         for at, seen in enumerate(arm.members):

@@ -47,13 +47,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms, baselines last; `savings`: by arm and axis, a saving or why there is none."""
+    """All arms, baselines last; `savings`: by arm and axis, or why there is none. `places`: of runs, by name."""
 
     arms: list[Arm]
     savings: dict[tuple[str, str], Saving | str]
     notes: list[str]
     same_tokens: bool
     unit: str
+    places: dict[str, int]
 
 
 def compare(runs: Sequence[Seen], baselines: Sequence[Seen]) -> Comparison:
@@ -75,7 +76,8 @@ def compare(runs: Sequence[Seen], baselines: Sequence[Seen]) -> Comparison:
         if base is not None and not arm.is_baseline:
             for axis, found in arm.fits.items():
                 savings[arm.name, axis] = saving(found, base.fits[axis])
-    return Comparison(arms, savings, notes, same_tokens, units[0] if len(units) == 1 else "hours")
+    places = {seen.run.name: place for place, seen in enumerate(everything)}
+    return Comparison(arms, savings, notes, same_tokens, units[0] if len(units) == 1 else "hours", places)
 
 
 def _metric(everything: Sequence[Seen]) -> str | None:
@@ -96,7 +98,7 @@ def _arms(side: Sequence[Seen], is_baseline: bool) -> list[Arm]:
     out = []
     for members in groups.values():
         first = members[0].run.name
-        name = first if len(members) == 1 else f"{first} and {len(members) - 1} more seeds"
+        name = first if len(members) == 1 else f"{first} and {len(members) - 1} more"
         out.append(Arm(name, members, is_baseline, None))
     return out
 

@@ -54,7 +54,7 @@ class Spent:
     @property
     def unit(self) -> str:
         """What an hour of one device is called here."""
-        return ("GPU-hours" if self.on_gpu else "core-hours") if self.known else "hours of the whole job"
+        return ("GPU-hours" if self.on_gpu else "core-hours") if self.known else "job-hours"
 
     def hours(self, seconds: Array) -> float:
         """`seconds` by line, times the GPUs of each; of the whole job where their number is not known."""
@@ -149,7 +149,10 @@ def waterfall(run: Run, spent: Spent) -> list[Bar]:
     rollout = piece("rollout")
     idle = rollout * np.clip(of("rollout/engine_idle_share"), 0, 1)
     graders = np.minimum(rollout * np.clip(of("rollout/engine_grader_wait_share"), 0, 1), rollout - idle)
-    unused = of("rollout/prompts_dropped_zero_std") + of("rollout/prompts_surplus")
+    unused = of("rollout/prompts_dropped_zero_std")
+    # Surplus that later steps train on is no loss.
+    if _key(run, "rollout", "surplus") != "carry":
+        unused = unused + of("rollout/prompts_surplus")
     busy = rollout - idle - graders
     refills = busy * _share(unused, unused + of("rollout/prompts_trained"))
     again = (busy - refills) * _share(of("rollout/recomputed_tokens"), of("rollout/forwarded_tokens"))
@@ -182,10 +185,15 @@ def waterfall(run: Run, spent: Spent) -> list[Bar]:
         Bar("useful work", useful, True, _peak_note(run, spent, useful)),
         *(Bar(name, spent.hours(part), False, note) for name, part, note in losses if part.any()),
     ]
-    parallel = run.config.get("parallel")
-    stages = parallel.get("pipeline_model_parallel_size") if isinstance(parallel, dict) else None
+    stages = _key(run, "parallel", "pipeline_model_parallel_size")
     note = "" if stages in (None, 1) else f"the bubble of {stages} pipeline stages is not logged: it is in useful work"
     return [*bars, Bar("measured", spent.total_hours, True, note)]
+
+
+def _key(run: Run, section: str, name: str) -> object:
+    """A key of the run's configuration; None where it is not said."""
+    found = run.config.get(section)
+    return found.get(name) if isinstance(found, dict) else None
 
 
 def _share(part: Array, whole: Array) -> Array:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 Cells = Sequence[str]
+LONGEST_SHORT = 16
+"""Characters of a cell that stays on one line."""
 FOLDER = Path(__file__).parent
 
 
@@ -80,13 +82,19 @@ def _digest(script: str) -> str:
 
 def table(head: Cells, rows: Sequence[Cells], *, text: Sequence[int] = (), marked: Sequence[int] = ()) -> str:
     """Cells are HTML already. `text`: columns of prose, besides the first; `marked`: rows that are totals."""
-    kinds = [' class="text"' if place in text else "" for place in range(len(head))]
-    top = "".join(f"<th{kind}>{h}</th>" for h, kind in zip(head, kinds, strict=True))
+    mark = ' class="text"'
+
+    def kind(place: int, cell: str) -> str:
+        if place in text:
+            return mark
+        return ' class="short"' if place and len(cell) <= LONGEST_SHORT else ""
+
+    top = "".join(f"<th{mark if place in text else ''}>{name}</th>" for place, name in enumerate(head))
     lines = "".join(
-        f"<tr{' class=' + chr(34) + 'total' + chr(34) if place in marked else ''}>"
-        + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True))
+        ('<tr class="total">' if at in marked else "<tr>")
+        + "".join(f"<td{kind(place, cell)}>{cell}</td>" for place, cell in enumerate(row))
         + "</tr>"
-        for place, row in enumerate(rows)
+        for at, row in enumerate(rows)
     )
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from treepo_mega.monitor.phases import CAUSES
 from treepo_mega.monitor.registry import known_names
 from treepo_mega.monitor.report.charts import (
     colour,
@@ -35,6 +36,8 @@ CURVES = (
     *("perf/update_mfu", "rollout/engine_idle_share", "reshard/gb_per_s", "gpu/power_w_mean"),
     *("gpu/memory_used_gib_max", "host/rss_gib_max"),
 )
+FALLBACKS = {"rollout/reward_mean": "rollout/reward_policy", "rollout/accuracy": "rollout/accuracy_policy"}
+"""Means over leaves, which runs of older versions logged alone, and what takes their place."""
 FAULTS = "faults and repairs (0 is best)"
 
 
@@ -148,9 +151,10 @@ def saving_text(key: tuple[str, str], one: Saving | str, unit: str) -> str:
     if isinstance(one, str):
         return f"{arm}, {what}: not known, for {one}."
     low, high = (f"{1 - end:.0%}" if end < float("inf") else "none" for end in reversed(one.interval))
+    doubt = "" if one.interval[1] < 1 or one.interval[0] > 1 else " The interval does not tell it from none."
     return (
         f"{arm}: {short(one.ours)} {what} to accuracy {one.accuracy:.3f}, the baseline {short(one.baseline)}: "
-        f"{1 - one.ratio:.0%} saved (95 % interval {low} to {high})."
+        f"{1 - one.ratio:.0%} saved (95 % interval {low} to {high}).{doubt}"
     )
 
 
@@ -209,6 +213,9 @@ def _figures(seen: Seen) -> str:
     parts.append("<h3>Tokens and refit</h3>")
     parts.append('<p class="note">Sums over the run for tokens, medians over its steps for the others.</p>')
     parts.append(table(("figure", "value"), [*tokens, *ratio, *medians]))
+    if f["idle"]:
+        causes = [(CAUSES[cause], f"{share:.1%}") for cause, share in f["idle"].items()]
+        parts.append("<h3>Empty room of the engines</h3>" + table(("cause", "share of their room"), causes))
     if f["memory"]:
         rows = [(escape(m["name"]), shown(m["p50"]), shown(m["max"])) for m in f["memory"]]
         parts.append("<h3>Memory, GiB</h3>" + table(("what", "median", "largest"), rows))
@@ -274,6 +281,9 @@ def _curves(everyone: Sequence[Seen], charts: Charts) -> str:
     documented = known_names()
     found = []
     for metric in CURVES:
+        better = FALLBACKS.get(metric)
+        if better and all(len(seen.run.series(better)[0]) for seen in everyone if len(seen.run.steps)):
+            continue
         doc = documented[metric]
         figure = metric_chart(everyone, metric)
         found.append(charts.place(metric, figure, about=f"{doc.unit}; healthy: {doc.healthy}"))

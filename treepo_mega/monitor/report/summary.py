@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from treepo_mega.monitor.phases import CAUSES, IDLE
 from treepo_mega.monitor.report.hours import AGAIN, TRAINING, Spent, account, waterfall
 from treepo_mega.monitor.report.numbers import Array, number, percentile
 from treepo_mega.monitor.report.read import Run
@@ -45,7 +46,7 @@ MEDIANS = (
 )
 TOTALS = (
     *("reward/lost", "train/skipped_steps", "train/nonfinite_metrics", "tree/shortfall", "tree/fallbacks"),
-    *("reshard/canary_failures", "train/head_fallback", "gpu/ecc_errors"),
+    *("reshard/canary_failures", "train/head_fallback", "gpu/ecc_errors", "logging/sink_failures"),
 )
 PHASES = ("step", "rollout", *TRAINING)
 RATES = ("unique_tokens_per_s_per_gpu", "flat_tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "hfu")
@@ -99,6 +100,7 @@ def summarise(run: Run, *, now: float, gpus: float | None = None, price: float |
         "trends": trends,
         "medians": medians,
         "totals": totals | ({"restarts": float(spent.restarts)} if len(kept) else {}),
+        "idle": {cause: share for cause in CAUSES if (share := _idle(run, spent, cause)) is not None},
         "cost": cost(run, spent, price),
         "stragglers": slow.to_dict(),
         "summary": run.summary,
@@ -184,11 +186,16 @@ def _gain(run: Run) -> float | None:
     return float(values[-count:].mean() - values[:count].mean())
 
 
+def _idle(run: Run, spent: Spent, cause: str) -> float | None:
+    """Share of the engines' room that was empty for `cause`, over all rollouts."""
+    return _weighted(run.column(IDLE + cause), run.column(WALL + "rollout") * spent.devices[run.kept])
+
+
 def _doubts(run: Run, spent: Spent) -> list[str]:
     """What does not add up."""
     out = []
     if len(run.steps) and not spent.known:
-        out.append(f"{run.name}: its metrics do not say how many GPUs it had (--gpus N): hours are of the whole job")
+        out.append(f"{run.name}: its metrics do not say how many GPUs it had (--gpus N): job-hours are of all together")
     if spent.clock_s > 0.02 * spent.wall_s:
         out.append(
             f"{run.name}: phases claim {spent.clock_s:.3g} s more than lies between the lines' time stamps: the clock "
