@@ -57,7 +57,7 @@ def a_segment_left_over(rank: int) -> Iterator[None]:
 
 
 def evaluations(generator: Generator, cfg: Config, slow: int) -> dict[str, object]:
-    """Two evaluations with few prompts in flight, in which engine `slow` is slow (-1: none is)."""
+    """Two evaluations with few prompts in flight, one by forks, in which engine `slow` is slow (-1: none is)."""
     engine, real = generator.engine, generator.engine.step
     if dist.get_rank() == slow:
         engine.step = lambda: (time.sleep(0.05), real())[1]  # type: ignore[method-assign]
@@ -67,7 +67,8 @@ def evaluations(generator: Generator, cfg: Config, slow: int) -> dict[str, objec
     with RewardPool(cfg.reward) as pool:
         evaluator = Evaluator(generator, pool, cfg)
         both = []
-        for rollout in (cfg.rollout.model_copy(update=one), cfg.rollout.model_copy(update={"engine": few})):
+        forks = cfg.rollout.replace({"engine.max_num_seqs": 2, "branching.at": "fork", "branching.initial": (2, 2)})
+        for rollout in (cfg.rollout.model_copy(update=one), forks):
             n = rollout.n_samples_per_prompt
             both.append(evaluator.evaluate(prompts, temperature=1.0, n=n, step=3, rollout=rollout))
     engine.step = real  # type: ignore[method-assign]
