@@ -269,8 +269,8 @@ def _describe_model(hf_dir: Path) -> str:
 def _report(args: argparse.Namespace) -> int:
     from treepo_mega.monitor.report import Asked, ReportError, write_live, write_report
 
-    if args.every < 1:
-        raise ReportError(f"--every {args.every:g}: expected a second or more")
+    if args.every < 5:
+        raise ReportError(f"--every {args.every:g}: expected five seconds or more: a page needs one or two to open")
     if args.price is not None and args.price < 0:
         raise ReportError(f"--price {args.price:g}: must not be negative")
     asked = Asked(tuple(args.baseline), tuple(args.slurm_job), args.gpus, args.price)
