@@ -148,12 +148,12 @@ def sampled(cfg: Config, engines: int, ranks: int, seed: int, share: float) -> d
     store, costs = dist.HashStore(), [1.0] * len(begin)
     rows: dict[int, Row] = {}
     errors: list[Exception] = []
-    meet = [threading.Barrier(ranks, timeout=20) for _ in range(engines)]
+    meet = [threading.Barrier(ranks, timeout=60) for _ in range(engines)]
 
     def one(engine: int, rank: int) -> None:
         try:
             queue = SharedQueue(
-                store, "r", deal_by_cost(costs, engines), costs, engine, rule=rule, rank=rank, ranks=ranks, timeout_s=20
+                store, "r", deal_by_cost(costs, engines), costs, engine, rule=rule, rank=rank, ranks=ranks, timeout_s=60
             )
             # Ranks of one engine see the same batches; their graders are the first one's.
             jobs = Supply(begin, cursor.lookahead())
@@ -165,7 +165,7 @@ def sampled(cfg: Config, engines: int, ranks: int, seed: int, share: float) -> d
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=120)
     assert not errors, errors
     return dict(sorted(rows.items()))
 
