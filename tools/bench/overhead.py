@@ -33,6 +33,7 @@ from treepo_mega.actor.batch import advantages, lesson_of, sampled_sharing  # no
 from treepo_mega.config import load_config  # noqa: E402
 from treepo_mega.rollout.counts import summarize  # noqa: E402
 from treepo_mega.rollout.report import complete, heard, told  # noqa: E402
+from treepo_mega.runtime.garbage import collection_put_off  # noqa: E402
 from treepo_mega.runtime.packed import pack, unpack  # noqa: E402
 from treepo_mega.runtime.parcels import seal  # noqa: E402
 from treepo_mega.tree.credit import credit_by_depth  # noqa: E402
@@ -104,8 +105,9 @@ def measure(prompts: int, ranks: int, shape: Shape) -> dict[str, Any]:
 
     def hear() -> dict[int, dict[str, Any]]:
         rows: dict[int, dict[str, Any]] = {}
-        for home, report in reports.items():
-            rows |= heard(unpack(report), jobs, home=home)
+        with collection_put_off():
+            for home, report in reports.items():
+                rows |= heard(unpack(report), jobs, home=home)
         return rows | own_rows
 
     rows = clock("hear", hear)

@@ -32,6 +32,7 @@ from treepo_mega.rollout.jobs import Grown, Job, carry
 from treepo_mega.rollout.refill import NoSignal, RefillRule
 from treepo_mega.rollout.report import TREE, complete, heard, lend_contents, told
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.garbage import collection_put_off
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.regrow import with_grades
 
@@ -220,13 +221,14 @@ def _merge(reports: dict[int, Any], jobs: Sequence[Job], own: dict[int, Row], gr
     merged = SampledRound()
     rows: dict[int, Row] = {}
     paused: dict[int, dict[str, Any]] = {}
-    for home, report in reports.items():
-        of_engine = heard(report["rows"], jobs, home=home if dist.world_size() > 1 else None)
-        merged.engines |= dict.fromkeys(of_engine, report["engine"])
-        rows |= of_engine
-        paused |= dict(report["paused"])
-        for key, value in report["counts"].items():
-            merged.counts[key] = merged.counts.get(key, 0) + value
+    with collection_put_off():
+        for home, report in reports.items():
+            of_engine = heard(report["rows"], jobs, home=home if dist.world_size() > 1 else None)
+            merged.engines |= dict.fromkeys(of_engine, report["engine"])
+            rows |= of_engine
+            paused |= dict(report["paused"])
+            for key, value in report["counts"].items():
+                merged.counts[key] = merged.counts.get(key, 0) + value
     for index, tree in grown.trees.items():
         if index in own:
             rows[index] |= {name: value for name, value in own[index].items() if name == TREE}
