@@ -17,6 +17,7 @@ from treepo_mega.plan.timing import Cluster
 from treepo_mega.plan.work import TreeShape
 
 RECIPE = "examples/llama3_70b_16x8.yaml"
+SMALL = "examples/qwen25_7b_2x8.yaml"
 H100 = Cluster(gpu_of("H100"), 8, Rates())
 
 
@@ -89,14 +90,27 @@ def test_a_tree_shares_what_its_branching_lets_it():
 
 
 def test_what_does_not_fit_is_refused_with_layouts_that_do(capsys):
-    arguments = ["plan", RECIPE, "--world-size", "32", "rollout.engine.tensor_parallel_size=2"]
+    kept = [f"parallel.recompute_{name}=null" for name in ("granularity", "method", "num_layers")]
+    kept += ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    arguments = ["plan", SMALL, "--world-size", "4", *kept]
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "this run does not fit:" in said and "phase rollout" in said and "leave no room for a KV cache" in said
-    assert "what fits on 32 ranks, the fastest first:" in said
+    assert "this run does not fit:" in said and "phase update, rank 0:" in said and "activations" in said
+    assert "what fits on 4 ranks, the fastest first:" in said
     proposal = next(line for line in said.splitlines() if " s a step, " in line)
     overrides = proposal.split(": ", 1)[1].split()
-    assert main(["plan", RECIPE, "--world-size", "32", *overrides]) == 0
+    assert main(["plan", SMALL, "--world-size", "4", *kept, *overrides]) == 0
+    # A dry run ends likewise, before anything starts.
+    assert main(["train", SMALL, "--dry-run", "--world-size", "4", *kept]) == 2
+    assert "what fits on 4 ranks" in capsys.readouterr().err
+
+
+def test_two_nodes_are_too_few_for_70b_and_what_is_not_is_said(capsys):
+    assert main(["plan", RECIPE, "--world-size", "16"]) == 2
+    said = capsys.readouterr().err
+    assert "world size 16 is not a multiple of TP x PP x CP = 32" in said
+    assert "nothing fits on 16 ranks; on 32, the fastest first:" in said or "what fits on 16 ranks" in said
+    assert said.count(" s a step, ") >= 3
 
 
 @pytest.mark.parametrize(
@@ -110,6 +124,7 @@ def test_what_does_not_fit_is_refused_with_layouts_that_do(capsys):
         (["--ranks-per-node", "0"], "--ranks-per-node 0: expected a positive number"),
         (["--calibrate", "tests"], "--calibrate tests: there is no metrics.jsonl"),
         (["model.hf_checkpoint=docs"], "docs/config.json"),
+        (["--gpu", "CPU", "--price", "-1"], "--price -1.0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(arguments, words, capsys):

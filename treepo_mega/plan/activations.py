@@ -137,7 +137,9 @@ def activation_peak(cfg: Config, spec: ModelSpec, layout: Layout, stage: int, mi
             ]
         )
     fullest = max(moments, key=lambda moment: sum(size for _, size in moment))
-    forward = sizes.buffer + max(4 * sizes.ffn + 6 * sizes.shared, head + 3 * sizes.shared)
+    # What a stage receives and what it sends lie beside the layer that runs.
+    ends = 4 + (stage > 0) + (not last)
+    forward = sizes.buffer + max(4 * sizes.ffn + ends * sizes.shared, head + 3 * sizes.shared)
     items = tuple(sorted(((name, size) for name, size in fullest if size), key=lambda item: -item[1]))
     return Peak(forward, sum(size for _, size in items), items)
 
@@ -157,13 +159,14 @@ def _kept(cfg: Config, sizes: _Sizes, layers: int) -> tuple[float, float]:
 
 
 def _layer_moment(sizes: _Sizes, again: float) -> list[tuple[str, float]]:
-    """The backward pass of an MLP's second matrix, when all else of the layer is still there."""
+    """The fuller of two moments of an MLP's backward pass: its second matrix, and the activation before it."""
     gathered = sizes.whole if sizes.gathers else 0.0
-    return [
-        ("layers computed again", again),
-        ("gradients of activations", gathered + sizes.ffn + 2.5 * sizes.shared),
-        ("gradient of a weight", sizes.ffn_weight),
-    ]
+    matrix = [("gradients of activations", gathered + sizes.ffn + 2.5 * sizes.shared)]
+    matrix.append(("gradient of a weight", sizes.ffn_weight))
+    # The result's gradient, both halves' gradients, and as much again before they are joined.
+    activation = [("gradients of activations", 4 * sizes.ffn + 2.5 * sizes.shared)]
+    fuller = max((matrix, activation), key=lambda moment: sum(size for _, size in moment))
+    return [("layers computed again", again), *fuller]
 
 
 def _tile(cfg: Config, spec: ModelSpec, layout: Layout) -> float:
@@ -173,9 +176,10 @@ def _tile(cfg: Config, spec: ModelSpec, layout: Layout) -> float:
 
 
 def _head_forward(cfg: Config, spec: ModelSpec, layout: Layout, sizes: _Sizes) -> float:
-    """Tensors of the head's forward pass: hidden states gathered and selected, a tile of logits, rows of the matrix."""
-    widened = WEIGHT_ROWS * spec.hidden_size * FP32 if sizes.itemsize < FP32 else 0.0
-    return 2 * sizes.whole + _tile(cfg, spec, layout) + min(widened, sizes.head_weight * FP32)
+    """Tensors of the head's forward pass: the selected hidden states, a tile of logits, rows of the matrix."""
+    # The slice before is only let go when the next one is there.
+    widened = 2 * WEIGHT_ROWS * spec.hidden_size * FP32 if sizes.itemsize < FP32 else 0.0
+    return sizes.whole + _tile(cfg, spec, layout) + min(widened, sizes.head_weight * FP32)
 
 
 def _head_moment(cfg: Config, sizes: _Sizes, forward: float) -> list[tuple[str, float]]:

@@ -51,7 +51,7 @@ def cluster_of(args: argparse.Namespace, cfg: Config) -> Cluster:
     if args.price is not None and args.price <= 0:
         raise ConfigError(f"--price {args.price}: expected a positive number")
     rates = Rates()
-    gpu = gpu_of(args.gpu or ("CPU" if cfg.model.params_dtype == "fp32" else "H100"))
+    gpu = gpu_of(args.gpu or default_gpu(cfg))
     # A stated speed is one that is reached: the plan's share of a nominal speed must not be taken off it again.
     reached = {link: value / rates.link for link, value in stated.items() if value is not None}
     if "local" in reached:
@@ -75,6 +75,10 @@ class Asked:
 
     def plan(self) -> RunPlan:
         """Raises ConfigError and LayoutError for what cannot start, DoesNotFit for what has no room."""
+        model = self.cfg.parallel.model_parallel_size
+        if self.world_size % model:
+            said = f"world size {self.world_size} is not a multiple of TP x PP x CP = {model}"
+            raise DoesNotFit("\n  ".join([said, *self.proposals()]))
         try:
             check(self.cfg, self.world_size, self.spec)
             plan = plan_run(
@@ -83,8 +87,7 @@ class Asked:
             )  # fmt: skip
         except LayoutError as error:
             raise ConfigError(str(error)) from None
-        if problems := plan.memory.problems():
-            raise DoesNotFit("\n  ".join(["this run does not fit:", *problems, *self.proposals()]))
+        require_room(self, plan)
         return dataclasses.replace(plan, notes=(*plan.notes, *self.notes))
 
     def search(self) -> list[Found]:
@@ -109,10 +112,42 @@ class Asked:
         return [f"no layout fits on {self.world_size} ranks, nor on 64 times as many"]
 
 
+def planned_for(cfg: Config, world_size: int, gpu: str | None = None) -> RunPlan | None:
+    """The plan of a start that is being checked; None for a model with experts, which no plan knows.
+
+    Raises DoesNotFit, and HardwareError for a device that is not known.
+    """
+    spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+    if spec.num_experts:
+        return None
+    device = gpu_of(gpu or default_gpu(cfg))
+    cluster = Cluster(device, 8, Rates())
+    lengths = Lengths.assumed(cfg, cluster.rates)
+    plan = plan_run(cfg, spec, world_size=world_size, cluster=cluster, lengths=lengths, refit=False)
+    require_room(Asked(cfg, spec, world_size, cluster, lengths, (), None), plan)
+    return plan
+
+
+def default_gpu(cfg: Config) -> str:
+    """The device that a configuration seems to be for: fp32 is what runs on a CPU have."""
+    return "CPU" if cfg.model.params_dtype == "fp32" else "H100"
+
+
+def require_room(asked: Asked, plan: RunPlan) -> None:
+    """Raise DoesNotFit when a phase has no room: with what is there, and what would fit."""
+    if problems := plan.memory.problems():
+        raise DoesNotFit("\n  ".join(["this run does not fit:", *problems, *asked.proposals()]))
+
+
 def read(args: argparse.Namespace, cfg: Config, world_size: int) -> Asked:
     """The arguments with defaults, assumptions and measurements filled in. Raises TreepoError for bad ones."""
     cluster = cluster_of(args, cfg)
     spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+    if spec.num_experts:
+        raise ConfigError(
+            f"{cfg.model.hf_checkpoint}/config.json: {spec.architecture} has experts, of which a token takes some: "
+            "such models cannot be planned yet"
+        )
     notes: tuple[str, ...] = ()
     lengths = Lengths.assumed(cfg, cluster.rates)
     if args.calibrate:

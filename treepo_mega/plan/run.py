@@ -64,6 +64,16 @@ class RunPlan:
             *(self.refit.lines() if self.refit else []),
         ]
 
+    def summary(self) -> str:
+        """One sentence for people."""
+        fullest = max(self.memory.phases, key=lambda phase: phase.total)
+        limit = "" if self.memory.limit is None else f" of {self.memory.limit / GIB:.1f}"
+        return (
+            f"plan for {self.layout.world} x {self.cluster.gpu.name}: {fullest.total / GIB:.1f}{limit} GiB in "
+            f"{fullest.phase}, {self.step_s:.0f} s a step, {self.gpu_hours:,.0f} device-hours in all (assumed lengths "
+            "and rates: treepo-mega plan)"
+        )
+
     def _head(self) -> list[str]:
         gpu = self.cluster.gpu
         where = f"{self.layout.world} x {gpu.name}, {self.cluster.ranks_per_node} a node"

@@ -32,8 +32,8 @@ FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
 NONE: dict[str, Any] = {"granularity": None, "method": None, "num_layers": None}
 HIGHEST_SHARE = 0.9
 """Of a GPU's memory for the engine."""
-SPARE_SHARE = 0.01
-"""Of a GPU's memory that stays free beside it."""
+SPARE_SHARE = 0.02
+"""Of a GPU's memory that a proposal leaves free in every phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,8 @@ def _try(
         if plan.memory.problems() or share > tried.rollout.engine.gpu_memory_utilization:
             tried = tried.replace({"rollout.engine.gpu_memory_utilization": share})
             plan = plan_run(tried, spec, world_size=world_size, cluster=cluster, lengths=lengths, refit=False)
-    if plan.memory.problems():
+    roomy = limit is None or all(phase.total <= (1 - SPARE_SHARE) * limit for phase in plan.memory.phases)
+    if plan.memory.problems() or not roomy:
         return None
     return Found(plan, tried, _overrides(cfg, tried, [*changes, "rollout.engine.gpu_memory_utilization"]))
 

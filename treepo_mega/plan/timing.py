@@ -50,7 +50,7 @@ def pass_seconds(
         passes * forward.head,
     )
     computing = product_seconds(cfg, cluster, total, phase) / layout.world
-    traffic = _tensor_parallel_seconds(cfg, spec, layout, cluster, work, passes + (again.layers > 0))
+    traffic = _traffic_seconds(cfg, spec, layout, cluster, work, passes + (again.layers > 0))
     return (computing + traffic) * (1 + bubble(cfg, layout, work))
 
 
@@ -77,17 +77,23 @@ def bubble(cfg: Config, layout: Layout, work: Work) -> float:
     return (layout.pp - 1) / (layout.vpp * micro_batches(cfg, layout, work))
 
 
-def _tensor_parallel_seconds(
+def _traffic_seconds(
     cfg: Config, spec: ModelSpec, layout: Layout, cluster: Cluster, work: Work, passes: float
 ) -> float:
-    """Of gathering and scattering activations: twice each in a layer's forward pass, and likewise in every other."""
-    if layout.tp == 1:
-        return 0.0
+    """Of what ranks exchange in a pass: activations over TP, twice gathered and scattered a layer; keys over CP."""
     tokens = work.tokens / layout.dp / layout.cp
-    of_layer = 4 * tokens * spec.hidden_size * ITEMSIZE[cfg.model.params_dtype] * (layout.tp - 1) / layout.tp
+    itemsize = ITEMSIZE[cfg.model.params_dtype]
+    seconds = 0.0
+    if layout.tp > 1:
+        of_layer = 4 * tokens * spec.hidden_size * itemsize * (layout.tp - 1) / layout.tp
+        seconds += of_layer / cluster.link(layout.tp)
+    if layout.cp > 1:
+        # Keys and values of the other ranks, which attention gathers.
+        of_layer = 2 * tokens * (layout.cp - 1) * spec.num_key_value_heads * spec.head_dim * itemsize / layout.tp
+        seconds += of_layer / cluster.link(layout.cp, layout.tp)
     # A backward pass has about the traffic of a forward pass, where it has twice the products.
     times = 1 if passes <= 1 else passes - 1
-    return times * of_layer * spec.num_layers / layout.pp / cluster.link(layout.tp)
+    return times * seconds * spec.num_layers / layout.pp
 
 
 def step_end_seconds(cfg: Config, layout: Layout, cluster: Cluster, held: Held) -> float:
