@@ -14,7 +14,12 @@ from treepo_mega.cli import _parser, help_config, main
 from treepo_mega.config import Config, parse_config
 
 REPO = Path(__file__).parents[1]
-EXAMPLES = {"llama3_70b_16x8.yaml": 128, "qwen25_7b_2x8.yaml": 16, "qwen25_7b_treepo.yaml": 16}
+EXAMPLES = {
+    "llama3_70b_16x8.yaml": 128,
+    "qwen25_7b_2x8.yaml": 16,
+    "qwen25_7b_treepo.yaml": 16,
+    "qwen3_32b_4x8.yaml": 32,
+}
 
 
 @pytest.fixture(autouse=True)
