@@ -37,7 +37,7 @@ from treepo_mega.doctor.command import add_arguments as add_doctor
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import quieten_libraries
-from treepo_mega.plan.command import add_arguments
+from treepo_mega.plan.command import add_arguments, planned_for
 from treepo_mega.runtime.environment import check_environment
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.help_config:
             print("\n".join(help_config()))
             return 0
-        return _train(args.config, [*args.overrides, *rest], args.dry_run, args.world_size)
+        return _train(args.config, [*args.overrides, *rest], args.dry_run, args.world_size, args.gpu)
     except TreepoError as e:
         print(f"treepo-mega: error: {e}", file=sys.stderr)
         return 2
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="override of one key, such as train.lr=1e-6")
     train.add_argument("--dry-run", action="store_true", help="resolve and check the configuration, then stop")
     train.add_argument("--world-size", type=_positive, help="processes to check for (--dry-run; default: WORLD_SIZE)")
+    train.add_argument("--gpu", help="device to plan for (--dry-run; default: H100, CPU for a config in fp32)")
     train.add_argument("--help-config", action="store_true", help="print every configuration key and stop")
     evaluate = commands.add_parser("eval", help="accuracy against compute, for trees and for independent samples")
     evaluate.add_argument("config", help="YAML file; its data.eval are the prompts")
@@ -160,7 +161,17 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
             )
         return 0
     plan = asked.plan()
-    print(json.dumps(plan.to_dict()) if args.json else "\n".join(plan.lines()))
+    said = plan.to_dict()
+    lines = plan.lines()
+    if args.prove:
+        # A GPU of this machine has no part in it, and must be hidden before torch looks.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from treepo_mega.prove.command import prove  # heavy: torch and Megatron
+
+        proof = prove(cfg, asked.spec, world_size=world, ranks_per_node=args.ranks_per_node)
+        said["proof"] = proof.to_dict()
+        lines += proof.lines()
+    print(json.dumps(said) if args.json else "\n".join(lines))
     return 0
 
 
@@ -212,15 +223,19 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: int | None) -> int:
+def _train(path: str | None, overrides: list[str], dry_run: bool, world_size: int | None, gpu: str | None) -> int:
     if path is None:
         raise ConfigError("train: name a configuration file, such as examples/llama3_70b_16x8.yaml")
     if world_size is not None and not dry_run:
         raise ConfigError("--world-size only goes with --dry-run: torchrun or srun decides it for a run")
+    if gpu is not None and not dry_run:
+        raise ConfigError("--gpu only goes with --dry-run: a run computes on the devices that are there")
     cfg = load_config(path, overrides)
     if dry_run:
         # A world size that is named is that of a cluster, not of the machine that plans.
-        return _dry_run(cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")), elsewhere=world_size is not None)
+        return _dry_run(
+            cfg, world_size or int(os.environ.get("WORLD_SIZE", "1")), gpu, elsewhere=world_size is not None
+        )
     # Again in runtime/dist.py, which knows the world size for sure; here a mistake costs no import of Megatron.
     _require_preflight(cfg, int(os.environ.get("WORLD_SIZE", "1")), starting=True)
     _require_environment()
@@ -243,9 +258,11 @@ def _require_preflight(cfg: Config, world_size: int, *, starting: bool = False, 
     return notes
 
 
-def _dry_run(cfg: Config, world_size: int, *, elsewhere: bool) -> int:
+def _dry_run(cfg: Config, world_size: int, gpu: str | None, *, elsewhere: bool) -> int:
     """Print the resolved configuration and what follows from it, after every check that needs no weights."""
     notes = _require_preflight(cfg, world_size, elsewhere=elsewhere)
+    if plan := planned_for(cfg, world_size, gpu):
+        notes.append(plan.summary())
     print(dump_text(cfg), end="")
     print("---")
     for note in [*notes, _describe_model(Path(cfg.model.hf_checkpoint))]:

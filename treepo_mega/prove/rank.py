@@ -67,10 +67,10 @@ def full_packs(cfg: Config, count: int, cp_rank: int) -> list[Pack]:
     return [pack] * count
 
 
-def in_flight(cfg: Config) -> int:
-    """Micro-batches after which no stage holds more activations at a time."""
+def passes_of(cfg: Config, stage: int) -> int:
+    """Micro-batches of a proof: after so many the stage holds no more activations at a time."""
     pp = cfg.parallel.pipeline_model_parallel_size
-    return 2 * pp if count_multiple(cfg) > 1 else pp + 1
+    return 2 * pp if count_multiple(cfg) > 1 else pp - stage + 1
 
 
 def prove_rank(cfg: Config, spec: ModelSpec, *, rank: int, world_size: int, ranks_per_node: int = 8) -> RankProof:
@@ -96,7 +96,8 @@ def _prove(cfg: Config, rank: int, seen: MemoryTracker, started: float) -> RankP
     from megatron.core import parallel_state
 
     actor = Actor(cfg, cfg.model.hf_checkpoint)
-    packs = full_packs(cfg, in_flight(cfg), parallel_state.get_context_parallel_rank())
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    packs = full_packs(cfg, passes_of(cfg, stage), parallel_state.get_context_parallel_rank())
     with_moments(actor)
     parameters, gradients, optimizer = (sum(each.values()) for each in held(actor))
     before = seen.used
@@ -109,7 +110,7 @@ def _prove(cfg: Config, rank: int, seen: MemoryTracker, started: float) -> RankP
         chunk.zero_grad_buffer()
     run_schedule(actor.chunks, packs, actor.head, loss=PolicyLoss(cfg.algo, actor.head.backend))
     return RankProof(
-        rank, parallel_state.get_pipeline_model_parallel_rank(), parameters, gradients, optimizer, old,
+        rank, stage, parameters, gradients, optimizer, old,
         seen.peak - before, time.perf_counter() - started, tuple(seen.largest()),
     )  # fmt: skip
 
