@@ -71,7 +71,7 @@ EXTRAS = {
         "import-linter==2.16",  # likewise
         "types-PyYAML",
         "nvidia-ml-py>=12.560",  # the names that a stand-in of NVML is held to
-        "trackio>=0.30",  # the smallest of the trackers: one is always tried
+        "wandb>=0.19",  # the tracker that is always tried: it takes the versions that vllm wants as they are
         "uv>=0.8",  # resolves .[gpu] for another platform without downloading a wheel
     ],
     # Apart from [test]: only `make docs` builds the site. The generated pages are checked without it.

@@ -1,6 +1,6 @@
 """Sinks: trackers in their offline modes hold what metrics.jsonl holds; one that fails is said once and stops nothing.
 
-A tracker's test is skipped where its library is not installed. trackio's is always run: [test] has it.
+A tracker's test is skipped where its library is not installed. wandb's is always run: [test] has it.
 """
 
 from __future__ import annotations
