@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ class Records:
         self.draws = cfg.logging.tensorboard or "tensorboard" in cfg.logging.sinks
         self.shows = cfg.logging.progress and bool(self.completions)
         self.trace_steps = cfg.logging.trace_steps
+        self.price_per_gpu_hour = cfg.logging.price_per_gpu_hour
+        self.hours_before = 0.0
         self.trace: Trace | None = None
         self.profiler = PhaseProfiler(cfg.logging.torch_profiler_steps, self.run_dir / "profile", dist.rank())
         self.phases_interval = cfg.logging.phases_interval
@@ -75,6 +78,7 @@ class Records:
                 sinks=[self.sinks],
                 config=flat(cfg.model_dump(exclude_defaults=True)),
             )
+            self.hours_before = float(self.logger.last.get("perf/gpu_hours", 0.0))
             progress.say(*record_plugins(cfg, self.run_dir, resumed=bool(resume_step)))
 
     def _open_sinks(self, cfg: Config, *, resumed: bool) -> Sinks:
@@ -101,13 +105,14 @@ class Records:
             if port := getattr(sink, "port", 0):
                 self.progress.say(f"metrics for Prometheus: http://{logging.prometheus_address}:{port}/metrics")
         functions = list(zip(own, open_sinks(own), strict=True))
-        return Sinks(built_in, functions, strict=logging.sinks_strict, say=self.progress.say)
+        return Sinks(built_in, functions, strict=logging.sinks_strict, say=self._warn)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """The line of metrics after `step` finished steps; `summary.json` keeps what a reader asks first."""
         self._summarize(step, metrics)
         if self.logger is None:
             return
+        metrics = metrics | self._spent()
         if self.sinks is not None and (failures := self.sinks.take_failures()):
             metrics = metrics | {"logging/sink_failures": float(failures)}
         self.logger.log(step, metrics)
@@ -146,6 +151,19 @@ class Records:
             return
         with atomic_file(trees_path(self.run_dir, step)) as file:
             file.writelines(json.dumps(tree.to_dict()) + "\n" for tree in trees[: self.trees_prompts])
+
+    def _warn(self, line: str) -> None:
+        """A line for people, also where logging.progress hides the others."""
+        if self.progress.enabled:
+            self.progress.say(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _spent(self) -> dict[str, float]:
+        """GPU-hours and cost since the run began."""
+        hours = self.hours_before + dist.world_size() * (time.time() - self.started) / 3600
+        price = self.price_per_gpu_hour
+        return {"perf/gpu_hours": hours} | ({} if price is None else {"perf/cost": hours * price})
 
     def _draw_ratios(self, step: int, metrics: dict[str, float]) -> None:
         board = None if self.logger is None else self.logger.board

@@ -24,14 +24,20 @@ def train(cfg: Config) -> int:
     last = cfg.train.num_rollouts
     # Also proves that actor and engine agree before anything is sampled.
     first_refit = trainer.memory.to_engine()
+    trainer.startup("refit")
+    # Of this start, whether new or resumed: it goes with the first line that is written.
+    startup = trainer.startup.metrics()
     if trainer.step == 0 and cfg.eval.at_start:
-        trainer.records.log(0, first_refit | evaluate(trainer, 0))
+        trainer.records.log(0, first_refit | startup | evaluate(trainer, 0))
+        startup = {}
 
     for step in range(trainer.step, last):
         done = step + 1
         trainer.begin_step(step)
         with trainer.timers("step"):
-            metrics = one_step(trainer, step)
+            metrics = startup | one_step(trainer, step)
+        startup = {}
+        metrics |= trainer.ranks.metrics(done)
         times = trainer.timers.pop()
         metrics |= throughput(times, metrics) | trainer.workload.pop(times) | trainer.telemetry.pop()
         if is_evaluated(cfg, done):

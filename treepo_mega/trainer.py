@@ -35,6 +35,8 @@ from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE
 from treepo_mega.monitor.nvml import open_telemetry
 from treepo_mega.monitor.progress import Progress
+from treepo_mega.monitor.ranks import Ranks
+from treepo_mega.monitor.startup import Startup
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.monitor.workload import STEP, Workload, rollout_work
 from treepo_mega.plugins import require_plugins
@@ -56,6 +58,8 @@ class Trainer:
 
     def __init__(self, cfg: Config) -> None:
         started = time.time()
+        self.startup = Startup()
+        self.startup("imports")
         self.cfg = cfg
         hf_dir = cfg.model.hf_checkpoint
         spec = ModelSpec.from_hf(hf_dir)
@@ -63,18 +67,24 @@ class Trainer:
         require_plugins(cfg)
         notes = dist.initialize(cfg, spec)
         self.stop = StopRequest().install()
-        self.timers = Timers()
+        self.startup("groups")
+        self.timers = Timers(waits=dist.seconds_waited, memory=device.PeakMemory())
         self.workload = Workload(cfg, gpus=dist.world_size(), device=device.name())
         self.progress = Progress(enabled=cfg.logging.progress and dist.is_main())
         self.progress.say(*notes)
+        self.ranks = Ranks(self.timers, self.progress.say)
         self.pool = RewardPool(cfg.reward)
         self.inputs = build.load_inputs(cfg, spec, self.progress)
         self.progress.say(*try_rewards(self.pool, cfg.reward, self.inputs.examples))
         # Their imports take seconds: workers go through them while actor and engine are built.
         self.pool.warm(verifiers_of(cfg.reward, self.inputs.examples))
+        self.startup("inputs")
         self.actor = build.build_actor(cfg)
+        self.startup("actor")
         self.reference = build.build_reference(cfg, self.actor)
+        self.startup("reference")
         self.engine, handover = build.build_engine(cfg, self.actor)
+        self.startup("engine")
         self.pool.finish_warming(self.progress.say)
         self.generator = Generator(self.engine, cfg, self.inputs.tokenizer, progress=self.progress.leaves)
         self.collector = Collector(cfg, self.generator, self.pool, self.inputs.cursor, self.timers)
@@ -86,6 +96,7 @@ class Trainer:
         self.step = self.saves.resume()
         self.telemetry = open_telemetry(cfg.logging.telemetry_interval_s)
         self.records = Records(cfg, self.progress, started=started, resume_step=self.step)
+        self.startup("resume")
 
     def save(self, step: int) -> None:
         """Write a checkpoint after `step` steps and delete older ones beyond keep_last; the trainer has the memory."""

@@ -55,6 +55,10 @@ GROUPS = {
     "cpu_s": "CPU seconds by phase: `cpu_s/`",
     "gpu": "Devices: `gpu/`",
     "host": "Hosts: `host/`",
+    "ranks": "Ranks side by side: `ranks/`",
+    "memory": "Memory by phase: `memory/`",
+    "startup_s": "Start-up by part: `startup_s/`",
+    "logging": "Sinks: `logging/`",
     "eval": "Evaluation: `eval/`",
 }
 """Prefix -> heading, in the order of the page. A prefix that is not here gets a heading of its own at the end."""

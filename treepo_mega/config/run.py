@@ -262,6 +262,8 @@ class LoggingConfig(Section):
     """The project (experiment in MLflow) under which trackers file the run."""
     run_name: str | None = None
     """The run's name in trackers; null: the last part of run_dir."""
+    price_per_gpu_hour: float | None = Field(None, ge=0)
+    """Price of an hour of a GPU, in any currency: perf/cost is what the run has cost so far."""
     prometheus_port: int = Field(9400, ge=0, le=65535)
     """Port of the endpoint of the sink prometheus, on rank 0; 0: any free one, which the start names."""
     prometheus_address: str = "127.0.0.1"

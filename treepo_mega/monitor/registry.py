@@ -11,29 +11,9 @@ both a metric and the folder of another (`a` and `a/b`): loggers that map names 
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
 from treepo_mega.errors import nearest
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One documented metric. `healthy` is prose: what a run that works shows."""
-
-    name: str
-    unit: str
-    healthy: str
-    meaning: str
-
-    def names(self) -> list[str]:
-        """The concrete names: one, or one per alternative in braces."""
-        match = re.fullmatch(r"(.*)\{([^}]*)\}(.*)", self.name)
-        if match is None:
-            return [self.name]
-        head, alternatives, tail = match.groups()
-        return [head + alternative + tail for alternative in alternatives.split(",")]
-
+from treepo_mega.monitor.metric import Metric
+from treepo_mega.monitor.registry_machine import LOGGING, MACHINE, RANKS
 
 _OPTIMISATION = (
     Metric("train/loss", "nats/token", "no trend required; finite", "policy loss plus KL and entropy terms"),
@@ -344,6 +324,14 @@ _PERF = (
     Metric("perf/loss_rows", "tokens", "tree/unique_tokens", "tokens with a loss, shared ones once"),
     Metric("perf/step_s", "s", "steady", "wall time of the step, evaluation and checkpoint excluded"),
     Metric(
+        "perf/gpu_hours",
+        "h",
+        "grows by GPUs x hours; compare reward at equal values",
+        "GPUs (ranks on a CPU) x hours since the run began, start-up, evaluation and checkpoints included; after a "
+        "resume it goes on from the last step that is kept",
+    ),
+    Metric("perf/cost", "price's", "-", "perf/gpu_hours x logging.price_per_gpu_hour; absent without a price"),
+    Metric(
         "timing_s/{rollout,reward,advantage,old_logprobs,ref_logprobs,update,reshard,checkpoint,eval,step}",
         "s",
         "rollout and update lead",
@@ -354,40 +342,6 @@ _PERF = (
         "s",
         "near timing_s times the rank's threads on a CPU",
         "CPU time of rank 0's process in a phase, all its threads; graders not included",
-    ),
-)
-
-_MACHINE = (
-    Metric("gpu/utilization_{mean,max}", "share", "near 1 in mean", "of the time, some kernel was running; NVML"),
-    Metric("gpu/memory_used_gib_{mean,max}", "GiB", "max below the card's", "memory used on a card, by all processes"),
-    Metric("gpu/power_w_{mean,max}", "W", "near the card's limit when busy", "power draw of a card"),
-    Metric("gpu/sm_clock_mhz_{mean,max}", "MHz", "mean near max", "clock of the multiprocessors"),
-    Metric("gpu/temperature_c_{mean,max}", "C", "below 85", "temperature of a card"),
-    Metric(
-        "gpu/throttled_share_{mean,max}", "share", "mean 0", "samples of a card slowed down by heat or a power limit"
-    ),
-    Metric("gpu/energy_kj", "kJ", "steady", "energy of all cards in the step"),
-    Metric("gpu/ecc_errors", "count", "0; else have the card looked at", "memory errors that ECC could not correct"),
-    Metric("gpu/nvlink_gb", "GB", "steady", "bytes over NVLink, sent and received, all cards"),
-    Metric("gpu/pcie_gb", "GB", "steady", "bytes over PCIe, sent and received, all cards"),
-    Metric("host/cpu_share_{mean,max}", "share", "mean below 0.9", "of a node's cores in use, by all processes"),
-    Metric("host/memory_used_gib_{mean,max}", "GiB", "no growth", "host memory used on a node, by all processes"),
-    Metric(
-        "host/rss_gib_{mean,max}", "GiB", "no growth", "resident memory of a node's first rank and its child processes"
-    ),
-    Metric("host/shm_gib_{mean,max}", "GiB", "no growth", "shared memory used on a node (/dev/shm)"),
-    Metric("host/{disk_read,disk_written}_gb", "GB", "-", "bytes of all disks in the step, all nodes"),
-    Metric("host/{network_received,network_sent}_gb", "GB", "-", "bytes of all network interfaces, all nodes"),
-    Metric("host/telemetry_samples", "count", "step time / interval x nodes", "samples behind these means"),
-    Metric("host/telemetry_s", "s", "below 0.005 of the step x nodes", "time that taking them cost, in a thread"),
-)
-
-_LOGGING = (
-    Metric(
-        "logging/sink_failures",
-        "count",
-        "absent; else read the warning of that sink in the log",
-        "calls of sinks (logging.sinks) that failed since the last line",
     ),
 )
 
@@ -407,7 +361,7 @@ _EVAL = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + _MACHINE + _LOGGING + _EVAL
+    _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + MACHINE + RANKS + LOGGING + _EVAL
 )
 
 
@@ -429,6 +383,7 @@ def check_known(name: str) -> Metric:
 
 _CLOCKED = (
     *("time", "timing_s/", "cpu_s/", "perf/", "gpu/", "host/", "logging/"),
+    *("ranks/", "memory/", "startup_s/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
     *("reward/overlapped_share", "reward/remote_calls", "reward/remote_retries", "reward/remote_cached"),

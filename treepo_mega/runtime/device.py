@@ -6,8 +6,11 @@ CPU over gloo. Nothing else in the project calls `torch.cuda`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -54,6 +57,33 @@ def release_cached_memory() -> None:
     """Give freed memory that torch keeps for itself back to the device, where the engine can take it. CPU: nothing."""
     if has_cuda():
         torch.cuda.empty_cache()
+
+
+class PeakMemory:
+    """The largest memory of this process since a `reset`: on CUDA what torch has allocated, else what is resident.
+
+    Without CUDA the kernel keeps the peak (VmHWM) and can forget it (`clear_refs`), on Linux.
+    """
+
+    def reset(self) -> None:
+        """Begin a new peak."""
+        if has_cuda():
+            torch.cuda.reset_peak_memory_stats(device())
+            return
+        # A container may forbid it: the peak is then that of the whole process, which is said by its growing only.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def peak_bytes(self) -> int:
+        """The largest since then; 0 where the system does not say."""
+        if has_cuda():
+            return torch.cuda.max_memory_allocated(device())
+        try:
+            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return 0
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        return int(found[1]) << 10 if found else 0
 
 
 def host_buffer(nbytes: int) -> Tensor:

@@ -16,10 +16,12 @@ import os
 import random
 import socket
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +38,9 @@ from treepo_mega.runtime.files import atomic_directory
 from treepo_mega.runtime.layer_modules import automatic_impl
 from treepo_mega.runtime.packed import PackedError, pack, unpack
 from treepo_mega.runtime.seeding import derive_seed
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class RanksDisagree(TreepoError):
@@ -175,12 +180,35 @@ def _local_store() -> dist.Store:
     return dist.HashStore()
 
 
+_waited = [0.0]
+
+
+def seconds_waited() -> float:
+    """What this process has spent in this module's collectives and barriers so far: waits for other ranks, mostly."""
+    return _waited[0]
+
+
+def _waiting(collective: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`collective`, whose seconds `seconds_waited` counts."""
+
+    @functools.wraps(collective)
+    def counted(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        began = time.perf_counter()
+        try:
+            return collective(*args, **kwargs)
+        finally:
+            _waited[0] += time.perf_counter() - began
+
+    return counted
+
+
 @functools.cache
 def _barriers() -> itertools.count[int]:
     """Numbers the barriers of this process: every rank passes the same ones in the same order."""
     return itertools.count()
 
 
+@_waiting
 def barrier(what: str, timeout_s: float) -> None:
     """Wait for all ranks on the CPU; after `timeout_s` seconds RankLost names `what` and the missing ranks.
 
@@ -224,6 +252,7 @@ PADDED_BYTES = 1 << 16
 """Values up to this many bytes travel padded to the longest of them."""
 
 
+@_waiting
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's JSON-able `value`, in rank order, on every rank. Collective over all ranks (CPU tensors).
 
@@ -319,6 +348,7 @@ def require_agreement(value: Any, what: str) -> None:
         )
 
 
+@_waiting
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Element-wise sum of equally keyed dicts over all ranks, in fp64. Collective over all ranks."""
     # Sorted: ranks may have filled their dicts in another order, and the reduction goes by place.
@@ -339,6 +369,7 @@ def sum_over_replicas(values: dict[str, float], *, counts: bool = True) -> dict[
     return sum_over_ranks({name: float(value) if included else 0.0 for name, value in values.items()})
 
 
+@_waiting
 def sum_array_over_replicas(values: np.ndarray, *, counts: bool = True) -> np.ndarray:
     """As `sum_over_replicas`, of an fp64 array of the same shape on all ranks. Collective over all ranks."""
     included = counts and ps.get_tensor_model_parallel_rank() == 0
@@ -348,6 +379,7 @@ def sum_array_over_replicas(values: np.ndarray, *, counts: bool = True) -> np.nd
     return sums.numpy()
 
 
+@_waiting
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Element-wise maximum of equally keyed dicts over all ranks. Collective over all ranks."""
     keys = sorted(values)
