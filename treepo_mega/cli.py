@@ -8,12 +8,13 @@
                                                          accuracy against compute: trees, independent samples
     treepo-mega plan CONFIG.yaml [a.b=c ...]             memory, time and cost of a run on a cluster, before it starts
     treepo-mega report RUN... [--baseline RUN] [--live]  where GPU-hours went: report.html, .json, .md
+    treepo-mega top RUN                                  live: phase, ranks, curves and faults of a run
     treepo-mega tree RUN [--step N] [--prompt K]         a page of a step's trees, to read and to search
     treepo-mega doctor CONFIG.yaml [a.b=c ...] --gpus 8  is this node, and this job's cluster, fit for the run?
     treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
                                                          checkpoints between Hugging Face and Megatron, verified
 
-`--dry-run`, `--help-config`, `plan`, `report`, `tree` and `doctor` need neither a GPU nor torch, vLLM or Megatron: they
+`--dry-run`, `--help-config`, `plan`, `report`, `top`, `tree` and `doctor` need no GPU, torch, vLLM or Megatron: they
 work on a laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
 `train` and `eval` otherwise exit with what they return.
 """
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "report":
             return _report(args)
+        if args.command == "top":
+            return _top(args)
         if args.command == "tree":
             return _tree(args)
         if args.command == "convert":
@@ -113,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor(doctor)
     add_verbs(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, verified"))
     _add_report(commands.add_parser("report", help="where the GPU-hours of runs went, as HTML, JSON and Markdown"))
+    top = commands.add_parser("top", help="watch a run: phase, ranks, curves and faults")
+    top.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    top.add_argument("--once", action="store_true", help="print one picture and stop")
+    top.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between two looks (default: 2)")
     tree = commands.add_parser("tree", help="write one HTML page of the trees of a step")
     tree.add_argument("run", type=Path, metavar="RUN", help="run directory (holds trees/)")
     tree.add_argument("--step", type=int, metavar="N", help="default: the last step with trees")
@@ -299,6 +306,15 @@ def _report(args: argparse.Namespace) -> int:
         paths = None
     for path in paths or write_report(args.runs, output, asked):
         print(f"wrote {path}")
+    return 0
+
+
+def _top(args: argparse.Namespace) -> int:
+    from treepo_mega.monitor.top import watch
+
+    if args.interval <= 0:
+        raise ConfigError(f"top: --interval {args.interval:g}: expected a positive number of seconds")
+    watch(args.run, once=args.once, interval_s=args.interval)
     return 0
 
 

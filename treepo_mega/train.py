@@ -21,6 +21,18 @@ from treepo_mega.trainer import Trainer
 def train(cfg: Config) -> int:
     """Run the training that `cfg` describes; returns the exit code. Collective over all ranks."""
     trainer = Trainer(cfg)
+    try:
+        code = _train(trainer)
+    except BaseException as error:
+        trainer.status.close(f"failed with {type(error).__name__}")
+        raise
+    trainer.status.close("stopped, as asked" if code == STOPPED_EXIT_CODE else "finished")
+    return code
+
+
+def _train(trainer: Trainer) -> int:
+    """All steps; returns the exit code. Collective over all ranks."""
+    cfg = trainer.cfg
     last = cfg.train.num_rollouts
     # Also proves that actor and engine agree before anything is sampled.
     first_refit = trainer.memory.to_engine()

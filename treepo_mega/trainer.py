@@ -37,6 +37,7 @@ from treepo_mega.monitor.nvml import open_telemetry
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.ranks import Ranks
 from treepo_mega.monitor.startup import Startup
+from treepo_mega.monitor.status import Status
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.monitor.workload import STEP, Workload, rollout_work
 from treepo_mega.plugins import require_plugins
@@ -71,6 +72,13 @@ class Trainer:
         self.timers = Timers(waits=dist.seconds_waited, memory=device.PeakMemory())
         self.workload = Workload(cfg, gpus=dist.world_size(), device=device.name())
         self.progress = Progress(enabled=cfg.logging.progress and dist.is_main())
+        self.status = Status(
+            Path(cfg.logging.run_dir),
+            rank=dist.rank(),
+            world=dist.world_size(),
+            interval_s=cfg.logging.status_interval_s,
+        )
+        self.timers.watchers += [self.status.phase, self.progress.phase]
         self.progress.say(*notes)
         self.ranks = Ranks(self.timers, self.progress.say)
         self.pool = RewardPool(cfg.reward)
@@ -115,6 +123,7 @@ class Trainer:
         self.timers.profiler = self.records.profiler
         self.records.profiler.begin_step(step + 1)
         self.progress.begin(step, self.cfg.train.num_rollouts)
+        self.status.step(step + 1, self.cfg.train.num_rollouts)
 
     def collect(self, step: int) -> Forest:
         """Sample, grade and exchange the trees of a step; the engine has the memory."""

@@ -271,6 +271,9 @@ class LoggingConfig(Section):
     telemetry_interval_s: float = Field(2.0, ge=0)
     """Seconds between two looks at GPUs (NVML) and host by a thread of each node's first rank: gpu/ and host/ metrics.
     0: none."""
+    status_interval_s: float = Field(2.0, ge=0)
+    """Seconds between two looks of each rank at its own phase, for <run_dir>/status/rank_N.json and `treepo-mega top`;
+    0: nothing is written."""
     progress: bool = True
     """Progress bars on the console (rank 0)."""
 

@@ -1,4 +1,4 @@
-"""What a run shows on the console: a bar while sampling, one line a step. Rank 0; others print nothing.
+"""What a run shows on the console: a bar in every phase, one line a step. Rank 0; others print nothing.
 
 Bars appear on terminals only; logs and pipes get the lines alone.
 """
@@ -81,14 +81,28 @@ class Progress:
         """Trajectories finished on this rank's engine."""
         if not self.enabled or not self.console.is_terminal:
             return
+        bars = self._open()
+        description = f"{self._label or 'evaluation'} sampling"
+        bars.update(self._task, description=description, completed=done, total=wanted)
+        if done >= wanted:
+            self.close()
+
+    def phase(self, name: str | None) -> None:
+        """The phase that runs now, for `Timers.watchers`: a bar that moves while nobody knows how much is left."""
+        if not self.enabled or not self.console.is_terminal:
+            return
+        if name in (None, "step"):
+            self.close()
+            return
+        self._open().reset(self._task, description=f"{self._label} {name}".strip(), total=None)
+
+    def _open(self) -> Bars:
         if self._bars is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bars = Bars(*columns, console=self.console, transient=True)
             self._bars.start()
-            self._task = self._bars.add_task(f"{self._label or 'evaluation'} sampling", total=wanted)
-        self._bars.update(self._task, completed=done, total=wanted)
-        if done >= wanted:
-            self.close()
+            self._task = self._bars.add_task("", total=None)
+        return self._bars
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line: the metrics people watch."""
