@@ -81,11 +81,14 @@ def test_the_log_names_rank_host_and_phase(monkeypatch):
     monkeypatch.setattr(dist, "gather_objects", lambda value: ["node1", "node2", "node3"])
     said: list[str] = []
     ranks = Ranks(timers, said.append)
-    for seconds, lines in ((5.5, 0), (10, 1)):
+    for seconds, lines in ((10, 0), (10, 0), (5.5, 0), (10, 0), (10, 0), (10, 1), (10, 1)):
         monkeypatch.setattr(dist, "gather_objects", lambda value, s=seconds: [of_rank(s_, 0, GIB) for s_ in (5, s, 5)])
         ranks.metrics(7)
-        assert len(said) == lines, "a tenth of the step is not worth a line"
-    assert said == ["step 7: rank 1 on node2 was busy for 10.0 s in update, the median of all ranks for 5.0 s"]
+        assert len(said) == lines, "three times in a row, and by more than a tenth of the step"
+    assert said == [
+        "step 7: rank 1 on node2 is slow for the 3rd step in a row, now busy for 10.0 s in update, the median of all "
+        "ranks for 5.0 s"
+    ]
 
 
 def test_what_this_machine_says_of_its_peak():

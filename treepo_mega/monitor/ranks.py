@@ -21,7 +21,9 @@ from treepo_mega.runtime import dist
 GIB = 2.0**30
 STEP = "step"
 SAID_SHARE = 0.1
-"""Of the step: a rank that is slower by more is named in the log."""
+"""Of the step: a rank that is slower by more counts as slow."""
+SAID_STEPS = 3
+"""Steps in a row in which a rank has to be slow before the log names it: long answers make any rank slow once."""
 
 
 class Ranks:
@@ -30,19 +32,23 @@ class Ranks:
     def __init__(self, timers: Timers, say: Callable[[str], None]) -> None:
         self._timers = timers
         self._say = say
+        self._slow: list[int] = []
         self.hosts: list[str] = dist.gather_objects(socket.gethostname())
 
     def metrics(self, step: int) -> dict[str, float]:
         """`ranks/` and `memory/` metrics of the phases that ended since the last `Timers.pop`."""
         of_ranks = dist.gather_objects(self._timers.of_rank())
         out, slow = compare(of_ranks)
-        if slow is not None and dist.is_main():
-            phase, rank, seconds, median = slow
-            if seconds - median > SAID_SHARE * out.get(f"ranks/{STEP}_busy_s_max", 0.0):
-                self._say(
-                    f"step {step}: rank {rank} on {self.hosts[rank]} was busy for {seconds:.1f} s in {phase}, the "
-                    f"median of all ranks for {median:.1f} s"
-                )
+        if slow is None or slow[2] - slow[3] <= SAID_SHARE * out.get(f"ranks/{STEP}_busy_s_max", 0.0):
+            self._slow = []
+            return out
+        phase, rank, seconds, median = slow
+        self._slow = [*(before for before in self._slow if before == rank), rank]
+        if len(self._slow) == SAID_STEPS:
+            self._say(
+                f"step {step}: rank {rank} on {self.hosts[rank]} is slow for the {SAID_STEPS}rd step in a row, now "
+                f"busy for {seconds:.1f} s in {phase}, the median of all ranks for {median:.1f} s"
+            )
         return out
 
 

@@ -60,7 +60,7 @@ RANKS = (
         "ranks/slowest",
         "rank",
         "changes from step to step; always the same one: look at its host",
-        "the rank that is furthest above the median of a phase; the log names phase and host",
+        "the rank that is furthest above the median of a phase; after three steps in a row the log names its host",
     ),
     Metric("ranks/slowest_s", "s", "below 0.1 of the step", "how far it is above that median"),
     Metric(
