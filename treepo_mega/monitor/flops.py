@@ -38,8 +38,8 @@ PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
 
 Source: NVIDIA's data sheets of these products, whose figures with sparsity are halved. "Blackwell" has 10, 5 and 2.5
 PFLOPS for a GPU of GB200 NVL72 at 1,200 W; for one of HGX B200 at 1,000 W, 9, 4.5 and 2.2, the last rounded from 2.25.
-fp32 has the figure of TF32, which its products may use: a run that does not use it is further from its peak, and none can
-be above it."""
+fp32 has the figure of TF32, which its products may use: a run that does not use it is further from its peak, and none
+can be above it."""
 
 
 @dataclass(frozen=True, slots=True)

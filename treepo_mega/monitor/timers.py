@@ -9,8 +9,8 @@ A phase entered several times in a step adds up. Phases may nest (`step` around 
 are still running alone: they appear in the next `pop` after they end.
 
 With a `trace`, every phase is a span of it, too. `span` names parts of a phase that only a trace shows. With a
-`profiler`, torch profiles the phases that it wants (`profiler.py`). `waits` and `memory` add what a rank waited in a phase
-and the memory that it took: `of_rank`, for comparing ranks.
+`profiler`, torch profiles the phases that it wants (`profiler.py`). `waits` and `memory` add what a rank waited in a
+phase and the memory that it took: `of_rank`, for comparing ranks.
 """
 
 from __future__ import annotations
