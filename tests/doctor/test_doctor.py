@@ -159,7 +159,7 @@ def test_nodes_meet_and_reach_each_other(tmp_path):
     for findings in found.values():
         assert [each.check for each in findings] == ["nodes", "reach"]
         assert not failed(findings)
-        assert findings[1].found == "connections to 2 other nodes"
+        assert findings[1].found == "connections to all others (2)"
 
 
 def test_an_absent_node_is_named(tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from megatron.core import parallel_state as ps
 
 from treepo_mega.runtime import dist
@@ -69,7 +70,7 @@ def deliver(
     wide = dist.max_over_ranks({"wide": float(any(map(_is_wide, mine.values())))})["wide"]
     kind = np.dtype("<f8" if wide else "<f4")
     ranks_of = [[other for other, to in enumerate(replica_of_rank) if to == each] for each in range(len(sizes))]
-    first_hops = {}
+    first_hops: dict[int, torch.Tensor] = {}
     for to, (tokens, logprobs) in mine.items():
         # At home, the chain's first rank may be this one.
         targets = [other for other in chain(rank, ranks_of[to])[:2] if other != rank][:1]

@@ -146,7 +146,7 @@ def _reach(host: str, nodes: dict[str, dict[str, Any]]) -> list[Finding]:
         if word != about["word"]:
             what = f"another process answers as {other} port {about['port']}"
             findings.append(Finding("reach", State.FAIL, what, "mend name resolution"))
-    return findings or [Finding("reach", State.OK, f"connections to {len(nodes) - 1} other nodes")]
+    return findings or [Finding("reach", State.OK, f"connections to all others ({len(nodes) - 1})")]
 
 
 class _Listener:

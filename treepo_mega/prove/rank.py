@@ -133,7 +133,7 @@ def held(actor: Actor) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
     for chunk in actor.chunks:
         for parameter in chunk.parameters():
             tensors[0].append(parameter)
-            tensors[1].append(parameter.main_grad)  # type: ignore[attr-defined]  # Megatron's
+            tensors[1].append(parameter.main_grad)
     for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
         for group in part.optimizer.param_groups:
             tensors[2] += group["params"]

@@ -43,7 +43,7 @@ class Prometheus:
         self._step = 0
         self._time = 0.0
         registry = CollectorRegistry()
-        registry.register(self)  # type: ignore[arg-type]  # it asks for `collect` alone
+        registry.register(self)
         try:
             self._server, self._thread = start_http_server(run.port, run.address, registry)
         except OSError as error:

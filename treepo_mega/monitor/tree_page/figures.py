@@ -59,6 +59,7 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
     flat = sum(sum(sizes[node] for node in tree.ancestry(leaf)[1:]) for leaf in tree.leaves)
     by_node = len(tree.advantages) == len(tree.nodes)
     entropy = [_entropy(tree, node, below) for node in range(len(tree.nodes))]
+    forks = _fork_places(tree, entropy)
     head = {
         "id": tree.prompt_id,
         "shortfall": tree.shortfall,
@@ -75,7 +76,7 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
         else _means(tree, tree.advantages, shares, below),
         "surprisal": [_mean_surprisal(node.logprobs) for node in tree.nodes],
         "entropy": entropy,
-        "fork_places": _fork_places(tree, entropy),
+        "fork_places": forks,
         "leaves": tree.leaves,
         "rewards": [rounded(value) for value in tree.rewards],
         "verdicts": [rounded(value) for value in tree.verdicts],
@@ -92,7 +93,7 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
         "flat": flat,
         "stops": dict(Counter(str(tree.nodes[leaf].stop) for leaf in tree.leaves)),
         "alike": sum(group is not None for group in alike),
-        "forks": len(head["fork_places"]),
+        "forks": len(forks),
         "short": tree.shortfall is not None,
     }
     return Outline(tree.prompt_id, [node.tokens for node in tree.nodes], head, summary)
