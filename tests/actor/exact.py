@@ -25,7 +25,7 @@ from treepo_mega.actor.passes import correct_leaves
 from treepo_mega.actor.update import Policy
 from treepo_mega.config import Config
 from treepo_mega.loss.stats import Stats
-from treepo_mega.tree.merge import merge_equal
+from treepo_mega.tree.merge import merge
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch
 from treepo_mega.tree.segments import Segments
@@ -144,8 +144,9 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
     s = Segments.from_trees(trees, range(len(trees)), "tree" if sharing == "content" else sharing)
     g = np.random.default_rng(len(s.leaf_number))
     lesson = lesson_of(s, [g.normal(size=len(tree.leaves)) for tree in trees], trees, cfg)
-    credit = lesson.credit()
-    batch = Batch(*(merge_equal(s, credit) if sharing == "content" else (s, credit)))
+    if sharing == "content":
+        lesson = replace(lesson, merged=merge(s))
+    batch = Batch(lesson.laid_out, lesson.row_credit())
     cfg = cfg.model_copy(deep=True)
     cfg.train.max_tokens_per_gpu = most
     plan = replace(plan_batch(batch, cfg), lesson=lesson)
@@ -182,10 +183,7 @@ def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> di
     flat = step(policy, cfg, trees, "none", 4 * longest)
     out = {"loss": 0.0, "grads": 0.0, "logprobs": 0.0, "entropy": 0.0}
     packs = []
-    layouts = [(4096, "tree"), (longest + room, "tree")]
-    # Trajectories are weighed by the sampler's segments, which merging joins.
-    if not (cfg.algo.weighs_leaves or cfg.algo.rejects_leaves):
-        layouts.append((longest + room, "content"))
+    layouts = [(4096, "tree"), (longest + room, "tree"), (longest + room, "content")]
     for most, sharing in layouts:
         got = step(policy, cfg, trees, sharing, most)
         apart = {
@@ -245,5 +243,5 @@ def measure_exact(cfg: Config, hf_dir: Path) -> dict[str, Any]:
     corrected = {}
     for name, keys in CORRECTIONS.items():
         other = cfg.model_copy(update={"algo": cfg.algo.model_copy(update=keys)})
-        corrected[name] = compare(policy, other, SHAPES["a long prompt"])
+        corrected[name] = compare(policy, other, [*SHAPES["a long prompt"], *SHAPES["siblings alike"]])
     return {"shapes": shapes, "corrected": corrected, "drawn": measure_drawn(policy, cfg), "transformers": far}

@@ -26,7 +26,7 @@ from treepo_mega.tree.credit import Lesson, credit_by_depth
 from treepo_mega.tree.deal import Dealt, deal_forest
 from treepo_mega.tree.descent import leaf_counts, leaf_shares
 from treepo_mega.tree.kl_reward import charge, gather_kl
-from treepo_mega.tree.merge import merge_equal, told_alike
+from treepo_mega.tree.merge import merge, told_alike
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
 from treepo_mega.tree.pack import Batch, StepPlan, lay_out, split_steps
@@ -183,7 +183,7 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
     values = _agreed_advantages(trees, cfg)
     cost = pair_cost(spec)
     drafts: list[Draft] = []
-    lessons: list[Lesson | None] = []
+    lessons: list[Lesson] = []
     depth: list[list[float]] = []
     for chosen in _steps(trees, cfg):
         of_step = [trees[i] for i in chosen]
@@ -191,12 +191,11 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
         lesson = lesson_of(segments, [values[i] for i in chosen], of_step, cfg)
         credit = lesson.credit()
         depth.append(credit_by_depth(segments, credit))
-        batch = Batch(segments, credit)
         if cfg.train.prefix_sharing == "content":
-            batch = Batch(*merge_equal(segments, credit, told_alike(of_step)))
+            lesson = replace(lesson, merged=merge(segments, told_alike(of_step)))
+        batch = Batch(lesson.laid_out, credit if lesson.merged is None else lesson.merged.credit(credit))
         drafts.append(Draft(of_step, batch, deal_batch(batch, cfg, cost)))
-        # No lesson goes with what was merged: what rows teach is looked up by the segments from before.
-        lessons.append(None if cfg.train.prefix_sharing == "content" else lesson)
+        lessons.append(lesson)
     if not drafts:
         return [], {}
     batches = fetch(drafts, trees, timeout_s=cfg.distributed.timeout_s)
@@ -218,8 +217,8 @@ def charge_kl(plans: list[StepPlan], trees: list[Tree], cfg: Config) -> dict[str
         return {}
     every_kl = []
     for plan, chosen in zip(plans, _steps(trees, cfg), strict=True):
-        assert plan.lesson is not None, "check_batch refuses reward.kl_coef where plans have no lesson"
-        segments = plan.lesson.segments
+        assert plan.lesson is not None, "plan_rollout gives every plan its lesson"
+        segments = plan.lesson.laid_out
         kl = segments.leaf_sums(dist.sum_array_over_replicas(gather_kl(plan.packs, len(segments))))
         charge([trees[i] for i in chosen], kl, coef)
         every_kl.append(kl)
@@ -229,8 +228,8 @@ def charge_kl(plans: list[StepPlan], trees: list[Tree], cfg: Config) -> dict[str
     for plan, chosen in zip(plans, _steps(trees, cfg), strict=True):
         assert plan.lesson is not None, "as above"
         plan.lesson = replace(plan.lesson, advantages=np.concatenate([values[i] for i in chosen]))
-        credit = plan.lesson.credit()
-        depth.append(credit_by_depth(plan.lesson.segments, credit))
+        depth.append(credit_by_depth(plan.lesson.segments, plan.lesson.credit()))
+        credit = plan.lesson.row_credit()
         for pack in plan.packs:
             pack.relearn(credit)
     mean = float(np.concatenate(every_kl).mean())

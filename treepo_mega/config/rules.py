@@ -90,27 +90,16 @@ def _check_kl_reward(cfg: Config) -> list[str]:
             "reward.kl_coef with algo.reject_zero_std_subgroups: with a KL in it hardly two rewards are equal, so "
             "that no subgroup would be rejected; use algo.kl_loss_coef"
         )
-    if cfg.train.prefix_sharing == "content":
-        bad.append(
-            "reward.kl_coef with train.prefix_sharing content: a leaf's KL is summed over the sampler's segments, "
-            "which merging joins; set train.prefix_sharing=tree"
-        )
     return bad
 
 
 def _check_merging(cfg: Config) -> list[str]:
-    """A merged token has one engine logprob, and belongs to no one segment of the sampler's."""
+    """A merged token has one engine logprob."""
     bad = []
     if cfg.rollout.partial_rollout is not None:
         bad.append(
             "train.prefix_sharing content with rollout.partial_rollout: equal tokens that weights of different steps "
             "sampled have different engine logprobs, and a merged token has one; set train.prefix_sharing=tree"
-        )
-    if cfg.algo.weighs_leaves or cfg.algo.rejects_leaves:
-        bad.append(
-            "train.prefix_sharing content with algo.rollout_is sequence or geometric, algo.rollout_rs or "
-            "algo.rollout_token_veto_threshold: trajectories are weighed by the sampler's segments, which merging "
-            "joins; set train.prefix_sharing=tree"
         )
     return bad
 

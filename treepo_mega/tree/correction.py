@@ -1,8 +1,8 @@
 """What a trajectory counts because the engine sampled it from another policy than the trainer's. Pure NumPy.
 
     evidence = gather_evidence(packs, segments, algo)       # of this rank's rows; summed over ranks by the caller
-    verdict = judge(lesson.segments, evidence, algo)
-    credit = lesson.credit(verdict.factors, verdict.kept)   # and `pack.relearn(credit)`
+    verdict = judge(lesson.laid_out, evidence, algo)
+    credit = lesson.row_credit(verdict.factors, verdict.kept)   # and `pack.relearn(credit)`
 
 The ratio of a trajectory is the product of its tokens' ratios trainer / engine (`sequence`), or their geometric mean
 (`geometric`). Truncated importance sampling weighs the trajectory by it, rejection drops the trajectory where it is out
@@ -10,7 +10,8 @@ of range, and a veto drops it for one token that the trainer holds for impossibl
 exact on shared tokens: a token's masses sum what the leaves below it count.
 
 The tokens of a trajectory lie in several packs: a tree may be cut, and context-parallel ranks share rows. So ratios are
-summed by segment, over packs and ranks, and then along paths.
+summed by segment, over packs and ranks, and then along paths. Where equal tokens of siblings were merged, all have the
+engine logprob of the first: engines give equal prefixes equal logprobs, up to the rounding of a batch.
 
 Sources: Liu, Li et al., "When Speed Kills Stability" (2025), whose rules and bound verl's rollout correction follows.
 """

@@ -24,12 +24,15 @@ statistics. P and N are of the optimizer step over all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from treepo_mega.tree.segments import Bools, Floats, Ints, Segments, path_sums
+
+if TYPE_CHECKING:
+    from treepo_mega.tree.merge import Merged
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 QUARTERS = 4
@@ -118,6 +121,18 @@ class Lesson:
     counts: Floats | None = None
     """[L] as in `leaf_weights`."""
     max_response_len: int | None = None
+    merged: Merged | None = None
+    """What rows are laid out by, where equal tokens were merged after credit was given; None: `segments`."""
+
+    @property
+    def laid_out(self) -> Segments:
+        """The segments that rows of packs refer to. Their leaves are those of `segments`, in the caller's order."""
+        return self.segments if self.merged is None else self.merged.segments
+
+    def row_credit(self, factors: Floats | None = None, kept: Bools | None = None) -> Credit:
+        """`credit` of the segments of `laid_out`."""
+        credit = self.credit(factors, kept)
+        return credit if self.merged is None else self.merged.credit(credit)
 
     def credit(self, factors: Floats | None = None, kept: Bools | None = None) -> Credit:
         """Masses, weights and counts, with `factors` [L] on the masses and without the leaves that are not `kept` [L].

@@ -1,6 +1,8 @@
 """Tokens that siblings sampled alike, kept once: the trie of a tree's responses. Pure NumPy.
 
     segments, credit = merge_equal(segments, credit)
+    merged = merge(segments)                    # the same in two steps: weights of leaves may change in between
+    credit = merged.credit(lesson.credit())
 
 Two paths of a tree that begin with the same tokens have the same hidden states and logprobs there, whether the sampler
 shared them or drew them twice. Their clipped terms add up in the masses as those of a shared segment do, so the loss
@@ -63,15 +65,43 @@ class Atoms:
     """[A] `first` of the atom before it on its path; -1 for the first of a root."""
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The trie of a forest, and what of the forest went into each of its segments."""
+
+    segments: Segments
+    """S of them. Leaves keep the caller's numbers, so what is summed along paths by these segments is by leaf the same
+    as by those from before."""
+    source: Ints
+    """[P] a segment from before, of each part of one that stayed whole."""
+    target: Ints
+    """[P] the segment of the trie that the part went into."""
+
+    def credit(self, credit: Credit) -> Credit:
+        """Of each segment of the trie, from that of the segments before: the sum over what was merged into it."""
+
+        def summed(values: npt.NDArray) -> npt.NDArray:
+            return np.bincount(self.target, values[self.source], len(self.segments))
+
+        count = summed(credit.count).astype(np.int64)
+        return Credit(summed(credit.A_pos), summed(credit.A_neg), summed(credit.n), count)
+
+
 def merge_equal(segments: Segments, credit: Credit, alike: Alike | None = None) -> tuple[Segments, Credit]:
-    """The trie of every group, and the credit of each of its segments: the sum over what was merged into it.
+    """The segments of `merge`, and the credit of each of them."""
+    merged = merge(segments, alike)
+    return merged.segments, merged.credit(credit)
+
+
+def merge(segments: Segments, alike: Alike | None = None) -> Merged:
+    """The trie of every group.
 
     Leaves keep their numbers; `Segments.node` names the first of the merged nodes. Prompts are not merged between
     groups. `alike`: what the ranks that have the tokens say of them; None: the tokens are here, and are compared. Both
     give the same. Raises MergeError where every hash collides, and where `alike` is of other nodes.
     """
     if not len(segments):
-        return segments, credit
+        return Merged(segments, np.zeros(0, np.int64), np.zeros(0, np.int64))
     atoms = _compared(segments) if alike is None else _told(segments, alike)
     merged = np.bincount(atoms.first, minlength=len(atoms.first))
     begins = np.bincount(atoms.first, atoms.offset == 0, len(atoms.first)) > 0
@@ -99,14 +129,9 @@ def merge_equal(segments: Segments, credit: Credit, alike: Alike | None = None) 
     )
     # Every atom of a run has the same segments merged into it, so its first one speaks for all.
     speaks = opens[atoms.first]
-    run = run_of_atom[atoms.first[speaks]]
-    segment = atoms.segment[speaks]
-
-    def summed(values: npt.NDArray) -> npt.NDArray:
-        return np.bincount(run, values[segment], len(opening))[run_of_segment]
-
-    count = summed(credit.count).astype(np.int64)
-    return built, Credit(summed(credit.A_pos), summed(credit.A_neg), summed(credit.n), count)
+    segment_of_run = np.empty(len(opening), np.int64)
+    segment_of_run[run_of_segment] = np.arange(len(run_of_segment))
+    return Merged(built, atoms.segment[speaks], segment_of_run[run_of_atom[atoms.first[speaks]]])
 
 
 def compare(tree: Tree) -> Alike:
