@@ -25,11 +25,14 @@ def shown(metrics: dict[str, float]) -> list[list[str]]:
 
 def test_phases_are_shown_longest_first_and_idle_room_by_cause():
     metrics = {"timing_s/step": 10.0, "timing_s/update": 3.0, "timing_s/rollout": 6.0, "cpu_s/update": 2.5}
+    # After the step: an evaluation has no share of it.
+    metrics |= {"timing_s/eval": 20.0, "cpu_s/eval": 4.0}
     metrics |= {IDLE + cause: share for cause, share in zip(CAUSES, (0.2, 0.0, 0.05, 0.1, 0.0), strict=True)}
     assert all(check_known(name) for name in metrics)
     assert shown(metrics) == [
         ["rollout", "6.00", "60.0%", "0.00"],
         ["update", "3.00", "30.0%", "2.50"],
+        ["eval", "20.00", "", "4.00"],
         ["between phases", "1.00", "10.0%", ""],
         ["engines: busy", "", "65.0%", ""],
         ["engines idle: nothing left to begin", "1.20", "20.0%", ""],

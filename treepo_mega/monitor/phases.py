@@ -9,6 +9,8 @@ from rich.table import Table
 from treepo_mega.monitor.timers import CPU, WALL
 
 WHOLE = "step"
+OUTSIDE = ("eval", "checkpoint")
+"""Phases that come after the step: they have no share of it."""
 IDLE = "rollout/idle_share/"
 CAUSES = {
     "tail": "nothing left to begin",
@@ -34,9 +36,11 @@ def phase_table(metrics: Mapping[str, float], title: str) -> Table | None:
     table.add_column("phase")
     for column in ("s", "share", "CPU s"):
         table.add_column(column, justify="right")
-    for name, value in sorted(seconds.items(), key=lambda pair: -pair[1]):
-        table.add_row(name, f"{value:.2f}", f"{value / whole:.1%}", f"{metrics.get(CPU + name, 0.0):.2f}")
-    between = max(0.0, whole - sum(seconds.values()))
+    # Those outside the step last.
+    for name, value in sorted(seconds.items(), key=lambda pair: (pair[0] in OUTSIDE, -pair[1])):
+        share = "" if name in OUTSIDE else f"{value / whole:.1%}"
+        table.add_row(name, f"{value:.2f}", share, f"{metrics.get(CPU + name, 0.0):.2f}")
+    between = max(0.0, whole - sum(value for name, value in seconds.items() if name not in OUTSIDE))
     table.add_row("between phases", f"{between:.2f}", f"{between / whole:.1%}", "", end_section=True)
     shares = {name: metrics[IDLE + name] for name in CAUSES if IDLE + name in metrics}
     if shares:
