@@ -50,6 +50,8 @@ class _Sizes:
     all_keys: float
     """[T, G/tp * D], of all tokens of the pack."""
     log_sum: float
+    angles: float
+    """fp32 [s, D], by which queries and keys are rotated."""
     ffn_weight: float
     """A gradient [K, F/tp] of the second matrix of an MLP, in the dtype of parameters."""
     head_weight: float
@@ -70,6 +72,7 @@ class _Sizes:
             query=own * spec.num_attention_heads * spec.head_dim * itemsize / layout.tp,
             key=key,
             all_keys=key * layout.cp,
+            angles=own * spec.head_dim * FP32,
             log_sum=own * spec.num_attention_heads * FP32 / layout.tp,
             ffn_weight=spec.hidden_size * spec.intermediate_size * itemsize / layout.tp,
             head_weight=padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, layout.tp)
@@ -88,7 +91,9 @@ class _Sizes:
         rotated = self.query + self.key
         gathered = 2 * self.all_keys if self.all_keys > self.key else 0.0
         attention = 2 * self.query + 2 * self.key + rotated + self.log_sum + gathered
-        return norms + attention + 3 * self.ffn
+        # Cosines and sines, for queries and for keys, in the dtype of activations.
+        rotary = 4 * self.angles * self.itemsize / FP32
+        return norms + attention + rotary + 3 * self.ffn
 
     @property
     def buffer(self) -> float:
@@ -117,29 +122,19 @@ def activation_peak(cfg: Config, spec: ModelSpec, layout: Layout, stage: int, mi
     flights = in_flight(layout, stage, micro_batches)
     kept, again = _kept(cfg, sizes, layers)
     # The chunk's input and its result stay as long as the pass is in flight.
-    waiting = flights * kept
+    waiting = flights * (kept + sizes.angles)
     last = stage == layout.pp - 1
-    moments = [
-        [
-            ("kept for the backward passes", waiting),
-            ("gathered activations", sizes.buffer),
-            *_layer_moment(sizes, again),
-        ]
-    ]
+    lasting = [("kept for the backward passes", waiting), ("gathered activations", sizes.buffer)]
+    moments = [[*lasting, *_layer_moment(sizes, again)]]
     head = 0.0
     if last:
-        head = _head_forward(cfg, spec, layout, sizes)
-        moments.append(
-            [
-                ("kept for the backward passes", waiting),
-                ("gathered activations", sizes.buffer),
-                *_head_moment(cfg, sizes, head),
-            ]
-        )
+        tile = _Tile.of(cfg, spec, layout)
+        head = _head_forward(spec, sizes, tile)
+        moments.append([*lasting, *_head_moment(cfg, spec, sizes, tile)])
     fullest = max(moments, key=lambda moment: sum(size for _, size in moment))
     # What a stage receives and what it sends lie beside the layer that runs.
     ends = 4 + (stage > 0) + (not last)
-    forward = sizes.buffer + max(4 * sizes.ffn + ends * sizes.shared, head + 3 * sizes.shared)
+    forward = sizes.buffer + 1.5 * sizes.angles + max(4 * sizes.ffn + ends * sizes.shared, head + 3 * sizes.shared)
     items = tuple(sorted(((name, size) for name, size in fullest if size), key=lambda item: -item[1]))
     return Peak(forward, sum(size for _, size in items), items)
 
@@ -169,27 +164,53 @@ def _layer_moment(sizes: _Sizes, again: float) -> list[tuple[str, float]]:
     return [("layers computed again", again), *fuller]
 
 
-def _tile(cfg: Config, spec: ModelSpec, layout: Layout) -> float:
-    columns = math.ceil(spec.vocab_size / layout.tp)
-    rows = min(cfg.loss.tile_rows, max(TILE_BYTES // (FP32 * columns), LEAST_TILE_ROWS))
-    return float(rows * columns * FP32 + rows * min(WEIGHT_ROWS, columns) * FP32 + rows * spec.hidden_size * FP32)
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Bytes of what the loss head makes of some rows at a time. `several`: whether a pack has more rows than that."""
+
+    logits: float
+    scratch: float
+    hidden: float
+    """[n, K] in fp32."""
+    several: bool
+
+    @classmethod
+    def of(cls, cfg: Config, spec: ModelSpec, layout: Layout) -> _Tile:
+        columns = math.ceil(spec.vocab_size / layout.tp)
+        rows = min(cfg.loss.tile_rows, max(TILE_BYTES // (FP32 * columns), LEAST_TILE_ROWS))
+        own = padded_tokens(cfg, layout) // layout.cp
+        several = own > rows
+        rows = min(rows, own)
+        return cls(
+            float(rows * columns * FP32),
+            float(rows * min(WEIGHT_ROWS, columns) * FP32),
+            float(rows * spec.hidden_size * FP32),
+            several,
+        )
 
 
-def _head_forward(cfg: Config, spec: ModelSpec, layout: Layout, sizes: _Sizes) -> float:
+def _widened(spec: ModelSpec, sizes: _Sizes) -> float:
+    """fp32 rows of the output matrix: the slice before is only let go when the next one is there."""
+    slices = 2 * WEIGHT_ROWS * spec.hidden_size * FP32 if sizes.itemsize < FP32 else 0.0
+    return min(slices, sizes.head_weight * FP32)
+
+
+def _head_forward(spec: ModelSpec, sizes: _Sizes, tile: _Tile) -> float:
     """Tensors of the head's forward pass: the selected hidden states, a tile of logits, rows of the matrix."""
-    # The slice before is only let go when the next one is there.
-    widened = 2 * WEIGHT_ROWS * spec.hidden_size * FP32 if sizes.itemsize < FP32 else 0.0
-    return sizes.whole + _tile(cfg, spec, layout) + min(widened, sizes.head_weight * FP32)
+    widened = _widened(spec, sizes)
+    # The scratch of a tile's sums is there when the next tile's logits are made.
+    beside = widened + tile.scratch if tile.several else max(widened, tile.scratch)
+    return sizes.whole + tile.logits + tile.hidden + beside
 
 
-def _head_moment(cfg: Config, sizes: _Sizes, forward: float) -> list[tuple[str, float]]:
+def _head_moment(cfg: Config, spec: ModelSpec, sizes: _Sizes, tile: _Tile) -> list[tuple[str, float]]:
     """The fuller of the head's forward pass with its gradients, and of its backward pass."""
     # With overlapped reduction the weight's gradient is a tensor of its own, which is scaled and rounded.
     own = cfg.parallel.overlap_grad_reduce
     made = FP32 * sizes.head_weight if own else 0.0
     scaled = (FP32 + (sizes.itemsize if sizes.itemsize < FP32 else 0)) * sizes.head_weight if own else 0.0
-    first = forward + sizes.whole + made
-    second = 2 * sizes.whole + made + scaled
-    if first >= second:
-        return [("loss head", forward + sizes.whole), ("gradient of the output matrix", made)]
+    # Rows of the matrix once more, for the gradients, beside the scratch of the sums.
+    working = 2 * sizes.whole + tile.logits + 2 * tile.hidden + _widened(spec, sizes) + tile.scratch
+    if working >= 2 * sizes.whole + scaled:
+        return [("loss head", working), ("gradient of the output matrix", made)]
     return [("loss head", 2 * sizes.whole), ("gradient of the output matrix", made + scaled)]
