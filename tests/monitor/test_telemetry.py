@@ -11,6 +11,8 @@ import psutil
 import pynvml
 import pytest
 
+from tools.bench import telemetry as telemetry_bench
+from treepo_mega.config.run import LoggingConfig
 from treepo_mega.monitor import nvml as module
 from treepo_mega.monitor.nvml import gpu_gauges
 from treepo_mega.monitor.registry import check_known
@@ -154,3 +156,12 @@ def test_the_host_is_sampled_by_a_thread_that_ends():
 def test_off_means_no_thread():
     telemetry = Telemetry(0, host_gauges())
     assert telemetry._thread is None and telemetry.pop() == {}
+
+
+def test_the_bench_measures_looks_and_steps(tmp_path):
+    """Both ways run; what they find is judged by a person on a quiet machine, not here."""
+    seconds = telemetry_bench.cpu_seconds(lambda: sum(range(20_000)), 3)
+    assert 0 < seconds < 1
+    settings = LoggingConfig(telemetry_interval_s=0.01, status_interval_s=0.01)
+    found = telemetry_bench.ratios(1, 0.02, tmp_path, settings)
+    assert set(found) == {"step_ratio_wall", "step_ratio_cpu"} and min(found.values()) > 0

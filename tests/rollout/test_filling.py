@@ -131,6 +131,7 @@ def test_prompts_without_signal_are_replaced_until_the_batch_is_full():
     assert names(forest) == ["1-2", "4-1", "5-3"]
     assert forest.metrics["rollout/prompts_trained"] == 3
     assert forest.metrics["rollout/prompts_dropped_zero_std"] == 3
+    assert forest.metrics["rollout/signal_share"] == 0.5
     assert forest.metrics["rollout/refills"] == 3
 
 
@@ -144,6 +145,7 @@ def test_oversampling_saves_refills_and_says_what_was_left_over():
     assert forest.metrics["rollout/wasted_tokens"] == 3 * GENERATED
     assert names(forest) == ["0-1", "1-2", "2-1"], "the first in the order of drawing"
     assert (forest.metrics["rollout/prompts_surplus"], forest.metrics["rollout/prompts_dropped_zero_std"]) == (3, 0)
+    assert forest.metrics["rollout/signal_share"] == 1, "a surplus has signal, too"
 
 
 def test_a_step_that_is_not_full_says_so_and_goes_on(caplog: pytest.LogCaptureFixture):

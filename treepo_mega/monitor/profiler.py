@@ -46,13 +46,14 @@ class PhaseProfiler:
             yield
             return
         # Only here: its first use loads Kineto.
-        import torch
         from torch.profiler import ProfilerActivity, profile
+
+        from treepo_mega.runtime.device import has_cuda
 
         self._entered[name] += 1
         entry = "" if self._entered[name] == 1 else f"_{self._entered[name]}"
         path = self._folder / f"step_{self._step}" / f"rank_{self._rank}_{name}{entry}.json.gz"
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * has_cuda()
         with profile(activities=activities) as running:
             yield
         path.parent.mkdir(parents=True, exist_ok=True)

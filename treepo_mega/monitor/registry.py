@@ -115,6 +115,12 @@ _ROLLOUT = (
     Metric(
         "rollout/prompts_surplus", "count", "0 with oversample 1", "prompts with signal that the batch had no room for"
     ),
+    Metric(
+        "rollout/signal_share",
+        "share",
+        "above 0.5; below: prompts are too easy or too hard, see rollout/accuracy_policy",
+        "of the prompts finished in the step, those that teach something: not prompts_dropped_zero_std",
+    ),
     Metric("rollout/refills", "count", "below rollout_batch_size", "prompts that began in place of others"),
     Metric("rollout/wasted_tokens", "tokens", "0 with oversample 1", "tokens sampled of the surplus that was dropped"),
     Metric("rollout/surplus_trained", "count", "0 without rollout.surplus carry", "trees left over by earlier steps"),

@@ -32,6 +32,7 @@ CURVES: tuple[tuple[str, str], ...] = (
     ("rollout/accuracy_policy", "accuracy"),
     ("rollout/reward_policy", "reward"),
     ("eval/accuracy", "eval accuracy"),
+    ("rollout/signal_share", "prompts with signal"),
     ("rollout/response_len_policy", "response length"),
     ("train/entropy", "entropy"),
     ("grad-norm", "gradient norm"),

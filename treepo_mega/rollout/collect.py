@@ -351,6 +351,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/prompts_trained": len(kept),
         "rollout/prompts_surplus": totals["surplus"],
         "rollout/prompts_dropped_zero_std": len(seen) - (len(kept) - totals["older"]) - totals["surplus"],
+        "rollout/signal_share": (len(kept) - totals["older"] + totals["surplus"]) / max(1, len(seen)),
         "rollout/refills": totals["refills"],
         "rollout/wasted_tokens": totals["wasted"],
         "rollout/surplus_trained": totals["older"],

@@ -44,7 +44,7 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "seconds by phase": (*(f"timing_s/{phase}" for phase in PHASES), "timing_s/step"),
         "tokens/s per GPU": ("perf/unique_tokens_per_s_per_gpu", "perf/flat_tokens_per_s_per_gpu"),
         "MFU": ("perf/rollout_mfu", "perf/old_logprobs_mfu", "perf/update_mfu"),
-        "idle": ("rollout/engine_idle_share", "rollout/engine_grader_wait_share"),
+        "idle": ("ranks/idle_share", "rollout/engine_idle_share", "rollout/engine_grader_wait_share"),
     },
     "5 Machines": {
         "GPU": ("gpu/utilization_mean", "gpu/throttled_share_mean"),
