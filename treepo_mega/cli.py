@@ -145,6 +145,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     )
     report.add_argument("--slurm-job", action="append", default=[], metavar="ID", help="ask sacct what it was charged")
     report.add_argument("--gpus", type=_positive, metavar="N", help="default: what the metrics say")
+    report.add_argument("--plan", type=Path, metavar="FILE", help="what plan --json wrote, to compare with")
     report.add_argument("--price", type=float, metavar="P", help="of a GPU-hour, in any currency")
 
 
@@ -297,7 +298,7 @@ def _report(args: argparse.Namespace) -> int:
         raise ReportError(f"--every {args.every:g}: expected five seconds or more: a page needs one or two to open")
     if args.price is not None and args.price < 0:
         raise ReportError(f"--price {args.price:g}: must not be negative")
-    asked = Asked(tuple(args.baseline), tuple(args.slurm_job), args.gpus, args.price)
+    asked = Asked(tuple(args.baseline), tuple(args.slurm_job), args.gpus, args.price, args.plan)
     output = args.output or args.runs[0]
     try:
         paths = write_live(args.runs, output, asked, period_s=args.every) if args.live else None

@@ -155,6 +155,32 @@ def test_a_waterfall_adds_up(run):
     assert useful + losses == pytest.approx(bars["measured"]) and bars["measured"] == pytest.approx(60)
 
 
+def test_a_plan_stands_beside_the_run_and_gives_the_bubble(run, tmp_path, short_plotly, capsys):
+    plan = {
+        "seconds": {"rollout": 2.0, "update": 1.0, "reshard": 0.5, "step": 6.0},
+        "bubble": 0.25,
+        "update_mfu": 0.4,
+        "tokens_per_s_per_gpu": {"unique": 60.0, "flat": 90.0},
+        "memory": {"phases": [{"phase": "update", "items": [["x", 2.0**30], ["y", 2.0**31]]}]},
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert main(["report", str(run), "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "report.json").read_text())["runs"][0]
+    rows = {row["what"]: (row["measured"], row["planned"]) for row in figures["plan"]}
+    assert rows["rollout, s"] == (3, 2) and rows["reshard, s"] == (None, 0.5) and rows["step, s"] == (5, 6)
+    assert rows["unique tokens/s per GPU"] == (pytest.approx(7000 / 120), 60) and rows["memory in update, GiB"] == (
+        None,
+        3,
+    )
+    bars = {bar["name"]: bar["hours"] * 1800 for bar in figures["waterfall"]}
+    assert bars["pipeline bubble"] == pytest.approx(15 * 0.25 / 1.25)
+    assert bars["useful work"] == pytest.approx(35 * 0.75 * 0.75 + 12) and bars["measured"] == pytest.approx(60)
+    assert "Against the plan" in (tmp_path / "report.html").read_text()
+    (tmp_path / "plan.json").write_text("{}")
+    assert main(["report", str(run), "--plan", str(tmp_path / "plan.json")]) == 2
+    assert "expected the output of treepo-mega plan CONFIG --json" in capsys.readouterr().err
+
+
 def test_a_resumed_run_counts_what_it_did_twice(tmp_path):
     rows = [{"step": n, "time": 100.0 * n, "timing_s/step": 100.0, "timing_s/rollout": 100.0} for n in (1, 2, 3)]
     rows += [{"step": n, "time": 1000 + 100.0 * n, "timing_s/step": 100.0, "tree/leaves": 5} for n in (3, 4)]

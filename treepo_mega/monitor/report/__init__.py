@@ -21,10 +21,11 @@ from pathlib import Path
 
 from treepo_mega.monitor.report import markdown
 from treepo_mega.monitor.report.comparison import compare, to_dict
+from treepo_mega.monitor.report.planned import Planned, read_plan
 from treepo_mega.monitor.report.read import ReportError, find_runs, load_run
 from treepo_mega.monitor.report.sections import render
 from treepo_mega.monitor.report.slurm import charged
-from treepo_mega.monitor.report.summary import summarise
+from treepo_mega.monitor.report.summary import Seen, summarise
 from treepo_mega.monitor.report.table import print_table
 from treepo_mega.runtime.files import atomic_file
 
@@ -39,6 +40,8 @@ class Asked:
     jobs: tuple[str, ...] = ()
     gpus: float | None = None
     price: float | None = None
+    plan: Path | None = None
+    """What `treepo-mega plan CONFIG --json` wrote; of the runs, not of the baselines."""
 
 
 def write_report(
@@ -76,11 +79,13 @@ def _write(run_dirs: Sequence[Path], output: Path, asked: Asked, refresh_s: floa
     bases = [path for path in find_runs(asked.baselines) if path not in found]
     if asked.baselines and not bases:
         raise ReportError(f"--baseline {asked.baselines[0]}: is among the runs; expected another run")
-    sides = [
-        [summarise(load_run(path), now=now, gpus=asked.gpus, price=asked.price) for path in side]
-        for side in (found, bases)
-    ]
-    runs, baselines = sides
+    plan = None if asked.plan is None else read_plan(asked.plan)
+
+    def figures(path: Path, plan: Planned | None = None) -> Seen:
+        return summarise(load_run(path), now=now, gpus=asked.gpus, price=asked.price, plan=plan)
+
+    runs = [figures(path, plan) for path in found]
+    baselines = [figures(path) for path in bases]
     comparison = compare(runs, baselines)
     slurm = charged(asked.jobs)
     data = {

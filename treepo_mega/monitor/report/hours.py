@@ -137,8 +137,11 @@ class Bar:
     note: str = ""
 
 
-def waterfall(run: Run, spent: Spent) -> list[Bar]:
-    """From flat trajectories without any loss to the measured time. Bars add up exactly; see each bar's note."""
+def waterfall(run: Run, spent: Spent, bubble: float | None = None) -> list[Bar]:
+    """From flat trajectories without any loss to the measured time. Bars add up exactly; see each bar's note.
+
+    `bubble`: idle / busy time of the pipeline's stages, as a plan has it; None where nobody says.
+    """
 
     def of(metric: str) -> Array:
         return np.where(run.kept, np.nan_to_num(run.columns.get(metric, np.zeros(len(run.steps)))), 0.0)
@@ -160,7 +163,8 @@ def waterfall(run: Run, spent: Spent) -> list[Bar]:
     training = sum((piece(name) for name in TRAINING), np.zeros(len(run.steps)))
     padding = training * np.clip(of("perf/padding_share"), 0, 1)
     recompute = piece("update") * (1 - np.clip(of("perf/padding_share"), 0, 1)) * of("perf/update_recompute_share")
-    learning = training - padding - recompute
+    waits = (training - padding - recompute) * (bubble or 0.0) / (1 + (bubble or 0.0))
+    learning = training - padding - recompute - waits
     refit = np.minimum(of("reshard/seconds"), piece("reshard"))
     saved_sampling = sampling * _saved(_share(of("tree/unique_tokens"), of("tree/flat_tokens")))
     saved_learning = learning * _saved(of("perf/packed_token_ratio"))
@@ -170,6 +174,7 @@ def waterfall(run: Run, spent: Spent) -> list[Bar]:
         ("refills", refills, "the rollout's share of prompts that no update used; an estimate"),
         ("prefixes prefilled again", again, "rollout/recomputed_tokens of the rollout; an estimate"),
         ("padding", padding, "perf/padding_share of the training passes"),
+        ("pipeline bubble", waits, "the plan's bubble of the training passes; an estimate"),
         ("recomputed activations", recompute, "perf/update_recompute_share of the update"),
         ("grading", piece("reward") + graders, "the wait that sampling did not cover"),
         ("advantages", piece("advantage"), "credit and packs"),
@@ -186,7 +191,8 @@ def waterfall(run: Run, spent: Spent) -> list[Bar]:
         *(Bar(name, spent.hours(part), False, note) for name, part, note in losses if part.any()),
     ]
     stages = _key(run, "parallel", "pipeline_model_parallel_size")
-    note = "" if stages in (None, 1) else f"the bubble of {stages} pipeline stages is not logged: it is in useful work"
+    known = stages in (None, 1) or bubble is not None
+    note = "" if known else f"the bubble of {stages} pipeline stages is in useful work: --plan says it"
     return [*bars, Bar("measured", spent.total_hours, True, note)]
 
 

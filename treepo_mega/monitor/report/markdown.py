@@ -7,7 +7,7 @@ from html import escape
 
 from treepo_mega.monitor.report.comparison import Comparison, side_by_side
 from treepo_mega.monitor.report.numbers import shown
-from treepo_mega.monitor.report.sections import cost_rows, fit_cells, saving_text
+from treepo_mega.monitor.report.sections import cost_rows, fit_cells, ratio, saving_text
 from treepo_mega.monitor.report.slurm import Charged
 from treepo_mega.monitor.report.summary import PHASES, RATES, Seen
 from treepo_mega.monitor.report.table import ACCURACY, REWARD, trend
@@ -89,6 +89,9 @@ def _run(seen: Seen) -> list[str]:
     ]
     if speeds:
         parts += ["", table(heads, speeds)]
+    if f["plan"]:
+        planned = [(plain(r["what"]), shown(r["measured"]), shown(r["planned"]), ratio(r)) for r in f["plan"]]
+        parts += ["", table(("against the plan", "measured", "planned", "measured / planned"), planned)]
     parts += ["", table(("figure", "value"), [*figures, *((plain(k), plain(v)) for k, v in cost_rows(f))])]
     if seen.stragglers.ranks:
         slow = [(f"rank {r.rank}", str(r.last), shown(r.waiting_s)) for r in seen.stragglers.ranks[:8]]

@@ -189,7 +189,7 @@ def _run(seen: Seen, charts: Charts) -> str:
         for b in bars
     ]
     parts.append(table(("", unit, "from"), steps, text=(2,), marked=[i for i, b in enumerate(bars) if b["is_total"]]))
-    parts += [_throughput(seen, charts), _figures(seen), _stragglers(seen)]
+    parts += [_throughput(seen, charts), _plan(seen), _figures(seen), _stragglers(seen)]
     return "".join(parts)
 
 
@@ -202,6 +202,21 @@ def _throughput(seen: Seen, charts: Charts) -> str:
     note = "Flat counts a token in every trajectory, as NeMo-RL does; unique counts it once, as it is computed."
     chart = charts.place("Tokens/s per GPU by phase", throughput_chart(seen))
     return f'<h3>Throughput</h3><p class="note">{note}</p>{chart}{table(head, rows)}'
+
+
+def _plan(seen: Seen) -> str:
+    rows = [
+        (escape(row["what"]), shown(row["measured"]), shown(row["planned"]), ratio(row)) for row in seen.figures["plan"]
+    ]
+    head = ("", "measured", "planned", "measured / planned")
+    note = '<p class="note">Seconds are medians over steps.</p>'
+    return f"<h3>Against the plan</h3>{note}{table(head, rows)}" if rows else ""
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """Measured / planned, where both are known."""
+    known = row["measured"] is not None and row["planned"]
+    return f"{row['measured'] / row['planned']:.2f}" if known else "-"
 
 
 def _figures(seen: Seen) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from treepo_mega.monitor.phases import CAUSES, IDLE
 from treepo_mega.monitor.report.hours import AGAIN, TRAINING, Spent, account, waterfall
 from treepo_mega.monitor.report.numbers import Array, number, percentile
+from treepo_mega.monitor.report.planned import Planned, against
 from treepo_mega.monitor.report.read import Run
 from treepo_mega.monitor.report.stragglers import Stragglers, find_stragglers
 from treepo_mega.monitor.timers import WALL
@@ -66,7 +67,9 @@ class Seen:
     figures: Row
 
 
-def summarise(run: Run, *, now: float, gpus: float | None = None, price: float | None = None) -> Seen:
+def summarise(
+    run: Run, *, now: float, gpus: float | None = None, price: float | None = None, plan: Planned | None = None
+) -> Seen:
     """All figures of a run. What it did not log is null. `price`: of a GPU-hour, in any currency."""
     spent = account(run, gpus)
     slow = find_stragglers(run.path)
@@ -80,6 +83,7 @@ def summarise(run: Run, *, now: float, gpus: float | None = None, price: float |
     medians = {key: percentile(found, 0.5) for key in MEDIANS if len(found := run.series(key)[1])}
     totals = {key: total for key in TOTALS if (total := run.total(key)) is not None}
     kept = run.steps[run.kept]
+    rates = throughput(run, spent)
     figures = {
         "run": run.name,
         "status": run.status(now),
@@ -92,8 +96,9 @@ def summarise(run: Run, *, now: float, gpus: float | None = None, price: float |
         "unit": spent.unit,
         "hours": spent.total_hours,
         "phases": phases(run, spent),
-        "waterfall": [asdict(bar) for bar in waterfall(run, spent)] if len(kept) else [],
-        "throughput": throughput(run, spent),
+        "waterfall": _bars(run, spent, plan) if len(kept) else [],
+        "throughput": rates,
+        "plan": [] if plan is None or not len(kept) else against(run, rates, plan),
         "memory": memory(run),
         "tokens": tokens,
         "token_ratio": tokens["unique"] / tokens["flat"] if tokens["unique"] is not None and tokens["flat"] else None,
@@ -107,6 +112,10 @@ def summarise(run: Run, *, now: float, gpus: float | None = None, price: float |
         "notes": [*run.notes, *_doubts(run, spent), *(slow.notes if slow.found else []), *run.samples.notes],
     }
     return Seen(run, spent, slow, figures)
+
+
+def _bars(run: Run, spent: Spent, plan: Planned | None) -> list[Row]:
+    return [asdict(bar) for bar in waterfall(run, spent, None if plan is None else plan.bubble)]
 
 
 def phases(run: Run, spent: Spent) -> list[Row]:
