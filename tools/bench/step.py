@@ -23,16 +23,19 @@ the step), "step_s", "rollout_wall_s", "step_wall_s", "tokens_forwarded" (by the
 rounds after the first), "prompts_replaced" (null before: it counted rounds), "prompts_trained", "engine_steps",
 "running_mean", "idle_share" (of sampling and grading, wall: the engine had nothing to sample)}], "ratio_tree_over_flat"
 (rollout_s), "ratio_now_over_before" (step_s of tree), "ratio_carry_over_flat_carry" and "ratio_carry_over_before" (the
-same of tree carry), all of them with "_wall", "token_ratio" (tokens_forwarded, tree over flat), "before" (the commit),
-"targets", "met"}. --quick: one repeat of three steps. Progress goes to stderr.
+same of tree carry), all of them with "_wall", "token_ratio" (tokens_forwarded, tree over flat), "planned" (engine steps
+with rounds and with refill, by count: see `planned`), "before" (the commit), "targets", "met"}. --quick: one repeat of
+three steps. Progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import heapq
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -42,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from runs import ROOT, metrics, wait
+from treepo_mega.rollout.refill import RefillRule
 
 BEFORE = "8931bede2c518124c4e176a0778b6a651c9d1e20"
 SHARED = [
@@ -140,7 +144,45 @@ def verdict(modes: dict[str, Row], before: str) -> Row:
     out["token_ratio"] = round(tree["tokens_forwarded"] / flat["tokens_forwarded"], 4)
     found = out | {"idle_share": tree["idle_share"]}
     met = {name: found[name] <= target for name, target in TARGETS.items()}
-    return out | {"before": before, "targets": TARGETS, "met": met}
+    by_count = [planned(sigma, share) for share in (0.8, 0.5) for sigma in (0.0, 0.35, 0.9)]
+    return out | {"planned": by_count, "before": before, "targets": TARGETS, "met": met}
+
+
+def planned(sigma: float, share: float, draws: int = 2000) -> Row:
+    """Mean engine steps until 16 trees with signal are there, with an engine that has room for all, by count alone.
+
+    A tree takes as many steps as its longest path: log-normal, median 1, `sigma` of its logarithm. `share`: of trees
+    that have signal.
+    """
+    rng = random.Random(f"{sigma} {share}")
+    rounds = refilled = 0.0
+    for _ in range(draws):
+        trees = [(rng.lognormvariate(0.0, sigma), rng.random() < share) for _ in range(400)]
+        rule = RefillRule(begin=16, wanted=16, most=len(trees))
+        begun, found = 0, 0
+        while found < 16:
+            batch = trees[begun : begun + 16 - found]
+            begun += len(batch)
+            rounds += max(steps for steps, _ in batch)
+            found += sum(signal for _, signal in batch)
+        running = [(steps, signal) for steps, signal in trees[:16]]
+        heapq.heapify(running)
+        empty = 0
+        while running:
+            now, signal = heapq.heappop(running)
+            empty += not signal
+            position = None if signal else rule.replaces(empty)
+            if position is not None:
+                steps, later = trees[position]
+                heapq.heappush(running, (now + steps, later))
+        refilled += now
+    return {
+        "sigma": sigma,
+        "share_with_signal": share,
+        "rounds": round(rounds / draws, 3),
+        "refilled": round(refilled / draws, 3),
+        "ratio": round(refilled / rounds, 4),
+    }
 
 
 def main() -> None:
