@@ -74,7 +74,7 @@ def preflight(
         attempt(lambda: check_rotary(model, cfg.max_model_len, f"{hf_dir}/config.json"))
         problems += [] if elsewhere else check_space(cfg, spec)
         notes += describe_space(cfg, spec)
-    problems += check_directories(cfg) + check_plugins(cfg) + check_sinks(cfg)
+    problems += check_directories(cfg) + check_plugins(cfg) + check_sinks(cfg, starting=starting)
     attempt(lambda: check_verifier(cfg.data.verifier))
     problems += check_functions(cfg.reward.functions)
     (problems if starting else notes).extend(missing_tokens(cfg))

@@ -245,6 +245,13 @@ def test_without_a_login_nobody_is_asked_for_a_key(tmp_path, monkeypatch, name):
     monkeypatch.setattr(base, "missing_library", lambda name: None)
     with pytest.raises(SinkError, match=rf"{name} finds no login: .*logging\.sinks_offline=true"):
         open_sink(name, run_in(tmp_path, offline=False))
+    cfg = config(f"logging.sinks=[{name}]")
+    assert check_sinks(cfg) == [], "a plan on a laptop needs none"
+    (problem,) = check_sinks(cfg, starting=True)
+    assert problem.startswith(f"logging.sinks: {name} finds no login")
+    assert check_sinks(config(f"logging.sinks=[{name}]", "logging.sinks_offline=true"), starting=True) == []
+    monkeypatch.setenv(f"{name.upper()}_API_KEY", "a key")
+    assert check_sinks(cfg, starting=True) == []
 
 
 def test_every_name_of_the_configuration_is_built_in():

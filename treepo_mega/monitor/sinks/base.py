@@ -84,10 +84,19 @@ def missing_library(name: str) -> str | None:
     return f"logging.sinks: {name} needs {known.library}, which is not installed: pip install '{how}'"
 
 
-def check_sinks(cfg: Config) -> list[str]:
-    """One problem for every built-in sink of `cfg` whose library is missing. Nothing is imported."""
+def check_sinks(cfg: Config, *, starting: bool = False) -> list[str]:
+    """One problem for every built-in sink of `cfg` whose library is missing, or its login when the run begins now.
+
+    No tracker's library is imported.
+    """
+    from treepo_mega.monitor.sinks.trackers import missing_login
+
     named = dict.fromkeys(name for name in cfg.logging.sinks if name in BUILT_IN)
-    return [problem for name in named if (problem := missing_library(name))]
+    problems = [problem for name in named if (problem := missing_library(name))]
+    if starting:
+        offline = cfg.logging.sinks_offline
+        problems += [problem for name in named if (problem := missing_login(name, offline=offline))]
+    return problems
 
 
 def open_sink(name: str, run: Run) -> Sink:

@@ -25,18 +25,32 @@ def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
+def missing_login(name: str, *, offline: bool) -> str | None:
+    """What to do before the tracker `name` can be used; None for one that needs no login, or has it."""
+    # Without a login these libraries ask for a key on the terminal, and the run would wait for the answer.
+    known = {
+        "wandb": lambda: _in_netrc("wandb"),
+        "swanlab": lambda: (Path.home() / ".swanlab" / ".netrc").is_file(),
+    }
+    if name not in known or offline:
+        return None
+    upper = name.upper()
+    mode = os.environ.get(f"{upper}_MODE")
+    if mode in ("offline", "local", "dryrun", "disabled") or os.environ.get(f"{upper}_API_KEY") or known[name]():
+        return None
+    return (
+        f"logging.sinks: {name} finds no login: run `{name} login`, set {upper}_API_KEY, or set "
+        "logging.sinks_offline=true and sync later"
+    )
+
+
 class Wandb:
     """Weights & Biases. Offline runs lie in RUN_DIR/wandb, for `wandb sync`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.offline = run.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
-        # Without a login the library would ask for a key on the terminal, and the run would wait for the answer.
-        if not self.offline and not os.environ.get("WANDB_API_KEY") and not _in_netrc("wandb"):
-            raise SinkError(
-                "logging.sinks: wandb finds no login: run `wandb login`, set WANDB_API_KEY, or set "
-                "logging.sinks_offline=true and sync later"
-            )
+        if problem := missing_login("wandb", offline=run.offline):
+            raise SinkError(problem)
         self._tracker: Any = None
 
     def start(self) -> None:
@@ -123,13 +137,8 @@ class Swanlab:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        offline = run.offline or os.environ.get("SWANLAB_MODE") in ("offline", "local", "disabled")
-        known = os.environ.get("SWANLAB_API_KEY") or (Path.home() / ".swanlab" / ".netrc").is_file()
-        if not offline and not known:
-            raise SinkError(
-                "logging.sinks: swanlab finds no login: run `swanlab login`, set SWANLAB_API_KEY, or set "
-                "logging.sinks_offline=true and sync later"
-            )
+        if problem := missing_login("swanlab", offline=run.offline):
+            raise SinkError(problem)
         self._tracker: Any = None
 
     def start(self) -> None:
