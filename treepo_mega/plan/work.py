@@ -44,10 +44,10 @@ class TreeShape:
             if not 0 < mean <= most:
                 raise ConfigError(f"a mean {name} of {mean:g} tokens: expected more than 0 and at most {most}")
         leaves = float(cfg.rollout.n_samples_per_prompt)
-        median = _median(response, spread, longest)
+        median = median_of(response, spread, longest)
         stretch = longest / STRETCHES
         depths = [(index + 0.5) * stretch for index in range(STRETCHES)]
-        alive = tuple(leaves * _longer(depth, median, spread) for depth in depths)
+        alive = tuple(leaves * longer(depth, median, spread) for depth in depths)
         fan = [_fan(cfg, depth) for depth in depths]
         paths = tuple(min(width, living) if living >= 1 else living for width, living in zip(fan, alive, strict=True))
         return cls(leaves, prompt, sum(alive) * stretch / leaves, stretch, paths, alive)
@@ -101,19 +101,19 @@ def _fan(cfg: Config, depth: float) -> float:
     return min(leaves, (low + high) / 2 * float(branching.factor) ** min(level, 64))
 
 
-def _longer(depth: float, median: float, spread: float) -> float:
+def longer(depth: float, median: float, spread: float) -> float:
     """Share of responses that are longer than `depth` tokens."""
     return 0.5 * math.erfc((math.log(depth) - math.log(median)) / (spread * math.sqrt(2)))
 
 
 @functools.lru_cache(maxsize=64)
-def _median(mean: float, spread: float, longest: int) -> float:
+def median_of(mean: float, spread: float, longest: int) -> float:
     """The median of which the mean, cut at `longest`, is `mean`."""
     low, high = 0.01, 1000.0 * longest
     stretch = longest / STRETCHES
     for _ in range(60):
         middle = math.sqrt(low * high)
-        cut = sum(_longer((index + 0.5) * stretch, middle, spread) for index in range(STRETCHES)) * stretch
+        cut = sum(longer((index + 0.5) * stretch, middle, spread) for index in range(STRETCHES)) * stretch
         low, high = (middle, high) if cut < mean else (low, middle)
     return math.sqrt(low * high)
 
