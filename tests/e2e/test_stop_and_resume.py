@@ -1,7 +1,7 @@
 """A run that is asked to stop, and goes on later, equals one that was left alone: bit for bit, metrics and weights.
 
 Long trees are carried over from step to step, so that a checkpoint has unfinished ones to keep: trunks on their way,
-and trees whose branches have started at uncertain steps of reasoning.
+and trees whose branches have started at uncertain steps of reasoning. Leaves are dealt to the prompts with signal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def command(run_dir: Path) -> list[str]:
         *(
             "rollout.partial_rollout=24",
             *("rollout.branching.at=fork", "rollout.branching.fork.draw=other", "rollout.branching.fork.waves=2"),
-            *("rollout.segment.length=12", "rollout.segment.end=[';']"),
+            *("rollout.segment.length=12", "rollout.segment.end=[';']", "rollout.branching.initial=[2,2]"),
+            *("rollout.leaves=adaptive", "rollout.first_leaves=4"),
             "train.prefix_sharing=tree",
             "algo.kl_loss_coef=0.05",
             "train.ppo_epochs=2",
@@ -84,5 +85,6 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert sum(row["rollout/trees_carried_over"] for row in numbers(whole)) > STEPS, "checkpoints keep unfinished trees"
     assert any(row["rollout/stale_token_share"] > 0.1 for row in numbers(whole))
     assert all(row["tree/forks"] > 0 for row in numbers(whole) if row["rollout/prompts_trained"])
+    assert max(row["tree/leaves_per_prompt_max"] for row in numbers(whole)) > 8, "some trees have grown on"
     a, b = (load_file(d / "hf" / "model.safetensors") for d in (stopped, whole))
     assert a.keys() == b.keys() and all(a[n].equal(b[n]) for n in a)
