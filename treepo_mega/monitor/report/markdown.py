@@ -39,10 +39,11 @@ def render(runs: Sequence[Seen], baselines: Sequence[Seen], found: Comparison, c
     parts += [f"- {plain(note)}" for note in dict.fromkeys([*said, *found.notes, *charged.problems, *charged.notes])]
     rows = []
     for seen in everyone:
-        f = seen.figures
-        steps = "-" if f["first_step"] is None else f"{f['first_step']} to {f['last_step']}"
-        gains = (trend(f, *REWARD), trend(f, *ACCURACY), trend(f, "eval/accuracy"))
-        rows.append((plain(f["run"]), plain(f["status"]), steps, *gains, shown(f["token_ratio"]), shown(f["hours"])))
+        figures = seen.figures
+        steps = "-" if figures["first_step"] is None else f"{figures['first_step']} to {figures['last_step']}"
+        gains = (trend(figures, *REWARD), trend(figures, *ACCURACY), trend(figures, "eval/accuracy"))
+        spent = (shown(figures["token_ratio"]), shown(figures["hours"]))
+        rows.append((plain(figures["run"]), plain(figures["status"]), steps, *gains, *spent))
     head = ("run", "status", "steps", "reward", "accuracy", "eval accuracy", "token ratio", "hours")
     parts += ["", table(head, rows)]
     if baselines:
@@ -52,7 +53,8 @@ def render(runs: Sequence[Seen], baselines: Sequence[Seen], found: Comparison, c
             parts += _run(seen)
     if charged.jobs:
         jobs = [
-            (plain(j.job), plain(j.name), plain(j.state), shown(j.elapsed_s), shown(j.gpu_hours)) for j in charged.jobs
+            (plain(job.job), plain(job.name), plain(job.state), shown(job.elapsed_s), shown(job.gpu_hours))
+            for job in charged.jobs
         ]
         parts += ["", "## What Slurm charged", "", table(("job", "name", "state", "seconds", "GPU-hours"), jobs)]
     return "\n".join(parts) + "\n"
@@ -71,29 +73,33 @@ def _comparison(found: Comparison) -> list[str]:
 
 
 def _run(seen: Seen) -> list[str]:
-    f = seen.figures
-    unit = f["unit"]
+    figures = seen.figures
+    unit = figures["unit"]
     phases = [
-        (plain(p["name"]), f"{p['share']:.1%}", shown(p["hours"]), shown(p["total"]), shown(p["p50"]), shown(p["p95"]))
-        for p in f["phases"]
+        (plain(part["name"]), f"{part['share']:.1%}", *(shown(part[key]) for key in ("hours", "total", "p50", "p95")))
+        for part in figures["phases"]
     ]
-    bars = [(plain(b["name"]), shown(b["hours"]), plain(b["note"])) for b in f["waterfall"]]
-    rates = f["throughput"]
+    bars = [(plain(bar["name"]), shown(bar["hours"]), plain(bar["note"])) for bar in figures["waterfall"]]
+    rates = figures["throughput"]
     speeds = [(name, *(shown(rates[name][rate]) for rate in RATES)) for name in PHASES if name in rates]
-    figures = [(plain(k), shown(v)) for k, v in [*f["tokens"].items(), *f["medians"].items(), *f["totals"].items()]]
+    counted = [*figures["tokens"].items(), *figures["medians"].items(), *figures["totals"].items()]
+    values = [(plain(name), shown(value)) for name, value in counted]
+    values += [(plain(name), plain(value)) for name, value in cost_rows(figures)]
     heads = ("phase", "unique tokens/s per GPU", "flat", "TFLOP/s per GPU", "MFU", "HFU")
     parts = [
-        *("", f"## Where the {unit} of {plain(f['run'])} went", ""),
+        *("", f"## Where the {unit} of {plain(figures['run'])} went", ""),
         table(("phase", "share", unit, "seconds", "p50", "p95"), phases),
         *("", table(("from perfect to measured", unit, "from"), bars)),
     ]
     if speeds:
         parts += ["", table(heads, speeds)]
-    if f["plan"]:
-        planned = [(plain(r["what"]), shown(r["measured"]), shown(r["planned"]), ratio(r)) for r in f["plan"]]
+    if figures["plan"]:
+        planned = [
+            (plain(row["what"]), shown(row["measured"]), shown(row["planned"]), ratio(row)) for row in figures["plan"]
+        ]
         parts += ["", table(("against the plan", "measured", "planned", "measured / planned"), planned)]
-    parts += ["", table(("figure", "value"), [*figures, *((plain(k), plain(v)) for k, v in cost_rows(f))])]
+    parts += ["", table(("figure", "value"), values)]
     if seen.stragglers.ranks:
-        slow = [(f"rank {r.rank}", str(r.last), shown(r.waiting_s)) for r in seen.stragglers.ranks[:8]]
+        slow = [(f"rank {row.rank}", str(row.last), shown(row.waiting_s)) for row in seen.stragglers.ranks[:8]]
         parts += ["", table(("rank", "came last, rounds", "waiting, s"), slow)]
     return parts

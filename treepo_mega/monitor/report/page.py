@@ -44,7 +44,8 @@ class Charts:
 
 def document(title: str, body: str, charts: Charts, *, refresh_s: float | None = None) -> str:
     """A page around `body`, which is HTML already, with the figures of `charts`. `refresh_s`: it reloads itself."""
-    plotly, own = plotly_script(), (FOLDER / "page.js").read_text(encoding="utf-8")
+    plotly = plotly_script()
+    own = (FOLDER / "page.js").read_text(encoding="utf-8")
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
     scripts = [plotly, own] if charts.figures or refresh_s else []
     allowed = " ".join(f"'sha256-{_digest(one)}'" for one in scripts) or "'none'"

@@ -86,19 +86,19 @@ def _overview(everyone: Sequence[Seen]) -> str:
     )
     rows = []
     for place, seen in enumerate(everyone):
-        f = seen.figures
+        figures = seen.figures
         rows.append(
             (
-                f'<span class="key" style="background:{colour(place)}"></span>{escape(f["run"])}',
-                escape(f["status"]),
-                "-" if f["first_step"] is None else f"{f['first_step']} to {f['last_step']}",
-                trend(f, *REWARD),
-                trend(f, *ACCURACY),
-                trend(f, "eval/accuracy"),
-                shown(f["token_ratio"]),
-                f"{shown(f['hours'])} {f['unit']}",
-                shown(f["medians"].get("perf/step_s"), " s"),
-                shown(f["medians"].get("reshard/gb_per_s"), " GB/s"),
+                f'<span class="key" style="background:{colour(place)}"></span>{escape(figures["run"])}',
+                escape(figures["status"]),
+                "-" if figures["first_step"] is None else f"{figures['first_step']} to {figures['last_step']}",
+                trend(figures, *REWARD),
+                trend(figures, *ACCURACY),
+                trend(figures, "eval/accuracy"),
+                shown(figures["token_ratio"]),
+                f"{shown(figures['hours'])} {figures['unit']}",
+                shown(figures["medians"].get("perf/step_s"), " s"),
+                shown(figures["medians"].get("reshard/gb_per_s"), " GB/s"),
             )
         )
     return table(head, rows)
@@ -159,22 +159,22 @@ def saving_text(key: tuple[str, str], one: Saving | str, unit: str) -> str:
 
 
 def _run(seen: Seen, charts: Charts) -> str:
-    f = seen.figures
-    unit = f["unit"]
-    parts = [f"<h2>Where the {unit} of {escape(f['run'])} went</h2>"]
-    devices = "" if f["gpus"] is None else f", {f['gpus']:g} {'GPUs' if seen.spent.on_gpu else 'ranks'}"
+    figures = seen.figures
+    unit = figures["unit"]
+    parts = [f"<h2>Where the {unit} of {escape(figures['run'])} went</h2>"]
+    devices = "" if figures["gpus"] is None else f", {figures['gpus']:g} {'GPUs' if seen.spent.on_gpu else 'ranks'}"
     about = "" if seen.spent.on_gpu else " Without a GPU a rank counts as one core."
-    parts.append(f'<p class="note">{f["wall_s"]:.4g} s from the first line to the last{devices}.{about}</p>')
+    parts.append(f'<p class="note">{figures["wall_s"]:.4g} s from the first line to the last{devices}.{about}</p>')
     parts.append(charts.place("Seconds a step by phase", stacked_hours(seen)))
     rows = [
         (
-            f'<span class="key" style="background:{colour(place)}"></span>{escape(p["name"])}',
-            *(f"{p['share']:.1%}", shown(p["hours"]), shown(p["total"], " s"), shown(p["p50"], " s")),
-            *(shown(p["p95"], " s"), str(p["steps"])),
+            f'<span class="key" style="background:{colour(place)}"></span>{escape(part["name"])}',
+            *(f"{part['share']:.1%}", shown(part["hours"]), shown(part["total"], " s"), shown(part["p50"], " s")),
+            *(shown(part["p95"], " s"), str(part["steps"])),
         )
-        for place, p in enumerate(f["phases"])
+        for place, part in enumerate(figures["phases"])
     ]
-    rows.append(("all", "100 %", shown(f["hours"]), shown(f["wall_s"], " s"), "", "", ""))
+    rows.append(("all", "100 %", shown(figures["hours"]), shown(figures["wall_s"], " s"), "", "", ""))
     head = ("phase", "share", unit, "seconds", "p50", "p95", "steps")
     parts.append(table(head, rows, marked=[len(rows) - 1]))
     parts.append("<h3>From perfect to measured</h3>")
@@ -183,12 +183,13 @@ def _run(seen: Seen, charts: Charts) -> str:
             f"{unit}, from flat trajectories without a loss to what was measured", waterfall_chart(seen), tall=True
         )
     )
-    bars = f["waterfall"]
-    steps = [
-        (escape(b["name"]), f"{b['hours']:+.4g}" if not b["is_total"] else shown(b["hours"]), escape(b["note"]))
-        for b in bars
-    ]
-    parts.append(table(("", unit, "from"), steps, text=(2,), marked=[i for i, b in enumerate(bars) if b["is_total"]]))
+    bars = figures["waterfall"]
+    steps = []
+    for bar in bars:
+        hours = shown(bar["hours"]) if bar["is_total"] else f"{bar['hours']:+.4g}"
+        steps.append((escape(bar["name"]), hours, escape(bar["note"])))
+    totals = [place for place, bar in enumerate(bars) if bar["is_total"]]
+    parts.append(table(("", unit, "from"), steps, text=(2,), marked=totals))
     parts += [_throughput(seen, charts), _plan(seen), _figures(seen), _stragglers(seen)]
     return "".join(parts)
 
@@ -220,22 +221,25 @@ def ratio(row: dict[str, Any]) -> str:
 
 
 def _figures(seen: Seen) -> str:
-    f = seen.figures
+    figures = seen.figures
     parts = []
-    tokens = [(f"{name} tokens", shown(value)) for name, value in f["tokens"].items()]
-    ratio = [("unique / flat tokens", shown(f["token_ratio"]))]
-    medians = [(escape(name), shown(value)) for name, value in f["medians"].items()]
+    tokens = [(f"{name} tokens", shown(value)) for name, value in figures["tokens"].items()]
+    shared = [("unique / flat tokens", shown(figures["token_ratio"]))]
+    medians = [(escape(name), shown(value)) for name, value in figures["medians"].items()]
     parts.append("<h3>Tokens and refit</h3>")
     parts.append('<p class="note">Sums over the run for tokens, medians over its steps for the others.</p>')
-    parts.append(table(("figure", "value"), [*tokens, *ratio, *medians]))
-    if f["idle"]:
-        causes = [(CAUSES[cause], f"{share:.1%}") for cause, share in f["idle"].items()]
+    parts.append(table(("figure", "value"), [*tokens, *shared, *medians]))
+    if figures["idle"]:
+        causes = [(CAUSES[cause], f"{share:.1%}") for cause, share in figures["idle"].items()]
         parts.append("<h3>Empty room of the engines</h3>" + table(("cause", "share of their room"), causes))
-    if f["memory"]:
-        rows = [(escape(m["name"]), shown(m["p50"]), shown(m["max"])) for m in f["memory"]]
+    if figures["memory"]:
+        rows = [(escape(one["name"]), shown(one["p50"]), shown(one["max"])) for one in figures["memory"]]
         parts.append("<h3>Memory, GiB</h3>" + table(("what", "median", "largest"), rows))
-    parts.append("<h3>Energy, cost and gain</h3>" + table(("figure", "value"), cost_rows(f)))
-    faults = [(escape(k), f'<span class="{"bad" if v else ""}">{short(v)}</span>') for k, v in f["totals"].items()]
+    parts.append("<h3>Energy, cost and gain</h3>" + table(("figure", "value"), cost_rows(figures)))
+    faults = [
+        (escape(name), f'<span class="{"bad" if value else ""}">{short(value)}</span>')
+        for name, value in figures["totals"].items()
+    ]
     if faults:
         parts.append(f"<h3>Faults</h3>{table((FAULTS, 'total'), faults)}")
     return "".join(parts)
@@ -265,8 +269,8 @@ def _stragglers(seen: Seen) -> str:
         said = "".join(f'<p class="note">{escape(note)}</p>' for note in slow.notes)
         return f"<h3>Stragglers</h3>{said}"
     rows = [
-        (f"rank {r.rank}", str(r.last), shown(r.sampling_s, " s"), shown(r.waiting_s, " s"))
-        for r in slow.ranks[:RANKS_SHOWN]
+        (f"rank {row.rank}", str(row.last), shown(row.sampling_s, " s"), shown(row.waiting_s, " s"))
+        for row in slow.ranks[:RANKS_SHOWN]
     ]
     spread = [(escape(name), *(shown(value, " s") for value in ends)) for name, ends in slow.phases.items()]
     about = f"{slow.world} ranks, {slow.rounds} rounds of sampling, of the steps of logging.trace_steps."
