@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import resource
 import sys
@@ -95,11 +96,12 @@ def plan_many() -> tuple[float, float]:
     return time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def time_of(directory: Path) -> list[dict[str, Any]]:
-    """Rows of the run that is planned by what another one measured."""
+def time_of(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of time, and that of memory, of the run that is planned by what another one measured."""
     import runs
 
-    short = ["train.num_rollouts=5", "eval.interval=0"]
+    # Enough steps of the first run for a line through their seconds.
+    short = ["train.num_rollouts=12", "eval.interval=0"]
     wide = ["rollout.rollout_batch_size=24", "train.max_tokens_per_gpu=2048"]
     cluster = Cluster(gpu_of("CPU"), 8, Rates())
     for name, overrides in (("first", []), ("second", wide)):
@@ -119,7 +121,11 @@ def time_of(directory: Path) -> list[dict[str, Any]]:
         rows.append({"case": "tiny, 8 to 24 prompts", "phase": phase, "planned": planned, "measured": measured,
                      "ratio": round(planned / measured, 3)})  # fmt: skip
         print(f"tiny: {phase:<14}{planned:>9.3f}{measured:>9.3f} CPU s{planned / measured:>8.3f}", flush=True)
-    return rows
+    planned, measured = plan.memory.peak / GIB, second.resident_gib
+    ratio = round(planned / measured, 3) if measured else math.inf
+    print(f"tiny: resident {planned:.3f} {measured:.3f} GiB {ratio:.3f}", flush=True)
+    kept = {"case": "tiny, 8 to 24 prompts", "rank": 0, "phase": "resident"}
+    return rows, {**kept, "planned": plan.memory.peak, "proven": measured * GIB, "ratio": ratio}
 
 
 def main() -> int:
@@ -138,7 +144,8 @@ def main() -> int:
         for index, name in enumerate(names):
             memory += memory_of(name, Path(scratch) / f"model{index}")
         if not (args.quick or args.no_runs):
-            timed = time_of(Path(scratch) / "runs")
+            timed, resident = time_of(Path(scratch) / "runs")
+            memory.append(resident)
     exact = [
         name for name in names
         if all(row["planned"] == row["proven"] for row in memory if row["case"] == name and row["phase"] in HELD)
@@ -146,6 +153,7 @@ def main() -> int:
     met = (
         len(exact) == len(names)
         and all(abs(row["ratio"] - 1) <= 0.1 for row in memory if row["phase"] in PEAKS)
+        and all(abs(row["ratio"] - 1) <= 0.15 for row in memory if row["phase"] == "resident")
         and all(abs(row["ratio"] - 1) <= 0.25 for row in timed)
         and seconds < 30
         and mib < 2048

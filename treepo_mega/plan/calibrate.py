@@ -21,15 +21,24 @@ from treepo_mega.config import Config, load_config
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.rows import METRICS_FILE, read_metrics
-from treepo_mega.plan.hardware import Rates
+from treepo_mega.plan.hardware import GIB, Rates
 from treepo_mega.plan.layout import Held, Layout, held_bytes
 from treepo_mega.plan.lengths import Lengths
+from treepo_mega.plan.memory import plan_memory
 from treepo_mega.plan.refit import link_speeds, plan_refit
 from treepo_mega.plan.seconds import phase_seconds, tree_shape
 from treepo_mega.plan.timing import Cluster, training_work
 
 Clock = Literal["timing_s", "cpu_s"]
 """timing_s: wall time. cpu_s: CPU time of the first rank's process, where a machine is shared."""
+
+
+FEWEST_STEPS = 4
+"""Steps from which a line is laid through their seconds."""
+LEAST_SPREAD = 0.03
+"""Deviation of the steps' tokens / their mean, below which no line is."""
+MOST_FIXED = 0.9
+"""Of a phase's seconds: noise could say that tokens cost nothing."""
 
 
 class CalibrationError(TreepoError):
@@ -46,6 +55,8 @@ class Calibration:
     lengths: Lengths
     measured: dict[str, float]
     """Mean seconds of each phase."""
+    resident_gib: float = 0.0
+    """Most resident memory of the node's first rank and its graders; 0: not measured."""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -96,7 +107,32 @@ def calibrate_rows(
     layout = Layout.of(cfg, world)
     lengths = _lengths(cfg, mean)
     held = held_bytes(cfg, spec, layout, layout.place(0))
-    return Calibration(run, world, _rates(cfg, spec, layout, cluster, lengths, held, measured), lengths, measured)
+    fixed = fixed_seconds(
+        [(row["perf/packed_tokens"], row[f"{clock}/update"]) for row in steps if row.get(f"{clock}/update")]
+    )
+    rates = _rates(cfg, spec, layout, cluster, lengths, held, measured, fixed)
+    resident = max((row.get("host/rss_gib_max") or 0.0 for row in steps), default=0.0)
+    if cluster.gpu.is_cpu and resident > 0:
+        peak = plan_memory(cfg, spec, layout, dataclasses.replace(cluster, rates=rates)).peak / GIB
+        rates = rates.replace(runtime_gib=max(0.1, rates.runtime_gib + resident - peak))
+    return Calibration(run, world, rates, lengths, measured, resident)
+
+
+def fixed_seconds(points: Sequence[tuple[float, float]]) -> float:
+    """Of (tokens, seconds) of steps: the seconds that do not grow with tokens, by least squares; 0 where none are seen.
+
+    >>> fixed_seconds([(100, 3.0), (200, 5.0), (300, 7.0), (400, 9.0)])
+    1.0
+    """
+    if len(points) < FEWEST_STEPS:
+        return 0.0
+    mean_tokens = sum(tokens for tokens, _ in points) / len(points)
+    mean_seconds = sum(seconds for _, seconds in points) / len(points)
+    spread = sum((tokens - mean_tokens) ** 2 for tokens, _ in points)
+    if spread < len(points) * (LEAST_SPREAD * mean_tokens) ** 2:
+        return 0.0
+    slope = sum((tokens - mean_tokens) * (seconds - mean_seconds) for tokens, seconds in points) / spread
+    return min(max(0.0, mean_seconds - slope * mean_tokens), MOST_FIXED * mean_seconds)
 
 
 def _lengths(cfg: Config, mean: Any) -> Lengths:
@@ -134,6 +170,7 @@ def _rates(
     lengths: Lengths,
     held: Held,
     measured: dict[str, float],
+    fixed: float,
 ) -> Rates:
     """Each rate such that its phase takes what was measured; phases that took nothing keep theirs."""
     nodes = min(layout.world, cluster.ranks_per_node)
@@ -145,7 +182,8 @@ def _rates(
         here = dataclasses.replace(cluster, rates=rates)
         return phase_seconds(cfg, spec, layout, here, lengths, held=held, kv_budget=budget, refit_s=links)
 
-    rates = cluster.rates
+    passes = cfg.train.num_steps_per_rollout * cfg.train.ppo_epochs
+    rates = cluster.rates.replace(pass_s=max(cluster.rates.pass_s, fixed / passes))
     if measured["update"] > 0:
         # Part of an update does not depend on these rates: a few rounds come as near as one wants.
         for _ in range(20):

@@ -102,6 +102,7 @@ class Rates:
         60e-6, "seconds a layer and decode step, eager: 12 launches of 5 us, read in vLLM's layers"
     )
     forward: float = _assumed(1.0, "seconds of a pass without gradients / by `train`: the products are the same")
+    pass_s: float = _assumed(1e-9, "seconds of an optimizer step's passes whatever its tokens: little on a GPU")
     rollout: float = _assumed(1.0, "seconds of a rollout / by the rates above: what a measured run corrects")
     refit: float = _assumed(1.0, "seconds of a refit / what its links need: what a measured run corrects")
     reward_s: float = _assumed(1e-9, "seconds a trajectory that a step waits for graders: they run beside the engine")
@@ -113,9 +114,7 @@ class Rates:
     engine_gib: float = _assumed(
         4.0, "GiB of an engine beside weights and KV cache: batch, sampler, workspaces; a guess"
     )
-    runtime_gib: float = _assumed(
-        1.9, "GiB of a CPU rank's process with torch, Megatron and vLLM: measured, tiny model"
-    )
+    runtime_gib: float = _assumed(1.0, "GiB of a CPU rank and its graders: host/rss_gib of the demo model's runs")
     response: float = _assumed(0.45, "mean response / rollout.max_response_len: a guess; --response-mean says it")
     spread: float = _assumed(0.6, "deviation of log response length: long tails of reasoning models; a guess")
     prompt: float = _assumed(0.25, "mean prompt / data.max_prompt_len: a guess; --prompt-mean says it")

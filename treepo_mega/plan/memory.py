@@ -62,6 +62,11 @@ class Memory:
     host: float
     """Bytes of host memory a node that hold what left the devices."""
 
+    @property
+    def peak(self) -> float:
+        """Bytes of the fullest phase."""
+        return max(phase.total for phase in self.phases)
+
     def problems(self) -> list[str]:
         """A sentence for each phase that does not fit."""
         out = []
@@ -126,7 +131,8 @@ def plan_memory(cfg: Config, spec: ModelSpec, layout: Layout, cluster: Cluster) 
             stage: [*state[stage], *asleep, ("activations", rates.allocator * getattr(peaks[stage], name))]
             for stage in stages
         }
-    bucket = [("refit buffers", float(BUFFERS * (cfg.reshard.bucket_mb << 20)))]
+    # A model that is smaller than a bucket goes in one.
+    bucket = [("refit buffers", BUFFERS * min(weights, float(cfg.reshard.bucket_mb << 20)))]
     refit = {stage: (state[stage] if gpu.is_cpu else []) + engine[:1] + bucket for stage in stages}
     phases = [
         phase("reshard", refit),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from treepo_mega.config import Config
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.monitor.flops import UPDATE
 from treepo_mega.plan.layout import Held, Layout
 from treepo_mega.plan.lengths import Lengths
 from treepo_mega.plan.timing import (
@@ -49,14 +50,17 @@ def phase_seconds(
     engine = Engine.of(cfg, spec, kv_budget, shape.prompt + shape.response / 2)
     trees = cfg.rollout.rollout_batch_size * max(1.0, cfg.rollout.oversample) / lengths.kept * lengths.sampled
     prefill, decode = rollout_seconds(cfg, spec, layout, cluster, engine, shape, trees)
-    forward = rates.forward * pass_seconds(cfg, spec, layout, cluster, work, phase="old_logprobs", passes=1)
+    forward = pass_seconds(cfg, spec, layout, cluster, work, phase="old_logprobs", passes=1)
+    fixed = rates.pass_s * cfg.train.num_steps_per_rollout
+    # A forward pass has a third of an update's operations, and so of its launches.
+    forward = rates.forward * (forward + fixed / UPDATE)
     passes, steps = update_seconds(cfg, spec, layout, cluster, work, held)
     times = dict.fromkeys(PHASES, 0.0)
     times["rollout"] = rates.rollout * (prefill + decode)
     times["reward"] = rates.reward_s * cfg.rollout.rollout_batch_size * shape.leaves / lengths.kept
     times["old_logprobs"] = old_share(cfg) * forward
     times["ref_logprobs"] = forward if cfg.needs_reference else 0.0
-    times["update"] = passes + steps
+    times["update"] = passes + steps + cfg.train.ppo_epochs * fixed
     times["reshard"] = rates.refit * refit_s
     if not cluster.gpu.is_cpu:
         # The optimizer's state goes to the host and back; gradients come back as zeros.
