@@ -46,6 +46,6 @@ def phase_table(metrics: Mapping[str, float], title: str) -> Table | None:
     if shares:
         rollout = seconds.get("rollout", 0.0)
         table.add_row("engines: busy", "", f"{1 - sum(shares.values()):.1%}", "")
-        for name, share in shares.items():
-            table.add_row(f"engines idle: {CAUSES[name]}", f"{share * rollout:.2f}", f"{share:.1%}", "")
+        for name, empty in shares.items():
+            table.add_row(f"engines idle: {CAUSES[name]}", f"{empty * rollout:.2f}", f"{empty:.1%}", "")
     return table

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 
-from treepo_mega.data.rewards.pool import Tally
+from treepo_mega.data.rewards.items import Tally
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import dist
 from treepo_mega.text.server_name import server_of

@@ -36,15 +36,13 @@ from typing import TYPE_CHECKING, Any
 
 from treepo_mega.data.rewards.flight_grader import FlightGrader
 from treepo_mega.data.rewards.grader import Grader, GraderFailed
-from treepo_mega.data.rewards.items import Pending, RewardItem, RewardResult, Tally, Trajectory
+from treepo_mega.data.rewards.items import Pending, RewardItem, RewardResult, Tally
 from treepo_mega.data.rewards.verifiers import BUILT_IN, Kind, VerifierError, check_verifier, kind_of
 from treepo_mega.errors import nearest
 from treepo_mega.text.server_name import server_of
 
 if TYPE_CHECKING:
     from treepo_mega.config import RewardConfig
-
-__all__ = ["RewardItem", "RewardPool", "RewardResult", "Tally", "Trajectory"]
 
 ATTEMPTS = 2
 """Times an item is tried when its worker hangs or dies."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from treepo_mega.data.rewards.pool import RewardItem, RewardResult
+from treepo_mega.data.rewards.items import RewardItem, RewardResult
 from treepo_mega.data.rewards.returned import OWN_METRICS
 from treepo_mega.data.rewards.truths import check_truth
 from treepo_mega.data.rewards.verifiers import BUILT_IN, VerifierError, check_verifier
