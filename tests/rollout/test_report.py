@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,13 +22,13 @@ COLUMNS = (st.booleans(), st.integers(-(2**40), 2**40), st.integers(0, 9), st.fl
 VALUES = (*COLUMNS, st.dictionaries(st.text("ab/", max_size=2), st.lists(st.integers(0, 3), max_size=2), max_size=2))
 
 
-def jobs_of(names):
+def jobs_of(names: list[str]) -> Any:
     return [SimpleNamespace(prompt=SimpleNamespace(id=name)) for name in names]
 
 
 @examples(60)
 @given(st.data())
-def test_rows_come_back_as_they_were(data):
+def test_rows_come_back_as_they_were(data: Any) -> None:
     count = data.draw(st.integers(0, 20))
     kinds = data.draw(st.lists(st.sampled_from([*VALUES, st.one_of(*VALUES)]), max_size=4))
     rows = {
@@ -39,7 +40,7 @@ def test_rows_come_back_as_they_were(data):
 
 @examples(30)
 @given(forests())
-def test_trees_come_with_what_needs_contents(trees):
+def test_trees_come_with_what_needs_contents(trees: list[Tree]) -> None:
     cfg = load_config(None, ["model.hf_checkpoint=x", "data.train=[{path: x}]", "train.prefix_sharing=content"])
     for tree in trees:
         complete(tree, cfg, home=3)
@@ -53,7 +54,7 @@ def test_trees_come_with_what_needs_contents(trees):
         assert far == tree
 
 
-def test_ranks_of_an_engine_that_sampled_unlike_are_named():
+def test_ranks_of_an_engine_that_sampled_unlike_are_named() -> None:
     near = Tree.start("p4", [1, 2])
     near.add_child(0).tokens = [5]
     (far,) = (row["tree"] for row in heard(told({0: {"tree": near}}), jobs_of(["p4"]), home=0).values())
