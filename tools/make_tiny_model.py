@@ -34,7 +34,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -276,8 +276,8 @@ class Judge:
         for row in rows:
             by_length.setdefault(len(self.encode(row["prompt"])), []).extend([row] * samples)
         for same in by_length.values():
-            texts, _ = self.respond([r["prompt"] for r in same], None if greedy else generator)
-            right += sum(self.grade(text, row) for text, row in zip(texts, same, strict=True))
+            responses, _ = self.respond([r["prompt"] for r in same], None if greedy else generator)
+            right += sum(self.grade("".join(said), row) for said, row in zip(responses, same, strict=True))
         return right / (len(rows) * samples)
 
     def both(self, rows: list[dict[str, str]], *, samples: int) -> dict[str, float]:
@@ -288,8 +288,8 @@ class Judge:
         }
 
     @torch.no_grad()
-    def respond(self, prompts: list[str], generator: torch.Generator | None) -> tuple[list[str], torch.Tensor]:
-        """Responses to prompts of one length, up to their end mark; greedy without a generator.
+    def respond(self, prompts: list[str], generator: torch.Generator | None) -> tuple[list[list[str]], torch.Tensor]:
+        """Responses to prompts of one length as symbols, up to their end mark; greedy without a generator.
 
         Beside them the entropy before each drawn token, nats, [prompts, limit]; it goes on behind the end mark.
         """
@@ -306,8 +306,8 @@ class Judge:
             drawn.append(tokens)
             entropies.append(torch.distributions.Categorical(logits=logits).entropy())
         rows = torch.cat(drawn, 1).tolist()
-        texts = ["".join(self.symbols[t] for t in itertools.takewhile(lambda t: t != EOS, row)) for row in rows]
-        return texts, torch.stack(entropies, 1)
+        said = [[self.symbols[t] for t in itertools.takewhile(lambda t: t != EOS, row)] for row in rows]
+        return said, torch.stack(entropies, 1)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -315,19 +315,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def warm_start(
-    cfg: Config,
-    directory: Path,
-    args: argparse.Namespace,
-    judge: Judge,
-    batch_of: Callable[[int, int], list[Trajectory]] = supervised_batch,
-    gate: Gate = GATE,
-    first: int = 1,
-) -> list[dict[str, float]]:
-    """Supervised steps through the Megatron actor until `gate` is met; then `directory` holds the weights.
+def warm_start(cfg: Config, directory: Path, args: argparse.Namespace, judge: Judge) -> list[dict[str, float]]:
+    """Supervised steps through the Megatron actor until GATE is met; then `directory` holds the weights.
 
-    `batch_of(step, seed)` gives a step's solutions; nothing is measured before step `first`. Returns one row per
-    measurement and leaves the weights in `judge`. Raises WarmStartFailed when `args.steps` were not enough.
+    Returns one row per measurement and leaves the weights in `judge`. Raises WarmStartFailed when `args.steps` were
+    not enough.
     """
     dist.initialize(cfg, ModelSpec.from_hf(directory))
     actor = Actor(cfg, directory)
@@ -344,11 +336,11 @@ def warm_start(
     with progress_bar() as bar:
         job = bar.add_task("warm start", total=args.steps, note="")
         for step in range(1, args.steps + 1):
-            batch = batch_of(step, args.seed)
+            batch = supervised_batch(step, args.seed)
             plan = plan_step(batch, dp_size=1, dp_rank=0, max_tokens=cfg.train.max_tokens_per_gpu, multiple=1)
             stats = actor.update(plan.packs, SupervisedLoss())
             bar.update(job, advance=1, note=f"loss {stats['loss']:.3f}")
-            if (step % args.eval_interval or step < first) and step != args.steps:
+            if step % args.eval_interval and step != args.steps:
                 continue
             weights = {name: torch.empty(shape) for name, shape in hf_shapes(actor.spec).items()}
             resharder([local_params(m) for m in actor.models], TensorTarget([weights]))
@@ -356,11 +348,11 @@ def warm_start(
             accuracy = judge.both(problems, samples=2)
             history.append({"step": step, "loss": stats["loss"], **accuracy})
             bar.console.print(f"step {step:5d}  loss {stats['loss']:.3f}" + _shares(accuracy))
-            if gate.met(accuracy):
+            if GATE.met(accuracy):
                 save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
                 return history
     raise WarmStartFailed(
-        f"after {args.steps} steps accuracy is {history[-1]}, outside the window {asdict(gate)}: "
+        f"after {args.steps} steps accuracy is {history[-1]}, outside the window {asdict(GATE)}: "
         "give more --steps or another --seed"
     )
 
@@ -397,23 +389,16 @@ def _kinds(rows: list[dict[str, str]]) -> list[str]:
     return sorted({r["data_source"] for r in rows})
 
 
-def parse_args(
-    argv: Sequence[str] | None = None,
-    *,
-    description: str | None = __doc__,
-    steps: int = 1600,
-    eval_interval: int = 50,
-    eval_prompts: int = 256,
-) -> argparse.Namespace:
-    """The command line, with another tool's description and defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to make; must not exist yet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--steps", type=int, default=steps, help="most optimizer steps; the learning rate decays over them"
+        "--steps", type=int, default=1600, help="most optimizer steps; the learning rate decays over them"
     )
-    parser.add_argument("--eval-interval", type=int, default=eval_interval, help="steps between measurements")
-    parser.add_argument("--eval-prompts", type=int, default=eval_prompts, help="held-out problems of a measurement")
+    parser.add_argument("--eval-interval", type=int, default=50, help="steps between measurements")
+    parser.add_argument("--eval-prompts", type=int, default=256, help="held-out problems of a measurement")
     args = parser.parse_args(argv)
     for name in ("steps", "eval_interval", "eval_prompts"):
         if getattr(args, name) < 1:

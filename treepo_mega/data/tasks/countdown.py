@@ -42,7 +42,7 @@ COUNT = 4
 ATTEMPTS = 5
 """Attempts of the teacher before it gives up."""
 LOWEST_TARGET = 10
-CHANCE = (0.01, 0.06)
+CHANCE = (0.04, 0.2)
 """Bounds, both included, of `chance` for a problem that is drawn."""
 RESPONSE_TOKENS = ATTEMPTS * (4 * COUNT - 2)
 """Tokens of the longest trace, its end mark included: an attempt is 4 * COUNT - 3, and a mark follows each."""
