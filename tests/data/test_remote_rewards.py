@@ -129,13 +129,12 @@ def test_the_server_says_how_long_to_wait(pool: RewardPool) -> None:
 
 def test_many_requests_are_in_flight_and_no_more_than_allowed(server: RewardServer) -> None:
     with RewardPool(config(server, "slow", in_flight=16, cache_entries=0)) as pool:
-        started = time.monotonic()
         tickets = pool.submit([item("slow", f"{index} 4") for index in range(48)])
-        assert time.monotonic() - started < 1.5, "the engine does not wait"
-        assert [result.score for _, result in sorted(pool.wait().items())] == [1.0] * len(tickets)
-        seconds = time.monotonic() - started
+        early = pool.poll()
+        assert len(early) < len(tickets), "the engine does not wait"
+        results = early | pool.wait()
+        assert [results[ticket].score for ticket in tickets] == [1.0] * len(tickets)
     assert server.most_open["slow"] == 16
-    assert seconds < 48 * 0.2 / 3, "one by one it is 9.6 s"
 
 
 def test_a_server_that_hangs_costs_a_step_its_deadline_whatever_waits(server: RewardServer) -> None:
