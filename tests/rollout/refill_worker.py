@@ -1,7 +1,7 @@
 """One rank of test_refill.py: steps of a collector on fake engines, in each layout that the ranks allow.
 
 `refill_worker.py WHERE STEPS KEYS whole|killed`. State is kept under WHERE after each step, and a later start goes on
-from it. Rank 0 writes what each layout made to WHERE/<tp>.json. `killed`: all ranks die amid the last step.
+from it. Rank 0 writes what each layout made to WHERE/<tp>.json. `killed`: all ranks die amid the very last step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(where: Path, steps: int, keys: dict[str, Any], how: str) -> None:
     """See the module docstring."""
     torch.distributed.init_process_group("gloo")
     rank, ranks = dist.rank(), dist.world_size()
-    for tp in (1, 2):
+    for tp in (2, 1):
         engines = [torch.distributed.new_group(range(first, first + tp)) for first in range(0, ranks, tp)]
         cfg = fake_config(**keys, engine={"tensor_parallel_size": tp})
         # Ranks of one engine draw the same order of ends, and each engine another one.
@@ -47,7 +47,7 @@ def main(where: Path, steps: int, keys: dict[str, Any], how: str) -> None:
         if state.exists():
             load(collector, state.read_text())
         for step in range(len(lines), steps):
-            if how == "killed" and step == steps - 1:
+            if how == "killed" and (tp, step) == (1, steps - 1):
                 engine.at_step = (engine.steps + 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
             lines += said([collector.collect(step)])
             if rank == 0:
