@@ -5,6 +5,7 @@
 #   make test-slow [SHARD=1/3]  the slow lane, or a part of it
 #   make test-cuda-profile  the engine's tests on the scheduler and model runner that CUDA gets, without a GPU
 #   make test-gpu [ARGS="--budget-minutes 25"]  what only a GPU can show, in order; ARGS=--list prints the plan
+#   make test-curves        one short demo, held against recorded curves: for the night
 #   make coverage           the lines that `make test` runs, as a table and as pages in build/coverage
 #   make test-matrix        what the slow lane leaves out of its full product of layouts: for the night
 #   make lint               ruff, mypy, import contracts, the share of typed lines, the figures of style
@@ -26,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cuda-profile test-gpu test-matrix coverage lint docs clean
+.PHONY: help setup demo test test-slow test-cuda-profile test-gpu test-matrix test-curves coverage lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,6 +58,9 @@ test-gpu:
 
 test-matrix: setup
 	$(PYTEST) -m matrix $(ARGS)
+
+test-curves: setup
+	$(BIN)/python tools/curve_gate.py $(ARGS)
 
 # Apart from `make test`: Python 3.11 traces every line for it, which takes pure-Python tests nearly twice the time.
 coverage: setup
