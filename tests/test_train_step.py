@@ -70,7 +70,12 @@ def watched_trainer(directory: Path, steps: int) -> MagicMock:
         verb.return_value = {}
     trainer.telemetry.pop.return_value = {}
     trainer.stop.agreed.return_value = False
-    trainer.close.side_effect = trainer.records.close
+
+    def close(how):
+        trainer.status.close(how)
+        trainer.records.close()
+
+    trainer.close.side_effect = close
     return trainer
 
 

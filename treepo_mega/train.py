@@ -9,10 +9,9 @@ this is the only loop.
 
 from __future__ import annotations
 
-from typing import Any
-
 from treepo_mega.config import Config
 from treepo_mega.monitor.explain import why_nothing, why_rejected
+from treepo_mega.monitor.workload import throughput
 from treepo_mega.runtime.process import run_and_leave
 from treepo_mega.runtime.signals import STOPPED_EXIT_CODE
 from treepo_mega.trainer import Trainer
@@ -21,35 +20,27 @@ from treepo_mega.trainer import Trainer
 def train(cfg: Config) -> int:
     """Run the training that `cfg` describes; returns the exit code. Collective over all ranks."""
     trainer = Trainer(cfg)
-    try:
-        code = _train(trainer)
-    except BaseException as error:
-        trainer.status.close(f"failed with {type(error).__name__}")
-        raise
-    trainer.status.close("stopped, as asked" if code == STOPPED_EXIT_CODE else "finished")
-    return code
+    with trainer.status.watching():
+        return all_steps(trainer)
 
 
-def _train(trainer: Trainer) -> int:
-    """All steps; returns the exit code. Collective over all ranks."""
+def all_steps(trainer: Trainer) -> int:
+    """The steps that are left; returns the exit code."""
     cfg = trainer.cfg
     last = cfg.train.num_rollouts
     # Also proves that actor and engine agree before anything is sampled.
     first_refit = trainer.memory.to_engine()
     trainer.startup("refit")
-    # Of this start, whether new or resumed: it goes with the first line that is written.
-    startup = trainer.startup.metrics()
     if trainer.step == 0 and cfg.eval.at_start:
-        trainer.records.log(0, first_refit | startup | evaluate(trainer, 0))
-        startup = {}
+        trainer.records.log(0, first_refit | trainer.startup.metrics() | evaluate(trainer, 0))
 
     for step in range(trainer.step, last):
         done = step + 1
         trainer.begin_step(step)
         with trainer.timers("step"):
-            metrics = startup | one_step(trainer, step)
-        startup = {}
-        metrics |= trainer.ranks.metrics(done)
+            metrics = one_step(trainer, step)
+        # Of this start, new or resumed: they go with the first line that is written, and are empty afterwards.
+        metrics |= trainer.startup.metrics() | trainer.ranks.metrics(done)
         times = trainer.timers.pop()
         metrics |= throughput(times, metrics) | trainer.workload.pop(times) | trainer.telemetry.pop()
         if is_evaluated(cfg, done):
@@ -65,12 +56,12 @@ def _train(trainer: Trainer) -> int:
             trainer.records.add_to_log(done, trainer.timers.pop())
         if asked_to_stop and done < last:
             trainer.progress.say(f"asked to stop: saved after step {done}")
-            trainer.close()
+            trainer.close("stopped, as asked")
             return STOPPED_EXIT_CODE
 
     if cfg.checkpoint.save_hf:
         trainer.export_hf()
-    trainer.close()
+    trainer.close("finished")
     return 0
 
 
@@ -128,12 +119,6 @@ def is_evaluated(cfg: Config, done: int) -> bool:
     if done == cfg.train.num_rollouts:
         return cfg.eval.at_end
     return bool(cfg.eval.interval) and done % cfg.eval.interval == 0
-
-
-def throughput(times: dict[str, float], metrics: dict[str, Any]) -> dict[str, float]:
-    """The step's times, and sampled response tokens per second, shared ones once."""
-    seconds = times["timing_s/step"]
-    return times | {"perf/step_s": seconds, "perf/tokens_per_s": metrics["tree/unique_tokens"] / max(seconds, 1e-9)}
 
 
 def main(cfg: Config) -> None:

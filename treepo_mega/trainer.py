@@ -195,8 +195,9 @@ class Trainer:
         """The actor's perplexity of the evaluation prompts' reference texts; the trainer has the memory."""
         return {"eval/perplexity": perplexity(self.actor, self.inputs.references, self.cfg)}
 
-    def close(self) -> None:
-        """Close logs and graders (not collective). The engine stays until the process ends."""
+    def close(self, how: str) -> None:
+        """Close logs and graders, and say `how` the run ended (not collective). The engine stays with the process."""
+        self.status.close(how)
         self.telemetry.close()
         self.records.close()
         self.progress.close()

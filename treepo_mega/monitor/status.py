@@ -17,6 +17,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,16 @@ class Status:
         except OSError:
             # A full or lost file system shows in the run's own files; a missing sign of life must not end it.
             self._changed = True
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """An exception inside is written down before it goes on."""
+        try:
+            yield
+        # Also SystemExit and KeyboardInterrupt: whoever looks must not take the rank for alive.
+        except BaseException as error:
+            self.close(f"failed with {type(error).__name__}")
+            raise
 
     def close(self, state: str) -> None:
         """Say how it ended, such as "finished"."""

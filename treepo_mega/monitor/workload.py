@@ -89,3 +89,9 @@ def rollout_work(metrics: dict[str, float]) -> Work:
         unique=metrics["tree/unique_tokens"] + metrics["tree/prompt_tokens"],
         flat=metrics["tree/flat_tokens"] + metrics["tree/flat_prompt_tokens"],
     )
+
+
+def throughput(times: dict[str, float], metrics: dict[str, float]) -> dict[str, float]:
+    """The step's times, and sampled response tokens per second, shared ones once."""
+    seconds = times["timing_s/step"]
+    return times | {"perf/step_s": seconds, "perf/tokens_per_s": metrics["tree/unique_tokens"] / max(seconds, 1e-9)}
