@@ -235,8 +235,15 @@ def fail() -> None:
 
 
 WORKER = Path(__file__).with_name("refill_worker.py")
+FORKS = {
+    "mode": "tree",
+    "segment": {"length": 8},
+    "branching": {"at": "fork", "initial": [2, 2], "fork": {"signal": "logprob", "distance": 1, "waves": 2}},
+}
 KEYS = [
     {},
+    FORKS,
+    FORKS | {"leaves": "adaptive", "first_leaves": 2},
     {"oversample": 1.5, "surplus": "carry"},
     {"oversample": 2.0},
     {"leaves": "adaptive", "first_leaves": 2},
@@ -252,11 +259,12 @@ def test_steps_are_equal_in_any_order_of_ends_and_after_a_kill_amid_a_rollout(ke
     assert said(collected(cfg, 2, 0.0, 4)) == whole, "graders that finish nothing before they are waited for"
     assert said(collected(cfg, 3, 0.5, 4, killed=2)) == whole
     assert sum(metrics["rollout/refills"] for _, metrics in whole) > 0, "some prompts were replaced"
+    assert (sum(metrics["tree/forks"] for _, metrics in whole) > 0) == ("branching" in keys)
 
 
 def test_steps_are_equal_on_one_two_and_four_ranks_and_after_all_are_killed_amid_a_rollout(tmp_path: Path):
     """Engines of one rank and of two. Four ranks are killed in their last step, and two go on later."""
-    keys = {"n_samples_per_prompt": 4, "oversample": 1.5, "surplus": "carry"}
+    keys = FORKS | {"n_samples_per_prompt": 4, "oversample": 1.5, "surplus": "carry"}
     whole = said(collected(fake_config(**keys), 0, 0.5, 3))
     assert all(metrics["rollout/refills"] > 0 for _, metrics in whole[1:])
     four, two = tmp_path / "4", tmp_path / "2"
