@@ -162,6 +162,7 @@ def test_a_plan_stands_beside_the_run_and_gives_the_bubble(run, tmp_path, short_
         "update_mfu": 0.4,
         "tokens_per_s_per_gpu": {"unique": 60.0, "flat": 90.0},
         "memory": {"phases": [{"phase": "update", "items": [["x", 2.0**30], ["y", 2.0**31]]}]},
+        "refit": None,
     }
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     assert main(["report", str(run), "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path)]) == 0
@@ -179,6 +180,151 @@ def test_a_plan_stands_beside_the_run_and_gives_the_bubble(run, tmp_path, short_
     (tmp_path / "plan.json").write_text("{}")
     assert main(["report", str(run), "--plan", str(tmp_path / "plan.json")]) == 2
     assert "expected the output of treepo-mega plan CONFIG --json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def machine(run):
+    """The run on two ranks, with what it logs of its ranks, memory, refits and surplus."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, row in enumerate(rows):
+        late = step >= 5
+        row |= {
+            "memory/rollout_peak_gib": 3.0,
+            "memory/update_peak_gib": 6.0 if step == 7 else 4.0,
+            "ranks/update_busy_s_p50": 1.0,
+            "ranks/update_busy_s_p95": 2.0,
+            "ranks/update_busy_s_max": 3.0 if late else 2.0,
+            # Rank 1 is the slowest more often, rank 0 by more seconds.
+            "ranks/slowest": 0 if step in (2, 3) else 1,
+            "ranks/slowest_s": 4.0 if step in (2, 3) else 0.5,
+            "ranks/idle_share": 0.5 if late else 0.1,
+            "ranks/idle_share_max": 0.6,
+            "reshard/bytes_moved": 4e9,
+            "reshard/bytes_over_bound": 1.25,
+            "reshard/seconds": 0.75 if late else 0.25,
+            "rollout/idle_share/memory": 0.125,
+            "rollout/prompts_surplus": 4.0,
+            "rollout/wasted_tokens": 2000.0,
+        }
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def planned_refit(**changes):
+    refit = {
+        "world_size": 2,
+        "traffic": {"by_link": {"local": 9e9, "node": 3e9, "network": 1e9}},
+        "speeds": {"local": 1340.0, "node": 360.0, "network": 40.0},
+        "seconds": {"local": 0.01, "node": 0.0625, "network": 0.1},
+    }
+    return {
+        "seconds": {"step": 6.0},
+        "bubble": 0.0,
+        "update_mfu": None,
+        "tokens_per_s_per_gpu": {"unique": 60.0, "flat": 90.0},
+        "memory": {"phases": [{"phase": "update", "items": [["x", 2.0**32]]}, {"phase": "reshard", "items": []}]},
+        "refit": refit | changes,
+    }
+
+
+def reported(run, out, plan=None):
+    """(figures of report.json, tables of report.html, those of report.md); a table by its title, as rows of cells."""
+    path = None
+    if plan is not None:
+        path = out.parent / "plan.json"
+        path.write_text(json.dumps(plan))
+    html, data, text = (written.read_text() for written in write_report([run], out, Asked(plan=path)))
+    sections = re.findall(r"<h3>([^<]*)</h3>(?:<p[^>]*>[^<]*</p>)?<div class=.scroll.>(.*?)</table>", html)
+    pages = {
+        title: [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall("<tr.*?</tr>", body)[1:]]
+        for title, body in sections
+    }
+    marks = {}
+    for part in text.split("\n### ")[1:]:
+        title, *lines = part.split("\n\n")[0:3]
+        rows = next(block for block in lines if block.startswith("|")).splitlines()[2:]
+        marks[title] = [row.strip("| ").replace("\\", "").split(" | ") for row in rows]
+    return json.loads(data)["runs"][0], pages, marks
+
+
+def test_memory_by_phase_stands_beside_its_plan(machine, tmp_path, short_plotly):
+    figures, page_tables, marks = reported(machine, tmp_path / "out", planned_refit())
+    assert figures["memory_by_phase"] == [
+        {"phase": "rollout", "p50": 3, "max": 3, "planned": None},
+        {"phase": "update", "p50": 4, "max": 6, "planned": 4},
+        {"phase": "reshard", "p50": None, "max": None, "planned": 0},
+    ]
+    rows = {row["what"]: (row["measured"], row["planned"]) for row in figures["plan"]}
+    assert rows["memory in update, GiB"] == (6, 4)
+    expected = [["rollout", "3", "3", "-"], ["update", "4", "6", "4"], ["reshard", "-", "-", "0"]]
+    assert page_tables["Memory by phase, GiB"] == marks["Memory by phase, GiB"] == expected
+    assert not any(row["name"].startswith("memory/") for row in figures["memory"])
+    assert seen(RECORDED).figures["memory_by_phase"] == []
+
+
+def test_ranks_are_named_without_a_timeline(machine, tmp_path, short_plotly):
+    figures, page_tables, marks = reported(machine, tmp_path / "out")
+    ranks = figures["ranks"]
+    assert ranks["slowest"] == [
+        {"rank": 0, "steps": 2, "seconds": 8, "largest": 4},
+        {"rank": 1, "steps": 8, "seconds": 4, "largest": 0.5},
+    ]
+    assert ranks["phases"] == {"update": {"p50": 1, "p95": 2, "max": 2.5}}
+    # By the steps' seconds: 25 s and 35 s.
+    assert ranks["idle_share"] == pytest.approx((0.1 * 25 + 0.5 * 35) / 60) and ranks["steps"] == 10
+    expected = [["rank 0", "2", "20%", "8 s", "4 s"], ["rank 1", "8", "80%", "4 s", "0.5 s"]]
+    assert page_tables["Stragglers"] == marks["Stragglers"] == expected
+    title = "Busy by phase, over ranks"
+    assert page_tables[title] == marks[title] == [["update", "1 s", "2 s", "2.5 s"]]
+    html, _, text = (path.read_text() for path in sorted((tmp_path / "out").iterdir()))
+    for found in (html, text):
+        assert "waited for 33.3% of the steps" in found and "waited most for 60.0%" in found
+    assert "no timeline by rank" not in html
+    alone = seen(RECORDED)
+    assert alone.figures["ranks"] is None and "no timeline by rank" in page_of(RECORDED)
+
+
+def test_a_refit_stands_beside_its_bound(machine, tmp_path, short_plotly):
+    figures, page_tables, marks = reported(machine, tmp_path / "out", planned_refit())
+    rows = {row["what"]: (row["measured"], row["bound"], row["ratio"]) for row in figures["refit"]}
+    assert rows == {
+        "moved between ranks, GB": (4, pytest.approx(3.2), 1.25),
+        "seconds of a refit": (0.25, 0.1, 2.5),
+        # 40 GB in 5 s against 4 GB in the 0.1 s of the slowest link, and half of both for each of two ranks.
+        "GB/s, all ranks": (8, 40, pytest.approx(0.2)),
+        "GB/s of a rank": (4, 20, pytest.approx(0.2)),
+    }
+    title = "Refit against its bound"
+    assert page_tables[title] == marks[title]
+    assert page_tables[title][2] == ["GB/s, all ranks", "8", "40", "0.2"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "local 1340, node 360, network 40" in text and figures["links"]["gb_per_s"]["network"] == 40
+
+
+def test_a_refit_without_a_plan_has_the_bound_of_its_bytes_alone(machine, tmp_path, short_plotly, capsys):
+    figures, page_tables, marks = reported(machine, tmp_path / "out")
+    title = "Refit against its bound"
+    assert page_tables[title] == marks[title] == [
+        ["moved between ranks, GB", "4", "3.2", "1.25"],
+        ["seconds of a refit", "0.25", "-", "-"],
+        ["GB/s, all ranks", "8", "-", "-"],
+        ["GB/s of a rank", "4", "-", "-"],
+    ]  # fmt: skip
+    assert figures["links"] is None and "needs --plan" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "plan.json").write_text(json.dumps(planned_refit(traffic={"by_link": {"node": 1}})))
+    assert main(["report", str(machine), "--plan", str(tmp_path / "plan.json")]) == 2
+    assert "expected the output of treepo-mega plan CONFIG --json (KeyError: 'network')" in capsys.readouterr().err
+
+
+def test_empty_room_and_dropped_surplus_are_among_the_losses(machine, tmp_path, short_plotly):
+    figures, page_tables, marks = reported(machine, tmp_path / "out")
+    title = "Empty room of the engines"
+    expected = [["nothing left to begin", "39.3%"], ["no free KV blocks", "12.5%"]]
+    assert page_tables[title] == marks[title] == expected
+    assert figures["tokens"]["wasted"] == 20_000
+    notes = {bar["name"]: bar["note"] for bar in figures["waterfall"]}
+    assert notes["refills"].endswith("20k tokens of dropped surplus (rollout/wasted_tokens)")
+    assert "20k tokens of dropped surplus" in (tmp_path / "out" / "report.md").read_text().replace("\\", "")
 
 
 def test_a_resumed_run_counts_what_it_did_twice(tmp_path):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treepo_mega.monitor.report.numbers import Array
+from treepo_mega.monitor.report.numbers import Array, short
 from treepo_mega.monitor.report.read import Run
 from treepo_mega.monitor.timers import WALL
 
@@ -169,9 +169,11 @@ def waterfall(run: Run, spent: Spent, bubble: float | None = None) -> list[Bar]:
     saved_sampling = sampling * _saved(_share(of("tree/unique_tokens"), of("tree/flat_tokens")))
     saved_learning = learning * _saved(of("perf/packed_token_ratio"))
     useful = spent.hours(sampling + learning)
+    wasted = of("rollout/wasted_tokens").sum()
+    surplus = f"; {short(float(wasted))} tokens of dropped surplus (rollout/wasted_tokens)" if wasted else ""
     losses = [
         ("engines idle", idle, "rollout/engine_idle_share of the rollout"),
-        ("refills", refills, "the rollout's share of prompts that no update used; an estimate"),
+        ("refills", refills, f"the rollout's share of prompts that no update used; an estimate{surplus}"),
         ("prefixes prefilled again", again, "rollout/recomputed_tokens of the rollout; an estimate"),
         ("padding", padding, "perf/padding_share of the training passes"),
         ("pipeline bubble", waits, "the plan's bubble of the training passes; an estimate"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from treepo_mega.monitor.report.comparison import Comparison, side_by_side
+from treepo_mega.monitor.report.machine import blocks
 from treepo_mega.monitor.report.numbers import shown
 from treepo_mega.monitor.report.sections import cost_rows, fit_cells, ratio, saving_text
 from treepo_mega.monitor.report.slurm import Charged
@@ -99,6 +100,10 @@ def _run(seen: Seen) -> list[str]:
         ]
         parts += ["", table(("against the plan", "measured", "planned", "measured / planned"), planned)]
     parts += ["", table(("figure", "value"), values)]
+    for block in blocks(figures):
+        cells = [[plain(cell) for cell in row] for row in block.rows]
+        note = ["", plain(block.note)] if block.note else []
+        parts += ["", f"### {block.title}", *note, "", table(block.head, cells)]
     if seen.stragglers.ranks:
         slow = [(f"rank {row.rank}", str(row.last), shown(row.waiting_s)) for row in seen.stragglers.ranks[:8]]
         parts += ["", table(("rank", "came last, rounds", "waiting, s"), slow)]

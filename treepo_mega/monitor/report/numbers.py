@@ -33,6 +33,12 @@ def shown(value: float | None, suffix: str = "") -> str:
     return "-" if value is None or not math.isfinite(value) else short(value) + suffix
 
 
+def weighted(rates: Array, seconds: Array) -> float | None:
+    """The mean of `rates`, each by its seconds, where both are known; None where they nowhere are."""
+    known = np.isfinite(rates) & (np.nan_to_num(seconds) > 0)
+    return float((rates[known] * seconds[known]).sum() / seconds[known].sum()) if known.any() else None
+
+
 def percentile(values: Sequence[float] | Array, share: float) -> float:
     """The smallest value that `share` of the values do not exceed (nearest rank); ValueError without values."""
     if not len(values):

@@ -18,6 +18,20 @@ PER_GPU = "tokens_per_s_per_gpu"
 
 
 @dataclass(frozen=True)
+class PlannedRefit:
+    """`moved`: bytes between ranks. By link: GB/s of a rank in one direction, and seconds of the busiest rank."""
+
+    ranks: int
+    moved: float
+    speeds: dict[str, float]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For report.json."""
+        return {"ranks": self.ranks, "bytes_moved": self.moved, "gb_per_s": self.speeds, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
 class Planned:
     """`seconds`: a step by phase. `bubble`: idle / busy time of pipeline stages. `gib`: peak of a rank by phase."""
 
@@ -26,6 +40,8 @@ class Planned:
     update_mfu: float | None
     tokens: dict[str, float]
     gib: dict[str, float]
+    refit: PlannedRefit | None
+    """None where the plan was made without it."""
 
 
 def read_plan(path: Path) -> Planned:
@@ -45,10 +61,21 @@ def read_plan(path: Path) -> Planned:
                 str(phase["phase"]): sum(float(size) for _, size in phase["items"]) / GIB
                 for phase in found["memory"]["phases"]
             },
+            None if found["refit"] is None else _refit(found["refit"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ReportError(f"--plan {path}: expected the output of treepo-mega plan CONFIG --json ({what})") from None
+
+
+def _refit(found: dict[str, Any]) -> PlannedRefit:
+    by_link = found["traffic"]["by_link"]
+    return PlannedRefit(
+        int(found["world_size"]),
+        float(by_link["node"]) + float(by_link["network"]),
+        {str(link): float(speed) for link, speed in found["speeds"].items()},
+        {str(link): float(seconds) for link, seconds in found["seconds"].items()},
+    )
 
 
 def against(run: Run, throughput: dict[str, Any], planned: Planned) -> list[dict[str, Any]]:
@@ -73,8 +100,8 @@ def against(run: Run, throughput: dict[str, Any], planned: Planned) -> list[dict
     peak = max(planned.gib.values(), default=None)
     rows.append({"what": "most memory of a GPU, GiB", "measured": _largest(largest), "planned": peak})
     for phase, gib in planned.gib.items():
-        # A run logs memory by step, not by phase.
-        rows.append({"what": f"memory in {phase}, GiB", "measured": None, "planned": gib})
+        peaks = run.series(f"memory/{phase}_peak_gib")[1]
+        rows.append({"what": f"memory in {phase}, GiB", "measured": _largest(peaks), "planned": gib})
     return rows
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from treepo_mega.monitor.phases import CAUSES
 from treepo_mega.monitor.registry import known_names
 from treepo_mega.monitor.report.charts import (
     colour,
@@ -20,6 +19,7 @@ from treepo_mega.monitor.report.charts import (
     waterfall_chart,
 )
 from treepo_mega.monitor.report.comparison import Comparison, side_by_side
+from treepo_mega.monitor.report.machine import Block, blocks
 from treepo_mega.monitor.report.numbers import short, shown
 from treepo_mega.monitor.report.page import Charts, document, notes, table
 from treepo_mega.monitor.report.slurm import Charged
@@ -229,12 +229,7 @@ def _figures(seen: Seen) -> str:
     parts.append("<h3>Tokens and refit</h3>")
     parts.append('<p class="note">Sums over the run for tokens, medians over its steps for the others.</p>')
     parts.append(table(("figure", "value"), [*tokens, *shared, *medians]))
-    if figures["idle"]:
-        causes = [(CAUSES[cause], f"{share:.1%}") for cause, share in figures["idle"].items()]
-        parts.append("<h3>Empty room of the engines</h3>" + table(("cause", "share of their room"), causes))
-    if figures["memory"]:
-        rows = [(escape(one["name"]), shown(one["p50"]), shown(one["max"])) for one in figures["memory"]]
-        parts.append("<h3>Memory, GiB</h3>" + table(("what", "median", "largest"), rows))
+    parts += [_block(block) for block in blocks(figures)]
     parts.append("<h3>Energy, cost and gain</h3>" + table(("figure", "value"), cost_rows(figures)))
     faults = [
         (escape(name), f'<span class="{"bad" if value else ""}">{short(value)}</span>')
@@ -243,6 +238,12 @@ def _figures(seen: Seen) -> str:
     if faults:
         parts.append(f"<h3>Faults</h3>{table((FAULTS, 'total'), faults)}")
     return "".join(parts)
+
+
+def _block(block: Block) -> str:
+    note = f'<p class="note">{escape(block.note)}</p>' if block.note else ""
+    rows = [[escape(cell) for cell in row] for row in block.rows]
+    return f"<h3>{escape(block.title)}</h3>{note}{table(block.head, rows)}"
 
 
 def cost_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -266,6 +267,9 @@ def cost_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def _stragglers(seen: Seen) -> str:
     slow = seen.stragglers
     if not slow.ranks:
+        # The metrics have named them already; traces that cannot be read are said at the top.
+        if seen.figures["ranks"] is not None:
+            return ""
         said = "".join(f'<p class="note">{escape(note)}</p>' for note in slow.notes)
         return f"<h3>Stragglers</h3>{said}"
     rows = [
@@ -275,7 +279,7 @@ def _stragglers(seen: Seen) -> str:
     spread = [(escape(name), *(shown(value, " s") for value in ends)) for name, ends in slow.phases.items()]
     about = f"{slow.world} ranks, {slow.rounds} rounds of sampling, of the steps of logging.trace_steps."
     return (
-        f'<h3>Stragglers</h3><p class="note">{about} The others waited for the rank that came last.</p>'
+        f'<h3>Stragglers by round</h3><p class="note">{about} The others waited for the rank that came last.</p>'
         f"{table(('rank', 'came last, rounds', 'sampling', 'waiting'), rows)}"
         f"<h3>Phases over ranks</h3>{table(('span', 'p50', 'p95', 'max'), spread)}"
     )

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from treepo_mega.monitor.phases import CAUSES, IDLE
 from treepo_mega.monitor.report.hours import AGAIN, TRAINING, Spent, account, waterfall
-from treepo_mega.monitor.report.numbers import Array, number, percentile
+from treepo_mega.monitor.report.machine import memory_by_phase, refit, slow_ranks
+from treepo_mega.monitor.report.numbers import number, percentile, weighted
 from treepo_mega.monitor.report.planned import Planned, against
 from treepo_mega.monitor.report.read import Run
 from treepo_mega.monitor.report.stragglers import Stragglers, find_stragglers
@@ -26,6 +25,7 @@ TOKENS = {
     "recomputed": "rollout/recomputed_tokens",
     "forwarded": "rollout/forwarded_tokens",
     "dropped": "rollout/dropped_tokens",
+    "wasted": "rollout/wasted_tokens",
     "unique": "tree/unique_tokens",
     "flat": "tree/flat_tokens",
     "packed": "perf/packed_tokens",
@@ -99,7 +99,11 @@ def summarise(
         "waterfall": _bars(run, spent, plan) if len(kept) else [],
         "throughput": rates,
         "plan": [] if plan is None or not len(kept) else against(run, rates, plan),
+        "refit": refit(run, spent, plan),
+        "links": None if plan is None or plan.refit is None else plan.refit.to_dict(),
+        "memory_by_phase": memory_by_phase(run, plan) if len(kept) else [],
         "memory": memory(run),
+        "ranks": slow_ranks(run),
         "tokens": tokens,
         "token_ratio": tokens["unique"] / tokens["flat"] if tokens["unique"] is not None and tokens["flat"] else None,
         "trends": trends,
@@ -144,22 +148,17 @@ def throughput(run: Run, spent: Spent) -> Row:
     for phase in PHASES:
         prefix = "perf/" if phase == "step" else f"perf/{phase}_"
         seconds = run.column(WALL + phase) * spent.devices[run.kept]
-        rates = {rate: _weighted(run.column(prefix + rate), seconds) for rate in RATES}
+        rates = {rate: weighted(run.column(prefix + rate), seconds) for rate in RATES}
         if any(value is not None for value in rates.values()):
             out[phase] = rates
     return out
 
 
-def _weighted(rates: Array, seconds: Array) -> float | None:
-    known = np.isfinite(rates) & (np.nan_to_num(seconds) > 0)
-    return float((rates[known] * seconds[known]).sum() / seconds[known].sum()) if known.any() else None
-
-
 def memory(run: Run) -> list[Row]:
-    """Every figure of memory that was logged: its name, median and maximum over steps, in GiB."""
+    """Every other figure of memory that was logged: its name, median and maximum over steps, in GiB."""
     out = []
     for name in sorted(run.columns):
-        if name.endswith(MEMORY) and not name.startswith(("reshard/bytes", "rollout/")):
+        if name.endswith(MEMORY) and not name.startswith(("reshard/bytes", "rollout/", "memory/")):
             values = run.series(name)[1] / (2**30 if name.endswith("_bytes") else 1)
             if len(values):
                 out.append({"name": name, "p50": percentile(values, 0.5), "max": float(values.max())})
@@ -197,7 +196,7 @@ def _gain(run: Run) -> float | None:
 
 def _idle(run: Run, spent: Spent, cause: str) -> float | None:
     """Share of the engines' room that was empty for `cause`, over all rollouts."""
-    return _weighted(run.column(IDLE + cause), run.column(WALL + "rollout") * spent.devices[run.kept])
+    return weighted(run.column(IDLE + cause), run.column(WALL + "rollout") * spent.devices[run.kept])
 
 
 def _doubts(run: Run, spent: Spent) -> list[str]:
