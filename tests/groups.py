@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ranks": (
         *("checkpoint/test_mcore.py", "checkpoint/test_load.py", "convert", "loss/test_head.py"),
         *("loss/test_training.py", "reshard/test_execute.py", "runtime/test_dist.py", "test_tiny_model.py"),
-        "test_world.py",
+        *("test_world.py", "actor/test_fetch.py", "rollout/test_refill.py"),
     ),
     # Thousands of sampled trees in the slow lane.
     "samples": ("tree/test_distribution.py",),
