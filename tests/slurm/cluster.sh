@@ -115,7 +115,7 @@ up() { # up NODES
     for i in $(seq "$nodes"); do join "node$i" "$NET.$i"; done
     configure "$nodes"
     munged --key-file="$DIR/munge/key" --socket="$DIR/munge/sock" --pid-file="$DIR/munge/pid" \
-        --log-file="$DIR/munge/log" --seed-file="$DIR/munge/seed" --num-threads=2 2>/dev/null
+        --log-file="$DIR/munge/log" --seed-file="$DIR/munge/seed" --num-threads=2
     on ctl slurmctld
     for i in $(seq "$nodes"); do on "node$i" slurmd -N "node$i"; done
     for _ in $(seq 600); do

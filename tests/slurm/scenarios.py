@@ -69,7 +69,11 @@ class Cluster:
         self.nodes = nodes
 
     def __enter__(self) -> Cluster:
-        self.call("up", str(self.nodes))
+        try:
+            self.call("up", str(self.nodes))
+        except BaseException:
+            self.call("down")
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -237,6 +241,9 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR, and keep logs and metrics there")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="treepo-slurm-")) if arguments.keep is None else arguments.keep.resolve()
+    # munged refuses a socket below a directory that others may not enter.
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o755)
     disk = directory / "disk"
     disk.mkdir(parents=True, exist_ok=True)
     os.environ["TREEPO_PYTHON"] = sys.executable
