@@ -57,7 +57,7 @@ def test_every_lane_has_a_workflow_and_every_command_is_a_target_of_the_makefile
         assert make == "make" and target in TARGETS, command
         assert {text.partition("=")[0] for text in assignments} <= VARIABLES, command
         called.add(target)
-    assert called == {"setup", "lint", "docs", "test", "test-slow", "test-matrix", "test-cuda-profile"}
+    assert called == {"setup", "lint", "docs", "test", "test-slow", "test-matrix", "test-cuda-profile", "test-curves"}
 
 
 def test_every_job_sets_up_the_project_and_ends_by_itself():
