@@ -89,3 +89,8 @@ def test_closing_twice_says_once_that_the_run_has_ended(tmp_path):
     board = TensorBoard(tmp_path, purge_step=0, config={"train.lr": 1.0})
     board.close()
     board.close()
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    (path,) = tmp_path.rglob("events.out.tfevents.*")
+    tags = [value.tag for event in LegacyEventFileLoader(str(path)).Load() for value in event.summary.value]
+    assert tags.count("_hparams_/session_end_info") == 1

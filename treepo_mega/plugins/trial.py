@@ -65,8 +65,11 @@ def example_tree(rewards: tuple[float, float, float] = MIXED) -> Tree:
     tree = Tree.start("the example tree", [10, 11])
     for parent, tokens in ((0, [20, 21]), (1, [30]), (1, [40, 41]), (0, [50])):
         child = tree.add_child(parent)
-        child.tokens, child.logprobs = tokens, [-0.5 - token / 100 for token in tokens]
-    tree.leaves, tree.rewards, tree.verdicts = [2, 3, 4], list(rewards), list(rewards)
+        child.tokens = tokens
+        child.logprobs = [-0.5 - token / 100 for token in tokens]
+    tree.leaves = [2, 3, 4]
+    tree.rewards = list(rewards)
+    tree.verdicts = list(rewards)
     for leaf in tree.leaves:
         tree.nodes[leaf].stop = "eos"
     if rewards == EQUAL:
@@ -104,7 +107,8 @@ def _split_example(name: str, cfg: Config) -> list[int]:
     tree = Tree.start("the example tree", [10, 11])
     paths = [tree.add_child(0) for _ in range(PATHS)]
     for index, node in enumerate(paths):
-        node.tokens, node.logprobs = [20 + index], [-0.5 * (index + 1)]
+        node.tokens = [20 + index]
+        node.logprobs = [-0.5 * (index + 1)]
         node.peek = [-0.1 - index - place for place in range(cfg.rollout.peek)]
     temperature = cfg.rollout.branching.budget.temperature
     return plugin_split(name, TOTAL, paths, temperature=temperature, prompt_id=tree.prompt_id)

@@ -48,7 +48,8 @@ class Idleness:
     def step(self, occupancy: Occupancy, cause: Cause) -> None:
         """Count the time since the last call; `cause`: why no more ran, if so."""
         now = self._clock()
-        seconds, self._last = now - self._last, now
+        seconds = now - self._last
+        self._last = now
         self._most = max(self._most, occupancy.running)
         self._seconds[cause] += seconds
         self._ran[cause] += seconds * occupancy.running

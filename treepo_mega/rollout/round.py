@@ -134,18 +134,7 @@ def sample_and_grade(
                     "engine": dist.rank() // cfg.rollout.engine.tensor_parallel_size,
                     "rows": told(rows),
                     "paused": [[index, carry(jobs[index], state)] for index, state in grown.paused.items()],
-                    "counts": {
-                        "engine_steps": generator.counts["engine_steps"],
-                        "running": generator.counts["running"],
-                        "stolen": queue.stolen,
-                        "grader_wait_s": grading.waited_s,
-                        "idle_s": idle_s,
-                        "engine_s": engine_s,
-                        "gradings": grading.total,
-                        "gradings_early": grading.early,
-                        **pool.take_costs(),
-                        **grading.idleness.counts(idle_s),
-                    },
+                    "counts": _counts(generator, queue, grading, pool, idle_s, engine_s),
                 }
             with timers.span("exchange"):
                 # Ranks without an engine of their own say nothing.
@@ -157,6 +146,24 @@ def sample_and_grade(
         # What is still with the graders would be answered in the next round.
         pool.abandon()
         raise
+
+
+def _counts(
+    generator: Generator, queue: Queue, grading: Grading, pool: RewardPool, idle_s: float, engine_s: float
+) -> dict[str, float]:
+    """What the round cost on this engine; `SampledRound.counts` are the sums."""
+    return {
+        "engine_steps": generator.counts["engine_steps"],
+        "running": generator.counts["running"],
+        "stolen": queue.stolen,
+        "grader_wait_s": grading.waited_s,
+        "idle_s": idle_s,
+        "engine_s": engine_s,
+        "gradings": grading.total,
+        "gradings_early": grading.early,
+        **pool.take_costs(),
+        **grading.idleness.counts(idle_s),
+    }
 
 
 def open_round(

@@ -12,7 +12,6 @@ lock stops the thread too. Then the pool misses the sign of life, and charges al
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -34,6 +33,7 @@ from treepo_mega.data.rewards.worker import (
     ignore_job_signals,
     limit_resources,
     protect_streams,
+    read_arguments,
     watch_parent,
 )
 from treepo_mega.text.server_name import server_of
@@ -297,12 +297,7 @@ async def fly(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_t
 
 def main() -> None:
     """Entry point of the process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memory-mb", type=int, required=True)
-    parser.add_argument("--timeout-s", type=float, required=True)
-    parser.add_argument("--startup-timeout-s", type=float, required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    args = parser.parse_args()
+    args = read_arguments(__doc__)
     requests, replies = protect_streams()
     ignore_job_signals()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

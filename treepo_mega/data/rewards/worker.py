@@ -147,14 +147,19 @@ def serve(requests: BinaryIO, replies: BinaryIO, timeout_s: float, startup_timeo
             reply({**key, **result})
 
 
-def main() -> None:
-    """Entry point of the process."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def read_arguments(description: str | None) -> argparse.Namespace:
+    """What the pool tells its processes: limits, and whose they are."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--memory-mb", type=int, required=True)
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--startup-timeout-s", type=float, required=True)
     parser.add_argument("--parent", type=int, required=True)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    args = read_arguments(__doc__)
     requests, replies = protect_streams()
     ignore_job_signals()
     limit_resources(args.memory_mb)

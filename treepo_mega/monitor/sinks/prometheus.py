@@ -60,12 +60,15 @@ class Prometheus:
         """As `Sink.log`."""
         with self._lock:
             self._newest |= {name: math.nan if value is None else value for name, value in metrics.items()}
-            self._step, self._time = step, time.time()
+            self._step = step
+            self._time = time.time()
 
     def collect(self) -> Iterator[Any]:
         """Families of the newest values, for the library."""
         with self._lock:
-            newest, step, when = dict(self._newest), self._step, self._time
+            newest = dict(self._newest)
+            step = self._step
+            when = self._time
         yield self._family("step", "steps that are done", step)
         yield self._family("last_log_time_seconds", "when the last metrics were logged, Unix time", when)
         for name, value in newest.items():
