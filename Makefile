@@ -11,12 +11,19 @@
 #   make lint               ruff, mypy, import contracts, the share of typed lines, the figures of style
 #   make docs               the documentation site, into build/site
 #   make clean              remove caches and build leftovers (runs/ and .venv stay)
+#   make test PYTHON=python3.12     any of these on another Python, in .venv-3.12, with the Megatron-Core of that Python
 
-VENV ?= .venv
 TP ?= 2
 PP ?= 1
 # The first interpreter found; tools/setup_env.py refuses one that is too old or too new.
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
+FOUND_PYTHON := $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
+PYTHON ?= $(FOUND_PYTHON)
+# Another version of Python than the one found has an environment of its own beside .venv.
+VERSION = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifneq ($(PYTHON),$(FOUND_PYTHON))
+OTHER_VERSION := $(filter-out $(call VERSION,$(FOUND_PYTHON)),$(call VERSION,$(PYTHON)))
+endif
+VENV ?= .venv$(addprefix -,$(OTHER_VERSION))
 BIN := $(VENV)/bin
 # Test processes. Tests that share an engine or ranks stay together (tests/groups.py). ARGS="-n 0" is one process.
 WORKERS ?= 2
@@ -34,6 +41,7 @@ help:
 
 setup:
 	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or 3.12, or run make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c "" || { echo "$(PYTHON) does not run: name an interpreter, make PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
 demo: setup

@@ -27,7 +27,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     # All other ranks.
     "ranks": (
-        *("checkpoint/test_mcore.py", "checkpoint/test_load.py", "convert", "loss/test_head.py"),
+        *(
+            "checkpoint/test_mcore.py",
+            "checkpoint/test_versions.py",
+            "checkpoint/test_load.py",
+            "convert",
+            "loss/test_head.py",
+        ),
         *("loss/test_training.py", "reshard/test_execute.py", "runtime/test_dist.py", "test_tiny_model.py"),
         *("test_world.py", "actor/test_fetch.py", "rollout/test_refill.py"),
     ),

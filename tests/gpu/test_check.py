@@ -243,7 +243,11 @@ def test_the_table_shows_the_newest_result_of_each_card_with_its_versions(path):
     session(path, Recorder(b=Outcome("failed", "", "a | b <script> `c`", 1.0)))
     session(path, Recorder(), source="s2")
     session(path, Recorder(), here=machine.Machine(("NVIDIA B200 (178 GiB)",), "590", CARD.versions, ()))
-    pinned = {"torch": "2.13.0"}
+
+    def pinned(python: str) -> dict[str, str]:
+        assert python == "", "these entries name none"
+        return {"torch": "2.13.0"}
+
     rows = report.table(CHECKS, report.load(path), pinned).splitlines()
     b_rows = [row for row in rows if "test_b" in row]
     assert len(b_rows) == 2
@@ -254,11 +258,16 @@ def test_the_table_shows_the_newest_result_of_each_card_with_its_versions(path):
     assert "a &#124; b &lt;script&gt; &#96;c&#96;" in spoilt
 
 
+def nothing_pinned(python: str) -> dict[str, str]:
+    """No pins, whatever the Python."""
+    return {}
+
+
 def test_a_result_is_not_hidden_by_a_later_run_without_the_package(path):
     with_engine = machine.Machine(CARD.devices, CARD.driver, CARD.versions, plan.ENGINE)
     session(path, Recorder(), here=with_engine)
     session(path, Recorder(), source="s2")
-    (row,) = [row for row in report.table(CHECKS, report.load(path), {}).splitlines() if "test_c" in row]
+    (row,) = [row for row in report.table(CHECKS, report.load(path), nothing_pinned).splitlines() if "test_c" in row]
     assert "**passed**" in row
 
 
@@ -266,18 +275,18 @@ def test_rendering_changes_the_table_alone(tmp_path, path):
     page = tmp_path / "page.md"
     page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
     session(path, Recorder())
-    report.render(page, CHECKS, report.load(path), {})
+    report.render(page, CHECKS, report.load(path), nothing_pinned)
     before, table, after = report.block_of(page)
     assert (before, after) == ("above\n", "\nbelow\n")
-    assert table == report.table(CHECKS, report.load(path), {})
+    assert table == report.table(CHECKS, report.load(path), nothing_pinned)
     page.write_text("no marks")
     with pytest.raises(report.ReportError, match=r"page\.md: expected the lines"):
-        report.render(page, CHECKS, [], {})
+        report.render(page, CHECKS, [], machine.pins)
 
 
 def test_the_page_of_the_docs_is_what_the_report_says():
     _, table, _ = report.block_of(report.PAGE)
-    want = report.table(plan.CHECKS, report.load(report.REPORT), machine.pins())
+    want = report.table(plan.CHECKS, report.load(report.REPORT), machine.pins)
     assert table == want, "run python tools/gpu/check.py --render"
 
 
@@ -285,8 +294,10 @@ def test_pins_are_those_of_setup():
     found = machine.pins()
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     assert (
-        found["torch"] and f'"vllm=={found["vllm"]}"' in text and f'"megatron-core=={found["megatron-core"]}"' in text
+        found["torch"] and f'"vllm=={found["vllm"]}"' in text and f'"megatron-core=={found["megatron-core"]};' in text
     )
+    megatrons = [machine.pins(python)["megatron-core"] for python in ("3.11", "3.12.1")]
+    assert megatrons == ["0.16.1", "0.19.2"], "each Python has its own"
     assert "triton" not in found, "on a GPU it comes with torch"
 
 

@@ -154,7 +154,7 @@ def act(options: argparse.Namespace) -> int:
     if options.render:
         if not options.report.exists():
             print(f"{options.report}: no such file; every check is shown as not run yet")
-        report.render(report.PAGE, plan.CHECKS, report.load(options.report), machine.pins())
+        report.render(report.PAGE, plan.CHECKS, report.load(options.report), machine.pins)
         return OK
     here = machine.look_in_a_child()
     if here.absence:

@@ -74,15 +74,21 @@ def driver_version() -> str:
     return (done.stdout.splitlines() or ["unknown"])[0].strip() or "unknown"
 
 
-def pins(root: Path = ROOT) -> dict[str, str]:
-    """Versions that setup.py pins exactly, for everyone and for `.[gpu]`."""
+def pins(python: str = "", root: Path = ROOT) -> dict[str, str]:
+    """Versions that setup.py pins exactly, for everyone and for `.[gpu]`, on `python` (such as 3.12; empty: this)."""
+    # Late: pytest brings it, and without pytest this file still says what the machine is.
+    from packaging.requirements import Requirement
+
     values = {}
     for node in ast.parse((root / "setup.py").read_text(encoding="utf-8")).body:
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
         if isinstance(node, ast.Assign) and name in ("REQUIRED", "EXTRAS"):
             values[name] = ast.literal_eval(node.value)
-    exact = [text.split("==") for text in (*values["REQUIRED"], *values["EXTRAS"]["gpu"]) if "==" in text]
-    return {name.partition("[")[0]: version for name, version in exact}
+    here = {"python_version": ".".join(python.split(".")[:2])} if python else {}
+    every = [Requirement(text) for text in (*values["REQUIRED"], *values["EXTRAS"]["gpu"])]
+    chosen = [needs for needs in every if needs.marker is None or needs.marker.evaluate(here)]
+    exact = [(needs.name, str(needs.specifier).partition("==")[2]) for needs in chosen]
+    return {name: version for name, version in exact if version}
 
 
 def with_pins(versions: dict[str, str], pinned: dict[str, str]) -> str:

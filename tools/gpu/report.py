@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ TEXTS = ("check", "stage", "status", "figure", "reason", "date", "device", "driv
 SETTLED = (PASSED, PARTLY, FAILED)
 
 Entry = dict[str, Any]
+Pins = Callable[[str], dict[str, str]]
+"""Of a version of Python, empty for the one that runs this: package -> the version that setup.py pins."""
 
 
 class ReportError(TreepoError):
@@ -110,19 +112,19 @@ def latest(entries: Iterable[Entry], check: Check) -> list[Entry]:
     return list(newest.values())
 
 
-def row(check: Check, entry: Entry | None, pinned: dict[str, str]) -> str:
+def row(check: Check, entry: Entry | None, pinned: Pins) -> str:
     """One line of the table."""
     title = f"{check.settles}<br>`{check.name}`"
     if entry is None:
         return f"| {check.stage} | {title} | not run yet | | | |"
     said = "; ".join(filter(None, (entry["figure"], entry["reason"])))
     result = f"**{entry['status']}**: {cell(said)}" if said else f"**{entry['status']}**"
-    versions = f"driver {entry['driver']}, {with_pins(entry['versions'], pinned)}"
+    versions = f"driver {entry['driver']}, {with_pins(entry['versions'], pinned(entry['versions'].get('python', '')))}"
     place = f"{cell(entry['device'])} | {cell(versions)}"
     return f"| {check.stage} | {title} | {result} | {place} | {entry['date'][:10]} |"
 
 
-def table(checks: Sequence[Check], entries: Sequence[Entry], pinned: dict[str, str]) -> str:
+def table(checks: Sequence[Check], entries: Sequence[Entry], pinned: Pins) -> str:
     """The table of all checks in the order of the plan, with the newest result on each kind of device."""
     lines = ["| stage | check | result | device | versions | date |", "|---|---|---|---|---|---|"]
     for stage in STAGES:
@@ -142,7 +144,7 @@ def block_of(page: Path) -> tuple[str, str, str]:
     return before, inside.strip("\n"), after
 
 
-def render(page: Path, checks: Sequence[Check], entries: Sequence[Entry], pinned: dict[str, str]) -> None:
+def render(page: Path, checks: Sequence[Check], entries: Sequence[Entry], pinned: Pins) -> None:
     """Write the table into the page, between its two marks."""
     before, _, after = block_of(page)
     with atomic_file(page) as file:

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -32,6 +31,7 @@ from treepo_mega.loss import te
 from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
 from treepo_mega.modelspec.rotary import attention_factor, check_rotary, long_factors
 from treepo_mega.runtime.device import device, has_cuda
+from treepo_mega.runtime.megatron_versions import mark_shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,7 +48,7 @@ class PolicyModel(GPTModel):
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         out = list(super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs))
         angles = position_ids[0].float()[:, None] * self.inv_freq
-        # Place 1 of Megatron 0.16's tuple holds the rotary angles. Twice: Hugging Face rotates halves, not neighbours.
+        # Place 1 of Megatron's tuple holds the rotary angles. Twice: Hugging Face rotates halves, not neighbours.
         out[1] = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, D]
         return tuple(out)
 
@@ -149,14 +149,14 @@ def scale_rotation(config: TransformerConfig, factor: float) -> None:
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
-    """Tell Megatron which weights are shards. It does so itself only when it also initialises them, which would
-    cost the full matrices; unmarked shards count as duplicates, and the gradient norm misses all but rank 0's.
+    """Tell Megatron which weights are shards. Unmarked ones count as duplicates, and the gradient norm misses all but
+    rank 0's.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
+            mark_shard(module.weight, dim=0)
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+            mark_shard(module.weight, dim=1)
 
 
 def build_model(cfg: Config, spec: ModelSpec) -> list[PolicyModel]:

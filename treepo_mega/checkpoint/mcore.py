@@ -35,6 +35,7 @@ from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
 from treepo_mega.runtime.files import atomic_file
+from treepo_mega.runtime.megatron_versions import complete_checkpoint
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
@@ -221,6 +222,8 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
     """
     try:
         dist_checkpointing.save(state, str(directory))
+        if dist.is_main():
+            complete_checkpoint(directory)
     except (OSError, RuntimeError) as error:
         # Torch's writer tells a full disk as "unexpected pos 64 vs 0", and Megatron's as a text: so the disk is asked.
         refusal = error if isinstance(error, OSError) else _refusal(directory)

