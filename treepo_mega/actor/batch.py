@@ -20,6 +20,7 @@ from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import Work
 from treepo_mega.plugins import PluginError, is_per_node, plugin_advantages
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.advantage import has_signal, leaf_advantages, whiten
 from treepo_mega.tree.credit import Lesson, credit_by_depth
@@ -31,6 +32,7 @@ from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import NODE_ESTIMATORS, node_advantages
 from treepo_mega.tree.pack import Batch, StepPlan, lay_out, split_steps
 from treepo_mega.tree.segments import Floats, Segments, Sharing
+from treepo_mega.tree.thin import Thinned, thin
 
 
 def advantages(trees: list[Tree], cfg: Config, told: list[list[float]] | None = None) -> list[Floats]:
@@ -117,16 +119,22 @@ def _pairs(tree: Tree, shares: list[float] | None, per_node: bool, counted: floa
     return [len(node.tokens) * sum(counts[index] for index in below.get(node.id, ())) for node in tree.nodes]
 
 
-def lesson_of(segments: Segments, values: list[Floats], trees: list[Tree], cfg: Config) -> Lesson:
-    """What a step teaches; `values` are `advantages` of `trees`, which `segments` are of, in this order."""
+def lesson_of(
+    segments: Segments, values: list[Floats], trees: list[Tree], cfg: Config, counts: Floats | None = None
+) -> Lesson:
+    """What a step teaches; `values` are `advantages` of `trees`, which `segments` are of, in this order.
+
+    `counts` [L]: what each leaf counts. None: as `algo` says.
+    """
     algo = cfg.algo
-    counts = leaf_counts(trees, algo.leaf_weight, algo.tree_weight)
+    if counts is None and (of_leaves := leaf_counts(trees, algo.leaf_weight, algo.tree_weight)) is not None:
+        counts = np.array(of_leaves, np.float64)
     return Lesson(
         segments,
         np.concatenate(values),
         per_node=any(is_per_node(of_tree, tree) for of_tree, tree in zip(values, trees, strict=True)),
         loss_agg_mode=algo.loss_agg_mode,
-        counts=None if counts is None else np.array(counts, np.float64),
+        counts=counts,
         max_response_len=cfg.rollout.max_response_len,
     )
 
@@ -187,8 +195,13 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
     depth: list[list[float]] = []
     for chosen in _steps(trees, cfg):
         of_step = [trees[i] for i in chosen]
+        taught = [values[i] for i in chosen]
+        counts = None
+        if cfg.algo.update_share < 1:
+            fewer = _thinned(of_step, chosen, taught, cfg)
+            of_step, chosen, taught, counts = fewer.trees, fewer.prompts, fewer.values, fewer.counts
         segments = Segments.from_trees(of_step, chosen, sampled_sharing(cfg))
-        lesson = lesson_of(segments, [values[i] for i in chosen], of_step, cfg)
+        lesson = lesson_of(segments, taught, of_step, cfg, counts)
         credit = lesson.credit()
         depth.append(credit_by_depth(segments, credit))
         if cfg.train.prefix_sharing == "content":
@@ -204,6 +217,16 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
         for batch, draft, lesson in zip(batches, drafts, lessons, strict=True)
     ]
     return plans, _credit_metrics(depth) | _tokens(plans)
+
+
+def _thinned(trees: list[Tree], prompts: list[int], values: list[Floats], cfg: Config) -> Thinned:
+    """The leaves of a step that train (algo.update_share): the same on every rank, and after a restart."""
+    algo = cfg.algo
+    # The seeds of a step are not known here; its prompts and the weights that sampled them are.
+    names = [f"{tree.prompt_id} {max(node.policy_version for node in tree.nodes)}" for tree in trees]
+    start = derive_seed(cfg.train.seed, "update_share", *names) / 2**63
+    counts = leaf_counts(trees, algo.leaf_weight, algo.tree_weight)
+    return thin(trees, prompts, values, counts, share=algo.update_share, start=start)
 
 
 def charge_kl(plans: list[StepPlan], trees: list[Tree], cfg: Config) -> dict[str, float]:
