@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treepo_mega.actor.batch import advantages, lesson_of, pair_cost
+from treepo_mega.actor.batch import _thinned, advantages, lesson_of, pair_cost
 from treepo_mega.config import Config, ConfigError, check, load_config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.tree.descent import leaf_counts
@@ -245,3 +245,23 @@ def test_merging_equal_tokens_is_refused_where_an_engine_logprob_cannot_speak_fo
         check(config("train.prefix_sharing=content", "rollout.partial_rollout=64", "train.max_tokens_per_gpu=8192"), 1)
     sequence = ("algo.use_tis=true", "algo.rollout_is=sequence")
     check(config("train.prefix_sharing=content", *sequence, "train.max_tokens_per_gpu=8192"), 1)
+
+
+def test_a_choice_of_leaves_teaches_what_all_teach_on_average():
+    """With the weights of the configuration, over the choices of many steps; the same choice for the same step."""
+    cfg = config("algo.leaf_weight=descent", "algo.advantage_estimator=grpo", "algo.update_share=0.5")
+    trees = uneven()
+    values = advantages(trees, cfg)
+    counts = leaf_counts(trees, "descent", "auto")
+    want = sum(c * v for c, v in zip(counts, np.concatenate(values), strict=True) if v > 0)
+    sums = []
+    for step in range(300):
+        for tree in trees:
+            tree.nodes[1].policy_version = step
+        fewer = _thinned(trees, [0, 1], values, cfg)
+        assert _thinned(trees, [0, 1], values, cfg).counts.tolist() == fewer.counts.tolist()
+        segments = Segments.from_trees(fewer.trees, fewer.prompts)
+        lesson = lesson_of(segments, fewer.values, fewer.trees, cfg, fewer.counts)
+        assert lesson.counts is fewer.counts and sum(len(tree.leaves) for tree in fewer.trees) in (2, 3)
+        sums.append(sum(c * v for c, v in zip(fewer.counts, np.concatenate(fewer.values), strict=True) if v > 0))
+    assert np.mean(sums) == pytest.approx(want, abs=4 * np.std(sums) / len(sums) ** 0.5)

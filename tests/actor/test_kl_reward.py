@@ -155,6 +155,7 @@ def test_a_worked_example_and_a_stage_without_logprobs():
     [
         ("algo.kl_loss_coef=0.1", "the distance from the reference would count twice; set one of them to 0"),
         ("algo.reject_zero_std_subgroups=true", "hardly two rewards are equal"),
+        ("algo.update_share=0.5", "chosen by their advantage, which the KL changes"),
     ],
 )
 def test_what_makes_no_sense_with_it_is_refused(override, says):

@@ -69,15 +69,23 @@ def test_the_number_of_leaves_is_the_share_and_the_rare_ones_are_all_there():
         rewards = [reward for tree in fewer.trees for reward in tree.rewards]
         assert (len(rewards), sum(rewards)) == (6, 2), "two right ones of twelve, and four of the ten others"
         assert fewer.prompts == [4, 9]
-        assert fewer.counts.sum() == pytest.approx(2 * 1 + 4 * 2.5)
+        assert sorted(fewer.counts) == pytest.approx([1, 1, 2.5, 2.5, 2.5, 2.5])
 
 
 def test_a_tree_without_a_chosen_leaf_is_left_out():
     trees = forest()
     values = [np.zeros(6), np.array([1.0, -1.0, 0, 0, 0, 0])]
-    fewer = thin(trees, [4, 9], values, None, share=0.5, start=0.3)
+    fewer = thin(trees, [4, 9], values, None, share=1 / 6, start=0.3)
     assert (fewer.prompts, [tree.leaves for tree in fewer.trees]) == ([9], [trees[1].leaves[:2]])
     assert fewer.values[0].tolist() == [1.0, -1.0]
+
+
+def test_a_leaf_without_advantage_stands_for_its_like_with_a_bounded_weight():
+    trees = forest()
+    values = [np.zeros(6), np.array([1.0, -1.0, 0, 0, 0, 0])]
+    largest = max(thin(trees, [4, 9], values, None, share=0.5, start=start).counts.max() for start in STARTS)
+    # Ten of them share four places with equal chances.
+    assert largest == pytest.approx(2.5)
 
 
 def test_without_any_advantage_all_leaves_stay():

@@ -216,7 +216,8 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
         replace(lay_out_batch(batch, draft.dealt, cfg), lesson=lesson)
         for batch, draft, lesson in zip(batches, drafts, lessons, strict=True)
     ]
-    return plans, _credit_metrics(depth) | _tokens(plans)
+    chosen_leaves = float(sum(len(lesson.segments.leaf_number) for lesson in lessons))
+    return plans, _credit_metrics(depth) | _tokens(plans) | {"tree/leaves_chosen": chosen_leaves}
 
 
 def _thinned(trees: list[Tree], prompts: list[int], values: list[Floats], cfg: Config) -> Thinned:

@@ -85,6 +85,11 @@ def _check_kl_reward(cfg: Config) -> list[str]:
             f"reward.kl_coef {coef:g} with algo.kl_loss_coef {cfg.algo.kl_loss_coef:g}: the distance from the "
             "reference would count twice; set one of them to 0"
         )
+    if cfg.algo.update_share < 1:
+        bad.append(
+            f"reward.kl_coef with algo.update_share {cfg.algo.update_share:g}: leaves are chosen by their advantage, "
+            "which the KL changes after the choice; use algo.kl_loss_coef"
+        )
     if cfg.algo.reject_zero_std_subgroups:
         bad.append(
             "reward.kl_coef with algo.reject_zero_std_subgroups: with a KL in it hardly two rewards are equal, so "

@@ -45,8 +45,8 @@ class AlgoConfig(Section):
     """Leaves cut by length or depth leave their tree before advantages are computed. Metrics of sampling still hold
     them; rollout/leaves_masked counts them."""
     update_share: float = Field(1.0, gt=0, le=1)
-    """Of a step's leaves, how many train: chosen with probability in proportion to |advantage| x what they count, and
-    weighed by its inverse, so that the expected gradient is that of all. Baselines are those of all leaves. 1: all."""
+    """Of an optimizer step's leaves, how many train. They are chosen by |advantage|, and count by the inverse of their
+    chance: the expected gradient is that of all leaves. Baselines are those of all. 1: all train."""
     advantage_clip: float | None = Field(None, gt=0)
     """Largest |advantage|, after whitening. None: no limit."""
     policy_loss: Literal["ppo", "cispo"] = "ppo"

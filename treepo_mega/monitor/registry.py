@@ -214,6 +214,7 @@ _TREE = (
         "mean distance (total variation) of the allocation of branches from an equal one, over decisions",
     ),
     Metric("tree/leaves", "count", "prompts x n_samples_per_prompt", "trajectories trained on"),
+    Metric("tree/leaves_chosen", "count", "algo.update_share x leaves", "of these, those that the update computes"),
     Metric(
         "tree/credit_q{1,2,3,4}",
         "share",

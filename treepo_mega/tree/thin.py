@@ -6,12 +6,14 @@
 An update costs several times what sampling costs, and most leaves teach little: under a reward that few answers get,
 the wrong ones all say nearly the same. So leaf i trains with probability
 
-    pi_i = min(1, s |A_i| c_i)          sum of pi_i = share x leaves, which decides s
+    pi_i = min(1, s (|A_i| + a / 10) c_i)     a: the mean |A|; sum of pi_i = share x leaves, which decides s
 
-and then counts c_i / pi_i. The expectation of the loss and of its gradient over the choice is that of all leaves
-(Horvitz and Thompson, 1952), and for so many leaves no other rule has less variance where their gradients are equally
-long. Baselines are those of all leaves. Where advantages are per node, |A_i| is the mean over the tokens of the path.
-Rules that keep the best and the worst leaves and weigh them alike (PODS, Xu et al., 2025) train another objective.
+and then counts c_i / pi_i. The expectation of the sums in loss and gradient over the choice is that of all leaves
+(Horvitz and Thompson, 1952), and in proportion to |A_i| alone no rule of so many leaves has less variance where their
+gradients are equally long. The tenth bounds the weights (a defensive mixture: Hesterberg, 1995), and lets leaves
+without advantage stand for their like in KL and entropy. Baselines are those of all leaves. Where advantages are per
+node, |A_i| is the mean over the tokens of the path. Rules that keep the best and the worst leaves and weigh them alike
+(PODS, Xu et al., 2025) train another objective.
 
 The choice is systematic: one random number in [0, 1) for the whole step, and then evenly spaced along the leaves. So
 the number of leaves is fixed, and siblings are rarely all taken or all left.
@@ -26,6 +28,9 @@ import numpy as np
 
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.segments import Bools, Floats
+
+DEFENCE = 0.1
+"""Of the mean advantage, what every leaf is chosen by at least: no weight exceeds 11 / share times the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +62,13 @@ def thin(
         prompts: The number of each tree's prompt.
         values: Advantages of each tree, one a leaf or one a node.
         counts: [L] what each leaf counts, tree by tree. None: all alike.
-        share: Of the leaves, how many train; in (0, 1]. At least one does. Leaves without advantage never train, so
-            there may be fewer; if no leaf has any, all stay.
+        share: Of the leaves, how many train; in (0, 1]. At least one does; all do if none has an advantage.
         start: In [0, 1): decides the choice.
     """
     plain = np.ones(sum(len(tree.leaves) for tree in trees)) if counts is None else np.array(counts, np.float64)
-    size = plain * np.concatenate([_of_leaves(tree, of_tree) for tree, of_tree in zip(trees, values, strict=True)])
+    advantage = np.concatenate([_of_leaves(tree, of_tree) for tree, of_tree in zip(trees, values, strict=True)])
+    mean = float((plain * advantage).sum() / plain.sum())
+    size = plain * (advantage + DEFENCE * mean)
     chance = chances(size, max(1.0, round(share * len(size)))) if size.any() else np.ones(len(size))
     kept = chosen(chance, start)
     weight = plain / np.where(kept, chance, 1.0)
