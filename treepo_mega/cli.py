@@ -11,12 +11,13 @@
     treepo-mega top RUN                                  live: phase, ranks, curves and faults of a run
     treepo-mega tree RUN [--step N] [--prompt K]         a page of a step's trees, to read and to search
     treepo-mega doctor CONFIG.yaml [a.b=c ...] --gpus 8  is this node, and this job's cluster, fit for the run?
+    treepo-mega environment NAME --call TOOL '{}'        what an environment offers, and what its tools answer
     treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
                                                          checkpoints between Hugging Face and Megatron, verified
 
-`--dry-run`, `--help-config`, `plan`, `report`, `top`, `tree` and `doctor` need no GPU, torch, vLLM or Megatron: they
-work on a laptop and on a login node. Exit status: 0 when done, 2 for bad input (one message, no traceback);
-`train` and `eval` otherwise exit with what they return.
+`--dry-run`, `--help-config`, `plan`, `report`, `top`, `tree`, `doctor` and `environment` need no GPU, vLLM or Megatron,
+and all but the last no torch: they work on a laptop and on a login node. Exit status: 0 when done, 2 for bad input (one
+message, no traceback); `train` and `eval` otherwise exit with what they return.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from treepo_mega.config import Config, ConfigError, dump_text, load_config
 from treepo_mega.config.describe import help_config
 from treepo_mega.convert.cli import add_verbs, convert
 from treepo_mega.doctor.command import add_arguments as add_doctor
+from treepo_mega.environment.command import add_arguments as add_environment
 from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import quieten_libraries
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return convert(args)
         if args.command == "eval":
             return _eval(args, [*args.overrides, *rest])
+        if args.command == "environment":
+            return _environment(args)
         if args.command == "doctor":
             return _doctor(args, [*args.overrides, *rest])
         if args.command == "plan":
@@ -114,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", help="YAML file; a key may be overridden by a.b=c arguments after it")
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
     add_doctor(doctor)
+    add_environment(commands.add_parser("environment", help="what an environment offers, and what its tools answer"))
     add_verbs(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, verified"))
     _add_report(commands.add_parser("report", help="where the GPU-hours of runs went, as HTML, JSON and Markdown"))
     top = commands.add_parser("top", help="watch a run: phase, ranks, curves and faults")
@@ -187,6 +192,12 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     from treepo_mega.doctor.command import run
 
     return run(args, load_config(args.config, overrides))
+
+
+def _environment(args: argparse.Namespace) -> int:
+    from treepo_mega.environment.command import run
+
+    return run(args)
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,1 @@
+"""Environments that come with the project; docs/guides/environments.md shows each."""
