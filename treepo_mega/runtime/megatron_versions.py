@@ -61,10 +61,10 @@ def mark_shard(weight: Tensor, dim: int) -> None:
         # 0.16.1 marks a weight only when it also initialises it, which would cost the full matrix.
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
         return
-    # 0.19.2 marks it in both cases, and refuses to mark it twice.
-    marks = [getattr(weight, name, None) for name in ("tensor_model_parallel", "partition_dim", "partition_stride")]
-    if marks != [True, dim, 1]:
-        raise RuntimeError(f"megatron-core marked a shard along {dim} as (parallel, dim, stride) {tuple(marks)}")
+    # 0.19.2 marks it in both cases, a gated layer with the stride 2, and refuses to mark it twice.
+    marks = [getattr(weight, name, None) for name in ("tensor_model_parallel", "partition_dim")]
+    if marks != [True, dim]:
+        raise RuntimeError(f"megatron-core marked a shard along {dim} as (parallel, dim) {tuple(marks)}")
 
 
 def complete_checkpoint(directory: Path) -> None:
