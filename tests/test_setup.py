@@ -140,7 +140,9 @@ def test_setup_says_what_it_would_do_and_does_nothing(tmp_path):
     torch_alone = next(i for i, line in enumerate(commands) if "torch==" in line)
     rest = next(i for i, line in enumerate(commands) if "[cpu,test]" in line)
     assert torch_alone < rest
-    assert commands[torch_alone].split("install ")[1] == "torch==2.13.0+cpu"
+    assert commands[torch_alone].split("install ")[1] == "--no-compile torch==2.13.0+cpu"
+    compiled = next(i for i, line in enumerate(commands) if "-m compileall" in line)
+    assert rest < compiled < len(commands) - 1, "all that was installed, and before it is tried"
     assert "removing torchvision: it was built for another torch" in done.stdout
     assert "removing triton" not in done.stdout, "the loss kernels are checked with it, without a GPU"
     assert not (tmp_path / "v").exists()

@@ -14,7 +14,8 @@ Steps, each run once:
     one it goes in alone, and what it requires besides torch and its companions after it;
  5. remove companions of torch that cannot load beside it; triton, which comes with the engine, stays: 1 GB, but the
     loss kernels are checked on it without a GPU, in its interpreter and by its compiler (tests/loss/test_triton.py);
- 6. check the result with treepo_mega.runtime.environment and write a stamp.
+ 6. compile what was installed, on all cores;
+ 7. check the result with treepo_mega.runtime.environment and write a stamp.
 
 setup.py chooses the megatron-core of this Python: 3.11 and 3.12 are two lanes of the same code.
 
@@ -146,7 +147,9 @@ class Installer:
     def pip(self, *args: str) -> "subprocess.CompletedProcess[str]":
         """`pip ARGS` inside the environment."""
         # --require-virtualenv: pip itself refuses to touch an interpreter that is not an environment's own.
-        return self.run(str(python_of(self.venv)), "-m", "pip", "--require-virtualenv", *args)
+        # --no-compile: pip compiles on one core, which is a good part of its work; `compile_all` takes every core.
+        late = ("--no-compile",) if args[0] == "install" else ()
+        return self.run(str(python_of(self.venv)), "-m", "pip", "--require-virtualenv", *args[:1], *late, *args[1:])
 
     def must(self, what: str, done: "subprocess.CompletedProcess[str]") -> None:
         """Raise SetupError with the end of the output when a command failed."""
@@ -229,6 +232,12 @@ class Installer:
         """Can the environment import module `name`?"""
         return self.run(str(python_of(self.venv)), "-c", f"import {name}").returncode == 0
 
+    def compile_all(self) -> None:
+        """Byte code of all that is installed, without a word of files that are no Python of today, as pip does it."""
+        self.say("compiling what was installed")
+        libraries = [str(path) for path in self.venv.glob("lib/python*/site-packages")]
+        self.run(str(python_of(self.venv)), "-m", "compileall", "-q", "-q", "-j", "0", *libraries)
+
     def verify(self) -> None:
         """Raise SetupError when the finished environment has one of the known problems."""
         self.say("checking that torch, the engine and Megatron-Core fit together")
@@ -253,6 +262,7 @@ def set_up(venv: Path, need_gb: float, dry_run: bool) -> None:
     installer.install_torch()
     installer.install_project()
     installer.remove_misfits()
+    installer.compile_all()
     installer.verify()
     seconds = round(time.monotonic() - started, 1)
     if not dry_run:
