@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import treepo_mega
+from treepo_mega.runtime.megatron_versions import PINS
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -78,8 +79,16 @@ def test_the_slow_lane_is_divided_without_a_rest():
 
 def test_python_is_said_once():
     action = read(ROOT / ".github/actions/setup/action.yml")
-    (version,) = [step["with"]["python-version"] for step in action["runs"]["steps"] if "setup-python" in str(step)]
-    assert version == "3.11" and setup_argument("python_requires") == ">=3.11,<3.13"
+    (used,) = [step["with"]["python-version"] for step in action["runs"]["steps"] if "setup-python" in str(step)]
+    version = action["inputs"]["python"]["default"]
+    assert used == "${{ inputs.python }}" and version == "3.11"
+    jobs = [job for path in WORKFLOWS for job in read(path)["jobs"].values()]
+    asked = {str(step["with"]["python"]) for job in jobs for step in job["steps"] if "python" in step.get("with", {})}
+    assert {version, *asked} == {".".join(map(str, python)) for python in PINS}, "each lane runs"
+    for other in asked:
+        (job,) = [job for job in jobs if other in str(job["steps"])]
+        assert f"PYTHON=python{other}" in job["steps"][-1]["run"], "or make would find the other one"
+    assert setup_argument("python_requires") == ">=3.11,<3.13"
     assert "(3, 11) <= sys.version_info < (3, 13)" in (ROOT / "tools/setup_env.py").read_text(encoding="utf-8")
     assert f"Programming Language :: Python :: {version}" in setup_argument("classifiers")
     assert read(HOOKS)["default_language_version"]["python"] == f"python{version}"
