@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_mega.tree.diversity import common_prefix, common_tokens, distinct_responses, effective_samples
+from treepo_mega.tree.diversity import (
+    common_prefix,
+    common_tokens,
+    distinct_responses,
+    effective_samples,
+    independent_samples,
+)
 from treepo_mega.tree.node import ROOT, Tree
 
 
@@ -45,3 +51,19 @@ def test_segments_do_not_matter_only_what_was_said():
         node.tokens = [token]
         tree.leaves.append(node.id)
     assert common_tokens(tree) == (4, 2) and effective_samples(tree) == pytest.approx(9 / 5)
+
+
+def test_what_leaves_share_is_one_draw():
+    """A full binary tree of eight leaves: 2, 4 and 8 segments; independent samples are as many as leaves everywhere."""
+    tree = Tree.start("p", [1])
+    level = [ROOT]
+    for _ in range(3):
+        level = [tree.add_child(parent).id for parent in level for _ in range(2)]
+        for node in level:
+            tree.nodes[node].tokens = [3] * 4
+    tree.leaves = level
+    # The middles of the quarters are tokens 1.5, 4.5, 7.5 and 10.5 of 12.
+    assert independent_samples(tree) == pytest.approx([2, 4, 4, 8])
+    assert independent_samples(tree.only([0, 1])) == pytest.approx([1, 1, 1, 2])
+    assert independent_samples(tree_of([[1, 2], [3], [4, 5, 6]])) == pytest.approx([3] * 4)
+    assert independent_samples(tree_of([])) == [0.0] * 4

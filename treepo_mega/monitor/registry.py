@@ -196,6 +196,12 @@ _TREE = (
         "1 / sum of squared shares of the distinct responses of a tree, mean over trees",
     ),
     Metric(
+        "tree/independent_q{1,2,3,4}",
+        "count",
+        "rises to effective_samples; n_samples_per_prompt with independent samples",
+        "draws of the policy that a tree's leaves stand for in each quarter of their paths, mean over trees",
+    ),
+    Metric(
         "tree/divergence_depth",
         "tokens",
         "below response_len_mean",

@@ -50,6 +50,7 @@ from treepo_mega.rollout.teaching import Teaches, counted, judge
 from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.descent import policy_mean
+from treepo_mega.tree.diversity import independent_samples
 from treepo_mega.tree.node import ROOT, Tree
 
 logger = logging.getLogger(__name__)
@@ -318,9 +319,11 @@ def _leaves_per_prompt(trees: list[Tree]) -> dict[str, float]:
     }
 
 
-def _diversity(counts: dict[str, float]) -> dict[str, float]:
-    """How different the leaves of a tree are, from sums over trees (`report.complete`)."""
-    return {
+def _diversity(counts: dict[str, float], trees: list[Tree]) -> dict[str, float]:
+    """How different the leaves of a tree are: from sums over trees (`report.complete`), and from their structure."""
+    independent = [independent_samples(tree) for tree in trees]
+    by_quarter = [sum(of_quarter) / len(trees) for of_quarter in zip(*independent, strict=True)]
+    return {f"tree/independent_q{quarter}": samples for quarter, samples in enumerate(by_quarter, 1)} | {
         "tree/distinct_share": counts.get("distinct", 0) / max(1, counts["leaves"]),
         "tree/effective_samples": counts.get("effective", 0) / max(1, counts["prompts"]),
         "tree/divergence_depth": counts.get("common_tokens", 0) / max(1, counts.get("common_pairs", 0)),
@@ -374,7 +377,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         **_leaves_per_prompt(kept),
         "rollout/leaves_unspent": totals["unspent"],
         "tree/shortfall": totals["asked"] - counts["leaves"],
-        **_diversity(counts),
+        **_diversity(counts, seen),
         "tree/budget_divergence": counts.get("budget_divergence", 0.0) / max(1.0, counts.get("budget_decisions", 0.0)),
         "tree/budget_temperature": cfg.rollout.budget_temperature_at(step / max(1, cfg.train.num_rollouts - 1)),
         "reward/lost": totals["lost"],
