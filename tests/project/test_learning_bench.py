@@ -147,3 +147,38 @@ def test_a_plot_is_small_and_the_same_each_time(bench, tmp_path):
         bench.learning_curves.plot("carry", arms, tmp_path / f"{name}.svg")
     text = (tmp_path / "one.svg").read_text()
     assert text == (tmp_path / "two.svg").read_text() and "<svg" in text and len(text) < 200_000
+
+
+def test_the_report_has_a_headline_of_every_task_and_of_trl(bench, monkeypatch, tmp_path, capsys):
+    """The last line is what the claims quote: the claimed arm's ratios with their intervals."""
+    import yaml
+
+    plan = yaml.safe_load(bench.ARMS.read_text())
+    folder = tmp_path / "carry"
+    folder.mkdir()
+    for arm, price in (("flat-grpo", 100), (plan["tasks"]["carry"]["claim"], 50), (bench.TRL, 80)):
+        for seed in (1, 2):
+            target = folder / f"{arm}.seed{seed}.json"
+            target.write_text(json.dumps(result([0.4, 0.6, 0.8], price, price / 10, seed)))
+    monkeypatch.setattr(sys, "argv", ["learning.py", "--report", "--results", str(tmp_path)])
+    assert bench.main() == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (task,) = found["tasks"]
+    assert (task["name"], task["seeds"], task["claim"]) == ("carry", [1, 2], plan["tasks"]["carry"]["claim"])
+    assert (task["tokens_ratio_at_equal_accuracy"], task["cpu_ratio_at_equal_accuracy"]) == (0.5, 0.5)
+    assert task["accuracy_difference_at_equal_steps"] == 0
+    assert task["ci95"] == {"tokens": [0.5, 0.5], "cpu": [0.5, 0.5], "accuracy": [0, 0]}
+    assert found["vs_trl"]["step_ratio"] == 0.625 and found["vs_trl"]["cpu_ratio_at_equal_accuracy"] == 0.625
+    for path in folder.glob("*-*.seed*"):
+        if not path.name.startswith("flat-grpo"):
+            path.unlink()
+    assert bench.main() == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone["vs_trl"] is None and alone["tasks"][0]["claim"] is None and alone["tasks"][0]["ci95"] is None
+
+
+def test_every_task_claims_an_arm_that_there_is(bench):
+    import yaml
+
+    plan = yaml.safe_load(bench.ARMS.read_text())
+    assert {task["claim"] for task in plan["tasks"].values()} <= set(plan["arms"])

@@ -2,6 +2,7 @@
 
     python tools/bench/learning.py run --arms flat-grpo tree-treepo --seeds 101 102 103
     python tools/bench/learning.py report [--task carry] [--baseline ARM]
+    python tools/bench/learning.py --report                                # every task that has results
     python tools/bench/learning.py --quick
 
 Arms and tasks stand in tools/bench/learning.yaml. A run is one process with one thread, so that wall and CPU seconds
@@ -19,11 +20,14 @@ percentiles of 2,000 bootstrap draws over seeds; a ratio that the arm never reac
 while sampling plus three times those of the update (a backward pass costs two forward ones) plus those of the
 old-logprob pass.
 
-Last line, JSON: {"tasks": [{"name", "baseline", "seeds", "arms": [{"name", "seeds", "accuracy", "accuracy_sd",
-"accuracy_difference_at_equal_steps", "ci95", "accuracy_difference_at_equal_tokens", "equal_tokens_ci95",
-"tokens_ratio_at_equal_accuracy", "tokens_ci95", "cpu_ratio_at_equal_accuracy", "cpu_ci95", "tokens_ratio",
-"cpu_ratio" (whole runs), "paired_difference", "paired_ci95", "fit_tokens", "fit_cpu" (ScaleRL's curve, or its
-`problem`)}], "vs_trl": {arm: {"seeds", "step_ratio", "cpu_ratio_at_equal_accuracy"}} where TRL's runs are there}]}.
+Last line, JSON: {"tasks": [{"name", "seeds", "claim" (the arm that the task's line `claim` names, which the next four
+are of; null without a run of it), "tokens_ratio_at_equal_accuracy", "cpu_ratio_at_equal_accuracy", "ci95": {"tokens",
+"cpu", "accuracy"}, "accuracy_difference_at_equal_steps", "baseline", "arms": [{"name", "seeds", "accuracy",
+"accuracy_sd", "accuracy_difference_at_equal_steps", "ci95", "accuracy_difference_at_equal_tokens", "equal_tokens_ci95",
+"tokens_ratio_at_equal_accuracy", "tokens_ci95", "cpu_ratio_at_equal_accuracy", "cpu_ci95", "tokens_ratio", "cpu_ratio"
+(whole runs), "paired_difference", "paired_ci95", "fit_tokens", "fit_cpu" (ScaleRL's curve, or its `problem`)}],
+"vs_trl": {arm: ...} where TRL's runs are there}], "vs_trl": {"task", "arm", "seeds", "step_ratio",
+"cpu_ratio_at_equal_accuracy"} of the first task whose claim has runs beside TRL's, or null}.
 --plot writes an SVG of the task's curves.
 --quick: two arms, one seed, two steps, in a temporary folder.
 """
@@ -199,6 +203,11 @@ def keep(target: Path, result: Result) -> None:
     part.replace(target)
 
 
+def runs_of(folder: Path, arm: str) -> list[Path]:
+    """The files of an arm's finished runs."""
+    return sorted(folder.glob(f"{arm}.seed*.json"))
+
+
 def reach(results: list[Result], accuracy: float, axis: str) -> float:
     """Where the mean curve of some runs first reaches `accuracy`, on `axis`, interpolated; inf when it never does."""
     ys = np.maximum.accumulate(np.mean([[point["accuracy"] for point in r["curve"]] for r in results], axis=0))
@@ -325,12 +334,28 @@ def report(
             }
             arms.append(row)
         found = {"name": task, "baseline": name, "seeds": sorted(r["seed"] for r in finished[name]), "arms": arms}
+        found |= headline(plan["tasks"][task].get("claim"), arms)
         if TRL in finished:
             found["vs_trl"] = {arm: against_trl(finished[TRL], runs) for arm, runs in finished.items() if arm != TRL}
         out.append(found)
         if plots is not None:
             learning_curves.plot(task, finished, plots / f"learning_{task}.svg")
-    return {"tasks": out}
+    beside_trl = [
+        {"task": task["name"], "arm": task["claim"]} | task["vs_trl"][task["claim"]]
+        for task in out
+        if task.get("vs_trl", {}).get(task["claim"]) is not None
+    ]
+    return {"tasks": out, "vs_trl": beside_trl[0] if beside_trl else None}
+
+
+def headline(claim: str | None, arms: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a task shows for the arm `claim`: its ratios to the baseline, with intervals; nulls without a run of it."""
+    row = next((arm for arm in arms if arm["name"] == claim), None)
+    ratios = ("tokens_ratio_at_equal_accuracy", "cpu_ratio_at_equal_accuracy", "accuracy_difference_at_equal_steps")
+    if row is None:
+        return {"claim": None, "ci95": None} | dict.fromkeys(ratios)
+    ends = {"tokens": row["tokens_ci95"], "cpu": row["cpu_ci95"], "accuracy": row["ci95"]}
+    return {"claim": claim, "ci95": ends} | {name: row[name] for name in ratios}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -375,6 +400,7 @@ def main() -> int:
     """Run or report; returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", nargs="?", choices=("run", "report"), default="report")
+    p.add_argument("--report", action="store_true", help="report on every task that has results")
     p.add_argument("--task", default="carry")
     p.add_argument("--arms", nargs="+", default=["flat-grpo", "tree-treepo"])
     p.add_argument("--seeds", nargs="+", type=int, help="run: default 101 102 103; report: default all")
@@ -396,10 +422,15 @@ def main() -> int:
         finally:
             shutil.rmtree(args.results)
     else:
-        if args.command == "run":
+        if args.command == "run" and not args.report:
             args.seeds = args.seeds or [101, 102, 103]
             run(args, plan, args.results, [], PROBLEMS)
-        found = report(plan, args.results, [args.task], args.seeds, args.plot, args.baseline)
+        tasks = [args.task]
+        if args.report:
+            tasks = [
+                name for name, task in plan["tasks"].items() if any(runs_of(args.results / name, task["baseline"]))
+            ]
+        found = report(plan, args.results, tasks, args.seeds, args.plot, args.baseline)
     show(found)
     print(json.dumps(found))
     return 0
