@@ -19,8 +19,8 @@ def test_a_resumed_run_has_the_trees_that_were_left_over(monkeypatch: pytest.Mon
     cfg = cfg.replace({"checkpoint.load": str(tmp_path), "checkpoint.save": str(tmp_path)})
     written: dict[str, Any] = {}
 
-    def save_training(directory, models, optimizer, scheduler, state, timeout_s) -> None:
-        written.update(json.loads(json.dumps(state)))
+    def save_training(directory, models, optimizer, scheduler, state, timeout_s, of_main) -> None:
+        written.update(json.loads(json.dumps(state | of_main)))
 
     def saves(collector: Collector) -> Saves:
         actor = SimpleNamespace(models=[], optimizer=None, scheduler=None, skipped_in_a_row=0, weights_changed=list)

@@ -52,8 +52,7 @@ class Saves:
         actor.weights_changed()
         actor.skipped_in_a_row = state["skipped_in_a_row"]
         self.cursor.load_state_dict(state["cursor"], source=str(directory))
-        self.collector.carried = state.get("carried", [])
-        self.collector.surplus = state.get("surplus", [])
+        self.collector.restore(state)
         if "costs" in state:
             self.collector.generator.costs.load_state_dict(state["costs"])
         last = self.cfg.train.num_rollouts
@@ -74,14 +73,13 @@ class Saves:
             "step": step,
             "cursor": self.cursor.state_dict(),
             "skipped_in_a_row": actor.skipped_in_a_row,
-            "carried": self.collector.carried,
-            "surplus": self.collector.surplus,
             "costs": self.collector.generator.costs.state_dict(),
         }
         self._set_aside_others()
         directory = settings.directory / f"step_{step:06d}"
         timeout_s = self.cfg.distributed.timeout_s
-        checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s)
+        waiting = self.collector.waiting()
+        checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s, waiting)
         # After the new checkpoint has its name: a kill before that leaves the older ones to resume from.
         checkpoint.prune(settings.directory, settings.keep_last)
 

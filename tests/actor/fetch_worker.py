@@ -10,11 +10,11 @@ from pathlib import Path
 
 from megatron.core import parallel_state as ps
 
-from tests.rollout.fakes import fake_collector, fake_config
+from tests.rollout.fakes import everywhere, fake_collector, fake_config
 from tests.tree.parts import assert_equal
 from treepo_mega.actor.batch import plan_rollout
 from treepo_mega.modelspec.spec import ModelSpec
-from treepo_mega.rollout.contents import bring_to_main, everywhere
+from treepo_mega.rollout.contents import bring_to_main
 from treepo_mega.runtime import dist
 from treepo_mega.tree.node import Tree
 

@@ -91,7 +91,9 @@ def resume(directory: Path, saved: str, layouts: list[str], after: int = 2) -> d
     cfg, actor = begin(directory, saved)
     whole = steps(cfg, actor, range(after))
     trainer = {"step": after, "cursor": {"taken": 32}, "skipped_in_a_row": 1}
-    checkpoint.save_training(where, actor.models, actor.optimizer, actor.scheduler, trainer, 60)
+    of_main = {"carried": [{"prompt": 7}]} if dist.is_main() else {}
+    checkpoint.save_training(where, actor.models, actor.optimizer, actor.scheduler, trainer, 60, of_main)
+    trainer["carried"] = [{"prompt": 7}]
     whole += steps(cfg, actor, range(after, 4))
     want = weights(cfg, actor)
     out: dict[str, Any] = {"whole": whole}

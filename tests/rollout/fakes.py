@@ -20,8 +20,9 @@ from treepo_mega.engine.stream import Finished, SegmentRequest, SegmentStream
 from treepo_mega.monitor.registry import depends_on_time
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.collect import Collector, Forest
-from treepo_mega.rollout.contents import everywhere
 from treepo_mega.rollout.generator import Generator
+from treepo_mega.runtime import dist
+from treepo_mega.tree.node import Tree
 
 END_TOKEN = 9
 LEAVES = 3
@@ -73,7 +74,9 @@ class FakeEngine:
     max_model_len = 1024
     kv_blocks = 10_000
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, long: float = 0.0) -> None:
+        self.long = long
+        """Share of the segments that do not end their path."""
         self.lockstep: Meeting | None = None
         """Where the ranks of one engine meet in each step."""
         self.at_step: tuple[int, Callable[[], None]] | None = None
@@ -96,6 +99,10 @@ class FakeEngine:
         return [self.finish(self.running.pop(name)) for name in names]
 
     def finish(self, request: SegmentRequest) -> Finished:
+        if random.Random(f"{request.seed} long").random() < self.long:
+            drawn = random.Random(request.seed)
+            tokens = [drawn.randrange(4) for _ in range(request.max_tokens)]
+            return Finished(request.name, tokens, [-drawn.random() for _ in tokens], "length", 0)
         drawn = random.Random(request.seed)
         tokens = [drawn.randrange(4), END_TOKEN]
         return Finished(request.name, tokens, [-drawn.random(), -0.5], "stop", 0)
@@ -153,7 +160,8 @@ def right(item: RewardItem) -> RewardResult:
 
 def fake_generator(cfg: Config, seed: int = 0) -> Generator:
     """The real generator on a fake engine."""
-    return Generator(FakeEngine(random.Random(seed)), cfg, FakeTokenizer())  # type: ignore[arg-type]
+    engine = FakeEngine(random.Random(seed), long=0.5 if cfg.rollout.partial_rollout else 0.0)
+    return Generator(engine, cfg, FakeTokenizer())  # type: ignore[arg-type]
 
 
 def fake_collector(cfg: Config, seed: int, share: float) -> Collector:
@@ -164,16 +172,25 @@ def fake_collector(cfg: Config, seed: int, share: float) -> Collector:
 
 
 def state_of(collector: Collector) -> str:
-    """What a checkpoint keeps of a collector (saves.py)."""
+    """What a checkpoint keeps of a collector (saves.py), on rank 0. Collective over all ranks."""
     costs = collector.generator.costs.state_dict()
-    return json.dumps([collector.cursor.state_dict(), collector.carried, collector.surplus, costs])
+    return json.dumps([collector.cursor.state_dict(), collector.waiting(), costs])
 
 
 def load(collector: Collector, state: str) -> None:
     """The inverse of `state_of`."""
-    cursor, collector.carried, collector.surplus, costs = json.loads(state)
+    cursor, waiting, costs = json.loads(state)
+    collector.restore(waiting)
     collector.cursor.load_state_dict(cursor)
     collector.generator.costs.load_state_dict(costs)
+
+
+def everywhere(trees: Sequence[Tree]) -> list[dict[str, Any]]:
+    """Whole trees as dicts, on every rank, in order. Collective over all ranks."""
+    own = [[i, tree.to_dict()] for i, tree in enumerate(trees) if (tree.home or 0) == dist.rank()]
+    told = dist.tell_all(own or None)
+    whole = {index: tree for of_rank in told.values() for index, tree in of_rank}
+    return [whole[index] for index in range(len(trees))]
 
 
 def said(forests: Sequence[Forest]) -> list[Any]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from tests.engine_weights import write_weights
+from tests.rollout.fakes import everywhere
 from treepo_mega.config import Config, parse_config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.prompts import Prompt
@@ -30,7 +31,6 @@ from treepo_mega.monitor.registry import depends_on_time
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout import generator as generator_module
 from treepo_mega.rollout.collect import Collector, Forest
-from treepo_mega.rollout.contents import everywhere
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator

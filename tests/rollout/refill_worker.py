@@ -1,11 +1,13 @@
 """One rank of test_refill.py: steps of a collector on fake engines, in each layout that the ranks allow.
 
-`refill_worker.py WHERE STEPS KEYS whole|killed`. State is kept under WHERE after each step, and a later start goes on
-from it. Rank 0 writes what each layout made to WHERE/<tp>.json. `killed`: all ranks die amid the very last step.
+`refill_worker.py WHERE STEPS KEYS whole|killed`. KEYS: a list of settings. State is kept under WHERE after each step,
+and a later start goes on from it. Rank 0 writes what each made to WHERE/<place in KEYS>.<tp>.json. `killed`: all ranks
+die amid the very last step.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,7 +19,9 @@ import torch.distributed
 from torch.distributed import ProcessGroup
 
 from tests.rollout.fakes import FakeEngine, fake_collector, fake_config, load, said, state_of
+from treepo_mega.rollout.collect import Collector
 from treepo_mega.runtime import dist
+from treepo_mega.tree.elsewhere import is_here
 
 
 class Lockstep:
@@ -30,11 +34,23 @@ class Lockstep:
         torch.distributed.barrier(self.group)
 
 
-def main(where: Path, steps: int, keys: dict[str, Any], how: str) -> None:
+def check_waiting(collector: Collector, tp: int, resumed: bool) -> None:
+    """What waits for another step is on the ranks of its engine, and where it was read from a checkpoint, on all."""
+    speaker = dist.rank() // tp * tp
+    for job in collector.carried:
+        assert (job.state is not None) == (job.home in (None, speaker))
+        assert resumed or job.home is not None
+    for tree in collector.surplus:
+        held = {is_here(node.tokens) for node in tree.nodes}
+        assert held == {tree.home in (None, speaker)}
+        assert resumed or tree.home is not None
+
+
+def main(where: Path, steps: int, settings: list[dict[str, Any]], how: str) -> None:
     """See the module docstring."""
     torch.distributed.init_process_group("gloo")
     rank, ranks = dist.rank(), dist.world_size()
-    for tp in (2, 1):
+    for (place, keys), tp in itertools.product(enumerate(settings), (2, 1)):
         engines = [torch.distributed.new_group(range(first, first + tp)) for first in range(0, ranks, tp)]
         cfg = fake_config(**keys, engine={"tensor_parallel_size": tp})
         # Ranks of one engine draw the same order of ends, and each engine another one.
@@ -42,16 +58,19 @@ def main(where: Path, steps: int, keys: dict[str, Any], how: str) -> None:
         engine = collector.generator.engine
         assert isinstance(engine, FakeEngine)
         engine.lockstep = Lockstep(engines[rank // tp]) if tp > 1 else None
-        state, made = where / f"{tp}.state.json", where / f"{tp}.json"
+        state, made = where / f"{place}.{tp}.state.json", where / f"{place}.{tp}.json"
         lines: list[Any] = json.loads(made.read_text()) if made.exists() else []
-        if state.exists():
+        resumed = state.exists()
+        if resumed:
             load(collector, state.read_text())
         for step in range(len(lines), steps):
-            if how == "killed" and (tp, step) == (1, steps - 1):
+            if how == "killed" and (place, tp, step) == (len(settings) - 1, 1, steps - 1):
                 engine.at_step = (engine.steps + 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
             lines += said([collector.collect(step)])
+            check_waiting(collector, tp, resumed)
+            saved = state_of(collector)
             if rank == 0:
-                state.write_text(state_of(collector))
+                state.write_text(saved)
                 made.write_text(json.dumps(lines))
             dist.barrier("the state", 60)
 

@@ -21,6 +21,7 @@ from treepo_mega.rollout.dealing import (
     LocalQueue,
     SharedQueue,
     deal_by_cost,
+    deal_to,
 )
 from treepo_mega.tree.node import Tree
 
@@ -38,11 +39,30 @@ def test_everyone_is_dealt_alike_and_the_longest_come_first(cost, engines):
     assert max(loads) - min(loads) <= max(cost, default=0) + 1e-6, "no engine has a prompt's worth more than another"
 
 
+@examples(100)
+@given(costs, st.integers(1, 6), st.randoms(use_true_random=False))
+def test_what_is_pinned_counts_in_the_loads_of_its_engine(cost, engines, rng):
+    engine_of = [rng.choice([None, *range(engines)]) for _ in cost]
+    pinned = deal_to(engine_of, cost, engines)
+    deal = deal_by_cost(cost, engines, pinned)
+    both = [[*own, *part] for own, part in zip(pinned, deal, strict=True)]
+    assert sorted(i for part in both for i in part) == list(range(len(cost)))
+    for engine, part in enumerate(pinned):
+        assert set(part) == {i for i, of in enumerate(engine_of) if of == engine}
+    free = [cost[i] for i, of in enumerate(engine_of) if of is None]
+    loads = [sum(cost[i] for i in part) for part in both]
+    dealt = [load for load, part in zip(loads, deal, strict=True) if part]
+    # Nothing was added to an engine that another one was below by more than what was added.
+    assert max(dealt, default=0) - min(loads) <= max(free, default=0) + 1e-6
+
+
 @examples(60)
-@given(costs, st.integers(1, 5), st.randoms(use_true_random=False))
-def test_every_prompt_is_begun_once_whoever_is_fast(cost, engines, rng):
-    store, deal = dist.HashStore(), deal_by_cost(cost, engines)
-    queues = [SharedQueue(store, "r", deal, cost, e) for e in range(engines)]
+@given(costs, st.integers(1, 5), st.randoms(use_true_random=False), st.booleans())
+def test_every_prompt_is_begun_once_whoever_is_fast_and_pinned_ones_by_their_engine(cost, engines, rng, pins):
+    engine_of = [rng.choice([None, *range(engines)]) if pins else None for _ in cost]
+    store, pinned = dist.HashStore(), deal_to(engine_of, cost, engines)
+    deal = deal_by_cost(cost, engines, pinned)
+    queues = [SharedQueue(store, "r", deal, cost, e, pinned=pinned[e]) for e in range(engines)]
     begun: list[tuple[int, int]] = []
     active = list(range(engines))
     while active:
@@ -56,7 +76,10 @@ def test_every_prompt_is_begun_once_whoever_is_fast(cost, engines, rng):
         else:
             begun.append((e, i))
     assert sorted(i for _, i in begun) == list(range(len(cost)))
-    home = {i: e for e, part in enumerate(deal) for i in part}
+    for engine in range(engines):
+        mine = [i for e, i in begun if e == engine]
+        assert mine[: len(pinned[engine])] == pinned[engine], "before all others"
+    home = {i: e for e in range(engines) for i in (*deal[e], *pinned[e])}
     assert sum(q.stolen for q in queues) == sum(home[i] != e for e, i in begun)
 
 
@@ -88,6 +111,8 @@ def test_ranks_of_one_engine_make_the_same_moves():
     mine = [leader.take(d) for d in dry]
     thread.join(timeout=30)
     assert mine == seen == [2, 0, None, None, 1, None]
+    pinned = [SharedQueue(store, "p", [[], []], [1.0] * 3, 0, pinned=[2], rank=r, ranks=2) for r in (0, 1)]
+    assert [[queue.take(d) for d in (False, False, True)] for queue in pinned] == [[2, None, None]] * 2
 
 
 def test_a_leader_that_never_takes_is_noticed_within_the_deadline():

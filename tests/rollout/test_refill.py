@@ -240,12 +240,15 @@ FORKS = {
     "segment": {"length": 8},
     "branching": {"at": "fork", "initial": [2, 2], "fork": {"signal": "logprob", "distance": 1, "waves": 2}},
 }
+PARTIAL = {"mode": "tree", "segment": {"length": 2}, "partial_rollout": 4}
+"""Half of the trees go on in the next step."""
 KEYS = [
     {},
     FORKS,
     FORKS | {"leaves": "adaptive", "first_leaves": 2},
     {"oversample": 1.5, "surplus": "carry"},
     {"oversample": 2.0},
+    PARTIAL,
     {"leaves": "adaptive", "first_leaves": 2},
     {"schedule": "level"},
 ]
@@ -264,20 +267,24 @@ def test_steps_are_equal_in_any_order_of_ends_and_after_a_kill_amid_a_rollout(ke
 
 def test_steps_are_equal_on_one_two_and_four_ranks_and_after_all_are_killed_amid_a_rollout(tmp_path: Path):
     """Engines of one rank and of two. Four ranks are killed in their last step, and two go on later."""
-    keys = FORKS | {"n_samples_per_prompt": 4, "oversample": 1.5, "surplus": "carry"}
-    whole = said(collected(fake_config(**keys), 0, 0.5, 3))
-    assert all(metrics["rollout/refills"] > 0 for _, metrics in whole[1:])
+    carry = {"n_samples_per_prompt": 4, "oversample": 1.5, "surplus": "carry"}
+    keys = [PARTIAL | carry, FORKS | carry]
+    whole = [said(collected(fake_config(**each), 0, 0.5, 3)) for each in keys]
+    assert all(metrics["rollout/refills"] > 0 for _, metrics in whole[1][1:])
+    assert all(metrics["rollout/trees_resumed"] > 0 for _, metrics in whole[0][1:])
     four, two = tmp_path / "4", tmp_path / "2"
 
     for where in (four, two):
         where.mkdir()
     code, _, _ = run_world(4, [str(WORKER), str(four), "3", json.dumps(keys), "killed"], 120)
-    assert code != 0 and len(json.loads((four / "1.json").read_text())) == 2, "what the last step began is lost"
-    for name in ("1.json", "1.state.json"):
+    assert code != 0 and len(json.loads((four / "1.1.json").read_text())) == 2, "what the last step began is lost"
+    for name in ("1.1.json", "1.1.state.json"):
         shutil.copy(four / name, two)
     run_ranks(2, WORKER, two, 3, json.dumps(keys), "whole", timeout=120)
-    for made in (four / "2.json", two / "1.json", two / "2.json"):
-        assert json.loads(made.read_text()) == whole, made
+    made = [four / name for name in ("0.2.json", "0.1.json", "1.2.json")]
+    made += [two / name for name in ("0.2.json", "0.1.json", "1.2.json", "1.1.json")]
+    for path in made:
+        assert json.loads(path.read_text()) == whole[int(path.name[0])], path
 
 
 def test_what_is_left_over_trains_first_in_the_next_step_and_is_marked():

@@ -39,6 +39,8 @@ from treepo_mega.runtime.megatron_versions import complete_checkpoint
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
+MAIN_STATE = "main_state"
+"""What rank 0 alone knew when it was saved; every rank reads it."""
 PROBE_BYTES = 1 << 16
 """Of the file by which a refused write is told from a fault of another kind."""
 
@@ -163,10 +165,12 @@ def save_training(
     scheduler: Any,
     trainer: dict[str, Any],
     timeout_s: float,
+    of_main: dict[str, Any] | None = None,
 ) -> None:
     """Save weights, optimizer, LR schedule and `trainer` (a JSON-able dict). Collective over all ranks.
 
-    `directory` appears whole; an older checkpoint under its name stays until then.
+    `of_main`: more of it that rank 0 alone has; other ranks' is not looked at. `directory` appears whole; an older
+    checkpoint under its name stays until then.
     """
     metadata = _metadata()
     for inner in filter(_uses_torch_adam, _inner_optimizers(optimizer)):
@@ -176,6 +180,7 @@ def save_training(
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
     # Plain JSON text: Megatron would unpickle anything else on load.
     state[TRAINER_STATE] = json.dumps({"trainer": trainer, "scheduler": scheduler.state_dict()})
+    state[MAIN_STATE] = json.dumps(of_main or {})
     note = {"kind": "training", "step": trainer["step"], "vocab_size": _vocab_size(models)}
     with dist.shared_directory(directory, timeout_s, replace=True) as partial:
         _write(state, partial, note, timeout_s)
@@ -206,7 +211,8 @@ def load_training(
     _separate_steps(optimizer)
     texts = json.loads(loaded[TRAINER_STATE])
     scheduler.load_state_dict(texts["scheduler"])
-    return texts["trainer"]
+    # A checkpoint of before rank 0 had trees of its own lacks the second one.
+    return texts["trainer"] | json.loads(loaded.get(MAIN_STATE, "{}"))
 
 
 def _merged(state: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +227,8 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
     Raises CheckpointError when the file system refuses: it is full, read-only, or gone.
     """
     try:
-        dist_checkpointing.save(state, str(directory))
+        # Megatron broadcasts what it compares between ranks, and warns where they differ.
+        dist_checkpointing.save(state, str(directory), preprocess_common_before_consistancy_check=_of_all_ranks)
         if dist.is_main():
             complete_checkpoint(directory)
     except (OSError, RuntimeError) as error:
@@ -242,6 +249,11 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
         # Last: a directory without a manifest was cut short.
         _write_manifest(directory, note, digests)
     dist.barrier(f"the manifest of {directory}", timeout_s)
+
+
+def _of_all_ranks(common: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal on all ranks of a checkpoint's common state."""
+    return {name: value for name, value in common.items() if name != MAIN_STATE}
 
 
 def _refusal(directory: Path) -> OSError | None:

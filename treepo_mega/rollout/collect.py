@@ -14,8 +14,10 @@ Adaptive leaves (`rollout.leaves`): trees begin with a handful of leaves, and th
 last round, with the leaves that settled prompts do not need (`adaptive.py`).
 
 Partial rollouts: a tree with paths that reach beyond the step (`rollout.partial_rollout`) is carried over, as a state
-that every rank holds and a checkpoint keeps; it holds its place in the batch, and the next step goes on with it. With
-adaptive leaves it keeps its allotment, which is taken off that step's leaves as well.
+that the ranks of its engine hold; it keeps its place in the batch, and that engine goes on with it in the next step.
+With adaptive leaves it keeps its allotment, which is taken off that step's leaves as well.
+
+What waits for another step stays where it was sampled. A checkpoint brings it to rank 0 (`waiting`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +38,7 @@ from treepo_mega.data.rewards.returned import REMOTE_COSTS
 from treepo_mega.errors import TreepoError
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.adaptive import LeafBudget
-from treepo_mega.rollout.contents import everywhere
+from treepo_mega.rollout.contents import waiting_at_main
 from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
@@ -91,10 +93,10 @@ class Collector:
         self.pool = pool
         self.cursor = cursor
         self.timers = timers
-        self.carried: list[dict[str, Any]] = []
-        """Unfinished trees with their prompts, JSON-safe, the same on every rank; part of a checkpoint."""
-        self.surplus: list[dict[str, Any]] = []
-        """Graded trees that train in the next step, with the leaves alone that count; as `carried`."""
+        self.carried: list[Job] = []
+        """Unfinished trees, the same on every rank but for their states, which are on the ranks of their engines."""
+        self.surplus: list[Tree] = []
+        """Graded trees that train in the next step, with the leaves alone that count; contents as in a `Forest`."""
         self._engine_of: dict[str, int] = {}
         """Prompt id -> the engine that sampled its tree in this step."""
 
@@ -108,11 +110,10 @@ class Collector:
         wanted = rollout.rollout_batch_size
         # Emptied here and not by `sample`: a tree of the step may grow on.
         self._engine_of = {}
-        older = [Tree.from_dict(state) for state in self.surplus[:wanted]]
+        older = self.surplus[:wanted]
         self.surplus = self.surplus[wanted:]
-        resumed = self.carried[: wanted - len(older)]
+        goes_on = self.carried[: wanted - len(older)]
         self.carried = self.carried[wanted - len(older) :]
-        goes_on = [job_of(carried) for carried in resumed]
         budget = LeafBudget.of(rollout, goes_on) if rollout.leaves == "adaptive" else None
         # A paused tree keeps its place in the batch: if each were replaced, they could pile up from step to step.
         missing = wanted - len(older) - len(self.carried)
@@ -143,11 +144,11 @@ class Collector:
         if budget is None or budget.left:
             self._check_filled(len(kept), replaced, step)
         if rollout.surplus == "carry":
-            self.surplus += everywhere(surplus)
+            self.surplus += surplus
             wasted: list[Tree] = []
         else:
             wasted = surplus
-        totals |= {"resumed": len(resumed), "carried": len(self.carried), "surplus": len(surplus)}
+        totals |= {"resumed": len(goes_on), "carried": len(self.carried), "surplus": len(surplus)}
         # A tree that is carried over is asked for where it ends.
         totals["asked"] = sum(asked[tree.prompt_id] for tree in seen)
         totals |= {"refills": replaced, "older": len(older), "unspent": 0 if budget is None else budget.left}
@@ -232,7 +233,7 @@ class Collector:
             step=step,
             policy_version=step,
             timers=self.timers,
-            engines=[self._engine_of[job.prompt.id] for job in jobs] if any(map(grows_in_place, jobs)) else None,
+            engines=[self._engine_that_has(job) for job in jobs],
             rule=rule,
             no_signal=None if rule is None else lambda row: not row["trains"],
         )
@@ -250,6 +251,24 @@ class Collector:
                 counts[COUNT + name] = counts.get(COUNT + name, 0.0) + count
         counts["idle_share_max"] = sampled.idle_share_max
         return graded, counts
+
+    def _engine_that_has(self, job: Job) -> int | None:
+        """The engine that alone has what the job goes on with; None: any can sample it."""
+        if grows_in_place(job):
+            return self._engine_of[job.prompt.id]
+        return None if job.home is None else job.home // self.cfg.rollout.engine.tensor_parallel_size
+
+    def waiting(self) -> dict[str, list[dict[str, Any]]]:
+        """The trees that wait for another step, JSON-safe, whole on rank 0 and on no other. Collective over all ranks.
+
+        Raises RankLost after distributed.timeout_s.
+        """
+        return waiting_at_main(self.carried, self.surplus, timeout_s=self.cfg.distributed.timeout_s)
+
+    def restore(self, waiting: Mapping[str, Any]) -> None:
+        """The inverse of `waiting`, on every rank: any engine may then go on with any tree."""
+        self.carried = [job_of(stored) for stored in waiting.get("carried", [])]
+        self.surplus = [Tree.from_dict(stored) for stored in waiting.get("surplus", [])]
 
     def _make_row(self, tree: Tree, results: Sequence[RewardResult], step: int | None) -> dict[str, Any]:
         """`reward_leaves`, and what the tree is good for, which is known when `step` is None."""

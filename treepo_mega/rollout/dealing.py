@@ -10,7 +10,8 @@ prompt, else the running mean of its data source, plus its prompt. A wrong guess
 not depend on where they grow.
 
 An engine takes from its own list until that is empty. When all it began is finished too, it is dry, and takes from
-the list with the most left. A tree that was begun is not moved: its prefix cache is where it is.
+the list with the most left. A tree that was begun is not moved: its prefix cache is where it is. What goes on after an
+earlier step or round is *pinned* to the engine that alone has its tokens: it comes first there, and is on no list.
 
 Prompts that begin in place of trees without signal (`refill.py`) are on no list. The k-th tree without signal of all
 engines says which position begins, and the engine on which it ended takes it before its list, which others can take
@@ -80,17 +81,29 @@ def _name(prompt: Prompt) -> str:
     return f"{derive_seed(*prompt.tokens):x}"
 
 
-def deal_by_cost(costs: Sequence[float], engines: int) -> list[list[int]]:
-    """Indices for each engine, most expensive first: each goes to the engine with the least so far (LPT)."""
+def deal_by_cost(
+    costs: Sequence[float], engines: int, pinned: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
+    """Indices for each engine, most expensive first: each goes to the engine with the least so far (LPT).
+
+    `pinned`: indices that each engine has already (`deal_to`), which are not dealt again.
+
+    >>> deal_by_cost([5.0, 1.0, 9.0], 2), deal_by_cost([5.0, 1.0, 9.0], 2, [[], [2]])
+    ([[2], [0, 1]], [[0, 1], []])
+    """
+    held = pinned or [[] for _ in range(engines)]
+    taken = {index for own in held for index in own}
+    free = [index for index in range(len(costs)) if index not in taken]
+    dealt = balance([costs[index] for index in free], engines, [sum(costs[index] for index in own) for own in held])
     # Longest first: a long tree begun last is a tail that every other engine waits for.
-    return [sorted(indices, key=lambda i: (-costs[i], i)) for indices in balance(costs, engines)]
+    return [sorted((free[i] for i in part), key=lambda index: (-costs[index], index)) for part in dealt]
 
 
-def deal_to(engine_of: Sequence[int], costs: Sequence[float], engines: int) -> list[list[int]]:
-    """Indices for each engine, most expensive first: `engine_of[i]` gets i, where its prefixes may be cached.
+def deal_to(engine_of: Sequence[int | None], costs: Sequence[float], engines: int) -> list[list[int]]:
+    """Indices for each engine, most expensive first: `engine_of[i]` gets i, for what it has of it; None: nobody.
 
-    >>> deal_to([1, 0, 1], [5.0, 1.0, 9.0], 2)
-    [[1], [2, 0]]
+    >>> deal_to([1, 0, None, 1], [5.0, 1.0, 7.0, 9.0], 2)
+    [[1], [3, 0]]
     """
     by_cost = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
     return [[index for index in by_cost if engine_of[index] == engine] for engine in range(engines)]
@@ -194,7 +207,7 @@ class SharedQueue:
     """One engine's view of the lists of all engines; see the module docstring.
 
     `name` must be new for every rollout; `rank` is this process's among the `ranks` that share the engine. `rule`: what
-    begins in place of trees without signal. `steals`: whether an engine that runs dry takes from others' lists.
+    begins in place of trees without signal. `pinned`: what this engine begins first, and no other may take.
     """
 
     def __init__(
@@ -206,7 +219,7 @@ class SharedQueue:
         engine: int,
         *,
         rule: RefillRule | None = None,
-        steals: bool = True,
+        pinned: Sequence[int] = (),
         rank: int = 0,
         ranks: int = 1,
         timeout_s: float = 600.0,
@@ -223,18 +236,17 @@ class SharedQueue:
         self._taken = 0
         self._asked = 0
         self._words = 0
-        self._steals = steals
         self._own_done = not deal[engine]
-        self._all_done = self._own_done and not steals
+        self._all_done = False
         # Positions that begin on this engine; `staged`: its other ranks do not know of them yet.
-        self._granted: deque[int] = deque()
+        self._granted: deque[int] = deque(pinned)
         self._staged: list[int] = []
         self._left = [self._remaining(owner, 0) for owner in range(len(deal))]
         self.stolen = 0
         """Prompts that this engine took from others' lists."""
 
     def take(self, dry: bool = False) -> int | None:
-        """The next prompt: one that replaces another, else of this engine's list.
+        """The next prompt: one that is pinned here or replaces another, else of this engine's list.
 
         Once that is empty and it is `dry`, of the list with the most left.
 
@@ -251,7 +263,7 @@ class SharedQueue:
         # Ranks that share an engine must make the same moves: one takes and writes it down, the others read that.
         found = self._claim(key) if self._rank == 0 else self._hear(key)
         if found is None:
-            self._all_done = self._own_done or not self._steals
+            self._all_done = self._own_done
             self._own_done = True
         return found
 

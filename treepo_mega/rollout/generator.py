@@ -27,7 +27,7 @@ from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import PREFIX_COUNTS, TokenCounts, summarize
 from treepo_mega.rollout.dealing import END, LATE, CostModel, LocalQueue, Queue, deal_by_cost
-from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, grows_in_place, leaves_of
+from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, grows_in_place, leaves_of, state_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
@@ -165,8 +165,8 @@ class Generator:
                 split=split_of(now, prompt.id),
                 begun=job.begun,
             )
-            if job.state is not None:
-                search.load_state_dict(job.state)
+            if job.carried:
+                search.load_state_dict(state_of(job))
                 search.resume(policy_version, of_tree)
             return search
 

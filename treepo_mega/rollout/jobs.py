@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from treepo_mega.config import RolloutConfig
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.errors import TreepoError
 from treepo_mega.rollout.idleness import Occupancy
+from treepo_mega.runtime import dist
 from treepo_mega.tree.node import Tree
 
 
@@ -17,18 +18,29 @@ class PromptError(TreepoError):
     """A prompt cannot be sampled on this engine as it is; the message names the prompt and the key to change."""
 
 
+class StateElsewhere(TreepoError):
+    """A carried tree was to go on where its tokens are not; the message names the prompt and who holds them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A tree to grow: a prompt, and the state of its tree when it was carried over from an earlier step.
 
     `leaves`: how many the tree is to have; None: rollout.n_samples_per_prompt. `begun`: the tree, sampled and graded
-    with fewer leaves, that grows on; with a `state`, that of its growth so far.
+    with fewer leaves, that grows on; with a `state`, that of its growth so far. `home`: the rank that speaks for the
+    engine whose ranks alone hold the `state` (None on others); None: every rank holds it, or there is none.
     """
 
     prompt: Prompt
     state: dict[str, Any] | None = None
     leaves: int | None = None
     begun: Tree | None = None
+    home: int | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether an earlier step began the tree and left it unfinished."""
+        return self.state is not None or self.home is not None
 
 
 @dataclass(slots=True)
@@ -59,17 +71,33 @@ def leaves_of(job: Job, rollout: RolloutConfig) -> int:
 
 def grows_in_place(job: Job) -> bool:
     """Whether the job's tree grows on in the step that graded it: what it branches from is cached on its engine."""
-    return job.begun is not None and job.state is None
+    return job.begun is not None and not job.carried
 
 
-def carry(job: Job, state: dict[str, Any]) -> dict[str, Any]:
-    """The job whose tree goes on in a later step, JSON-safe; `job_of` is its inverse."""
+def carry(job: Job, state: dict[str, Any] | None, home: int | None) -> Job:
+    """The job whose tree goes on in a later step, in the `state` that its engine paused it in; None: on other ranks."""
+    return replace(job, state=state, home=home)
+
+
+def stored(job: Job) -> dict[str, Any]:
+    """A carried job, JSON-safe, where its state is; `job_of` is its inverse."""
     begun = None if job.begun is None else job.begun.to_dict()
-    return {"prompt": asdict(job.prompt), "state": state, "leaves": job.leaves, "begun": begun}
+    return {"prompt": asdict(job.prompt), "state": state_of(job), "leaves": job.leaves, "begun": begun}
+
+
+def state_of(job: Job) -> dict[str, Any]:
+    """The state of a carried tree. Raises StateElsewhere on a rank that does not hold it."""
+    if job.state is None:
+        raise StateElsewhere(
+            f"prompt {job.prompt.id!r} was carried over on the engine of rank {job.home}, and rank {dist.rank()} is to "
+            "go on with it: ranks have dealt the step differently. Do they run the same version with the same "
+            "configuration?"
+        )
+    return job.state
 
 
 def job_of(carried: dict[str, Any]) -> Job:
-    """The job that `carry` wrote down. A checkpoint of before trees kept their leaves lacks the last two entries."""
+    """The job that `stored` wrote down. A checkpoint of before trees kept their leaves lacks the last two entries."""
     begun = carried.get("begun")
     prompt = Prompt(**carried["prompt"])
     return Job(prompt, carried["state"], carried.get("leaves"), None if begun is None else Tree.from_dict(begun))

@@ -2,7 +2,7 @@
 
     sampled = sample_and_grade(generator, pool, jobs, rows, name="step 7", costs=costs, step=7)
     sampled.rows            # job index -> what `rows` made of its graded tree, on every rank
-    sampled.paused          # job index -> a tree that goes on in the next step, as `jobs.carry` writes it
+    sampled.paused          # job index -> the job of a tree that goes on in a later step
 
 Training (`collect.py`) and evaluation (`eval.py`) sample through it. Prompts are dealt by expected cost, and an
 engine that runs dry takes prompts from the others' lists (`dealing.py`). A tree lives on one engine. The ranks of
@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.rewards import RewardPool
@@ -43,8 +45,8 @@ class SampledRound:
 
     rows: dict[int, Row] = field(default_factory=dict)
     """By the index of the job, ascending."""
-    paused: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What goes on in a later step (`jobs.carry`), by the index of its job, ascending; whole on every rank."""
+    paused: dict[int, Job] = field(default_factory=dict)
+    """What goes on in a later step, by the index of its job, ascending; states are on the ranks of their engines."""
     engines: dict[int, int] = field(default_factory=dict)
     """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
@@ -70,7 +72,7 @@ def sample_and_grade(
     purpose: str = "train",
     waits_for: str = "generation",
     timers: Timers | None = None,
-    engines: Sequence[int] | None = None,
+    engines: Sequence[int | None] | None = None,
     rule: RefillRule | None = None,
     no_signal: NoSignal | None = None,
 ) -> SampledRound:
@@ -81,7 +83,7 @@ def sample_and_grade(
 
     `costs`: expected tokens a job. `name` and `waits_for` stand in the messages about lost ranks. `timers` gets the
     phases `rollout` and `reward`, the latter what is left to grade and to exchange after sampling. `engines`: the
-    engine a job is dealt to; None: dealt by cost. Of a tree that grows on (`Job.begun`), only new leaves are graded and
+    engine that alone can sample a job; None: any, dealt by cost. Of a tree that grows on (`Job.begun`), only new leaves are graded and
     reported. The other arguments are those of `Generator.grow`. Raises what it raises, VerifierError once sampling has
     ended, and RankLost when an engine has not finished rollout.timeout_s after this one. After an error nothing is
     sampled or graded any more, and engine and pool are usable.
@@ -133,7 +135,8 @@ def sample_and_grade(
                 report = {
                     "engine": dist.rank() // cfg.rollout.engine.tensor_parallel_size,
                     "rows": told(rows),
-                    "paused": [[index, carry(jobs[index], state)] for index, state in grown.paused.items()],
+                    # Their tokens stay here: no other rank reads them before they are trained.
+                    "paused": np.array(list(grown.paused), np.int32),
                     "counts": _counts(generator, queue, grading, pool, idle_s, engine_s),
                 }
             with timers.span("exchange"):
@@ -170,21 +173,22 @@ def open_round(
     cfg: Config,
     costs: Sequence[float],
     name: str,
-    dealt_to: Sequence[int] | None = None,
+    dealt_to: Sequence[int | None] | None = None,
     rule: RefillRule | None = None,
 ) -> Queue:
     """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike.
 
-    `dealt_to`: the engine of each prompt, which no other takes; None: as even as can be. `rule`: what begins where
-    trees have no signal.
+    `dealt_to`: the engine of each prompt, which no other takes; None for those that any may take, which are dealt as
+    even as can be beside them. `rule`: what begins where trees have no signal.
     """
     tp = cfg.rollout.engine.tensor_parallel_size
     engines = max(1, dist.world_size() // tp)
-    deal = deal_by_cost(costs, engines) if dealt_to is None else deal_to(dealt_to, costs, engines)
+    pinned = deal_to(dealt_to or [None] * len(costs), costs, engines)
+    deal = deal_by_cost(costs, engines, pinned)
     # A name of its own for every round: a list in the store is a counter, and counters only go up.
     key = f"round {next(_rounds())}, {name}"
     if engines == tp == 1:
-        return LocalQueue(deal[0], rule)
+        return LocalQueue([*pinned[0], *deal[0]], rule)
     engine, rank = divmod(dist.rank(), tp)
     timeout_s = cfg.rollout.timeout_s
     return SharedQueue(
@@ -194,8 +198,7 @@ def open_round(
         costs,
         engine,
         rule=rule,
-        # What is dealt to an engine of its own has its contents there.
-        steals=dealt_to is None,
+        pinned=pinned[engine],
         rank=rank,
         ranks=tp,
         timeout_s=timeout_s,
@@ -227,13 +230,14 @@ def _merge(reports: dict[int, Any], jobs: Sequence[Job], own: dict[int, Row], gr
     """One result of all engines' reports, by the rank that speaks; `own` rows and `grown` trees have contents."""
     merged = SampledRound()
     rows: dict[int, Row] = {}
-    paused: dict[int, dict[str, Any]] = {}
+    paused: dict[int, Job] = {}
     with collection_put_off():
-        for home, report in reports.items():
-            of_engine = heard(report["rows"], jobs, home=home if dist.world_size() > 1 else None)
+        for speaker, report in reports.items():
+            home = speaker if dist.world_size() > 1 else None
+            of_engine = heard(report["rows"], jobs, home=home)
             merged.engines |= dict.fromkeys(of_engine, report["engine"])
             rows |= of_engine
-            paused |= dict(report["paused"])
+            paused |= {index: carry(jobs[index], grown.paused.get(index), home) for index in report["paused"].tolist()}
             for key, value in report["counts"].items():
                 merged.counts[key] = merged.counts.get(key, 0) + value
     for index, tree in grown.trees.items():

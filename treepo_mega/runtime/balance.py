@@ -13,11 +13,15 @@ import heapq
 from collections.abc import Sequence
 
 
-def balance(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Indices dealt to `bins` so that sums are near equal: largest first, each to the emptiest bin."""
+def balance(costs: Sequence[float], bins: int, loads: Sequence[float] = ()) -> list[list[int]]:
+    """Indices dealt to `bins` so that sums are near equal: largest first, each to the emptiest bin.
+
+    `loads`: what the bins hold already; none: they are empty.
+    """
     out: list[list[int]] = [[] for _ in range(bins)]
     # Ties go by index, in the heap and in the order: every rank must compute the same deal.
-    heap: list[tuple[float, int]] = [(0, bin_) for bin_ in range(bins)]
+    heap: list[tuple[float, int]] = [(load, bin_) for bin_, load in enumerate(loads or [0.0] * bins)]
+    heapq.heapify(heap)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, bin_ = heap[0]
         out[bin_].append(i)
