@@ -153,7 +153,7 @@ UNREADABLE = "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0
 
 
 def _save_meets(error, monkeypatch):
-    def refuse(state, directory):
+    def refuse(state, directory, **_):
         raise error
 
     monkeypatch.setattr(mcore.dist_checkpointing, "save", refuse)

@@ -10,11 +10,18 @@ arrived are those that were sampled.
 By count: 128 ranks (TP 8 x PP 4 x DP 4, 512 prompts, 16 optimizer steps) and 4,096 (DP 128, 16,384 prompts). A rank's
 plan is made from structure as in training, and says who sends what to whom; nothing is sent.
 
+Waiting: every third tree trains in the next step (rollout.oversample 1.5, rollout.surplus carry). It stays where it was
+sampled, and goes to the ranks that train it. Compared with telling it to every rank whole, as it was done before, and
+with what a checkpoint brings to rank 0, measured and by count.
+
 The last line is JSON: {"cases": [{"ranks", "measured", "tokens" (unique, of the step), "segments", "bytes_per_token"
 (received, a token that the rank trains), "bytes_per_segment" (to every rank), "max_bytes_per_rank" (received), "bound"
 (8 bytes a token that it needs and has not sampled, and the other engines' columns), "max_sent_per_rank" (columns by a
 binomial broadcast left out), "us_per_token" (CPU of encoding and decoding a token that the rank trains), "seconds"
-(measured: the exchange; by count: the plan)}], "met"}. Bars: 12 bytes a token, 64 a segment, 1.05 of the bound, 0.1 us.
+(measured: the exchange; by count: the plan)}], "waiting": [{"ranks", "measured", "trees", "tokens",
+"whole_bytes_per_rank" (received, if all ranks got them whole), "bytes_per_rank" (the most that a rank receives now),
+"bound" (8 bytes a token that it needs and has not sampled), "saved_bytes_of_main" (at a checkpoint, rank 0),
+"saved_bytes_of_others"}], "met"}. Bars: 12 bytes a token, 64 a segment, 1.05 of the bound, 0.1 us.
 --quick leaves out 16 ranks and counts 4,096 with an eighth of the prompts.
 """
 
@@ -22,13 +29,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,67 +42,19 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
+from exchange_job import BYTES_PER_TOKEN, Layout, Meter, configuration, join, on_ranks, plan  # noqa: E402
+from exchange_waiting import measured_waiting, waiting_by_count  # noqa: E402
 from synthetic import synthetic_tree  # noqa: E402
 from treepo_mega.actor.fetch import contents_of, deliver, hop  # noqa: E402
-from treepo_mega.config import load_config  # noqa: E402
 from treepo_mega.rollout.report import complete, heard, told  # noqa: E402
 from treepo_mega.runtime import dist, parcels  # noqa: E402
 from treepo_mega.runtime.packed import pack, unpack  # noqa: E402
-from treepo_mega.tree.credit import Credit  # noqa: E402
-from treepo_mega.tree.deal import Dealt, deal_forest  # noqa: E402
-from treepo_mega.tree.merge import merge_equal, told_alike  # noqa: E402
+from treepo_mega.tree.deal import Dealt  # noqa: E402
 from treepo_mega.tree.node import Tree  # noqa: E402
-from treepo_mega.tree.pack import split_steps  # noqa: E402
 from treepo_mega.tree.segments import Segments  # noqa: E402
-from treepo_mega.tree.stretches import Deliveries, Stretches, wanted  # noqa: E402
+from treepo_mega.tree.stretches import Stretches  # noqa: E402
 
-MAX_TOKENS = 8192
 BARS = {"bytes_per_token": 12.0, "bytes_per_segment": 64.0, "over_bound": 1.05, "us_per_token": 0.1}
-BYTES_PER_TOKEN = 8
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A job: `model` ranks hold a replica together, `engine` ranks an engine."""
-
-    ranks: int
-    model: int
-    engine: int
-    prompts: int
-    steps: int
-
-    @property
-    def replicas(self) -> int:
-        """Data-parallel ranks."""
-        return self.ranks // self.model
-
-    def home(self, prompt: int) -> int:
-        """The rank that speaks for the engine which samples the prompt."""
-        engines = self.ranks // self.engine
-        return prompt * engines // self.prompts * self.engine
-
-    def replica_of_rank(self) -> list[int]:
-        """As Megatron has them with TP innermost, DP next and PP outermost; TP is that of the engine."""
-        width = self.engine * self.replicas
-        return [rank % width // self.engine for rank in range(self.ranks)]
-
-
-def plan(trees: Sequence[Tree], layout: Layout) -> tuple[list[list[int]], list[Segments], list[Dealt], Deliveries]:
-    """The optimizer steps of a rollout from structure: prompts, segments, who trains what, who needs what."""
-    homes = np.array([layout.home(prompt) for prompt in range(len(trees))])
-    steps = split_steps(range(len(trees)), layout.steps)
-    segments = []
-    dealt = []
-    for chosen in steps:
-        of_step = [trees[prompt] for prompt in chosen]
-        sampled = Segments.from_trees(of_step, chosen)
-        nothing = np.zeros(len(sampled))
-        merged, _ = merge_equal(
-            sampled, Credit(nothing, nothing, nothing, np.zeros(len(sampled), np.int64)), told_alike(of_step)
-        )
-        segments.append(merged)
-        dealt.append(deal_forest(merged, dp_size=layout.replicas, max_tokens=MAX_TOKENS, pair_cost=1e-4))
-    return steps, segments, dealt, Deliveries([wanted(s, d, homes) for s, d in zip(segments, dealt, strict=True)])
 
 
 def trained_tokens(dealt: Sequence[Dealt], segments: Sequence[Segments], replica: int) -> int:
@@ -129,7 +85,7 @@ def by_count(layout: Layout, pool: Sequence[Tree], report_bytes: float) -> dict[
     """The plan of a large job, whose trees repeat those of `pool`."""
     trees = [pool[prompt % len(pool)] for prompt in range(layout.prompts)]
     begun = time.thread_time()
-    _, segments, dealt, deliveries = plan(trees, layout)
+    _, segments, dealt, deliveries = plan(trees, layout, range(layout.prompts))
     sizes = deliveries.tokens_between(layout.replicas, layout.ranks)
     seconds = time.thread_time() - begun
     replica_of_rank = np.array(layout.replica_of_rank())
@@ -157,38 +113,6 @@ def by_count(layout: Layout, pool: Sequence[Tree], report_bytes: float) -> dict[
     }
 
 
-class Meter:
-    """Bytes that this rank receives, counted where torch.distributed is called."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        real = {name: getattr(torch.distributed, name) for name in ("irecv", "broadcast", "all_gather")}
-
-        def irecv(buffer: torch.Tensor, *args: Any, **named: Any) -> Any:
-            """As torch's."""
-            self.received += buffer.nbytes
-            return real["irecv"](buffer, *args, **named)
-
-        def broadcast(buffer: torch.Tensor, src: int, **named: Any) -> Any:
-            """As torch's."""
-            self.received += buffer.nbytes if src != torch.distributed.get_rank() else 0
-            return real["broadcast"](buffer, src=src, **named)
-
-        def all_gather(parts: list[torch.Tensor], own: torch.Tensor, **named: Any) -> Any:
-            """As torch's."""
-            self.received += sum(part.nbytes for part in parts) - own.nbytes
-            return real["all_gather"](parts, own, **named)
-
-        for name, counted in (("irecv", irecv), ("broadcast", broadcast), ("all_gather", all_gather)):
-            setattr(torch.distributed, name, counted)
-
-
-def configuration() -> Any:
-    """What reports need to know."""
-    settings = ("model.hf_checkpoint=unused", "data.train=[{path: unused}]", "train.prefix_sharing=content")
-    return load_config(None, list(settings))
-
-
 def best_of(act: Callable[[], None], repeats: int = 3) -> float:
     """The least CPU seconds of this thread that it takes."""
     best = float("inf")
@@ -201,10 +125,7 @@ def best_of(act: Callable[[], None], repeats: int = 3) -> float:
 
 def work(rank: int, layout: Layout, port: int, answers: Any) -> None:
     """One gloo rank: its trees out, all structure in, its tokens in; what it measured."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ["WORLD_SIZE"] = str(layout.ranks)
-    torch.distributed.init_process_group("gloo")
+    join(rank, layout, port)
     cfg = configuration()
     jobs = [SimpleNamespace(prompt=SimpleNamespace(id=f"prompt-{prompt}")) for prompt in range(layout.prompts)]
     own_rows = {
@@ -223,7 +144,7 @@ def work(rank: int, layout: Layout, port: int, answers: Any) -> None:
     rows |= own_rows
     told_s = time.monotonic() - begun
     trees = [rows[prompt]["tree"] for prompt in range(layout.prompts)]
-    steps, segments, dealt, deliveries = plan(trees, layout)
+    steps, segments, dealt, deliveries = plan(trees, layout, range(layout.prompts))
     replica_of_rank = layout.replica_of_rank()
     begun = time.monotonic()
     own = [Stretches.of([trees[prompt] for prompt in chosen]) for chosen in steps]
@@ -285,20 +206,8 @@ def work(rank: int, layout: Layout, port: int, answers: Any) -> None:
 
 
 def measured(layout: Layout) -> dict[str, Any]:
-    """The layout on that many processes, forked: nothing is imported twice."""
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    ranks = [
-        context.Process(target=work, args=(rank, layout, port, answers), daemon=True) for rank in range(layout.ranks)
-    ]
-    for process in ranks:
-        process.start()
-    said = [answers.get(timeout=300) for _ in ranks]
-    for process in ranks:
-        process.join(60)
+    """`work` on all ranks."""
+    said = on_ranks(work, layout)
     worst = max(said, key=lambda answer: answer["received"])
     first = said[0]
     return {
@@ -345,6 +254,11 @@ def main() -> int:
     large = 16384 // (8 if args.quick else 1)
     for layout in (Layout(128, 32, 8, 512, 16), Layout(4096, 32, 8, large, 16)):
         cases.append(by_count(layout, pool, report_bytes))
+    small = Layout(8, model=4, engine=2, prompts=16, steps=2)
+    waiting = [measured_waiting(small)]
+    waiting += [
+        waiting_by_count(layout, pool) for layout in (Layout(128, 32, 8, 512, 16), Layout(4096, 32, 8, large, 16))
+    ]
     for case in cases:
         print(
             f"{case['ranks']:5} ranks {'measured' if case['measured'] else 'by count'}: {case['tokens']:11} tokens, "
@@ -354,8 +268,16 @@ def main() -> int:
             f"{case['max_sent_per_rank'] / 2**20:8.1f} MiB sent, {case['seconds']:.2f} s"
             + (f", {case['us_per_token']:.3f} us a token" if "us_per_token" in case else "")
         )
-    passed = all(map(met, cases))
-    print(json.dumps({"cases": cases, "met": passed}))
+    for case in waiting:
+        print(
+            f"{case['ranks']:5} ranks {'measured' if case['measured'] else 'by count'}: {case['trees']:6} trees wait, "
+            f"{case['tokens']:11} tokens: {case['bytes_per_rank'] / 2**20:8.2f} MiB to a rank that trains some, "
+            f"{case['whole_bytes_per_rank'] / 2**20:8.1f} MiB if all got them whole; a checkpoint brings "
+            f"{case['saved_bytes_of_main'] / 2**20:8.1f} MiB to rank 0, {case['saved_bytes_of_others']} bytes to others"
+        )
+    within = [case["bytes_per_rank"] <= BARS["over_bound"] * case["bound"] for case in waiting]
+    passed = all(map(met, cases)) and all(within)
+    print(json.dumps({"cases": cases, "waiting": waiting, "met": passed}))
     return 0 if passed else 1
 
 

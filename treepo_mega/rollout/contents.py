@@ -6,6 +6,7 @@ Both are for few trees. What trains gets its tokens by `actor/fetch.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from treepo_mega.rollout.jobs import Job, stored
@@ -33,7 +34,8 @@ def waiting_at_main(
         says = None if dist.is_main() or not any(own.values()) else own
         parts += tell_main(says, what="trees that wait for another step", timeout_s=timeout_s).values()
     # In their order, not that of ranks: a checkpoint is the same whichever engine holds what.
-    return {name: [tree for _, tree in sorted(sum((part[name] for part in parts), []), key=_index)] for name in own}
+    entries = {name: sorted(chain.from_iterable(part[name] for part in parts), key=_index) for name in own}
+    return {name: [tree for _, tree in of_name] for name, of_name in entries.items()}
 
 
 def bring_to_main(trees: Sequence[Tree], *, timeout_s: float) -> None:

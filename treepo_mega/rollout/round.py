@@ -83,10 +83,10 @@ def sample_and_grade(
 
     `costs`: expected tokens a job. `name` and `waits_for` stand in the messages about lost ranks. `timers` gets the
     phases `rollout` and `reward`, the latter what is left to grade and to exchange after sampling. `engines`: the
-    engine that alone can sample a job; None: any, dealt by cost. Of a tree that grows on (`Job.begun`), only new leaves are graded and
-    reported. The other arguments are those of `Generator.grow`. Raises what it raises, VerifierError once sampling has
-    ended, and RankLost when an engine has not finished rollout.timeout_s after this one. After an error nothing is
-    sampled or graded any more, and engine and pool are usable.
+    engine that alone can sample a job; None: any, dealt by cost. Of a tree that grows on (`Job.begun`), only new leaves
+    are graded and reported. The other arguments are those of `Generator.grow`. Raises what it raises, VerifierError
+    once sampling has ended, and RankLost when an engine has not finished rollout.timeout_s after this one. After an
+    error nothing is sampled or graded any more, and engine and pool are usable.
     """
     cfg = generator.cfg
     timers = timers or Timers()
