@@ -17,6 +17,7 @@ from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.rollout.collect import Collector
+from treepo_mega.rollout.durable import Durable
 from treepo_mega.runtime import dist
 
 
@@ -40,8 +41,27 @@ class Saves:
         Raises CheckpointError for one that is damaged or another model's, PromptError for one of other prompts.
         """
         directory = self.resumed_from = _checkpoint_to_resume(self.cfg)
-        if directory is None:
-            return 0
+        step = 0 if directory is None else self._restore(directory)
+        if self.cfg.rollout.durable and self.cfg.checkpoint.enabled:
+            self.collector.durable = self._durable(step)
+        return step
+
+    def _durable(self, step: int) -> Durable:
+        """Where the trees of steps from `step` on are kept. Collective over all ranks."""
+        settings = self.cfg.checkpoint
+        # A run's own checkpoints hold what its configuration made; others may hold any weights.
+        own = self.resumed_from is None or self.resumed_from.resolve().parent == settings.directory.resolve()
+        return Durable(
+            self.cfg,
+            origin="" if own else str(self.resumed_from),
+            first_step=step,
+            # Null says that nothing of before is to be gone on with.
+            afresh=settings.load is None,
+            say=self.progress.say,
+        )
+
+    def _restore(self, directory: Path) -> int:
+        """Fill everything from a checkpoint; the step that comes next."""
         actor = self.actor
         # find_latest has just compared every file with its digest; a named directory is still unchecked.
         known_whole = self.cfg.checkpoint.load == "auto"
@@ -82,6 +102,8 @@ class Saves:
         checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s, waiting)
         # After the new checkpoint has its name: a kill before that leaves the older ones to resume from.
         checkpoint.prune(settings.directory, settings.keep_last)
+        if self.collector.durable is not None:
+            self.collector.durable.forget(before=step)
 
     def _set_aside_others(self) -> None:
         """Before the first checkpoint: those of other runs in the same directory must not outrank it."""

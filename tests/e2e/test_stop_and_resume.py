@@ -1,7 +1,8 @@
-"""A run that is asked to stop, and goes on later, equals one that was left alone: bit for bit, metrics and weights.
+"""A run that is stopped, and later killed amid a rollout, equals one that was left alone: bit for bit.
 
 Long trees are carried over from step to step, so that a checkpoint has unfinished ones to keep: trunks on their way,
 and trees whose branches have started at uncertain steps of reasoning. Leaves are dealt to the prompts with signal.
+What the killed steps had sampled is on disk, and is not sampled again.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from tests.ranks import CLI, finish, run_ranks, start_ranks
 from treepo_mega.checkpoint.mcore import check_complete
+from treepo_mega.journal import folder
 from treepo_mega.monitor.metrics import read_metrics
 from treepo_mega.monitor.registry import depends_on_time
 
@@ -56,9 +59,21 @@ def numbers(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not depends_on_time(k)} for row in rows]
 
 
+def kill_amid_a_rollout(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """SIGKILL of launcher and ranks as soon as the rollout of `step` or of a later one has a finished tree on disk."""
+    deadline = time.monotonic() + 200
+    while not any(kept >= step and folder.files_of(run_dir, kept) for kept in folder.steps_kept(run_dir)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    launcher = psutil.Process(process.pid)
+    for member in [launcher, *launcher.children(recursive=True)]:
+        member.kill()
+    finish(process, 60)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_stopped_and_a_killed_run_go_on_as_if_nothing_had_happened(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     process = start_ranks(2, "-m", "treepo_mega.cli", *command(stopped))
     metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 200
@@ -75,10 +90,16 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert numbers(stopped)[-1]["rollout/trees_carried_over"] > 0, "the checkpoint keeps unfinished trees"
 
     before = metrics.read_text().splitlines()
+    kill_amid_a_rollout(start_ranks(2, "-m", "treepo_mega.cli", *command(stopped)), stopped, done + 1)
+    assert check_complete(saved)["step"] == done and len(list((stopped / "checkpoints").iterdir())) == 1
+    kept = len(folder.steps_kept(stopped))
     resumed = run_ranks(2, CLI, *command(stopped), timeout=280)
     assert "resumed from" in resumed and f"next step {done}" in resumed
     after = metrics.read_text().splitlines()
     assert after[:done] == before and json.loads(after[done])["step"] == done + 1, "the first lines are kept as written"
+    restored = [row["rollout/trees_restored"] for row in read_metrics(metrics)[done:]]
+    assert all(restored[: kept - 1]) and not any(restored[kept:]), "steps since the checkpoint are trained, not sampled"
+    assert folder.steps_kept(stopped) == [], "the last checkpoint has them all"
     run_ranks(2, CLI, *command(whole), timeout=280)
     assert numbers(stopped) == numbers(whole)
     assert len(numbers(whole)) == STEPS

@@ -230,6 +230,9 @@ class RolloutConfig(Section):
     allow_smaller_batch: bool = True
     """Whether a step that could not be filled trains on fewer prompts, and says so. false: the run ends with an error.
     Trees that rollout.partial_rollout carries over are not missing."""
+    durable: bool = True
+    """Keep each finished and graded tree on disk as it comes, under <run_dir>/rollouts, until a checkpoint has its
+    step. After a kill only trees in flight are sampled again. Nothing is kept without checkpoint.enabled."""
     timeout_s: float = Field(1800, gt=0)
     """Deadline of a generation phase, seconds; the error names what is missing."""
     stop: StopConfig = Field(default_factory=StopConfig)

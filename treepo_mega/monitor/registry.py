@@ -167,6 +167,8 @@ _ROLLOUT = (
         "blocks; graders had yet to say what is replaced, beside others or alone; waiting for other engines",
     ),
     Metric("rollout/prompts_stolen", "count", "small", "prompts begun by another engine than they were dealt to"),
+    Metric("rollout/trees_restored", "count", "0 but after a kill", "trees that were on disk (rollout.durable)"),
+    Metric("rollout/tokens_restored", "tokens", "0 but after a kill", "tokens sampled for these trees"),
     Metric("rollout/trees_resumed", "count", "0 without partial_rollout", "trees carried over from the step before"),
     Metric(
         "rollout/trees_carried_over", "count", "0 without partial_rollout", "unfinished trees left to the next step"
@@ -403,7 +405,7 @@ _CLOCKED = (
     *("rollout/engine_grader_wait_share", "rollout/idle_share/"),
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
-    "rollout/forwarded_pairs",
+    *("rollout/forwarded_pairs", "rollout/trees_restored", "rollout/tokens_restored"),
 )
 
 

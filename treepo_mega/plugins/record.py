@@ -53,6 +53,15 @@ def named_functions(cfg: Config) -> dict[str, str]:
     return {key: name for key, name in named.items() if is_function_path(name)}
 
 
+def source_digests(cfg: Config) -> dict[str, str]:
+    """SHA-256 of the file of each function that training depends on, by its key. Raises OSError for a missing one."""
+    return {
+        key: hashlib.sha256(Path(parts[0]).read_bytes()).hexdigest()
+        for key, name in named_functions(cfg).items()
+        if not key.startswith(("logging.", "data.eval.")) and (parts := split_function_path(name)) is not None
+    }
+
+
 def _record(folder: Path, name: str) -> dict[str, str]:
     parts = split_function_path(name)
     assert parts is not None, "named_functions gives names of this form alone"

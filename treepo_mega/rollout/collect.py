@@ -40,6 +40,7 @@ from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.contents import waiting_at_main
 from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
+from treepo_mega.rollout.durable import Durable
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.idleness import idle_shares
@@ -97,6 +98,8 @@ class Collector:
         """Unfinished trees, the same on every rank but for their states, which are on the ranks of their engines."""
         self.surplus: list[Tree] = []
         """Graded trees that train in the next step, with the leaves alone that count; contents as in a `Forest`."""
+        self.durable: Durable | None = None
+        """Where finished trees are kept for a run that goes on after a kill; None: they are not."""
         self._engine_of: dict[str, int] = {}
         """Prompt id -> the engine that sampled its tree in this step."""
 
@@ -138,6 +141,8 @@ class Collector:
             shares = budget.share(len(growing))
             asked |= {job.prompt.id: budget.first + more for job, more in zip(growing, shares, strict=True)}
             seen, new = self._grow_on(seen, new, [(job.prompt, asked[job.prompt.id]) for job in growing], totals, step)
+        if self.durable is not None:
+            self.durable.end_step()
         report_lost(self.pool.take_tally(), f"step {step}")
         kept = older + new
         # Leaves that went to other prompts of the step are not missing.
@@ -220,7 +225,9 @@ class Collector:
         `SUM + name` and `COUNT + name`: of the numbers that verifiers gave beside their scores. `Graded.teaches` of a
         tree that grew on is that of its first leaves.
         """
-        expected = [self.generator.costs.expected(job.prompt) for job in jobs]
+        kept = None if self.durable is None else self.durable.round(step, jobs, rule)
+        begun = len(jobs) if kept is None else kept.begun
+        expected = [self.generator.costs.expected(jobs[index].prompt) for index in range(begun)]
         # Trees grow on after grading because they have signal; of them the new leaves alone are graded now.
         grow_on = {job.prompt.id for job in jobs if job.begun}
         sampled = sample_and_grade(
@@ -234,7 +241,8 @@ class Collector:
             policy_version=step,
             timers=self.timers,
             engines=[self._engine_that_has(job) for job in jobs],
-            rule=rule,
+            rule=rule if kept is None else kept.rule,
+            kept=kept,
             no_signal=None if rule is None else lambda row: not row["trains"],
         )
         self._engine_of |= {jobs[index].prompt.id: engine for index, engine in sampled.engines.items()}
@@ -386,6 +394,8 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/engine_grader_wait_share": totals["grader_wait_s"] / max(1e-9, totals["engine_s"]),
         "rollout/prompts_stolen": totals["stolen"],
         "rollout/trees_resumed": totals["resumed"],
+        "rollout/trees_restored": totals.get("trees_restored", 0.0),
+        "rollout/tokens_restored": totals.get("tokens_restored", 0.0),
         "rollout/trees_carried_over": totals["carried"],
         "rollout/stale_token_share": stale / max(1, sum(tree.unique_tokens() for tree in kept)),
         "tree/depth_mean": sum(depths) / len(depths),

@@ -205,8 +205,7 @@ class _Run:
         self.begin = begin
         self.watcher = watcher
         self.borders = generator.borders(rollout)
-        limits = rollout.engine
-        self.room = Admission(self.engine.kv_blocks, limits.block_size, limits.max_num_seqs)
+        self.room = Admission(self.engine.kv_blocks, rollout.engine.block_size, rollout.engine.max_num_seqs)
         # By rank: the order in which they were begun. `taken` maps a rank to the index of its job.
         self.searches: list[TreeSearch] = []
         self.taken: list[int] = []
@@ -321,6 +320,8 @@ class _Run:
             self._hold(rank)
         if search.done and self.watcher is not None:
             self.watcher.tree_done(self.taken[rank], search.tree)
+        elif search.paused and self.watcher is not None:
+            self.watcher.tree_paused(self.taken[rank], search.state_dict())
         if self.rollout.debug.schedule == "level":
             self.later += [(rank, want) for want in new]
         else:

@@ -37,7 +37,8 @@ class Grading:
     """The gradings of one round on one engine; a `Watcher` of its generator. Of a tree that grew on, new leaves alone.
 
     `decode`: the text of a response's tokens. `functions`: those of `used_functions`. `row_made(index, row)` is called
-    once a tree, when its row is there; it must not raise. `replaces`: trees without signal are replaced. Used once.
+    once a tree, when its row is there, and `paused(index, state)` for one that goes on later; neither may raise.
+    `replaces`: trees without signal are replaced. Used once.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Grading:
         make_row: MakeRow,
         *,
         row_made: Callable[[int, Row], None] | None = None,
+        paused: Callable[[int, dict[str, Any]], None] | None = None,
         timers: Timers | None = None,
         replaces: bool = False,
     ) -> None:
@@ -62,6 +64,7 @@ class Grading:
         self._functions = functions
         self._make_row = make_row
         self._row_made = row_made
+        self._paused = paused
         self._timers = timers or Timers()
         self._replaces = replaces
         self.idleness = Idleness()
@@ -84,6 +87,11 @@ class Grading:
         """Send the answers of a finished tree to the graders."""
         if self._error is None:
             self._keep_error(lambda: self._send(index, tree))
+
+    def tree_paused(self, index: int, state: dict[str, Any]) -> None:
+        """Pass it on."""
+        if self._paused is not None:
+            self._paused(index, state)
 
     def step_done(self, occupancy: Occupancy) -> None:
         """Count the step, and look at the graders."""

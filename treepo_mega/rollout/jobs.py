@@ -57,6 +57,9 @@ class Watcher(Protocol):
     def tree_done(self, index: int, tree: Tree) -> None:
         """The tree of job `index` is complete: it does not change any more while others are sampled."""
 
+    def tree_paused(self, index: int, state: dict[str, Any]) -> None:
+        """The tree of job `index` goes on in a later step, from this state."""
+
     def step_done(self, occupancy: Occupancy) -> None:
         """The engine took a step with so many segments."""
 

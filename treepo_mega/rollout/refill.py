@@ -20,8 +20,8 @@ Whether a tree has signal follows from its prompt and the step's seeds (`teachin
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 from treepo_mega.rollout.adaptive import LeafBudget
@@ -43,6 +43,8 @@ class RefillRule:
     most: int
     leaves: LeafBudget | None = None
     """Where leaves are dealt out by what handfuls say: fewer trees with signal may suffice."""
+    empty: int = 0
+    """Trees without signal of this step that ended before the run was killed (`durable.py`)."""
 
     def need(self, begun: int) -> int:
         """Trees with signal that suffice once `begun` prompts have begun; it never grows with them."""
@@ -65,9 +67,28 @@ class RefillRule:
         >>> [rule.replaces(empty) for empty in (1, 2, 3, 4, 5)]
         [None, None, 6, 7, None]
         """
+        empty += self.empty
         place = bisect.bisect_left(range(self.begin, self.most), empty, key=self.threshold)
         position = self.begin + place
         return position if position < self.most and self.threshold(position) == empty else None
+
+    def resumed(self, without_signal: Mapping[int, bool]) -> tuple[RefillRule, int]:
+        """The rule of a step that goes on, and how many prompts had begun.
+
+        `without_signal`: of the positions that ended before the kill, whether they have none. One beyond what had
+        begun by their account is not counted: it will have begun once the others have ended again.
+
+        >>> rule, begun = RefillRule(begin=4, wanted=4, most=9).resumed({0: True, 4: True, 6: True})
+        >>> begun, rule.empty, rule.replaces(1)
+        (6, 2, 6)
+        """
+        begun = self.begin
+        empty = 0
+        while (now := sum(no for position, no in without_signal.items() if position < begun)) > empty:
+            for count in range(empty + 1, now + 1):
+                begun += self.replaces(count) is not None
+            empty = now
+        return replace(self, empty=self.empty + empty), begun
 
     @property
     def may_replace(self) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.weighted import used_functions
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost, deal_to
+from treepo_mega.rollout.durable import KeptRound
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.grading import Grading, MakeRow, Row
 from treepo_mega.rollout.jobs import Grown, Job, carry
@@ -75,11 +76,13 @@ def sample_and_grade(
     engines: Sequence[int | None] | None = None,
     rule: RefillRule | None = None,
     no_signal: NoSignal | None = None,
+    kept: KeptRound | None = None,
 ) -> SampledRound:
     """Sample and grade the trees of `jobs`, the same list on every rank. Collective over all ranks.
 
     `rule`: which positions of `jobs` behind those known now (`refill.Supply`) begin in place of trees whose row has
-    `no_signal`. None: those that are known are all.
+    `no_signal`. None: those that are known are all. `kept`: what of the round is on disk, and is not sampled again; the
+    rest goes there as it comes.
 
     `costs`: expected tokens a job. `name` and `waits_for` stand in the messages about lost ranks. `timers` gets the
     phases `rollout` and `reward`, the latter what is left to grade and to exchange after sampling. `engines`: the
@@ -91,19 +94,26 @@ def sample_and_grade(
     cfg = generator.cfg
     timers = timers or Timers()
     started = time.monotonic()
-    queue = open_round(cfg, costs, name, engines, rule)
+    queue = open_round(cfg, costs, name, engines, rule, kept.engines if kept is not None else ())
     # The ranks of one engine hold the same trees: the first of them speaks for the engine.
     grading = None
     if dist.rank() % cfg.rollout.engine.tensor_parallel_size == 0:
         functions = used_functions(cfg.reward.functions, purpose)
 
         def row_made(index: int, row: Row) -> None:
+            # Before others are told: whoever knows that a tree has no signal finds it on disk.
+            if kept is not None:
+                kept.tree_graded(index, row)
             if no_signal is not None and no_signal(row):
                 queue.no_signal()
 
         replaces = rule is not None and rule.may_replace
         grading = Grading(
-            generator.decode, pool, jobs, functions, make_row, row_made=row_made, timers=timers, replaces=replaces
+            *(generator.decode, pool, jobs, functions, make_row),
+            row_made=row_made,
+            paused=None if kept is None else kept.tree_paused,
+            timers=timers,
+            replaces=replaces,
         )
     try:
         with timers("rollout"):
@@ -120,6 +130,10 @@ def sample_and_grade(
                 )
             if grading is not None:
                 grading.sampling_ended()
+            sampled = list(grown.trees)
+            if kept is not None:
+                grown.trees |= kept.trees
+                grown.paused |= kept.paused
             # Read before the barrier: the difference is what this engine waited for the others.
             busy_s = time.monotonic() - started
             with timers.span("waiting for other engines"):
@@ -131,13 +145,14 @@ def sample_and_grade(
         with timers("reward"):
             if grading is not None:
                 with timers.span("grading"):
-                    rows = _whole(grading.rows(grown.trees), jobs, cfg)
+                    rows = _whole(grading.rows(sampled) | (kept.rows if kept is not None else {}), jobs, cfg)
                 report = {
                     "engine": dist.rank() // cfg.rollout.engine.tensor_parallel_size,
                     "rows": told(rows),
                     # Their tokens stay here: no other rank reads them before they are trained.
                     "paused": np.array(list(grown.paused), np.int32),
-                    "counts": _counts(generator, queue, grading, pool, idle_s, engine_s),
+                    "counts": _counts(generator, queue, grading, pool, idle_s, engine_s)
+                    | (kept.counts() if kept is not None else {}),
                 }
             with timers.span("exchange"):
                 # Ranks without an engine of their own say nothing.
@@ -175,16 +190,21 @@ def open_round(
     name: str,
     dealt_to: Sequence[int | None] | None = None,
     rule: RefillRule | None = None,
+    done: Collection[int] = (),
 ) -> Queue:
     """This engine's way to the prompts of a new round, by their expected costs. All ranks call it alike.
 
     `dealt_to`: the engine of each prompt, which no other takes; None for those that any may take, which are dealt as
-    even as can be beside them. `rule`: what begins where trees have no signal.
+    even as can be beside them. `rule`: what begins where trees have no signal. `done`: prompts that nobody samples.
     """
     tp = cfg.rollout.engine.tensor_parallel_size
     engines = max(1, dist.world_size() // tp)
+    costs = [0.0 if index in done else cost for index, cost in enumerate(costs)]
     pinned = deal_to(dealt_to or [None] * len(costs), costs, engines)
-    deal = deal_by_cost(costs, engines, pinned)
+    pinned, deal = (
+        [[index for index in of_engine if index not in done] for of_engine in lists]
+        for lists in (pinned, deal_by_cost(costs, engines, pinned))
+    )
     # A name of its own for every round: a list in the store is a counter, and counters only go up.
     key = f"round {next(_rounds())}, {name}"
     if engines == tp == 1:
