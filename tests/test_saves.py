@@ -16,7 +16,7 @@ from treepo_mega.saves import Saves
 
 def test_a_resumed_run_has_the_trees_that_were_left_over(monkeypatch: pytest.MonkeyPatch, tmp_path):
     cfg = fake_config(n_samples_per_prompt=4, oversample=3.0, surplus="carry")
-    cfg = cfg.replace({"checkpoint.load": str(tmp_path), "checkpoint.save": str(tmp_path)})
+    cfg = cfg.replace({key: str(tmp_path) for key in ("checkpoint.load", "checkpoint.save", "logging.run_dir")})
     written: dict[str, Any] = {}
 
     def save_training(directory, models, optimizer, scheduler, state, timeout_s, of_main) -> None:
