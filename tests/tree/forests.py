@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 from treepo_mega.tree.node import ROOT, Tree
 
 
-def grow(rng: random.Random, *, nodes: int, max_segment: int, prompt: int, name: str, ids: itertools.count) -> Tree:
-    """A tree of `nodes` segments (0 to `max_segment` tokens) below a prompt; every end of a path is a leaf."""
+def grow(
+    rng: random.Random,
+    *,
+    nodes: int,
+    max_segment: int,
+    prompt: int,
+    name: str,
+    ids: itertools.count,
+    observed: float = 0.0,
+) -> Tree:
+    """A tree of `nodes` segments (0 to `max_segment` tokens) below a prompt; every end of a path is a leaf.
+
+    `observed`: chance that a segment is answered by an observation, below which the tree goes on.
+    """
     tree = Tree.start(name, [next(ids) for _ in range(prompt)])
     for _ in range(nodes):
         # Newer nodes are likelier parents: deep trees and wide ones.
@@ -20,6 +32,13 @@ def grow(rng: random.Random, *, nodes: int, max_segment: int, prompt: int, name:
         size = rng.choice((0, 1, max_segment, rng.randint(0, max_segment)))
         node.tokens = [next(ids) for _ in range(size)]
         node.logprobs = [-t / 1000 for t in node.tokens]
+        # An answer of the world ends no path and begins none: it has one above and gets children below.
+        if observed and node.tokens and rng.random() < observed:
+            tree.observe(node.id, [next(ids) for _ in range(rng.randint(1, max_segment))])
+    for node in [n for n in tree.nodes if n.observation and not n.children]:
+        last = tree.add_child(node.id)
+        last.tokens = [next(ids) for _ in range(rng.randint(0, max_segment))]
+        last.logprobs = [-t / 1000 for t in last.tokens]
     tree.leaves = [n.id for n in tree.nodes if not n.children and n.id != ROOT]
     tree.rewards = [rng.choice((-1.0, 0.0, 0.5, 1.0)) for _ in tree.leaves]
     return tree
@@ -29,10 +48,11 @@ def grow(rng: random.Random, *, nodes: int, max_segment: int, prompt: int, name:
 def forests(draw, max_trees: int = 4, max_nodes: int = 14, max_segment: int = 6) -> list[Tree]:
     """Trees whose token ids are unique over the forest, so that a token can be found again."""
     rng, ids = random.Random(draw(st.integers(0, 1 << 30))), itertools.count(1)
+    observed = draw(st.sampled_from((0.0, 0.0, 0.4)))
     trees = [
         grow(
             rng, nodes=draw(st.integers(1, max_nodes)), max_segment=max_segment, prompt=draw(st.integers(1, 5)),
-            name=f"p{i}", ids=ids,
+            name=f"p{i}", ids=ids, observed=observed,
         )
         for i in range(draw(st.integers(1, max_trees)))
     ]  # fmt: skip

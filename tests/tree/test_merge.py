@@ -16,21 +16,26 @@ from treepo_mega.tree.node import Tree
 from treepo_mega.tree.segments import Segments
 
 
+def said(s: Segments, segment: int) -> list[int]:
+    """The tokens of a segment, marked by who said them: an observation equals nothing that was sampled."""
+    return [2 * t + s.trained[segment] for t in s.tokens[s.source[segment] : s.source[segment] + s.length[segment]]]
+
+
 def prefixes(s: Segments, segment: int) -> list[tuple[int, tuple[int, ...]]]:
     """(group, path down to each token of `segment`), for all its tokens."""
     path: list[int] = []
     above = s.parent[segment]
     while above >= 0:
-        path = [*s.tokens[s.source[above] : s.source[above] + s.length[above]].tolist(), *path]
+        path = [*said(s, int(above)), *path]
         above = s.parent[above]
-    own = s.tokens[s.source[segment] : s.source[segment] + s.length[segment]].tolist()
+    own = said(s, segment)
     return [(int(s.group[segment]), tuple(path + own[: end + 1])) for end in range(len(own))]
 
 
 def path_of_leaf(s: Segments, leaf: int) -> tuple[int, ...]:
     segment, path = int(s.leaf_segment[leaf]), []
     while segment >= 0:
-        path = [*s.tokens[s.source[segment] : s.source[segment] + s.length[segment]].tolist(), *path]
+        path = [*said(s, segment), *path]
         segment = int(s.parent[segment])
     return tuple(path)
 

@@ -65,7 +65,8 @@ def test_every_token_of_every_trajectory(trees, sharing, mode, dp_size, extra, m
     assert all(b <= longest + extra for p in packs for _, b in p.blocks), "caps are kept"
     assert sum(plan.flat_tokens for plan in plans) == sum(len(t.prefix(leaf)) for t, leaf in paths)
 
-    lengths = [len(t.response(leaf)) for t, leaf in paths]
+    lengths = [t.response_length(leaf) for t, leaf in paths]
+    observed = {token for t in trees for n in t.nodes if n.observation for token in n.tokens}
     pairs, count = sum(lengths), sum(1 for x in lengths if x)
     want: dict[tuple[int, ...], list[float]] = {}
     for (t, leaf), a, size in zip(paths, advantages, lengths, strict=True):
@@ -73,6 +74,9 @@ def test_every_token_of_every_trajectory(trees, sharing, mode, dp_size, extra, m
              "seq-mean-token-sum": pairs / max(1, count)}[mode]  # fmt: skip
         whole, start = t.prefix(leaf), len(t.prompt_tokens)
         for i in range(start, len(whole)):
+            # Seen, and not predicted.
+            if whole[i] in observed:
+                continue
             cell = want.setdefault(tuple(whole[: i + 1]), [0.0, 0.0, 0.0, 0])
             cell[0] += w * max(a, 0)
             cell[1] += w * min(a, 0)
@@ -100,7 +104,7 @@ def test_every_token_of_every_trajectory(trees, sharing, mode, dp_size, extra, m
 def test_a_tree_in_one_pack_holds_every_token_once(trees, data):
     batch = batch_of(trees, "tree", "token-mean", [0.0] * sum(len(t.leaves) for t in trees))
     packs = plan_step(batch, dp_size=1, dp_rank=0, max_tokens=10_000).packs
-    unique = sum(t.unique_tokens() + len(t.prompt_tokens) for t in trees)
+    unique = sum(t.unique_tokens() + t.observation_tokens() + len(t.prompt_tokens) for t in trees)
     assert sum(e - s for p in packs for s, e in p.blocks) == unique
     assert len(packs) == 1 and len(packs[0].blocks) == len(trees)
     assert packs[0].attention_pairs == sum(len(visible(packs[0], i)) for i in range(packs[0].blocks[-1][1]))

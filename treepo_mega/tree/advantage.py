@@ -165,8 +165,10 @@ def _groups(
         alone = len(group) == 1
         # Exact comparison: a std of equal inexact rewards is not 0, and the published code keeps such groups.
         same = reject_zero_std and len({rewards[index] for index in group}) == 1
-        too_deep = max_depth is not None and tree.nodes[node].depth > max_depth
-        if not (alone or same or too_deep):
+        too_deep = max_depth is not None and tree.nodes[node].depth - tree.turns(node) > max_depth
+        # Its leaves are those of the turn before it, which is a group already.
+        observed = tree.nodes[node].observation
+        if not (alone or same or too_deep or observed):
             groups[node] = group
     return groups
 

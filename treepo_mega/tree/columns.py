@@ -56,6 +56,8 @@ def to_columns(trees: Sequence[Tree]) -> dict[str, Any]:
     }
     if any(node.weight != 1.0 for node in nodes):
         columns["weight"] = np.array([node.weight for node in nodes])
+    if any(node.observation for node in nodes):
+        columns["observation"] = _ints(node.observation for node in nodes)
     if all(tree.alike is not None for tree in trees):
         alike = [tree.alike for tree in trees if tree.alike is not None]
         columns["alike"] = {
@@ -100,6 +102,7 @@ def _nodes(columns: dict[str, Any]) -> list[Node]:
     """The nodes of all trees."""
     stops = [*columns["stops"], None]  # the last one is that of NO_STOP
     weights = columns["weight"].tolist() if "weight" in columns else [1.0] * len(columns["parent"])
+    observed = columns["observation"].tolist() if "observation" in columns else [0] * len(columns["parent"])
     nodes: list[Node] = []
     first = 0
     rows = zip(
@@ -112,9 +115,10 @@ def _nodes(columns: dict[str, Any]) -> list[Node]:
         columns["policy_version"].tolist(),
         columns["level"].tolist(),
         weights,
+        observed,
         strict=True,
     )
-    for parent, place, length, stop, fallback, fork, version, level, weight in rows:
+    for parent, place, length, stop, fallback, fork, version, level, weight, observation in rows:
         contents = Elsewhere.of(length)
         if parent < 0:
             first = len(nodes)
@@ -139,6 +143,7 @@ def _nodes(columns: dict[str, Any]) -> list[Node]:
                 [],
                 FORKS[fork],
                 weight,
+                bool(observation),
             )
         )
     return nodes

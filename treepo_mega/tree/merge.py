@@ -191,7 +191,8 @@ def _compared(segments: Segments) -> Atoms:
     """Every token an atom. Raises MergeError."""
     segment = np.repeat(np.arange(len(segments)), segments.length)
     offset = np.arange(len(segment)) - (np.cumsum(segments.length) - segments.length)[segment]
-    identity = segments.tokens[segments.source[segment] + offset]
+    # What the policy said and what an environment said are never the same row, whatever the tokens.
+    identity = 2 * segments.tokens[segments.source[segment] + offset] + segments.trained[segment]
     before = _atom_before(segments, segment, offset)
     for salt in SALTS:
         key = _prefix_hashes(segments, segment, offset, identity, salt)

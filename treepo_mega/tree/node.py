@@ -38,6 +38,8 @@ class Node:
     `rollout.branching.fork` asks for them; else empty. `fork`: the rule by which this branch started at a fork.
     `weight`: what a descent gives this branch beside its siblings; all alike unless they avoid each other's tokens,
     or one stands for siblings that were cut because they repeat it.
+    `observation`: what an environment said, not the policy. Later tokens are conditioned on it, and it is neither
+    trained nor counted as response; its logprobs are zeros, and its parent ended a turn.
     """
 
     id: int
@@ -54,6 +56,7 @@ class Node:
     entropies: list[float] = field(default_factory=list)
     fork: ForkRule | None = None
     weight: float = 1.0
+    observation: bool = False
 
     @property
     def depth(self) -> int:
@@ -88,6 +91,23 @@ class Tree:
         """A tree that holds only its root."""
         return cls(prompt_id, [Node(ROOT, -1, (), list(prompt_tokens))])
 
+    def observe(self, parent: int, tokens: list[int]) -> Node:
+        """Append what an environment answered to the turn that ended at node `parent`.
+
+        >>> tree = Tree.start("p", [1])
+        >>> turn = tree.add_child(0)
+        >>> turn.tokens, turn.logprobs = [5, 6], [-0.5, -0.6]
+        >>> answer = tree.observe(turn.id, [7, 8, 9])
+        >>> tree.prefix(answer.id), tree.response_length(answer.id)
+        ([1, 5, 6, 7, 8, 9], 2)
+        """
+        up = self.nodes[parent]
+        node = self.add_child(parent, policy_version=up.policy_version)
+        node.observation = True
+        node.tokens = list(tokens)
+        node.logprobs = [0.0] * len(tokens)
+        return node
+
     def add_child(
         self, parent: int, *, fallback: bool = False, policy_version: int = 0, level: int | None = None
     ) -> Node:
@@ -118,6 +138,8 @@ class Tree:
         ([7], [5, 6], [2], (0, 0))
         """
         first = self.nodes[node_id]
+        if first.observation:
+            raise ValueError(f"node {node_id} is an observation: no branch starts within it")
         if node_id == ROOT or not 0 < offset < len(first.tokens):
             raise ValueError(f"node {node_id} of {len(first.tokens)} tokens cannot be cut before token {offset}")
         second = replace(
@@ -162,12 +184,31 @@ class Tree:
         return [token for node in self.ancestry(node_id) for token in self.nodes[node].tokens]
 
     def response(self, node_id: int) -> list[int]:
-        """Response tokens (without the prompt) up to and including `node_id`."""
+        """What follows the prompt, up to and including `node_id`: sampled tokens, and observations between them."""
         return [token for node in self.ancestry(node_id)[1:] for token in self.nodes[node].tokens]
 
     def response_length(self, node_id: int) -> int:
-        """Response tokens up to and including `node_id`, counted; `len(response(node_id))`."""
-        return sum(len(self.nodes[node].tokens) for node in self.ancestry(node_id)[1:])
+        """Sampled tokens up to and including `node_id`, counted; observations are left out."""
+        above = [self.nodes[node] for node in self.ancestry(node_id)[1:]]
+        return sum(len(node.tokens) for node in above if not node.observation)
+
+    def observed_length(self, node_id: int) -> int:
+        """Tokens of observations up to and including `node_id`, counted."""
+        above = [self.nodes[node] for node in self.ancestry(node_id)[1:]]
+        return sum(len(node.tokens) for node in above if node.observation)
+
+    def turn(self, node_id: int) -> list[int]:
+        """Sampled tokens since the last observation (or the prompt), up to and including `node_id`."""
+        tokens: list[int] = []
+        for node in reversed([self.nodes[each] for each in self.ancestry(node_id)[1:]]):
+            if node.observation:
+                break
+            tokens = node.tokens + tokens
+        return tokens
+
+    def turns(self, node_id: int) -> int:
+        """Observations up to and including `node_id`: turns that the environment has answered."""
+        return sum(self.nodes[node].observation for node in self.ancestry(node_id))
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -208,12 +249,17 @@ class Tree:
         )
 
     def unique_tokens(self) -> int:
-        """Response tokens of the nodes on some trajectory, each once (the prompt is not counted)."""
+        """Sampled tokens of the nodes on some trajectory, each once (neither the prompt nor observations)."""
         used = {i for leaf in self.leaves for i in self.ancestry(leaf)[1:]}
-        return sum(len(self.nodes[i].tokens) for i in used)
+        return sum(len(self.nodes[i].tokens) for i in used if not self.nodes[i].observation)
+
+    def observation_tokens(self) -> int:
+        """Tokens of observations on some trajectory, each once."""
+        used = {i for leaf in self.leaves for i in self.ancestry(leaf)[1:]}
+        return sum(len(self.nodes[i].tokens) for i in used if self.nodes[i].observation)
 
     def flat_tokens(self) -> int:
-        """Response tokens of all trajectories one by one: shared tokens count once a trajectory."""
+        """Sampled tokens of all trajectories one by one: shared tokens count once a trajectory."""
         return sum(map(self.response_length, self.leaves))
 
     def renumber(self) -> dict[int, int]:

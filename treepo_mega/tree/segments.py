@@ -91,7 +91,7 @@ class Segments:
     node: Ints
     """[S] the node it is a copy of, numbered over all trees in the order given; credit per node is looked up here."""
     trained: Bools
-    """[S] whether its tokens are predicted: all but prompts."""
+    """[S] whether its tokens are predicted: all but prompts and observations."""
     leaf_lo: Ints
     """[S] first leaf below it, in depth-first order."""
     leaf_hi: Ints
@@ -105,7 +105,7 @@ class Segments:
     tokens: Ints
     """All token ids; a copied segment refers to the same ones."""
     logprobs: Floats
-    """Engine logprobs, as long as `tokens`; 0 for prompts."""
+    """Engine logprobs, as long as `tokens`; 0 for prompts and observations."""
 
     def __len__(self) -> int:
         return len(self.parent)
@@ -151,6 +151,7 @@ class Segments:
             tokens=np.fromiter(chain.from_iterable(tokens_of_node), np.int64) if complete else np.zeros(0, np.int64),
             logprobs=_scored(parent_of_node, length_of_node, scores) if complete else np.zeros(0),
             prompt_of_node=np.asarray(prompts, np.int64)[tree_of_node],
+            observed_of_node=np.fromiter(map(attrgetter("observation"), nodes), np.bool_, len(nodes)),
             sharing=sharing,
         )
 
@@ -174,6 +175,7 @@ class Segments:
                 parent_of_node, length_of_node, chain.from_iterable(path.rollout_logprobs for path in paths)
             ),
             prompt_of_node=np.repeat(np.array([path.prompt_index for path in paths], np.int64), 2),
+            observed_of_node=np.zeros(2 * len(paths), np.bool_),
             sharing="tree",
         )
 
@@ -183,11 +185,7 @@ class Segments:
 
     def flat_lengths(self) -> Ints:
         """[L] trained tokens of each trajectory, in the caller's order of leaves."""
-        end_of_leaf = self.position[self.leaf_segment] + self.length[self.leaf_segment]
-        prompt_of_leaf = self.length[self.parent < 0][self.group[self.leaf_segment]]
-        trained_of_leaf = np.empty(len(end_of_leaf), np.int64)
-        trained_of_leaf[self.leaf_number] = end_of_leaf - prompt_of_leaf
-        return trained_of_leaf
+        return self.leaf_sums(np.where(self.trained, self.length, 0))
 
     def leaf_sums(self, value: npt.NDArray) -> npt.NDArray:
         """[L] sum of `value` [S] over each trajectory's segments, in the caller's order of leaves."""
@@ -317,13 +315,14 @@ def _build(
     tokens: Ints,
     logprobs: Floats,
     prompt_of_node: Ints,
+    observed_of_node: Bools,
     sharing: Sharing,
 ) -> Segments:
     """From nodes in any order with parents first: copy, leave out what has no leaf below it, sort.
 
     A segment of no tokens is kept: it costs nothing.
     """
-    trained_of_node = parent_of_node >= 0
+    trained_of_node = (parent_of_node >= 0) & ~observed_of_node
     source_of_node = np.cumsum(length_of_node) - length_of_node
     copies = _copies(parent_of_node, leaves, sharing)
     node = copies.node_of_copy
