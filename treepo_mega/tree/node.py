@@ -215,6 +215,16 @@ class Tree:
         """The prompt's token ids."""
         return self.nodes[ROOT].tokens
 
+    def below(self, node_id: int) -> int:
+        """Where a path goes on that reached `node_id`: after the observation, if its turn was answered."""
+        children = self.nodes[node_id].children
+        answered = len(children) == 1 and self.nodes[children[0]].observation
+        return children[0] if answered else node_id
+
+    def sampled_depth(self, node_id: int) -> int:
+        """Sampled segments from the root to this node; observations are left out."""
+        return self.nodes[node_id].depth - self.turns(node_id)
+
     def leaves_below(self) -> dict[int, list[int]]:
         """Node id -> indices into `leaves` of the leaves at or below that node; nodes without one are absent.
 

@@ -32,9 +32,10 @@ from treepo_mega.tree.fork import Fork, decisions, followers, open_forks, weigh_
 from treepo_mega.tree.look_alikes import Families
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.regrow import ungraded
-from treepo_mega.tree.stop import StopRules
+from treepo_mega.tree.stop import StopRules, TurnRules
 from treepo_mega.tree.transfer import ForkTransfer, make_transfer
-from treepo_mega.tree.wants import Segment, Want
+from treepo_mega.tree.turns import Turns
+from treepo_mega.tree.wants import Segment, Want, check_segment
 
 COUNTS = (
     "segments",
@@ -62,7 +63,7 @@ class TreeSearch:
     """Grows one tree. `seed` names the tree (run seed, step, prompt id); see the module docstring.
 
     `split` divides branches where `rollout.branching.budget` names a plug-in. `begun`: a graded tree of the same prompt
-    and seed to grow on, with fewer leaves than `rollout` asks for.
+    and seed to grow on, with fewer leaves than `rollout` asks for. `turns`: an environment answers turns (`observe`).
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TreeSearch:
         align: int = 0,
         split: Split | None = None,
         begun: Tree | None = None,
+        turns: TurnRules | None = None,
     ) -> None:
         if not prompt_tokens:
             raise ValueError(f"prompt {prompt_id!r} has no tokens: there is nothing to condition on")
@@ -98,9 +100,10 @@ class TreeSearch:
         """How often all paths had ended: nodes got new names then."""
         # Node id -> max_tokens of every want whose segment has not arrived, those beyond reach included.
         self._running: dict[int, int] = {}
+        self._turns = Turns(turns, stop)
         self._families = Families(rollout)
         self._transfer = make_transfer(rollout, seed, self._rng, self._affordable, split)
-        self.tree.counts = dict.fromkeys(COUNTS, 0) | self.tree.counts
+        self.tree.counts = dict.fromkeys(COUNTS + self._turns.counts, 0) | self.tree.counts
         missing = rollout.n_samples_per_prompt - begun_leaves
         if missing <= 0:
             raise ValueError(f"prompt {prompt_id!r}: {begun_leaves} leaves already, {missing} to grow")
@@ -115,7 +118,7 @@ class TreeSearch:
     @property
     def done(self) -> bool:
         """True once no segment is wanted any more: the tree is complete or its shortfall is recorded."""
-        return not self._running
+        return not self._running and not self._turns.unanswered
 
     @property
     def paused(self) -> bool:
@@ -152,17 +155,11 @@ class TreeSearch:
         logprobs or entropies that do not match the tokens: a driver's error, never the model's.
         """
         where = f"prompt {self.tree.prompt_id!r}, node {node_id}"
-        if node_id not in self._running:
+        if (most := self._running.get(node_id)) is None:
             if 0 < node_id < len(self.tree.nodes) and self.tree.nodes[node_id].tokens:
                 raise ValueError(f"{where}: its segment was already delivered")
             raise ValueError(f"{where}: no segment is wanted; waiting for {sorted(self._running)}")
-        if not 0 < len(segment.tokens) <= self._running[node_id]:
-            raise ValueError(f"{where}: wanted 1 to {self._running[node_id]} tokens, got {len(segment.tokens)}")
-        if len(segment.logprobs) != len(segment.tokens):
-            raise ValueError(f"{where}: {len(segment.tokens)} tokens but {len(segment.logprobs)} logprobs")
-        entropies = len(segment.tokens) if self._cfg.entropy_top_k else 0
-        if len(segment.entropies) != entropies:
-            raise ValueError(f"{where}: wanted {entropies} entropies, got {len(segment.entropies)}")
+        check_segment(segment, most, where, entropies=self._cfg.entropy_top_k > 0)
         del self._running[node_id]
         node = self.tree.nodes[node_id]
         if isinstance(self._transfer, ForkTransfer) and self._transfer.draws_at(node_id):
@@ -174,12 +171,30 @@ class TreeSearch:
         else:
             # Asked before the segment counts: then the node's quota is gone.
             self._receive(node, segment, node_id if self._goes_on_alone(node) else None)
-        if not self._running:
+        if self.done:
+            self._come_to_rest()
+
+    def turns_ended(self) -> list[int]:
+        """Nodes that ended a turn since the last call; each waits for `observe`."""
+        return self._turns.take_ended()
+
+    def observe(self, node_id: int, tokens: Sequence[int] | None, *, lost: bool = False) -> None:
+        """What the environment answered to the turn that ended at `node_id`; None: nothing, so the path has ended.
+
+        `lost`: the trajectory has no reward. Raises ValueError for a node that waits for no answer, or an empty one.
+        """
+        self._arrived(self._turns.answer(self.tree, node_id, tokens, lost=lost), None)
+        if self.done:
             self._come_to_rest()
 
     def _receive(self, node: Node, segment: Segment, after: int | None) -> None:
         """Keep the segment of `node`, and let those branch who may now. `after`: see `Want`."""
         self._settle(node, segment)
+        if node.id not in self._turns.unanswered:
+            self._arrived(node, after)
+
+    def _arrived(self, node: Node, after: int | None) -> None:
+        """Let those branch who may, now that it is known how `node` goes on."""
         for settled in self._families.arrived(node, self.tree):
             for parent, width in self._transfer.arrived(settled, self.tree):
                 self._grow(parent, width, after)
@@ -277,10 +292,11 @@ class TreeSearch:
         self, parent: int, children: int, *, fallback_level: int | None = None, fork: Fork | None = None
     ) -> list[Node]:
         """Give `parent` that many children and want a segment for each; returns them."""
+        parent = self.tree.below(parent)
         prefix = self.tree.prefix(parent)
-        room = self._stop.max_response_len - (len(prefix) - len(self.tree.prompt_tokens))
+        room = self._stop.max_response_len - self.tree.response_length(parent)
         size = self._size(len(prefix), room)
-        depth = self.tree.nodes[parent].depth + 1
+        depth = self.tree.sampled_depth(parent) + 1
         # No decision needs what comes after the last token of a path.
         ends = size == room or depth >= self._stop.max_depth
         peek = 0 if ends or self._transfer.full else self._cfg.peek
@@ -317,8 +333,8 @@ class TreeSearch:
         single = {node.id for node in nodes if self._goes_on_alone(node)}
         for i, want in enumerate(self._new):
             if want.node_id in single:
-                room = self._stop.max_response_len - (len(want.prefix) - len(self.tree.prompt_tokens))
-                segments = self._stop.max_depth - self.tree.nodes[want.node_id].depth + 1
+                room = self._stop.max_response_len - self.tree.response_length(self.tree.nodes[want.node_id].parent)
+                segments = self._stop.max_depth - self.tree.sampled_depth(want.node_id) + 1
                 run = min(room, segments * want.max_tokens)
                 self._new[i] = replace(want, run=run, after=after, peek=0)
 
@@ -350,14 +366,14 @@ class TreeSearch:
 
     def _settle(self, node: Node, segment: Segment) -> None:
         """Apply the stop rules to a node's segment and store what is kept of it."""
-        verdict = self._stop.judge(self.tree.response(node.parent), segment.tokens, node.depth)
+        verdict = self._turns.judge(self.tree, node, segment)
         node.tokens = segment.tokens[: verdict.keep]
         node.logprobs = segment.logprobs[: verdict.keep]
         node.entropies = segment.entropies[: verdict.keep]
         node.stop = verdict.reason
         # An ended path has no next token, even where the engine reported one.
         node.peek = list(segment.peek) if verdict.reason is None else []
-        if node.stop is not None:
+        if not self._turns.ends(self.tree, node) and node.stop is not None:
             self.tree.leaves.append(node.id)
         self.tree.counts["segments"] += 1
         self.tree.counts["generated_tokens"] += len(segment.tokens)

@@ -8,6 +8,11 @@ Rules, tried in this order on every new segment (the released TreePO code's orde
     depth       the path has max_depth segments
     repetition  the text goes round in circles
 
+Where an environment answers (`TurnRules`), an end-of-sequence token ends a turn and not the path. There are two more:
+
+    context     what the environment answered does not fit any more
+    lost        the environment lost the trajectory: it has no reward
+
 Two of them also *cut* the segment, because nothing after the end of a path may be trained on: after the first EOS,
 and after the token that closes an answer box. The box is looked for in the text of the whole response, so a box that
 straddles a segment border is seen. The prompt is not looked at: instructions often contain a box. An empty box
@@ -25,6 +30,7 @@ from treepo_mega.config import RolloutConfig
 from treepo_mega.text.boxes import closed_box
 
 STOP_REASONS = ("eos", "answer", "length", "depth", "repetition")
+TURN_STOP_REASONS = ("context", "lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,17 @@ def repeats(text: str, window: int, count: int) -> bool:
         if seen[piece] >= count:
             return True
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRules:
+    """How long a path with an environment goes on. `max_turns`: turns that it answers; the next one ends the path.
+
+    `max_observation_len`: tokens of all observations of a path. A longer one ends it before it is seen.
+    """
+
+    max_turns: int
+    max_observation_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +95,15 @@ class StopRules:
             stop.repetition_count,
         )
 
-    def judge(self, before: Sequence[int], segment: Sequence[int], depth: int) -> Verdict:
+    def judge(self, before: Sequence[int], segment: Sequence[int], depth: int, earlier: int = 0) -> Verdict:
         """Judge `segment`, sampled after the response tokens `before` (no prompt), at `depth` segments (1 = first).
 
-        `before` belongs to a path that has not ended. Raises ValueError for an empty segment.
+        `before` belongs to a path that has not ended, and begins with its present turn; `earlier`: tokens sampled in
+        the turns before. Raises ValueError for an empty segment.
         """
         if not segment:
             raise ValueError("a segment has at least one token")
-        room = self.max_response_len - len(before)
+        room = self.max_response_len - earlier - len(before)
         end = next((i + 1 for i, token in enumerate(segment) if token in self.eos_token_ids), None)
         kept = list(segment[:end])[:room]
         box = self._closing_token(before, kept) if self.answer_box else None
@@ -96,12 +114,12 @@ class StopRules:
             if box < len(kept) and kept[box] in self.eos_token_ids:
                 return Verdict(box + 1, "eos")
             return Verdict(box, "answer")
-        return Verdict(len(kept), self._reason(before, kept, depth))
+        return Verdict(len(kept), self._reason(before, kept, depth, room))
 
-    def _reason(self, before: Sequence[int], kept: Sequence[int], depth: int) -> str | None:
+    def _reason(self, before: Sequence[int], kept: Sequence[int], depth: int, room: int) -> str | None:
         if kept[-1] in self.eos_token_ids:
             return "eos"
-        if len(before) + len(kept) >= self.max_response_len:
+        if len(kept) >= room:
             return "length"
         if depth >= self.max_depth:
             return "depth"

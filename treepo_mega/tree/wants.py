@@ -55,3 +55,18 @@ class Segment:
             logprobs=self.logprobs[begin:end],
             entropies=self.entropies[begin:end],
         )
+
+
+def check_segment(segment: Segment, most: int, where: str, *, entropies: bool) -> None:
+    """Raise ValueError unless a segment has 1 to `most` tokens, a logprob for each, and entropies as they are wanted.
+
+    >>> check_segment(Segment([5, 6], [-0.1, -0.2], "length"), 2, "node 1", entropies=False)
+    """
+    size = len(segment.tokens)
+    if not 0 < size <= most:
+        raise ValueError(f"{where}: wanted 1 to {most} tokens, got {size}")
+    if len(segment.logprobs) != size:
+        raise ValueError(f"{where}: {size} tokens but {len(segment.logprobs)} logprobs")
+    wanted = size if entropies else 0
+    if len(segment.entropies) != wanted:
+        raise ValueError(f"{where}: wanted {wanted} entropies, got {len(segment.entropies)}")

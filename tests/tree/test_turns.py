@@ -1,0 +1,133 @@
+"""Trees over turns: a scripted world answers, in any order, and the tree is a function of the seed alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.properties import examples
+from tests.tree.test_search import EOS, config, decode, sample
+from treepo_mega.config import RolloutConfig
+from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.advantage import leaf_advantages
+from treepo_mega.tree.node import Tree
+from treepo_mega.tree.search import Segment, TreeSearch
+from treepo_mega.tree.stop import STOP_REASONS, TURN_STOP_REASONS, StopRules, TurnRules
+
+PROMPT = [7, 8, 9]
+RULES = TurnRules(max_turns=3, max_observation_len=12)
+
+
+def world(turn: list[int]) -> tuple[list[int] | None, bool]:
+    """(observation, lost) as a function of the turn: most turns are answered, some are the last, a few are lost."""
+    rng = random.Random(derive_seed("world", *turn))
+    draw = rng.random()
+    if draw < 0.1:
+        return None, True
+    if draw < 0.3:
+        return None, False
+    return [rng.randrange(3, 30) for _ in range(rng.randint(1, 6))], False
+
+
+def grow(cfg: RolloutConfig, rules: TurnRules | None = RULES, *, seed: int = 1, order: int | None = None) -> Tree:
+    stop = StopRules.from_config(cfg, [EOS], decode)
+    search = TreeSearch("p", PROMPT, cfg, seed=seed, stop=stop, turns=rules)
+    shuffler = random.Random(order)
+    pending: list[tuple[str, object]] = []
+    while not search.done:
+        pending += [("want", want) for want in search.wants()]
+        pending += [("turn", node_id) for node_id in search.turns_ended()]
+        if order is not None:
+            shuffler.shuffle(pending)
+        kind, what = pending.pop()
+        if kind == "turn":
+            tokens, lost = world(search.tree.turn(what))
+            search.observe(what, tokens, lost=lost)
+            continue
+        tokens = sample(what.prefix, what.seed, what.max_tokens, 0.2, 0.02)
+        search.take(what.node_id, Segment(tokens, [-t / 10 for t in tokens], "length"))
+    assert not pending and not search.turns_ended()
+    return search.tree
+
+
+configs = st.builds(
+    config,
+    n_samples_per_prompt=st.integers(1, 12),
+    segment__length=st.integers(1, 8),
+    max_response_len=st.integers(1, 40),
+    branching__factor=st.integers(1, 3),
+    fallback__from=st.sampled_from(["finished", "any", "longest", "none"]),
+    mode=st.sampled_from(["tree", "sequential"]),
+    branching__transfer=st.sampled_from(["level", "quota"]),
+)
+
+
+@examples(150)
+@given(configs, st.integers(0, 10**6), st.integers(0, 10**6))
+def test_order_of_answers_does_not_matter_and_every_path_is_a_dialogue(cfg, seed, order):
+    tree = grow(cfg, seed=seed)
+    assert tree == grow(cfg, seed=seed, order=order)
+    assert len(tree.leaves) == cfg.n_samples_per_prompt or tree.shortfall
+    for node in tree.nodes[1:]:
+        above = tree.nodes[node.parent]
+        if node.observation:
+            assert (node.tokens, False) == world(tree.turn(above.id)), "it answers the turn above it"
+            assert above.tokens[-1] == EOS and above.children == [node.id] and node.children
+            continue
+        # What it was sampled after: the prompt, turns with their EOS, and what was said between them.
+        prefix = tree.prefix(node.parent)
+        assert len(prefix) == len(PROMPT) + tree.response_length(above.id) + tree.observed_length(above.id)
+        room = min(cfg.segment_tokens, cfg.max_response_len - tree.response_length(above.id))
+        again = sample(prefix, derive_seed(seed, *node.path), room, 0.2, 0.02)
+        assert node.tokens == again[: len(node.tokens)]
+        assert EOS not in node.tokens[:-1]
+        assert (node.stop is None) == bool(node.children)
+    for leaf in tree.leaves:
+        assert tree.nodes[leaf].stop in STOP_REASONS + TURN_STOP_REASONS
+        assert tree.response_length(leaf) <= cfg.max_response_len
+        assert tree.observed_length(leaf) <= RULES.max_observation_len
+        assert tree.turns(leaf) <= RULES.max_turns
+    assert tree.counts["turns"] >= sum(node.observation for node in tree.nodes)
+
+
+@examples(40)
+@given(configs, st.integers(0, 10**6))
+def test_a_world_that_never_answers_changes_nothing(cfg, seed):
+    silent = grow(cfg, TurnRules(max_turns=0, max_observation_len=9), seed=seed)
+    plain = grow(cfg, None, seed=seed)
+    assert silent.nodes == plain.nodes and silent.leaves == plain.leaves
+
+
+def test_answers_that_do_not_fit_end_the_path():
+    cfg = config(n_samples_per_prompt=1, max_response_len=20)
+    stop = StopRules.from_config(cfg, [EOS], decode)
+    search = TreeSearch("p", PROMPT, cfg, seed=1, stop=stop, turns=TurnRules(max_turns=9, max_observation_len=3))
+    (want,) = search.wants()
+    search.take(want.node_id, Segment([5, EOS], [-0.1, -0.1], "stop"))
+    (turn,) = search.turns_ended()
+    assert not search.done
+    for wrong, said in ((99, "only at"), (turn, "at least one token")):
+        with pytest.raises(ValueError, match=said):
+            search.observe(wrong, [])
+    search.observe(turn, [1, 2, 3, 4])
+    assert search.done
+    assert search.tree.nodes[search.tree.leaves[0]].stop == "context"
+
+
+def test_an_observation_is_no_group_of_its_own():
+    """Credit by subgroups is that of the same tree without observations."""
+    with_answers = Tree.start("p", [1])
+    without = Tree.start("p", [1])
+    for tree, answers in ((with_answers, True), (without, False)):
+        for rewards in ((1.0, 0.0), (1.0, 1.0, 0.0)):
+            turn = tree.add_child(0).id
+            above = tree.observe(turn, [5]).id if answers else turn
+            for reward in rewards:
+                tree.leaves.append(tree.add_child(above).id)
+                tree.rewards.append(reward)
+    for limit in (None, 1):
+        got = leaf_advantages(with_answers, "treepo", max_subgroup_depth=limit)
+        assert got == pytest.approx(leaf_advantages(without, "treepo", max_subgroup_depth=limit))

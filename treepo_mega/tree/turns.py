@@ -1,0 +1,90 @@
+"""Turns of a tree's paths: which of them wait for what an environment answers. Pure.
+
+An end-of-sequence token ends a turn and not the path, as long as the environment may be asked. What it answers becomes
+a node without loss below the turn (`Node.observation`), and the path goes on below that.
+
+    turns.ends(tree, node)                  # asked when a segment has arrived
+    for node_id in turns.take_ended(): ...  # the driver asks the environment
+    turns.answer(tree, node_id, tokens)     # and says what came of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from treepo_mega.tree.node import Node, Tree
+from treepo_mega.tree.stop import StopRules, TurnRules, Verdict
+from treepo_mega.tree.wants import Segment
+
+TURN_COUNTS = ("turns", "observation_tokens")
+"""Names in `tree.counts` where an environment answers."""
+
+
+class Turns:
+    """The turns of one tree. `rules` None: there is no environment, and no turn ever waits."""
+
+    def __init__(self, rules: TurnRules | None, stop: StopRules) -> None:
+        self._rules = rules
+        self._stop = stop
+        self.unanswered: set[int] = set()
+        """Nodes whose turn has ended and whose answer has not come."""
+        self._ended: list[int] = []
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """Names of what is counted."""
+        return TURN_COUNTS if self._rules else ()
+
+    def judge(self, tree: Tree, node: Node, segment: Segment) -> Verdict:
+        """What becomes of the segment of `node`. Text is looked for in the present turn, and room is that of all."""
+        turn = tree.turn(node.parent)
+        earlier = tree.response_length(node.parent) - len(turn)
+        return self._stop.judge(turn, segment.tokens, tree.sampled_depth(node.id), earlier)
+
+    def ends(self, tree: Tree, node: Node) -> bool:
+        """Whether the environment is asked how the path of `node` goes on, whose segment has just arrived.
+
+        If so, the path has not ended. It is not asked where the answer could not be used: no room or no depth is left.
+        """
+        if self._rules is None or node.stop != "eos":
+            return False
+        room = self._stop.max_response_len - tree.response_length(node.id)
+        deeper = tree.sampled_depth(node.id) < self._stop.max_depth
+        if room <= 0 or not deeper or tree.turns(node.id) >= self._rules.max_turns:
+            return False
+        node.stop = None
+        self.unanswered.add(node.id)
+        self._ended.append(node.id)
+        return True
+
+    def take_ended(self) -> list[int]:
+        """Nodes that ended a turn since the last call."""
+        ended = self._ended
+        self._ended = []
+        return ended
+
+    def answer(self, tree: Tree, node_id: int, tokens: Sequence[int] | None, *, lost: bool) -> Node:
+        """The node of the turn, with the observation below it or with its stop reason.
+
+        Raises ValueError for a node that waits for no answer, and for an empty observation.
+        """
+        where = f"prompt {tree.prompt_id!r}, node {node_id}"
+        if self._rules is None or node_id not in self.unanswered:
+            raise ValueError(f"{where}: no observation is waited for, only at {sorted(self.unanswered)}")
+        if tokens is not None and not tokens:
+            raise ValueError(f"{where}: an observation has at least one token")
+        self.unanswered.remove(node_id)
+        node = tree.nodes[node_id]
+        if lost:
+            node.stop = "lost"
+        elif tokens is None:
+            node.stop = "eos"
+        elif tree.observed_length(node_id) + len(tokens) > self._rules.max_observation_len:
+            node.stop = "context"
+        else:
+            tree.observe(node_id, list(tokens))
+            tree.counts["turns"] += 1
+            tree.counts["observation_tokens"] += len(tokens)
+        if node.stop is not None:
+            tree.leaves.append(node_id)
+        return node
