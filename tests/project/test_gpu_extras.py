@@ -63,14 +63,18 @@ def resolve(wanted: list[str], python: str, folder: Path) -> dict[str, str]:
     return dict(line.strip().split("==", 1) for line in lines)
 
 
-def stated() -> dict[str, str]:
-    """The guide's table of what is installed: package -> version."""
-    return dict(re.findall(r"^\| `([\w-]+)` \| ([\w.]+) \|", GUIDE.read_text(encoding="utf-8"), re.M))
+def stated(python: str) -> dict[str, str]:
+    """The guide's table of what is installed on `python`: package -> version."""
+    rows = re.findall(
+        r"^\| `([\w-]+)`(?: \(Python ([\d.]+)\))? \| ([\w.]+) \|", GUIDE.read_text(encoding="utf-8"), re.M
+    )
+    return {name: version for name, only, version in rows if only in ("", python)}
 
 
-def test_the_guide_states_the_pins():
-    table = stated()
-    pinned = pins()
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_guide_states_the_pins(python):
+    table = stated(python)
+    pinned = pins(python)
     assert {name: table[name] for name in ("torch", "vllm", "megatron-core")} == {
         name: pinned[name] for name in ("torch", "vllm", "megatron-core")
     }
@@ -90,9 +94,9 @@ def test_the_gpu_extra_resolves_to_the_pins_and_to_what_the_guide_states(tmp_pat
     # The PyTorch half of Transformer Engine has no wheel: to resolve it would be to build it.
     engine = [text.replace(",pytorch]", "]") for text in wanted["te"]]
     found = resolve([*wanted[""], *wanted["gpu"], *engine], python, tmp_path)
-    exact = pins()
+    exact = pins(python)
     assert {name: found[name] for name in exact} == exact
-    table = stated()
+    table = stated(python)
     assert {name: found[name] for name in table if name in found} == table, "of the index, and of the guide"
     assert found["nvidia-cuda-runtime"].startswith("13."), "the guide states a driver for CUDA 13"
     assert "nvidia-ml-py" in found, "vLLM asks it for the devices, and telemetry for what they do"
