@@ -13,7 +13,7 @@ Both make the backward sum the shards' hidden gradients over the tensor-parallel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, cast
@@ -139,14 +139,20 @@ def _forward_step(
     return hidden, partial(_loss_func, unwrap_model(model), pack, last)
 
 
-def _run(chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bool) -> list[Any]:
+Watch = Callable[[Sequence[Pack]], Iterator[tuple[int, Pack]]]
+"""Packs with their numbers, as `enumerate` gives them, to something that notes when each is asked for."""
+
+
+def _run(
+    chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bool, watch: Watch = enumerate
+) -> list[Any]:
     """One pass over `packs` through the pipeline. Collective over the model-parallel group.
 
     Returns what `last` reported of each pack on the last stage, [] elsewhere.
     """
     # An iterator for each chunk: the schedule advances them apart.
     layouts: dict[int, PackLayout] = {}
-    iterators = [enumerate(packs) for _ in chunks]
+    iterators = [watch(packs), *(enumerate(packs) for _ in chunks[1:])]
     try:
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, layouts, last),
@@ -164,14 +170,16 @@ def _run(chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bo
 
 
 def run_schedule(
-    chunks: list[Any], packs: list[Pack], head: LossHead, *, loss: PackLoss, gates: Gates | None = None
-) -> list[Stats]:
+    chunks: list[Any], packs: list[Pack], head: LossHead, *, loss: PackLoss, gates: Gates | None = None,
+    watch: Watch = enumerate,
+) -> list[Stats]:  # fmt: skip
     """Loss and gradients of `packs`; the gradients are left in Megatron's buffers.
 
-    With `gates` the guard counts the clip gates that FP8 flips. Collective over the model-parallel group. Returns the
-    statistics of each pack on the last stage, [] elsewhere.
+    `watch` sees the packs of the first chunk as they are asked for. With `gates` the guard counts the clip gates that
+    FP8 flips. Collective over the model-parallel group. Returns the statistics of each pack on the last stage, []
+    elsewhere.
     """
-    return _run(chunks, packs, partial(_loss_of, head, loss, gates), gradients=True)
+    return _run(chunks, packs, partial(_loss_of, head, loss, gates), gradients=True, watch=watch)
 
 
 def compute_logprobs(

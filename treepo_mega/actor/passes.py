@@ -142,5 +142,5 @@ def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epo
     apart = {name: sum(step[name] for step in stats) for name in stats[0] if name.startswith(MISMATCH)}
     out["rollout/logprob_abs_diff_mean"] = apart[MISMATCH] / max(1.0, apart[ROWS])
     out["rollout/logprob_abs_diff_max"] = max(step["max_mismatch"] for step in stats)
-    out |= mismatch_metrics(apart) | actor.head_flips()
+    out |= mismatch_metrics(apart) | actor.head_flips() | actor.costs.metrics()
     return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}

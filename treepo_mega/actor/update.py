@@ -23,6 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from treepo_mega.actor.costs import UpdateCosts
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PackLoss, clip_gates, on_device
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
@@ -140,6 +141,7 @@ class Actor(Policy):
             # Megatron takes a list for virtual stages and a function for one chunk.
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.skipped_in_a_row = 0
+        self.costs = UpdateCosts(pipelined=cfg.parallel.pipeline_model_parallel_size > 1)
 
     def head_flips(self) -> dict[str, float]:
         """Metrics of the guard after a rollout's updates. Collective over all ranks."""
@@ -178,13 +180,16 @@ class Actor(Policy):
             chunk.zero_grad_buffer()
         # Beside the buffers, not in their place: Megatron's optimizers clear `.grad` alone.
         self.optimizer.zero_grad()
-        data = run_schedule(self.chunks, packs, self.head, loss=loss, gates=partial(clip_gates, self.cfg.algo))
+        gates = partial(clip_gates, self.cfg.algo)
+        data = run_schedule(self.chunks, packs, self.head, loss=loss, gates=gates, watch=self.costs.watch)
+        self.costs.passed()
         # Read before the step: the scheduler then moves on.
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
         skipped = not math.isfinite(grad_norm)
         self._after_step(skipped, grad_norm)
         stats = self._mean_over_pairs(data, packs)
+        self.costs.stepped()
         return {
             **stats,
             "grad-norm": grad_norm,

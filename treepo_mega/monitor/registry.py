@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from treepo_mega.errors import nearest
 from treepo_mega.monitor.metric import Metric
-from treepo_mega.monitor.registry_machine import LOGGING, MACHINE, RANKS
+from treepo_mega.monitor.registry_machine import COSTS, LOGGING, MACHINE, RANKS
 
 _OPTIMISATION = (
     Metric("train/loss", "nats/token", "no trend required; finite", "policy loss plus KL and entropy terms"),
@@ -376,7 +376,7 @@ _EVAL = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + MACHINE + RANKS + LOGGING + _EVAL
+    _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + COSTS + MACHINE + RANKS + LOGGING + _EVAL
 )
 
 
@@ -401,6 +401,8 @@ _CLOCKED = (
     *("ranks/", "memory/", "startup_s/"),
     *("reshard/seconds", "reshard/transport_s", "reshard/pack_s", "reshard/gb_per_s"),
     *("rollout/engine_steps", "rollout/engine_idle_share", "rollout/running_mean", "rollout/prompts_stolen"),
+    *(f"rollout/engine_{part}_" for part in ("step", "token", "request")),
+    "rollout/requests",
     *("reward/overlapped_share", "reward/remote_calls", "reward/remote_retries", "reward/remote_cached"),
     *("rollout/engine_grader_wait_share", "rollout/idle_share/"),
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.

@@ -32,6 +32,26 @@ MACHINE = (
     Metric("host/telemetry_s", "s", "below 0.005 of the step x nodes", "time that taking them cost, in a thread"),
 )
 
+COSTS = (
+    Metric("rollout/requests", "count", "at most segments", "requests to the engines"),
+    Metric(
+        "rollout/engine_{step,token,request}_{s,cpu_s}",
+        "s",
+        "steady",
+        "cost of an engine's step, of each token that it forwards, and of each request that begins in it, waits left "
+        "out: least squares over the steps of all engines; wall time and CPU time of an engine's process",
+    ),
+    Metric("perf/micro_batches", "count", "few", "micro-batches of a rank's updates, the logging rank's"),
+    Metric(
+        "perf/update_{step,micro_batch,token}_{s,cpu_s}",
+        "s",
+        "steady",
+        "cost of an update on the logging rank: what follows the passes of an optimizer step, of each micro-batch, and "
+        "of each of its tokens: least squares over the micro-batches of the run, the first rollout's left out (in a "
+        "pipeline over its optimizer steps)",
+    ),
+)
+
 LOGGING = (
     Metric(
         "logging/sink_failures",

@@ -41,6 +41,7 @@ from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.contents import waiting_at_main
 from treepo_mega.rollout.counts import SAMPLING_COUNTS, summarize
 from treepo_mega.rollout.durable import Durable
+from treepo_mega.rollout.engine_costs import cost_metrics
 from treepo_mega.rollout.eval import CORRECT
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.idleness import idle_shares
@@ -416,6 +417,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     for name in (key.removeprefix(SUM) for key in totals if key.startswith(SUM)):
         out[f"reward/{name}"] = totals[SUM + name] / totals[COUNT + name]
     out |= {f"reward/{name}": totals[name] for name in REMOTE_COSTS if name in totals} | idle_shares(totals)
+    out |= cost_metrics(totals)
     for name in SAMPLING_COUNTS:
         out[f"rollout/{name}"] = counts.get(name, 0.0)
     for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates", *LOOK_ALIKES):

@@ -27,6 +27,7 @@ from treepo_mega.rollout.admission import Admission, Key
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import PREFIX_COUNTS, TokenCounts, summarize
 from treepo_mega.rollout.dealing import END, LATE, CostModel, LocalQueue, Queue, deal_by_cost
+from treepo_mega.rollout.engine_costs import EngineCosts
 from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, grows_in_place, leaves_of, state_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.runtime.seeding import derive_seed
@@ -143,7 +144,6 @@ class Generator:
         if not any(map(grows_in_place, jobs)):
             self.engine.reset_prefix_cache()
         stop = StopRules.from_config(now, self.eos_token_ids, self.decode)
-
         known = len(jobs)
 
         def begin(index: int) -> TreeSearch:
@@ -179,7 +179,7 @@ class Generator:
             raise
         grown = run.harvest()
         self.counts = summarize(list(grown.trees.values()))
-        self.counts |= {"engine_steps": run.steps, "running": run.occupied, "seconds": time.monotonic() - started}
+        self.counts |= run.spent.counts() | {"seconds": time.monotonic() - started}
         return grown
 
 
@@ -214,13 +214,11 @@ class _Run:
         self.wants: dict[Key, Want] = {}
         # By the segment that is being sampled, which moves along the run; `first` keeps the one that was admitted.
         self.runs: dict[Key, SegmentRun] = {}
-        # For debug.schedule level only: what waits for the end of the present level.
-        self.later: list[tuple[int, Want]] = []
+        self.later: list[tuple[int, Want]] = []  # debug.schedule level: what waits for the end of the present one
         self.reading: set[int] = set()  # trees whose prompt the coming step reads
         self.held: list[Key] = []  # what waits for that
         self.rests: list[int] = []
-        self.steps = 0
-        self.occupied = 0
+        self.spent = EngineCosts()
         self.leaves = 0
 
     def to_its_end(self) -> None:
@@ -234,6 +232,7 @@ class _Run:
             return time.monotonic() > deadline
 
         while True:
+            self.spent.begin()
             self._fill()
             if not self.room.running:
                 # Trees that are done may be replaced, once their graders have spoken.
@@ -248,12 +247,12 @@ class _Run:
                 raise GenerationTimeout(self._unfinished())
             finished = self.engine.step()
             self.reading.clear()
-            self.steps += 1
-            self.occupied += len(self.room.running)
+            self.spent.stepped(len(self.room.running))
             for segment in finished:
                 self._deliver(segment)
             if finished:
                 self._report()
+            self.spent.done()
             if self.watcher is not None:
                 self.watcher.step_done(self.room.occupancy)
 
@@ -376,6 +375,7 @@ class _Run:
             top=want.top,
         )
         self.runs[key] = SegmentRun(key, self.engine.submit(request))
+        self.spent.sent(*key, len(want.prefix))
 
     def _deliver(self, finished: Finished) -> None:
         """Hand a finished segment, or the segments of a finished run, to their tree."""

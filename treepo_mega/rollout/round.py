@@ -29,6 +29,7 @@ from treepo_mega.data.rewards.weighted import used_functions
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.dealing import LocalQueue, Queue, SharedQueue, deal_by_cost, deal_to
 from treepo_mega.rollout.durable import KeptRound
+from treepo_mega.rollout.engine_costs import of_engine
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.grading import Grading, MakeRow, Row
 from treepo_mega.rollout.jobs import Grown, Job, carry
@@ -51,7 +52,7 @@ class SampledRound:
     engines: dict[int, int] = field(default_factory=dict)
     """The engine that sampled each job of `rows`."""
     counts: dict[str, float] = field(default_factory=dict)
-    """Sums over engines: engine_steps, running, stolen (prompts), gradings, gradings_early, which ended while their
+    """Sums over engines: `EngineCosts.counts`, stolen (prompts), gradings, gradings_early, which ended while their
     engine sampled, `RewardPool.take_costs` and `Idleness.counts`. Seconds: engine_s in all, idle_s waiting for the
     others at the end, and grader_wait_s waiting for graders with nothing to sample."""
     idle_share_max: float = 0.0
@@ -171,8 +172,7 @@ def _counts(
 ) -> dict[str, float]:
     """What the round cost on this engine; `SampledRound.counts` are the sums."""
     return {
-        "engine_steps": generator.counts["engine_steps"],
-        "running": generator.counts["running"],
+        **of_engine(generator.counts),
         "stolen": queue.stolen,
         "grader_wait_s": grading.waited_s,
         "idle_s": idle_s,
