@@ -9,6 +9,7 @@ from treepo_mega.config import load_config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.plan.activations import in_flight
 from treepo_mega.plan.calibrate import calibrate_rows
+from treepo_mega.plan.engine import waves
 from treepo_mega.plan.hardware import HardwareError, Rates, gpu_of
 from treepo_mega.plan.layout import Layout, held_bytes
 from treepo_mega.plan.lengths import Lengths
@@ -153,6 +154,7 @@ def rows_of(cfg, spec, cluster, world):
         "rollout/response_len_mean": 40.0,
         "rollout/response_len_max": 60.0,
         "rollout/generated_tokens": shape.unique * trees,
+        "rollout/engine_steps": 66.0 * world,
         "tree/leaves": shape.leaves * trees,
         "tree/prompt_tokens": 20.0 * trees,
     }
@@ -172,3 +174,45 @@ def test_a_calibrated_plan_gives_back_what_was_measured():
     )  # fmt: skip
     for phase in ("rollout", "old_logprobs", "update", "reshard"):
         assert again.seconds[phase] == pytest.approx(measured.seconds[phase], rel=0.05), phase
+
+
+def test_a_run_tells_what_a_step_costs_from_what_its_tokens_cost():
+    """Calibrated by a run of 16 prompts, of which the costs are known: what 48 prompts and two ranks take."""
+    cfg = load_config("examples/tiny_cpu.yaml", ["rollout.dynamic_sampling=false"])
+    spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+    cluster = Cluster(gpu_of("CPU"), 8, Rates())
+    _, rows = rows_of(cfg, spec, cluster, 1)
+    step, token, request, beside = 0.02, 0.0004, 0.003, 0.1
+    shape = TreeShape.of(cfg, response=40, prompt=20, spread=0.3)
+    # 200 requests a rollout and 70 steps, whatever the shape would have let expect.
+    tokens = 16 * (shape.unique + shape.prompt)
+    costs = {
+        "rollout/engine_step_s": step, "rollout/engine_token_s": token, "rollout/engine_request_s": request,
+        "rollout/engine_steps": 70.0, "rollout/requests": 200.0,
+        "timing_s/rollout": 70 * step + tokens * token + 200 * request + 16 * beside,
+        "perf/update_step_s": 0.5, "perf/update_micro_batch_s": 0.2, "perf/update_token_s": 0.001,
+        "perf/micro_batches": 4.0,
+    }  # fmt: skip
+    known = costs | {"timing_s/update": 2 * 0.5 + 4 * 0.2 + rows[1]["perf/packed_tokens"] * 0.001}
+    found = calibrate_rows("run", cfg, spec, [row | known for row in rows], cluster, clock="timing_s")
+    measured = Cluster(cluster.gpu, 8, found.rates)
+    tripled = cfg.replace({"rollout.rollout_batch_size": 48})
+    plan = plan_run(tripled, spec, world_size=1, cluster=measured, lengths=found.lengths)
+    assert plan.seconds["rollout"] == pytest.approx(
+        70 * step + 3 * (tokens * token + 200 * request + 16 * beside), rel=0.1
+    )
+    halved = plan_run(tripled, spec, world_size=2, cluster=measured, lengths=found.lengths)
+    half = 70 * step + 1.5 * (tokens * token + 200 * request + 16 * beside)
+    assert halved.seconds["rollout"] == pytest.approx(half, rel=0.1)
+    # A plan that has one factor for all would triple what is fixed, too.
+    assert plan.seconds["rollout"] < 0.92 * 3 * known["timing_s/rollout"]
+    assert plan.seconds["update"] == pytest.approx(2 * 0.5 + 3 * (known["timing_s/update"] - 2 * 0.5), rel=0.05)
+
+
+def test_prompts_without_signal_begin_again_in_waves():
+    cfg, _ = recipe("rollout.rollout_batch_size=64", "rollout.max_refills=9")
+    assert list(waves(cfg, 1.0)) == [64]
+    assert list(waves(cfg, 0.5)) == [64, 32, 16, 8, 4, 2, 1]
+    # No more prompts begin than the refills allow.
+    assert sum(waves(cfg.replace({"rollout.max_refills": 1}), 0.25)) == 128
+    assert list(waves(cfg.replace({"rollout.oversample": 2.0}), 0.5)) == [128]

@@ -3,9 +3,10 @@
     python tools/bench/plan.py [--quick] [--no-runs]
 
 Memory: each case is planned, and its first, a middle and its last stage are built and run (`treepo-mega plan --prove`).
-Parameters, gradients and optimizer state must be equal to the byte, and peaks of activations within a tenth. Time: the
-demo model is trained twice in different sizes; the second run is planned with what the first one measured. Both are in
-CPU seconds of the rank's process, because other jobs share the cores. --quick: two cases, and no runs.
+Parameters, gradients and optimizer state must be equal to the byte, and peaks of activations within a tenth. Time and
+resident memory: models of three sizes are trained in two sizes each (`plan_runs.py`); the second run is planned with
+what the first one measured, in CPU seconds. --quick: two cases, and no runs. --runs DIR keeps the runs, and takes those
+that are there.
 
 Last line, JSON: {"memory": [{"case", "rank", "phase", "planned", "proven", "ratio"}], "time": [{"case", "phase",
 "planned", "measured", "ratio"}], "ranks_seconds": CPU seconds to plan 4,096 ranks, "ranks_mib": memory of that,
@@ -15,9 +16,7 @@ Last line, JSON: {"memory": [{"case", "rank", "phase", "planned", "proven", "rat
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import os
 import resource
 import sys
@@ -30,7 +29,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from treepo_mega.config import load_config
 from treepo_mega.modelspec.spec import ModelSpec
-from treepo_mega.plan.calibrate import calibrate
 from treepo_mega.plan.hardware import GIB, Rates, gpu_of
 from treepo_mega.plan.run import plan_run
 from treepo_mega.plan.timing import Cluster
@@ -59,7 +57,6 @@ CASES: dict[str, tuple[str, int, list[str], dict[str, Any]]] = {
 HELD = ("parameters", "gradients", "optimizer")
 PEAKS = ("old_logprobs", "update")
 RANKS = 4096
-TIMED = ("rollout", "old_logprobs", "update")
 
 
 def memory_of(name: str, directory: Path) -> list[dict[str, Any]]:
@@ -96,44 +93,12 @@ def plan_many() -> tuple[float, float]:
     return time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def time_of(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of time, and that of memory, of the run that is planned by what another one measured."""
-    import runs
-
-    # Enough steps of the first run for a line through their seconds.
-    short = ["train.num_rollouts=12", "eval.interval=0"]
-    wide = ["rollout.rollout_batch_size=24", "train.max_tokens_per_gpu=2048"]
-    cluster = Cluster(gpu_of("CPU"), 8, Rates())
-    for name, overrides in (("first", []), ("second", wide)):
-        runs.run(1, directory / name, [*short, *overrides], f"the {name} run")
-    first, second = (calibrate(directory / name, cluster, clock="cpu_s") for name in ("first", "second"))
-    cfg = load_config(directory / "second" / "config.yaml", [])
-    # How long answers are is the model's affair, which the second run says; how fast they come is the first one's.
-    plan = plan_run(
-        cfg, ModelSpec.from_hf(cfg.model.hf_checkpoint), world_size=1, lengths=second.lengths,
-        cluster=dataclasses.replace(cluster, rates=first.rates),
-    )  # fmt: skip
-    rows = []
-    for phase in TIMED:
-        planned, measured = plan.seconds[phase], second.measured[phase]
-        # No pass of its own: with one optimizer step the update's forward pass gives the old logprobs.
-        if planned <= 0:
-            continue
-        rows.append({"case": "tiny, 8 to 24 prompts", "phase": phase, "planned": planned, "measured": measured,
-                     "ratio": round(planned / measured, 3)})  # fmt: skip
-        print(f"tiny: {phase:<14}{planned:>9.3f}{measured:>9.3f} CPU s{planned / measured:>8.3f}", flush=True)
-    planned, measured = plan.memory.peak / GIB, second.resident_gib
-    ratio = round(planned / measured, 3) if measured else math.inf
-    print(f"tiny: resident {planned:.3f} {measured:.3f} GiB {ratio:.3f}", flush=True)
-    kept = {"case": "tiny, 8 to 24 prompts", "rank": 0, "phase": "resident"}
-    return rows, {**kept, "planned": plan.memory.peak, "proven": measured * GIB, "ratio": ratio}
-
-
 def main() -> int:
     """Prints the table and the JSON line; 1 when a bar is not met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two cases, and no runs")
     parser.add_argument("--no-runs", action="store_true", help="memory alone")
+    parser.add_argument("--runs", metavar="DIR", help="keep runs here, and take those that are there")
     args = parser.parse_args()
     # First: what it needs must not hide behind torch.
     seconds, mib = plan_many()
@@ -145,8 +110,12 @@ def main() -> int:
         for index, name in enumerate(names):
             memory += memory_of(name, Path(scratch) / f"model{index}")
         if not (args.quick or args.no_runs):
-            timed, resident = time_of(Path(scratch) / "runs")
-            memory.append(resident)
+            import plan_runs  # torch, through the tiny model's script
+
+            kept = Path(args.runs or scratch)
+            plan_runs.run_all(kept)
+            timed, resident = plan_runs.compare(kept)
+            memory += resident
     exact = [
         name for name in names
         if all(row["planned"] == row["proven"] for row in memory if row["case"] == name and row["phase"] in HELD)

@@ -1,19 +1,22 @@
 """Where a step stops scaling, from 16 to 16,384 GPUs: rollout, refit, exchange, packing, pipeline. A simulation.
 
-    python tools/bench/scaling.py [--quick] [--update]
+    python tools/bench/scaling.py [--quick] [--update] [--lengths RUN [--keep-lengths]]
 
-Trees are grown by the trainer's own search (`tree/search.py`), and each path ends where a log-normal length says. One
-unit of the simulation is UNIT tokens. An engine runs all that its trees want, as the plan's decode step says
-(`plan/timing.py`), and goes on to the next unit when every running path has it. Seeds are fixed. Rates are the plan's
+Trees are grown by the trainer's own search (`tree/search.py`), and each path ends where a distribution of lengths says:
+a log-normal one with assumed means, then that of a measured run, stretched so that its longest response is the recipe's
+limit. The measured one is in measured_lengths.json, or of the trees of RUN, which --keep-lengths writes there. One unit
+of the simulation is UNIT tokens. An engine runs all that its trees want, as the plan's decode step says
+(`plan/engine.py`), and goes on to the next unit when every running path has it. Seeds are fixed. Rates are the plan's
 assumptions: nothing here was measured on a GPU. --update writes docs/scaling.md; --quick looks at three sizes.
 
-Last line, JSON: {"rows": [{"gpus", "batch", "rollout_s", "flat_rollout_s", "idle", "refit_s", "exchange_s",
+Last line, JSON: {"rows": [{"lengths", "gpus", "batch", "rollout_s", "flat_rollout_s", "idle", "refit_s", "exchange_s",
 "packing_s", "update_s", "bubble", "step_s", "tokens_per_s_per_gpu"}], "seconds": CPU seconds of this script}.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import heapq
 import json
 import math
@@ -29,18 +32,20 @@ import numpy as np
 
 from treepo_mega.config import Config, load_config
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.plan.engine import Engine, decode_step_seconds
 from treepo_mega.plan.hardware import Rates, gpu_of
 from treepo_mega.plan.layout import Layout
-from treepo_mega.plan.lengths import Lengths
+from treepo_mega.plan.lengths import Lengths, MeasuredLengths, read_lengths
 from treepo_mega.plan.memory import plan_memory
 from treepo_mega.plan.run import plan_run
-from treepo_mega.plan.timing import Cluster, Engine, decode_step_seconds
-from treepo_mega.plan.work import longer, median_of
+from treepo_mega.plan.timing import Cluster
+from treepo_mega.plan.work import survival
 from treepo_mega.tree.search import TreeSearch
 from treepo_mega.tree.stop import StopRules
 from treepo_mega.tree.wants import Segment
 
 RECIPE = "examples/qwen25_7b_2x8.yaml"
+MEASURED = Path(__file__).with_name("measured_lengths.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 SIZES = (16, 64, 256, 1024, 4096, 16384)
 UNIT = 64
@@ -100,18 +105,22 @@ def profile(segments: list[tuple[int, int]], units: int) -> np.ndarray:
     return running
 
 
-def simulate(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The rows of all sizes, with a fixed batch and with one that grows."""
+def simulate(sizes: tuple[int, ...], measured: MeasuredLengths | None = None) -> list[dict[str, Any]]:
+    """The rows of all sizes, with a fixed batch and with one that grows; lengths log-normal, or as `measured`."""
     cfg = load_config(RECIPE, [])
     spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
     cluster = Cluster(gpu_of("H100"), 8, Rates())
-    lengths = Lengths.assumed(cfg, cluster.rates)
-    longest = cfg.rollout.max_response_len // UNIT
-    median = median_of(lengths.response, lengths.spread, cfg.rollout.max_response_len)
+    limit = cfg.rollout.max_response_len
+    assumed = Lengths.assumed(cfg, cluster.rates)
+    lengths = assumed
+    if measured is not None:
+        lengths = dataclasses.replace(measured.scaled(limit).put(assumed), prompt=assumed.prompt)
+    longest = limit // UNIT
+    longer = survival(lengths.response, lengths.spread, limit, lengths.tail)
 
     def ends(depth: int) -> float:
-        alive = longer(max(1.0, depth * UNIT), median, lengths.spread)
-        return 1 - longer((depth + 1) * UNIT, median, lengths.spread) / alive
+        alive = longer(max(1.0, depth * UNIT))
+        return 1 - longer((depth + 1) * UNIT) / alive if alive > 0 else 1.0
 
     # A level waits for its slowest segment, so that a tree may take longer than its longest path.
     units = 4 * longest
@@ -123,8 +132,15 @@ def simulate(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     for gpus in sizes:
         for batch in ("fixed", "growing"):
             prompts = cfg.rollout.rollout_batch_size if batch == "fixed" else PROMPTS_A_GPU * gpus
-            rows.append(row(cfg, spec, cluster, lengths, pools, gpus, batch, prompts))
+            kind = "log-normal" if measured is None else "measured"
+            rows.append({"lengths": kind} | row(cfg, spec, cluster, lengths, pools, gpus, batch, prompts))
     return rows
+
+
+def kept_lengths() -> MeasuredLengths:
+    """Those that the repository holds."""
+    stored = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return MeasuredLengths(stored["run"], stored["leaves"], tuple(stored["tail"]), stored["prompt"])
 
 
 def row(
@@ -211,8 +227,8 @@ def rollout(
     return total, 1 - busy / total
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """docs/scaling.md."""
+def page(rows: list[dict[str, Any]], again: list[dict[str, Any]], measured: MeasuredLengths) -> str:
+    """docs/scaling.md: `rows` with log-normal lengths, `again` with measured ones."""
     first = {batch: next(row for row in rows if row["batch"] == batch) for batch in ("fixed", "growing")}
     kept = Rates().kept
     out = [
@@ -222,6 +238,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "The trees are grown by the trainer's own search, for `examples/qwen25_7b_2x8.yaml` on H100. Lengths are",
         "log-normal, with the means that `treepo-mega plan` assumes; none was measured on a model of this size.",
+        "The last table has the lengths of a run that was measured.",
         "Decoding, links and products take what the plan says. An engine's prompts all start at once. Of each round",
         f"{1 - kept:.0%} of the prompts are drawn again, because their rewards are all equal.",
         "",
@@ -243,7 +260,33 @@ def page(rows: list[dict[str, Any]]) -> str:
                 f"| {each['tokens_per_s_per_gpu']:.0f} | {efficiency:.0%} |"
             )
         out.append("")
-    return "\n".join([*out, *findings(rows), ""])
+    return "\n".join([*out, *with_measured(rows, again, measured), *findings(rows), ""])
+
+
+def with_measured(rows: list[dict[str, Any]], again: list[dict[str, Any]], measured: MeasuredLengths) -> list[str]:
+    """The fixed batch once more, with measured lengths beside the log-normal ones."""
+    tail = measured.tail
+    mean = measured.response
+    far = tail[int(0.95 * len(tail))]
+    out = [
+        "## Measured lengths",
+        "",
+        f"{measured.run}: {measured.leaves:,} responses, {mean:.0f} tokens in the mean. The longest is "
+        f"{tail[-1] / mean:.2f} times that,",
+        f"and the 95th percentile is {far / mean:.2f} times that. Stretched to the recipe's limit,",
+        "they give, for the fixed batch:",
+        "",
+        "| GPUs | rollout s | independent samples s | engines wait | step s | rollout with log-normal lengths s "
+        "| engines wait |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each, assumed in zip(again, rows, strict=True):
+        if each["batch"] == "fixed":
+            out.append(
+                f"| {each['gpus']:,} | {each['rollout_s']:.1f} | {each['flat_rollout_s']:.1f} | {each['idle']:.0%} "
+                f"| {each['step_s']:.1f} | {assumed['rollout_s']:.1f} | {assumed['idle']:.0%} |"
+            )
+    return [*out, ""]
 
 
 def findings(rows: list[dict[str, Any]]) -> list[str]:
@@ -290,10 +333,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three sizes")
     parser.add_argument("--update", action="store_true", help="write docs/scaling.md")
+    parser.add_argument("--lengths", metavar="RUN", help="a run that kept trees, for its response lengths")
+    parser.add_argument("--keep-lengths", action="store_true", help=f"write them to {MEASURED.name}")
     args = parser.parse_args()
     started = time.process_time()
-    rows = simulate(SIZES[::2] if args.quick else SIZES)
-    text = page(rows)
+    measured = kept_lengths() if args.lengths is None else read_lengths(args.lengths)
+    if args.keep_lengths:
+        stored = dataclasses.asdict(measured) | {"tail": [round(length, 1) for length in measured.tail]}
+        MEASURED.write_text(json.dumps(stored) + "\n", encoding="utf-8")
+    sizes = SIZES[::2] if args.quick else SIZES
+    rows = simulate(sizes)
+    again = simulate(sizes, measured)
+    text = page(rows, again, measured)
+    rows += again
     print(text)
     if args.update:
         PAGE.write_text(text)

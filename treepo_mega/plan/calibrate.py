@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,18 @@ from treepo_mega.config import Config, load_config
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.rows import METRICS_FILE, read_metrics
+from treepo_mega.monitor.workload import kinds_of
+from treepo_mega.plan.engine import Engine, RolloutLoad, rollout_load, waves
 from treepo_mega.plan.hardware import GIB, Rates
-from treepo_mega.plan.layout import Held, Layout, held_bytes
-from treepo_mega.plan.lengths import Lengths
+from treepo_mega.plan.layout import Layout, held_bytes
+from treepo_mega.plan.lengths import TREES, Lengths, read_lengths
 from treepo_mega.plan.memory import plan_memory
 from treepo_mega.plan.refit import link_speeds, plan_refit
 from treepo_mega.plan.seconds import phase_seconds, tree_shape
-from treepo_mega.plan.timing import Cluster, training_work
+from treepo_mega.plan.timing import Cluster, micro_batches, training_work
+
+Mean = Callable[..., float]
+"""(metric, default) -> its mean over steps; CalibrationError where it is missing and there is no default."""
 
 Clock = Literal["timing_s", "cpu_s"]
 """timing_s: wall time. cpu_s: CPU time of the first rank's process, where a machine is shared."""
@@ -83,17 +88,23 @@ def calibrate(run: str | Path, cluster: Cluster, *, clock: Clock = "timing_s") -
     if not rows:
         raise CalibrationError(f"--calibrate {directory}: metrics.jsonl is empty; let the run finish a step")
     cfg = load_config(directory / "config.yaml", [])
-    return calibrate_rows(str(directory), cfg, ModelSpec.from_hf(cfg.model.hf_checkpoint), rows, cluster, clock=clock)
+    spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+    # A run may have kept no trees: then its lengths are taken to be log-normal.
+    tail = read_lengths(directory).tail if any((directory / TREES).glob("step_*.jsonl")) else ()
+    return calibrate_rows(str(directory), cfg, spec, rows, cluster, clock=clock, tail=tail)
 
 
 def calibrate_rows(
-    run: str, cfg: Config, spec: ModelSpec, rows: Sequence[dict[str, Any]], cluster: Cluster, *, clock: Clock
-) -> Calibration:
-    """`calibrate` of the rows of a metrics.jsonl."""
+    run: str, cfg: Config, spec: ModelSpec, rows: Sequence[dict[str, Any]], cluster: Cluster, *, clock: Clock,
+    tail: tuple[float, ...] = (),
+) -> Calibration:  # fmt: skip
+    """`calibrate` of the rows of a metrics.jsonl, and of the lengths of its trees."""
     steps = list(rows[1:] or rows)
 
-    def mean(metric: str) -> float:
+    def mean(metric: str, otherwise: float | None = None) -> float:
         values = [row[metric] for row in steps if isinstance(row.get(metric), int | float)]
+        if not values and otherwise is not None:
+            return otherwise
         if not values:
             raise CalibrationError(f"--calibrate {run}: no step has the metric {metric}, which the plan needs")
         return float(sum(values) / len(values))
@@ -104,18 +115,54 @@ def calibrate_rows(
     }
     # The one metric that knows how many devices there were.
     world = max(1, round(mean("perf/packed_tokens") / mean("timing_s/step") / mean("perf/unique_tokens_per_s_per_gpu")))
-    layout = Layout.of(cfg, world)
-    lengths = _lengths(cfg, mean)
-    held = held_bytes(cfg, spec, layout, layout.place(0))
-    fixed = fixed_seconds(
-        [(row["perf/packed_tokens"], row[f"{clock}/update"]) for row in steps if row.get(f"{clock}/update")]
-    )
-    rates = _rates(cfg, spec, layout, cluster, lengths, held, measured, fixed)
+    at = _Measured(cfg, spec, Layout.of(cfg, world), cluster, measured)
+    lengths = _lengths(at, mean, tail)
+    rates = _engine_rates(at, lengths, mean, clock)
+    rates = _training_rates(at.at(rates), lengths, steps, clock)
     resident = max((row.get("host/rss_gib_max") or 0.0 for row in steps), default=0.0)
     if cluster.gpu.is_cpu and resident > 0:
-        peak = plan_memory(cfg, spec, layout, dataclasses.replace(cluster, rates=rates)).peak / GIB
+        peak = plan_memory(cfg, spec, at.layout, dataclasses.replace(cluster, rates=rates)).peak / GIB
         rates = rates.replace(runtime_gib=max(0.1, rates.runtime_gib + resident - peak))
     return Calibration(run, world, rates, lengths, measured, resident)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A run, and the seconds of its phases."""
+
+    cfg: Config
+    spec: ModelSpec
+    layout: Layout
+    cluster: Cluster
+    seconds: dict[str, float]
+
+    def at(self, rates: Rates) -> _Measured:
+        """The same with other rates."""
+        return dataclasses.replace(self, cluster=dataclasses.replace(self.cluster, rates=rates))
+
+    def planned(self, lengths: Lengths) -> dict[str, float]:
+        """Seconds of the phases at the present rates."""
+        cluster = self.cluster
+        nodes = min(self.layout.world, cluster.ranks_per_node)
+        refit = plan_refit(
+            self.cfg, self.spec, world_size=self.layout.world, ranks_per_node=nodes, speeds=link_speeds(cluster)
+        )
+        links = sum(refit.seconds(link) for link in ("local", "node", "network"))
+        held = held_bytes(self.cfg, self.spec, self.layout, self.layout.place(0))
+        return phase_seconds(
+            self.cfg, self.spec, self.layout, cluster, lengths, held=held, kv_budget=self.kv_budget, refit_s=links
+        )
+
+    def load(self, lengths: Lengths) -> RolloutLoad:
+        """Of one of the run's engines."""
+        shape = tree_shape(self.cfg, lengths)
+        engine = Engine.of(self.cfg, self.spec, self.kv_budget, shape.prompt + shape.response / 2)
+        return rollout_load(self.cfg, self.spec, self.layout, self.cluster, engine, shape, lengths)
+
+    @property
+    def kv_budget(self) -> float:
+        """Bytes of an engine's cache."""
+        return float(self.cfg.rollout.engine.kv_cache_memory_mb << 20) if self.cluster.gpu.is_cpu else 20e9
 
 
 def fixed_seconds(points: Sequence[tuple[float, float]]) -> float:
@@ -135,25 +182,37 @@ def fixed_seconds(points: Sequence[tuple[float, float]]) -> float:
     return min(max(0.0, mean_seconds - slope * mean_tokens), MOST_FIXED * mean_seconds)
 
 
-def _lengths(cfg: Config, mean: Any) -> Lengths:
-    trees = mean("rollout/prompts_trained")
-    dropped = mean("rollout/prompts_dropped_zero_std")
-    leaves = mean("tree/leaves")
+def _lengths(at: _Measured, mean: Mean, tail: tuple[float, ...]) -> Lengths:
+    """What the run sampled, and by which factors it differs from what its branching lets expect."""
+    cfg = at.cfg
+    trained = mean("rollout/prompts_trained")
+    older = mean("rollout/surplus_trained", 0.0)
+    fresh = max(1.0, trained - older)
+    seen = fresh + mean("rollout/prompts_surplus", 0.0) + mean("rollout/prompts_dropped_zero_std")
     found = Lengths(
         min(float(cfg.rollout.max_response_len), max(1.0, mean("rollout/response_len_mean"))),
-        max(1.0, mean("tree/prompt_tokens") / max(1.0, trees)),
+        max(1.0, mean("tree/prompt_tokens") / seen),
         _spread(mean),
-        max(1e-3, trees / max(1.0, trees + dropped)),
+        max(1e-3, fresh / seen),
         source="measured",
+        tail=tail,
     )
     shape = tree_shape(cfg, found)
-    made = trees * leaves / max(1.0, trees) / cfg.rollout.n_samples_per_prompt
-    sampled = mean("rollout/generated_tokens") / max(1.0, shape.unique * made / found.kept)
-    trained = mean("perf/packed_tokens") / max(1.0, training_work(cfg, shape).tokens)
-    return dataclasses.replace(found, sampled=max(1e-3, sampled), trained=max(1e-3, trained))
+    sampled = mean("rollout/generated_tokens") / max(1.0, shape.unique * sum(waves(cfg, found.kept)))
+    packed = mean("perf/packed_tokens") / max(1.0, training_work(cfg, shape).tokens)
+    found = dataclasses.replace(found, sampled=max(1e-3, sampled), trained=max(1e-3, packed))
+    load = at.load(found)
+    engines = at.layout.world / at.layout.tp_v
+    # A run of an earlier version does not say how many requests there were.
+    requests = mean("rollout/requests", load.requests * engines)
+    return dataclasses.replace(
+        found,
+        steps=max(1e-3, mean("rollout/engine_steps") / engines / max(1.0, load.steps)),
+        requests=max(1e-3, requests / engines / max(1.0, load.requests)),
+    )
 
 
-def _spread(mean: Any) -> float:
+def _spread(mean: Mean) -> float:
     """Of a log-normal length, from the longest of the leaves: of n draws it lies about sqrt(2 ln n) deviations out."""
 
     longest = mean("rollout/response_len_max")
@@ -162,38 +221,57 @@ def _spread(mean: Any) -> float:
     return min(1.5, max(0.05, math.log(max(1.0 + 1e-6, longest / average)) / out))
 
 
-def _rates(
-    cfg: Config,
-    spec: ModelSpec,
-    layout: Layout,
-    cluster: Cluster,
-    lengths: Lengths,
-    held: Held,
-    measured: dict[str, float],
-    fixed: float,
-) -> Rates:
+def _engine_rates(at: _Measured, lengths: Lengths, mean: Mean, clock: Clock) -> Rates:
+    """Costs of an engine's steps, tokens and requests; where a run does not tell them apart, one factor for all."""
+    rates = at.cluster.rates
+    took = at.seconds["rollout"]
+    suffix = "cpu_s" if clock == "cpu_s" else "s"
+    step, token, request = (mean(f"rollout/engine_{name}_{suffix}", 0.0) for name in ("step", "token", "request"))
+    if step > 0 and token > 0:
+        shape = tree_shape(at.cfg, lengths)
+        engine = Engine.of(at.cfg, at.spec, at.kv_budget, shape.prompt + shape.response / 2)
+        context = shape.prompt + shape.response / 2
+        flops = (engine.matrices + context * engine.attention) / at.layout.tp_v
+        peak = at.cluster.gpu.flops(kinds_of("rollout", at.cfg).layers)
+        share = flops / (token * peak)
+        rates = rates.replace(
+            engine_step_s=step / at.spec.num_layers, decode_flops=share, prefill=share, request_s=max(1e-9, request)
+        )
+        # What is left was spent beside the engine: on grading, dealing and exchange.
+        begun = sum(waves(at.cfg, lengths.kept)) / (at.layout.world / at.layout.tp_v)
+        rest = took - at.at(rates).load(lengths).seconds
+        rates = rates.replace(prompt_s=max(rates.prompt_s, rest / max(1.0, begun)))
+    planned = at.at(rates).load(lengths).seconds
+    return rates.replace(rollout=rates.rollout * took / planned) if took > 0 and planned > 0 else rates
+
+
+def _training_rates(at: _Measured, lengths: Lengths, steps: Sequence[dict[str, Any]], clock: Clock) -> Rates:
     """Each rate such that its phase takes what was measured; phases that took nothing keep theirs."""
-    nodes = min(layout.world, cluster.ranks_per_node)
-    refit = plan_refit(cfg, spec, world_size=layout.world, ranks_per_node=nodes, speeds=link_speeds(cluster))
-    links = sum(refit.seconds(link) for link in ("local", "node", "network"))
-    budget = float(cfg.rollout.engine.kv_cache_memory_mb << 20) if cluster.gpu.is_cpu else 20e9
-
-    def planned(rates: Rates) -> dict[str, float]:
-        here = dataclasses.replace(cluster, rates=rates)
-        return phase_seconds(cfg, spec, layout, here, lengths, held=held, kv_budget=budget, refit_s=links)
-
-    passes = cfg.train.num_steps_per_rollout * cfg.train.ppo_epochs
-    rates = cluster.rates.replace(pass_s=max(cluster.rates.pass_s, fixed / passes))
-    if measured["update"] > 0:
+    rates = at.cluster.rates
+    suffix = "cpu_s" if clock == "cpu_s" else "s"
+    # The last one: the fit is of all steps so far.
+    fixed = [steps[-1].get(f"perf/update_{name}_{suffix}") for name in ("step", "micro_batch", "token")]
+    if all(isinstance(value, int | float) for value in fixed) and fixed[2] > 0:
+        # Planned packs are full ones, of which there may be fewer than there were.
+        passes = at.cfg.train.ppo_epochs * at.cfg.train.num_steps_per_rollout
+        work = lengths.trained * training_work(at.cfg, tree_shape(at.cfg, lengths))
+        planned = passes * micro_batches(at.cfg, at.layout, work)
+        more = steps[-1]["perf/micro_batches"] / planned
+        layers = at.spec.num_layers / at.layout.pp
+        rates = rates.replace(
+            pass_s=max(rates.pass_s, fixed[0]), micro_batch_s=max(rates.micro_batch_s, fixed[1] * more / layers)
+        )
+    else:
+        points = [(row["perf/packed_tokens"], row[f"{clock}/update"]) for row in steps if row.get(f"{clock}/update")]
+        optimizer_steps = at.cfg.train.num_steps_per_rollout * at.cfg.train.ppo_epochs
+        rates = rates.replace(pass_s=max(rates.pass_s, fixed_seconds(points) / optimizer_steps))
+    if at.seconds["update"] > 0:
         # Part of an update does not depend on these rates: a few rounds come as near as one wants.
         for _ in range(20):
-            off = planned(rates)["update"] / measured["update"]
-            names = ("train", "attention", "head")
-            rates = rates.replace(**{name: getattr(rates, name) * off for name in names})
-    for phase, rate in (("old_logprobs", "forward"), ("rollout", "rollout"), ("reshard", "refit")):
-        took = planned(rates)[phase]
-        if measured[phase] > 0 and took > 0:
-            rates = rates.replace(**{rate: getattr(rates, rate) * measured[phase] / took})
-    if measured["reward"] > 0:
-        rates = rates.replace(reward_s=rates.reward_s * measured["reward"] / planned(rates)["reward"])
+            off = at.at(rates).planned(lengths)["update"] / at.seconds["update"]
+            rates = rates.replace(**{name: getattr(rates, name) * off for name in ("train", "attention", "head")})
+    for phase, rate in (("old_logprobs", "forward"), ("reshard", "refit"), ("reward", "reward_s")):
+        took = at.at(rates).planned(lengths)[phase]
+        if at.seconds[phase] > 0 and took > 0:
+            rates = rates.replace(**{rate: getattr(rates, rate) * at.seconds[phase] / took})
     return rates

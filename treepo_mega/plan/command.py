@@ -12,7 +12,7 @@ from treepo_mega.modelspec.mcore_layout import LayoutError
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.plan.calibrate import calibrate
 from treepo_mega.plan.hardware import Rates, check_speeds, gpu_of
-from treepo_mega.plan.lengths import Lengths
+from treepo_mega.plan.lengths import Lengths, read_lengths
 from treepo_mega.plan.run import RunPlan, plan_run
 from treepo_mega.plan.search import Found, search, smallest_that_fits
 from treepo_mega.plan.timing import Cluster
@@ -34,6 +34,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--response-mean", type=float, metavar="TOKENS", help="mean response (default: assumed)")
     plan.add_argument("--prompt-mean", type=float, metavar="TOKENS", help="mean prompt (default: assumed)")
     plan.add_argument("--kept", type=float, metavar="SHARE", help="prompts that dynamic sampling keeps")
+    plan.add_argument("--lengths", metavar="RUN", help="take response lengths from the trees that a run kept")
     plan.add_argument("--calibrate", metavar="RUN", help="take rates and lengths from a run's metrics")
     plan.add_argument("--price", type=float, help="of a device and hour: adds the cost of the run")
     plan.add_argument("--search", action="store_true", help="the best layouts for the model on so many ranks")
@@ -155,6 +156,10 @@ def read(args: argparse.Namespace, cfg: Config, world_size: int) -> Asked:
         cluster = dataclasses.replace(cluster, rates=found.rates)
         lengths = found.lengths
         notes = tuple(found.lines())
+    if args.lengths:
+        measured = read_lengths(args.lengths)
+        lengths = measured.put(lengths)
+        notes = (*notes, f"lengths of {measured.leaves} responses of {measured.run}")
     given: dict[str, Any] = {
         name: getattr(args, option) for option, name in MEANS.items() if getattr(args, option) is not None
     }

@@ -102,7 +102,15 @@ class Rates:
         60e-6, "seconds a layer and decode step, eager: 12 launches of 5 us, read in vLLM's layers"
     )
     forward: float = _assumed(1.0, "seconds of a pass without gradients / by `train`: the products are the same")
-    pass_s: float = _assumed(1e-9, "seconds of an optimizer step's passes whatever its tokens: little on a GPU")
+    pass_s: float = _assumed(1e-9, "seconds of an optimizer step beside its micro-batches: little on a GPU")
+    micro_batch_s: float = _assumed(
+        1e-9, "seconds a layer and micro-batch of an update whatever its tokens: little on a GPU"
+    )
+    engine_step_s: float = _assumed(
+        0.0, "seconds a layer and engine step beside its tokens, of a measured run; 0: by decode_hbm and launch_s"
+    )
+    request_s: float = _assumed(1e-9, "seconds of an engine for each request beside its tokens: not known, so none")
+    prompt_s: float = _assumed(1e-9, "seconds of a rollout beside its engine, a prompt: not known, so none")
     rollout: float = _assumed(1.0, "seconds of a rollout / by the rates above: what a measured run corrects")
     refit: float = _assumed(1.0, "seconds of a refit / what its links need: what a measured run corrects")
     reward_s: float = _assumed(1e-9, "seconds a trajectory that a step waits for graders: they run beside the engine")

@@ -19,9 +19,10 @@ from treepo_mega.config import Config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.modelspec.vllm_layout import vllm_layout
 from treepo_mega.plan.activations import activation_peak
+from treepo_mega.plan.engine import kv_bytes
 from treepo_mega.plan.hardware import GIB
 from treepo_mega.plan.layout import ITEMSIZE, Held, Layout, held_bytes
-from treepo_mega.plan.timing import Cluster, kv_bytes
+from treepo_mega.plan.timing import Cluster
 
 BUFFERS = 4
 """Of reshard.bucket_mb in a refit: two rounds in flight, sent and received."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 from treepo_mega.config import Config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE
+from treepo_mega.plan.engine import Engine, rollout_load
 from treepo_mega.plan.layout import Held, Layout
 from treepo_mega.plan.lengths import Lengths
 from treepo_mega.plan.timing import (
     GB,
     Cluster,
-    Engine,
+    micro_batches,
     old_share,
     pass_seconds,
-    rollout_seconds,
     training_work,
     update_seconds,
 )
@@ -29,7 +29,7 @@ PHASES = ("rollout", "reward", "old_logprobs", "ref_logprobs", "update", "reshar
 
 def tree_shape(cfg: Config, lengths: Lengths) -> TreeShape:
     """The trees that a step expects."""
-    return TreeShape.of(cfg, response=lengths.response, prompt=lengths.prompt, spread=lengths.spread)
+    return TreeShape.of(cfg, response=lengths.response, prompt=lengths.prompt, spread=lengths.spread, tail=lengths.tail)
 
 
 def phase_seconds(
@@ -48,19 +48,20 @@ def phase_seconds(
     shape = tree_shape(cfg, lengths)
     work = lengths.trained * training_work(cfg, shape)
     engine = Engine.of(cfg, spec, kv_budget, shape.prompt + shape.response / 2)
-    trees = cfg.rollout.rollout_batch_size * max(1.0, cfg.rollout.oversample) / lengths.kept * lengths.sampled
-    prefill, decode = rollout_seconds(cfg, spec, layout, cluster, engine, shape, trees)
+    load = rollout_load(cfg, spec, layout, cluster, engine, shape, lengths)
     forward = pass_seconds(cfg, spec, layout, cluster, work, phase="old_logprobs", passes=1)
-    fixed = rates.pass_s * cfg.train.num_steps_per_rollout
+    steps_a_rollout = cfg.train.num_steps_per_rollout
+    # Micro-batches of a stage follow each other, each through its share of the layers.
+    of_passes = steps_a_rollout * micro_batches(cfg, layout, work) * rates.micro_batch_s * spec.num_layers / layout.pp
     # A forward pass has a third of an update's operations, and so of its launches.
-    forward = rates.forward * (forward + fixed / UPDATE)
+    forward = rates.forward * (forward + of_passes / UPDATE)
     passes, steps = update_seconds(cfg, spec, layout, cluster, work, held)
     times = dict.fromkeys(PHASES, 0.0)
-    times["rollout"] = rates.rollout * (prefill + decode)
+    times["rollout"] = load.seconds
     times["reward"] = rates.reward_s * cfg.rollout.rollout_batch_size * shape.leaves / lengths.kept
     times["old_logprobs"] = old_share(cfg) * forward
     times["ref_logprobs"] = forward if cfg.needs_reference else 0.0
-    times["update"] = passes + steps + cfg.train.ppo_epochs * fixed
+    times["update"] = passes + steps + cfg.train.ppo_epochs * (of_passes + steps_a_rollout * rates.pass_s)
     times["reshard"] = rates.refit * refit_s
     if not cluster.gpu.is_cpu:
         # The optimizer's state goes to the host and back; gradients come back as zeros.

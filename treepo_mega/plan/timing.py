@@ -1,25 +1,21 @@
-"""Seconds of every phase of a step, from FLOPs, bytes and the rates of `hardware.py`. Pure.
+"""Seconds of the training phases of a step, from FLOPs, bytes and the rates of `hardware.py`. Pure.
 
-Training phases: products at a share of peak, tensor-parallel traffic, the pipeline's bubble, reductions over replicas.
-Rollout: a decode step reads the weights and the batch's keys and values, or multiplies, whichever takes longer, and
-launches its kernels; steps are summed over the depths of trees that all start together, so that a long tail of few
-paths costs what it does. Nothing is overlapped but what `parallel.overlap_grad_reduce` says.
+Products at a share of peak, tensor-parallel traffic, the pipeline's bubble, reductions over replicas. Nothing is
+overlapped but what `parallel.overlap_grad_reduce` says. The rollout is in `engine.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 from treepo_mega.config import Config
-from treepo_mega.modelspec.mcore_layout import hf_shapes
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE, Flops, Work, forward_flops, recomputed_flops
 from treepo_mega.monitor.workload import kinds_of
 from treepo_mega.plan.hardware import Gpu, Rates
 from treepo_mega.plan.layout import ITEMSIZE, Held, Layout
-from treepo_mega.plan.work import TreeShape, batches
+from treepo_mega.plan.work import TreeShape
 
 GB = 1e9
 
@@ -111,87 +107,6 @@ def step_end_seconds(cfg: Config, layout: Layout, cluster: Cluster, held: Held) 
         cluster.gpu.hbm_gb_s * GB * cluster.rates.decode_hbm
     )
     return reduce + gather + optimizer
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """What a decode step depends on. Bytes are of one rank of the engine."""
-
-    weight_bytes: float
-    kv_bytes: float
-    """Of one token."""
-    most_running: float
-    matrices: float
-    """FLOPs of one token in all matrices, of the whole engine."""
-    attention: float
-    """FLOPs of one (query, key) pair, of the whole engine."""
-
-    @classmethod
-    def of(cls, cfg: Config, spec: ModelSpec, kv_budget: float, mean_context: float) -> Engine:
-        """`kv_budget`: bytes of a rank's cache, in which sequences of `mean_context` tokens must fit."""
-        engine = cfg.rollout.engine
-        tp_v = engine.tensor_parallel_size
-        itemsize = 1 if engine.quantization else ITEMSIZE[str(engine.dtype)]
-        kv = kv_bytes(cfg, spec)
-        flops = forward_flops(spec, Work(1, 1, 1))
-        fits = max(1.0, kv_budget / kv / max(1.0, mean_context))
-        return cls(
-            elements(spec) * itemsize / tp_v,
-            kv,
-            min(float(engine.max_num_seqs), fits),
-            flops.layers + flops.head,
-            flops.attention,
-        )
-
-
-@functools.lru_cache(maxsize=64)
-def elements(spec: ModelSpec) -> int:
-    """Of all tensors of the model, once."""
-    return sum(math.prod(shape) for shape in hf_shapes(spec).values())
-
-
-def kv_bytes(cfg: Config, spec: ModelSpec) -> float:
-    """Bytes of a token's keys and values on one rank of the engine."""
-    engine = cfg.rollout.engine
-    heads = max(1, spec.num_key_value_heads // engine.tensor_parallel_size)
-    return 2 * spec.num_layers * heads * spec.head_dim * ITEMSIZE[str(engine.dtype)]
-
-
-def decode_step_seconds(
-    cfg: Config, spec: ModelSpec, cluster: Cluster, engine: Engine, running: float, context: float
-) -> float:
-    """One step of an engine with `running` sequences of `context` tokens."""
-    gpu, rates = cluster.gpu, cluster.rates
-    tp_v = cfg.rollout.engine.tensor_parallel_size
-    kind = kinds_of("rollout", cfg).layers
-    memory = (engine.weight_bytes + running * context * engine.kv_bytes) / (gpu.hbm_gb_s * GB * rates.decode_hbm)
-    flops = running * (engine.matrices + context * engine.attention) / tp_v
-    computing = flops / (gpu.flops(kind) * rates.decode_flops)
-    # An all-reduce after attention and after the MLP, twice the data over each link.
-    data = 4.0 * running * spec.hidden_size * ITEMSIZE[str(cfg.rollout.engine.dtype)] * spec.num_layers
-    traffic = data * (tp_v - 1) / tp_v / cluster.link(tp_v) if tp_v > 1 else 0.0
-    launches = 0.0 if cfg.rollout.engine.cuda_graphs == "full_and_piecewise" else rates.launch_s * spec.num_layers
-    return max(memory, computing, launches) + traffic
-
-
-def rollout_seconds(
-    cfg: Config, spec: ModelSpec, layout: Layout, cluster: Cluster, engine: Engine, shape: TreeShape, trees: float
-) -> tuple[float, float]:
-    """(prefill, decode) of one step's rollout, in which every engine grows its share of `trees` from the start on."""
-    of_engine = trees / (layout.world / layout.tp_v)
-    prompts = Work(of_engine * shape.prompt, of_engine * shape.prompt * (shape.prompt + 1) / 2, 0)
-    flops = forward_flops(spec, prompts)
-    kind = kinds_of("rollout", cfg).layers
-    prefill = flops.total / layout.tp_v / (cluster.gpu.flops(kind) * cluster.rates.prefill)
-    decode = 0.0
-    for index, paths in enumerate(shape.paths):
-        running = of_engine * paths
-        # Below one path the stretch is only reached in some of the steps.
-        chance = min(1.0, running)
-        context = shape.prompt + (index + 0.5) * shape.stretch
-        for batch in batches(max(1.0, running), engine.most_running):
-            decode += chance * shape.stretch * decode_step_seconds(cfg, spec, cluster, engine, batch, context)
-    return prefill, decode
 
 
 def training_work(cfg: Config, shape: TreeShape) -> Work:

@@ -3,16 +3,17 @@
     shape = TreeShape.of(cfg, response=2800, prompt=256, spread=0.6)
     shape.unique, shape.flat, shape.pairs             # of one tree, prompt left out of the first two
 
-Responses are log-normal in length, cut at rollout.max_response_len. At depth t a tree has as many different paths as
-its branching allows there, and no more than it has trajectories that long: the transfer of branches from ended paths
-to living ones keeps it at one of the two. A measured run replaces the means (`calibrate.py`).
+Responses are log-normal in length, or as those of a run were, cut at rollout.max_response_len. At depth t a tree has
+as many different paths as its branching allows there, and no more than it has trajectories that long: the transfer of
+branches from ended paths to living ones keeps it at one of the two. A measured run replaces the means (`calibrate.py`).
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from treepo_mega.config import Config, ConfigError
@@ -35,22 +36,28 @@ class TreeShape:
     """Different paths in each stretch."""
     alive: tuple[float, ...]
     """Trajectories that reach into each stretch."""
+    segment: float
+    """Tokens between two branching points; the longest response where nothing branches."""
 
     @classmethod
-    def of(cls, cfg: Config, *, response: float, prompt: float, spread: float) -> TreeShape:
-        """Of the configuration's trees. Raises ConfigError for means that its limits exclude."""
+    def of(cls, cfg: Config, *, response: float, prompt: float, spread: float, tail: Sequence[float] = ()) -> TreeShape:
+        """Of the configuration's trees. `tail`: measured lengths, in place of log-normal ones.
+
+        Raises ConfigError for means that its limits exclude.
+        """
         longest = cfg.rollout.max_response_len
         for name, mean, most in (("response", response, longest), ("prompt", prompt, cfg.data.max_prompt_len)):
             if not 0 < mean <= most:
                 raise ConfigError(f"a mean {name} of {mean:g} tokens: expected more than 0 and at most {most}")
         leaves = float(cfg.rollout.n_samples_per_prompt)
-        median = median_of(response, spread, longest)
+        alive_at = survival(response, spread, longest, tail)
         stretch = longest / STRETCHES
         depths = [(index + 0.5) * stretch for index in range(STRETCHES)]
-        alive = tuple(leaves * longer(depth, median, spread) for depth in depths)
+        alive = tuple(leaves * alive_at(depth) for depth in depths)
         fan = [_fan(cfg, depth) for depth in depths]
         paths = tuple(min(width, living) if living >= 1 else living for width, living in zip(fan, alive, strict=True))
-        return cls(leaves, prompt, sum(alive) * stretch / leaves, stretch, paths, alive)
+        segment = longest if cfg.rollout.mode == "sequential" else cfg.rollout.segment.length
+        return cls(leaves, prompt, sum(alive) * stretch / leaves, stretch, paths, alive, float(segment))
 
     @property
     def unique(self) -> float:
@@ -61,6 +68,12 @@ class TreeShape:
     def flat(self) -> float:
         """Response tokens of all trajectories one by one."""
         return sum(self.alive) * self.stretch
+
+    @property
+    def requests(self) -> float:
+        """Segments: a path asks for one at each of its branching points."""
+        borders = range(math.ceil(STRETCHES * self.stretch / self.segment))
+        return sum(self.paths[min(STRETCHES - 1, int(each * self.segment / self.stretch))] for each in borders)
 
     def pairs(self, counts: tuple[float, ...]) -> float:
         """Visible (query, key) pairs of the response tokens in `counts` paths a stretch."""
@@ -99,6 +112,19 @@ def _fan(cfg: Config, depth: float) -> float:
         return (min(leaves, (low + high) / 2) + leaves) / 2
     level = int(depth // rollout.segment.length)
     return min(leaves, (low + high) / 2 * float(branching.factor) ** min(level, 64))
+
+
+def survival(response: float, spread: float, longest: int, tail: Sequence[float] = ()) -> Callable[[float], float]:
+    """Depth in tokens to the share of responses that are longer; `response`: their mean.
+
+    Log-normal, or of the shape of `tail`, whose lengths are stretched to that mean.
+    """
+    if not tail:
+        median = median_of(response, spread, longest)
+        return lambda depth: longer(depth, median, spread)
+    factor = response * len(tail) / sum(tail)
+    ranked = sorted(factor * length for length in tail)
+    return lambda depth: 1 - bisect.bisect_right(ranked, depth) / len(ranked)
 
 
 def longer(depth: float, median: float, spread: float) -> float:
