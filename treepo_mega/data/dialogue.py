@@ -1,0 +1,151 @@
+"""What a chat template writes between two turns of the policy, as ids behind the exact ids that were sampled.
+
+    dialogue = Dialogue(tokenizer, data, tools, eos_token_ids)      # proves that history stays as it was sampled
+    ids = dialogue.answer(["4", "Error: ..."])                      # one text a tool call
+
+Sampled ids are never decoded and encoded again: another spelling of the same text would be other tokens, whose logprobs
+the engine never gave. A turn ends with an end-of-sequence token of the policy. What the template writes after that
+token, up to where the policy goes on, depends on the answers alone, so it is rendered behind a stand-in for the turn.
+
+Some templates rewrite history: they drop a reasoning block from earlier turns, or trim text. Then a model that is
+served by the template sees another history than it was trained on. That is found at the start and refused, unless
+`history="keep"` says that what was sampled stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from treepo_mega.config import DataConfig
+from treepo_mega.data.chat import template_text
+from treepo_mega.errors import TreepoError
+from treepo_mega.text.tokenizer import PromptTokenizer
+
+History = Literal["refuse", "keep"]
+
+# Stand-ins for a turn. No template has a rule for them.
+FIRST = "STAND-IN ONE"
+SECOND = "STAND-IN TWO"
+
+PROBES = (
+    "a plain answer",
+    "  with space at both ends \n",
+    "<think>\nsome reasoning\n</think>\n\nand an answer",
+    'a call <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>',
+)
+"""Turns that templates are known to treat in ways of their own."""
+
+
+class DialogueError(TreepoError):
+    """The chat template cannot be used for several turns; the message says what it does and what to do instead."""
+
+
+class Dialogue:
+    """The words round a turn, of one tokenizer and template. `tools`: JSON schemas for the template."""
+
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        data: DataConfig,
+        tools: Sequence[dict[str, Any]],
+        eos_token_ids: Sequence[int],
+        *,
+        history: History = "refuse",
+    ) -> None:
+        """Raises DialogueError for a missing template, one without a role for tools, and one that rewrites history."""
+        self._tokenizer = tokenizer
+        self._options: dict[str, Any] = dict(data.chat_template_kwargs)
+        if tools:
+            self._options["tools"] = list(tools)
+        self._ends = tuple(text for token in eos_token_ids if (text := tokenizer.decode([token])))
+        if template_text(tokenizer) is None:
+            raise DialogueError(
+                "the tokenizer has no chat template, which turns need: set data.chat_template to a Jinja file, or give "
+                "the model directory a chat_template.jinja"
+            )
+        if FIRST not in self._render([_said(FIRST), *_answered(["x"])]):
+            raise DialogueError(
+                "the chat template leaves out what the assistant said: it cannot be used for several turns"
+            )
+        self._end = self._end_of_turn()
+        self._check_answers()
+        if history == "refuse":
+            for probe in PROBES:
+                self._check_history(probe)
+
+    def answer(self, texts: Sequence[str]) -> list[int]:
+        """Ids from the end of a turn to where the policy goes on; `texts`: what its tool calls returned, in order."""
+        return list(self._tokenizer([self.answer_text(texts)], add_special_tokens=False)["input_ids"][0])
+
+    def answer_text(self, texts: Sequence[str]) -> str:
+        """The same as text."""
+        rendered = self._render([_said(FIRST), *_answered(texts)])
+        # The first one is the stand-in's own: an answer may hold anything, and comes behind it.
+        behind = rendered[rendered.index(FIRST) + len(FIRST) :]
+        return behind.removeprefix(self._end)
+
+    def _check_answers(self) -> None:
+        """What tools return has to appear as it is, each once, and in order."""
+        texts = ["ANSWER ONE", "ANSWER TWO"]
+        shown = self.answer_text(texts)
+        places = [shown.find(text) for text in texts]
+        if min(places) < 0 or places != sorted(places):
+            raise DialogueError(
+                "the chat template does not show what tools return (messages of the role 'tool'): use one that does "
+                "(data.chat_template)"
+            )
+
+    def _check_history(self, probe: str) -> None:
+        """Two turns: the second rendering has to begin with the first, and with what was sampled after it."""
+        begun = self._render([])
+        once = f"{begun}{probe}{self._end}{self.answer_text(['one'])}"
+        twice = f"{once}{SECOND}{self._end}{self.answer_text(['two'])}"
+        for said, expected in (
+            ([_said(probe), *_answered(["one"])], once),
+            ([_said(probe), *_answered(["one"]), _said(SECOND), *_answered(["two"])], twice),
+        ):
+            rendered = self._render(said)
+            if rendered != expected:
+                at = next(
+                    (index for index, (got, want) in enumerate(zip(rendered, expected, strict=False)) if got != want),
+                    min(len(rendered), len(expected)),
+                )
+                raise DialogueError(
+                    f"the chat template rewrites history: after the turn {probe!r} it shows "
+                    f"{rendered[at : at + 40]!r} where {expected[at : at + 40]!r} was sampled. A model served by "
+                    "it would see another history than in training. Use a template that keeps turns as they are, or "
+                    'have what was sampled kept (history="keep")'
+                )
+
+    def _end_of_turn(self) -> str:
+        """The end-of-sequence token that the template writes behind a turn. Raises DialogueError for another mark."""
+        rendered = self._render([_said(FIRST), *_answered(["x"])])
+        behind = rendered[rendered.index(FIRST) + len(FIRST) :]
+        for end in self._ends:
+            if behind.startswith(end):
+                return end
+        raise DialogueError(
+            f"the chat template ends the assistant's turn with {behind[:20]!r}; expected one of the end-of-sequence "
+            f"tokens {', '.join(map(repr, self._ends))}: name the right one in rollout.stop.eos_token_ids"
+        )
+
+    def _render(self, later: list[dict[str, Any]]) -> str:
+        messages = [{"role": "user", "content": "a question"}, *later]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self._options
+                )
+            )
+        except Exception as error:  # a template is a program: it fails in any way it likes
+            roles = ", ".join(message["role"] for message in messages)
+            raise DialogueError(f"the chat template refuses messages of {roles}: {error}") from None
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _answered(texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"role": "tool", "content": text} for text in texts]
