@@ -166,6 +166,17 @@ def test_nobody_is_given_a_block_that_was_given_out_again(engine, oracle, connec
     known = [prompt(100 + k, rng.randrange(5, 60)) for k in range(6)]
     asked: dict[str, list[int]] = {}
     copied = recomputed = 0
+    at_once: list[int] = []
+    looked_up = connector._left_whole
+
+    def as_the_best(request, start):
+        found = looked_up(request, start)
+        if found is not None:
+            assert found[0] == max(tokens for tokens, _ in connector._candidates(request, start))
+            at_once.append(found[0])
+        return found
+
+    monkeypatch.setattr(connector, "_left_whole", as_the_best)
     preempted: list[object] = []
     scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
     preempt = scheduler._preempt_request
@@ -195,6 +206,7 @@ def test_nobody_is_given_a_block_that_was_given_out_again(engine, oracle, connec
                 recomputed += len(asked[x.request_id]) - x.num_cached_tokens > BLOCK
     for x in finish(engine).values():
         agrees(oracle, asked[x.request_id], x)
+    assert at_once, "some blocks were just what was wanted"
     assert seen_enough(), f"partial blocks found {copied}, gone {recomputed}; preempted {len(preempted)}"
 
 
@@ -232,4 +244,5 @@ def test_what_is_remembered_is_bounded_by_the_blocks(engine, connector):
     for k in range(100):
         sample(engine, prompt(200 + k, 30), 5, seed=k)
     assert len(connector._left) == sum(map(len, connector._behind.values())) <= engine.kv_blocks + 1
+    assert len(connector._whole) <= len(connector._left)
     assert not connector._running and not connector._found and not connector._pairs

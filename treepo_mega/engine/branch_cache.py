@@ -23,6 +23,7 @@ interface is not bound to the CPU; on a GPU it has not been run.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -59,7 +60,7 @@ class Left:
 
     block: KVCacheBlock
     parent: bytes
-    tokens: Sequence[int]
+    tokens: tuple[int, ...]
     vouched_by: bytes | None
 
     @property
@@ -91,6 +92,7 @@ class BranchCache(KVConnectorBase_V1):
         self._new: set[str] = set()  # nothing of theirs is computed yet
         self._left: dict[int, Left] = {}  # by block id
         self._behind: dict[bytes, set[int]] = {}  # hash of the prefix -> ids of the blocks left behind it
+        self._whole: dict[tuple[bytes, tuple[int, ...]], int] = {}  # ... and its tokens -> the last such
         self._found: dict[str, tuple[KVCacheBlock, int]] = {}  # request -> source, index of the block it goes to
         self._pairs: list[KVCacheBlockCopy] = []
 
@@ -105,7 +107,9 @@ class BranchCache(KVConnectorBase_V1):
         assert self._pool is not None
         if request.skip_reading_prefix_cache or not self.enabled:
             return 0, False
-        found = max(self._candidates(request, num_computed_tokens), key=lambda c: c[0], default=None)
+        found = self._left_whole(request, num_computed_tokens) or max(
+            self._candidates(request, num_computed_tokens), key=lambda c: c[0], default=None
+        )
         if found is None or not found[0]:
             return 0, False
         # A pinned block is one that the request itself cannot get: leave enough for it, or it would wait forever.
@@ -115,6 +119,15 @@ class BranchCache(KVConnectorBase_V1):
         self._pool.touch([block])
         self._found[request.request_id] = block, num_computed_tokens // self.block_size
         return tokens, False
+
+    def _left_whole(self, request: Request, start: int) -> tuple[int, KVCacheBlock] | None:
+        """As the best of `_candidates`, where an ended request left just what is wanted: what a child's parent does."""
+        k = start // self.block_size
+        wanted = tuple(request.all_token_ids[start : min(start + self.block_size, request.num_tokens - 1)])
+        block_id = self._whole.get((request.block_hashes[k - 1] if k else b"", wanted))
+        if not wanted or block_id is None or not self._left[block_id].valid:
+            return None
+        return len(wanted), self._left[block_id].block
 
     def _candidates(self, request: Request, start: int) -> Iterator[tuple[int, KVCacheBlock]]:
         """(tokens in common, block) of all blocks behind the request's first `start` tokens."""
@@ -176,15 +189,18 @@ class BranchCache(KVConnectorBase_V1):
         self._forget(block_id)
         if block.block_hash is None:
             # A token is at most 8 bytes; the mark keeps our hashes apart from vLLM's, which are of full blocks.
-            ours = hashlib.sha256(b"partial" + parent + b"".join(t.to_bytes(8, "little") for t in tokens)).digest()
+            ours = hashlib.sha256(b"partial" + parent + struct.pack(f"<{len(tokens)}q", *tokens)).digest()
             key = make_block_hash_with_group_id(BlockHash(ours), GROUP)
             self._pool._insert_block_hash(key, block, num_tokens=start + len(tokens))
         self._left[block_id] = Left(block, parent, tokens, block.block_hash)
         self._behind.setdefault(parent, set()).add(block_id)
+        self._whole[parent, tokens] = block_id
 
     def _forget(self, block_id: int) -> None:
         left = self._left.pop(block_id, None)
         if left is not None:
+            if self._whole.get((left.parent, left.tokens)) == block_id:
+                del self._whole[left.parent, left.tokens]
             behind = self._behind[left.parent]
             behind.remove(block_id)
             if not behind:

@@ -94,7 +94,7 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         self._check_prefix(request.prefix, request.total_tokens, request.name)
-        if request.name in self.unfinished:
+        if any(stream.name == request.name for stream in self._open.values()):
             raise EngineError(f"request {request.name!r} is already running")
         kind = RequestOutputKind.DELTA if request.looks_at_each_token else RequestOutputKind.FINAL_ONLY
         params = SamplingParams(
@@ -106,6 +106,8 @@ class Engine:
             ignore_eos=True,  # our own list is the whole truth about EOS
             detokenize=False,
             output_kind=kind,
+            # Made for this request alone: vLLM's deep copy of it costs more than all else that a request costs.
+            skip_clone=True,
         )
         vllm_id = self._add(request.prefix, params)
         stream = SegmentStream(request, lambda: self._abort(vllm_id))
@@ -238,9 +240,12 @@ class Engine:
         return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
 
     def _add(self, prefix: Sequence[int], params: Any) -> str:
+        from vllm.inputs.engine import tokens_input
+
         self._next += 1
         name = str(self._next)
-        self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(prefix)}, params)
+        # As vLLM's renderer would make it of a raw prompt: there is nothing to render.
+        self._llm.llm_engine.add_request(name, tokens_input(list(prefix)), params)
         return name
 
     def _match(self, name: str) -> str:
