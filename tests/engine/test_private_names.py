@@ -29,6 +29,7 @@ FUNCTIONS = {
     "vllm.distributed.device_communicators.cpu_communicator._CPUSHMDistributed.make_group_name": ["communicator"],
     "vllm.v1.sample.sampler.batched_count_greater_than": ["x", "values"],
     "vllm.platforms.cpu.CpuPlatform.check_and_update_config": ["vllm_config"],
+    "vllm.inputs.engine.tokens_input": ["prompt_token_ids"],
 }
 OTHERS = [
     f"{RELOAD}.meta.SKIP_TENSORS",
@@ -38,6 +39,7 @@ OTHERS = [
     "vllm.v1.kv_cache_interface.FullAttentionSpec",
 ]
 ATTRIBUTES = {
+    "vllm.sampling_params.SamplingParams.clone": "self.skip_clone",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.bind_kv_cache_manager": "_kv_cache_manager",
     "vllm.v1.core.sched.scheduler.Scheduler.__init__": "bind_kv_cache_manager",
     f"{RELOAD}.layerwise._place_kernel_tensors": "kernel_tensors",
