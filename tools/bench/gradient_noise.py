@@ -221,7 +221,9 @@ def measure(policy: Policy, prompts: list[Prompt], name: str, cfg: Config, seed:
     first = np.cumsum([0, *(len(tree.nodes) for tree in trees)])
     masses: list[dict[int, float]] = [{} for _ in trees]
     for segment, (group, node) in enumerate(zip(segments.group, segments.node, strict=True)):
-        masses[group][int(node - first[group])] = float(net[segment])
+        # Prompts are no draws of the policy. Their mass is what whitening shifts, and would be taken for signal.
+        if segments.trained[segment]:
+            masses[group][int(node - first[group])] = float(net[segment])
     gradients = torch.stack([policy.gradient(tree, mass) for tree, mass in zip(trees, masses, strict=True)])
     sampled = sum(tree.counts["generated_tokens"] + len(tree.prompt_tokens) for tree in grown)
     trained = sum(tree.unique_tokens() + len(tree.prompt_tokens) for tree in trees)
