@@ -15,13 +15,16 @@ With g_p the arm's gradient of prompt p and h_p that of the reference (--referen
     samples     (signal^2 / noise) / that of the reference: prompts of the reference that one prompt here is worth
     tokens      forwarded while sampling + 3 x trained (+ the old-logprob pass of all but the first mini-batch)
     worth       samples / tokens, as a ratio to the reference: above 1 is more for the same tokens
+    noise_ratio noise / that of the reference: all there is to compare where expectations and scale are the same
     cosine      of the two mean gradients, both corrected for noise
+
+Where the reference's own signal is lost in noise, samples and worth are null: ask for more prompts.
 
 The signal of unlike prompts is unbiased. Its standard error is by jackknife over prompts, and given for `worth`.
 Prompts without signal in their rewards are dropped as in training, and their tokens are counted.
 
 Last line, JSON: {"model", "prompts", "reference", "arms": [{"name", "samples", "tokens_ratio", "worth", "worth_error",
-"cosine", "kept", "distinct", "leaves"}]}.
+"noise_ratio", "cosine", "snr", "kept", "distinct", "leaves"}]}.
 """
 
 from __future__ import annotations
@@ -203,6 +206,22 @@ class Measured:
     distinct: float
 
 
+def mass_by_node(
+    trees: list[Tree], values: list[np.ndarray], counts: np.ndarray | None, cfg: Config
+) -> list[dict[int, float]]:
+    """What pushes each token of a node at ratio 1, by tree; `counts` as in `lesson_of`. Prompts have none."""
+    segments = Segments.from_trees(trees, list(range(len(trees))))
+    credit = lesson_of(segments, values, trees, cfg, counts).credit()
+    net = (credit.A_pos + credit.A_neg) / max(1, len(trees))
+    first = np.cumsum([0, *(len(tree.nodes) for tree in trees)])
+    masses: list[dict[int, float]] = [{} for _ in trees]
+    for segment, (group, node) in enumerate(zip(segments.group, segments.node, strict=True)):
+        # Prompts are no draws of the policy. Their mass is what whitening shifts, and would be taken for signal.
+        if segments.trained[segment]:
+            masses[group][int(node - first[group])] = float(net[segment])
+    return masses
+
+
 def measure(policy: Policy, prompts: list[Prompt], name: str, cfg: Config, seed: int) -> Measured:
     """Sample the prompts by one arm, and differentiate each of those that have signal."""
     grown = grow(policy, prompts, cfg, seed)
@@ -215,15 +234,7 @@ def measure(policy: Policy, prompts: list[Prompt], name: str, cfg: Config, seed:
         start = derive_seed(seed, name) / 2**63
         fewer = thin(trees, numbers, values, None, share=cfg.algo.update_share, start=start)
         trees, values, counts = fewer.trees, fewer.values, fewer.counts
-    segments = Segments.from_trees(trees, list(range(len(trees))))
-    credit = lesson_of(segments, values, trees, cfg, counts).credit()
-    net = (credit.A_pos + credit.A_neg) / max(1, len(trees))
-    first = np.cumsum([0, *(len(tree.nodes) for tree in trees)])
-    masses: list[dict[int, float]] = [{} for _ in trees]
-    for segment, (group, node) in enumerate(zip(segments.group, segments.node, strict=True)):
-        # Prompts are no draws of the policy. Their mass is what whitening shifts, and would be taken for signal.
-        if segments.trained[segment]:
-            masses[group][int(node - first[group])] = float(net[segment])
+    masses = mass_by_node(trees, values, counts, cfg)
     gradients = torch.stack([policy.gradient(tree, mass) for tree, mass in zip(trees, masses, strict=True)])
     sampled = sum(tree.counts["generated_tokens"] + len(tree.prompt_tokens) for tree in grown)
     trained = sum(tree.unique_tokens() + len(tree.prompt_tokens) for tree in trees)
@@ -259,28 +270,36 @@ def signal(gradients: torch.Tensor) -> float:
     return float(total @ total - (gradients * gradients).sum()) / (count * (count - 1))
 
 
-def judge(arm: Measured, own: Measured, reference: Measured, apart: Measured) -> dict[str, float | str]:
-    """The row of an arm. `own`: the baseline of the ratio. `apart`: the reference's gradients of other samples."""
+def judge(arm: Measured, own: Measured, reference: Measured, apart: Measured) -> dict[str, float | str | None]:
+    """The row of an arm. `own`: the baseline of the ratio. `apart`: the reference's gradients of other samples.
+
+    `samples`, `worth` and its error are None where the reference's own signal is lost in noise, in all or in a fold.
+    """
     tokens = arm.tokens / own.tokens
-    samples = merit(arm.gradients, apart.gradients) / merit(own.gradients, apart.gradients)
     folds = 16
-    parts = [
-        merit(without(arm, fold, folds), without(apart, fold, folds))
-        / merit(without(own, fold, folds), without(apart, fold, folds))
-        / tokens
-        for fold in range(folds)
-    ]
-    error = float(np.sqrt((folds - 1) * np.var(parts)))
+    whole = merit(own.gradients, apart.gradients)
+    of_folds = [merit(without(own, fold, folds), without(apart, fold, folds)) for fold in range(folds)]
+    samples = worth = error = None
+    if whole > 0 and min(of_folds) > 0:
+        samples = merit(arm.gradients, apart.gradients) / whole
+        worth = samples / tokens
+        parts = [
+            merit(without(arm, fold, folds), without(apart, fold, folds)) / base / tokens
+            for fold, base in enumerate(of_folds)
+        ]
+        error = float(np.sqrt((folds - 1) * np.var(parts)))
     cross = float(arm.gradients.mean(0) @ apart.gradients.mean(0))
     lengths = signal(arm.gradients) * signal(apart.gradients)
+    noise = float((arm.gradients**2).sum(1).mean())
     return {
         "name": arm.name,
-        "samples": round(samples, 3),
+        "samples": None if samples is None else round(samples, 3),
         "tokens_ratio": round(tokens, 3),
-        "worth": round(samples / tokens, 3),
-        "worth_error": round(error, 3),
-        "cosine": round(cross / lengths**0.5, 3) if lengths > 0 else 0.0,
-        "snr": round(signal(arm.gradients) / float((arm.gradients**2).sum(1).mean()), 4),
+        "worth": None if worth is None else round(worth, 3),
+        "worth_error": None if error is None else round(error, 3),
+        "noise_ratio": round(noise / float((own.gradients**2).sum(1).mean()), 3),
+        "cosine": round(cross / lengths**0.5, 3) if lengths > 0 else None,
+        "snr": round(signal(arm.gradients) / noise, 4),
         "kept": round(arm.kept, 3),
         "distinct": round(arm.distinct, 3),
         "leaves": round(arm.leaves, 2),
@@ -317,7 +336,18 @@ def main() -> int:
     apart = measure(policy, others, args.reference, base, args.seed + 1)
     own = measure(policy, ours, args.reference, base, args.seed + 2)
     rows = [judge(own, own, own, apart)]
-    columns = ("samples", "tokens_ratio", "worth", "worth_error", "cosine", "snr", "kept", "distinct", "leaves")
+    columns = (
+        "samples",
+        "tokens_ratio",
+        "worth",
+        "worth_error",
+        "noise_ratio",
+        "cosine",
+        "snr",
+        "kept",
+        "distinct",
+        "leaves",
+    )
     print(f"| arm | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     print(f"| {args.reference} | {' | '.join(str(rows[0][name]) for name in columns)} |", flush=True)
     for name in args.arms:
