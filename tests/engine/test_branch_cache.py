@@ -166,17 +166,6 @@ def test_nobody_is_given_a_block_that_was_given_out_again(engine, oracle, connec
     known = [prompt(100 + k, rng.randrange(5, 60)) for k in range(6)]
     asked: dict[str, list[int]] = {}
     copied = recomputed = 0
-    at_once: list[int] = []
-    looked_up = connector._left_whole
-
-    def as_the_best(request, start):
-        found = looked_up(request, start)
-        if found is not None:
-            assert found[0] == max(tokens for tokens, _ in connector._candidates(request, start))
-            at_once.append(found[0])
-        return found
-
-    monkeypatch.setattr(connector, "_left_whole", as_the_best)
     preempted: list[object] = []
     scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
     preempt = scheduler._preempt_request
@@ -206,7 +195,6 @@ def test_nobody_is_given_a_block_that_was_given_out_again(engine, oracle, connec
                 recomputed += len(asked[x.request_id]) - x.num_cached_tokens > BLOCK
     for x in finish(engine).values():
         agrees(oracle, asked[x.request_id], x)
-    assert at_once, "some blocks were just what was wanted"
     assert seen_enough(), f"partial blocks found {copied}, gone {recomputed}; preempted {len(preempted)}"
 
 
@@ -230,6 +218,18 @@ def test_a_full_cache_is_left_to_the_request_itself(engine, connector, monkeypat
         m.setattr(connector, "_pool", Full())
         assert sample(engine, tokens, 4).num_cached_tokens == BLOCK
     assert sample(engine, tokens, 4).num_cached_tokens == len(tokens) - 1
+
+
+def test_what_a_parent_left_is_found_without_comparing_it_with_others(engine, oracle, connector, monkeypatch):
+    tokens = prompt(8, 40)
+    tokens += sample(engine, tokens, 20).tokens
+    compared: list[object] = []
+    monkeypatch.setattr(connector, "_candidates", lambda *asked: compared.append(asked) or iter(()))
+    child = sample(engine, tokens, 4)
+    assert child.num_cached_tokens == len(tokens) - 1 and not compared
+    agrees(oracle, tokens, child)
+    # One that begins before the end of what was sampled wants a part of the block.
+    assert sample(engine, tokens[:-3], 4).num_cached_tokens == BLOCK and len(compared) == 1
 
 
 def test_vllm_alone_computes_the_rest_of_the_block_again(engine, connector, monkeypatch):
