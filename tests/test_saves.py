@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -10,8 +11,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from tests.rollout.fakes import fake_collector, fake_config, said, state_of
+from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, prune, step_directories
 from treepo_mega.rollout.collect import Collector
-from treepo_mega.saves import Saves
+from treepo_mega.saves import Saves, checkpoint_to_resume
 
 
 def test_a_resumed_run_has_the_trees_that_were_left_over(monkeypatch: pytest.MonkeyPatch, tmp_path):
@@ -38,3 +40,46 @@ def test_a_resumed_run_has_the_trees_that_were_left_over(monkeypatch: pytest.Mon
     assert saves(resumed).resume() == 1
     assert state_of(resumed) == state_of(first)
     assert said([resumed.collect(1)]) == said([first.collect(1)])
+
+
+def empty_checkpoints(where: Path, *steps: int) -> None:
+    """Directories that are whole as far as names and sizes say."""
+    for step in steps:
+        directory = where / f"step_{step:06d}"
+        directory.mkdir(parents=True)
+        (directory / MANIFEST).write_text(json.dumps({"files": {}}))
+
+
+@pytest.mark.parametrize("load", ["auto", "latest", "its directory"])
+def test_the_newest_complete_checkpoint_is_gone_on_with(load: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saves = tmp_path / "checkpoints"
+    cfg = fake_config().replace({"checkpoint.save": str(saves)})
+    cfg = cfg.replace({"checkpoint.load": str(saves) if load == "its directory" else load})
+    if load == "auto":
+        assert checkpoint_to_resume(cfg) is None
+    if load == "latest":
+        with pytest.raises(CheckpointError, match=f"{saves} holds no complete checkpoint"):
+            checkpoint_to_resume(cfg)
+    empty_checkpoints(saves, 10, 20, 30)
+    (saves / "step_000030" / MANIFEST).unlink()
+    assert checkpoint_to_resume(cfg) == saves / "step_000020"
+    assert f"passing over {saves / 'step_000030'}: " in capsys.readouterr().out
+
+
+def test_a_path_is_that_checkpoint_and_null_is_none(tmp_path: Path):
+    empty_checkpoints(tmp_path, 10, 20)
+    cfg = fake_config().replace({"checkpoint.save": str(tmp_path)})
+    assert checkpoint_to_resume(cfg.replace({"checkpoint.load": str(tmp_path / "step_000010")})) == (
+        tmp_path / "step_000010"
+    )
+    assert checkpoint_to_resume(cfg.replace({"checkpoint.load": None})) is None
+
+
+def test_checkpoints_at_multiples_stay_for_good(tmp_path: Path):
+    empty_checkpoints(tmp_path, 10, 20, 30, 40, 50)
+    (tmp_path / ".step_000060.partial").mkdir()
+    prune(tmp_path, 1, 20)
+    assert [path.name for path in step_directories(tmp_path)] == ["step_000020", "step_000040", "step_000050"]
+    prune(tmp_path, 2)
+    assert [path.name for path in step_directories(tmp_path)] == ["step_000040", "step_000050"]
+    assert len(list(tmp_path.iterdir())) == 2

@@ -40,7 +40,7 @@ class Saves:
 
         Raises CheckpointError for one that is damaged or another model's, PromptError for one of other prompts.
         """
-        directory = self.resumed_from = _checkpoint_to_resume(self.cfg)
+        directory = self.resumed_from = checkpoint_to_resume(self.cfg)
         step = 0 if directory is None else self._restore(directory)
         if self.cfg.rollout.durable and self.cfg.checkpoint.enabled:
             self.collector.durable = self._durable(step)
@@ -64,7 +64,7 @@ class Saves:
         """Fill everything from a checkpoint; the step that comes next."""
         actor = self.actor
         # find_latest has just compared every file with its digest; a named directory is still unchecked.
-        known_whole = self.cfg.checkpoint.load == "auto"
+        known_whole = not _is_checkpoint(self.cfg.checkpoint.load)
         state = checkpoint.load_training(
             directory, actor.models, actor.optimizer, actor.scheduler, known_whole=known_whole
         )
@@ -101,7 +101,7 @@ class Saves:
         waiting = self.collector.waiting()
         checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s, waiting)
         # After the new checkpoint has its name: a kill before that leaves the older ones to resume from.
-        checkpoint.prune(settings.directory, settings.keep_last)
+        checkpoint.prune(settings.directory, settings.keep_last, settings.keep_every)
         if self.collector.durable is not None:
             self.collector.durable.forget(before=step)
 
@@ -118,9 +118,29 @@ class Saves:
         dist.barrier("setting older checkpoints aside", self.cfg.distributed.timeout_s)
 
 
-def _checkpoint_to_resume(cfg: Config) -> Path | None:
-    """The training checkpoint that the configuration points to; None for a new run."""
+def checkpoint_to_resume(cfg: Config) -> Path | None:
+    """The training checkpoint that the configuration points to; None for a new run. Collective over all ranks.
+
+    Raises CheckpointError when `checkpoint.load` asks for one and none is complete.
+    """
     settings = cfg.checkpoint
+    if settings.load is None:
+        return None
     if settings.load == "auto":
         return checkpoint.find_latest(settings.directory) if settings.enabled and settings.save else None
-    return Path(settings.load) if settings.load else None
+    if _is_checkpoint(settings.load):
+        return Path(settings.load)
+    parent = settings.directory if settings.load == "latest" else Path(settings.load)
+    found = checkpoint.find_latest(parent)
+    if found is None:
+        raise checkpoint.CheckpointError(
+            f"checkpoint.load {settings.load}: {parent} holds no complete checkpoint (step_000010 and the like, each "
+            "with a manifest.json). Name another directory, or begin anew with checkpoint.load=auto or null"
+        )
+    return found
+
+
+def _is_checkpoint(load: str | None) -> bool:
+    """Whether `checkpoint.load` names one checkpoint, and not a directory of them."""
+    # One without a manifest is refused by its loader, which says that its writing was cut short.
+    return load not in (None, "auto", "latest") and not checkpoint.step_directories(str(load))

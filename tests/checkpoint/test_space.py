@@ -44,6 +44,7 @@ def test_the_plan_counts_what_stands_together(tmp_path):
     assert copies() == 3, "two stay, and the next is written before the oldest goes"
     assert copies("checkpoint.save_interval=60") == 2
     assert copies("checkpoint.save_interval=1000") == 1
+    assert copies("checkpoint.keep_every=20") == 3 + 4, "20, 40, 60 and 80 stay for good"
     (tmp_path / "checkpoints/step_000010").mkdir(parents=True)
     assert copies() == 2, "one is there already"
     assert copies("checkpoint.load=null") == 3, "a run that begins anew sets it aside"

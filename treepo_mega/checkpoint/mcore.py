@@ -429,11 +429,24 @@ def set_aside_others(save: str | Path, resumed_from: Path | None) -> Path | None
     return target
 
 
-def prune(save: str | Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and any partial one. Rank 0 only."""
+def step_of(directory: Path) -> int:
+    """The step of a checkpoint's directory.
+
+    >>> step_of(Path("runs/step_000012"))
+    12
+    """
+    return int(directory.name.removeprefix("step_"))
+
+
+def prune(save: str | Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints, those at multiples of `keep_every`, and any partial one.
+
+    Rank 0 only.
+    """
     if not dist.is_main():
         return
     for old in step_directories(save)[:-keep_last]:
-        shutil.rmtree(old)
+        if keep_every is None or step_of(old) % keep_every:
+            shutil.rmtree(old)
     for partial in Path(save).glob(".step_*.partial"):
         shutil.rmtree(partial)

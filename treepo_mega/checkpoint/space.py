@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 from treepo_mega.config import Config
+from treepo_mega.config.run import CheckpointConfig
 from treepo_mega.config.surroundings import nearest_existing
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes, padded_vocab
 
@@ -37,21 +38,29 @@ def checkpoint_bytes(cfg: Config, spec: ModelSpec) -> int:
 def planned_bytes(cfg: Config, spec: ModelSpec) -> dict[Path, int]:
     """Directory -> bytes that the run will still add there at most, at any time.
 
-    `keep_last` checkpoints stay, and the next is written before the oldest goes. Those that are there already are
-    replaced, unless the run begins anew and sets them aside.
+    `keep_last` checkpoints stay, those of `keep_every` beside them, and the next is written before the oldest goes.
+    Those that are there already are replaced, unless the run begins anew and sets them aside.
     """
     out: dict[Path, int] = {}
     settings = cfg.checkpoint
     if settings.enabled and settings.save:
         saves = math.ceil(cfg.train.num_rollouts / settings.save_interval)
-        kept = 0
-        if settings.load == "auto":
-            kept = min(settings.keep_last, len(list(Path(settings.save).glob("step_" + "[0-9]" * 6))))
-        copies = max(1, min(saves, settings.keep_last + 1 - kept))
+        there = list(Path(settings.save).glob("step_" + "[0-9]" * 6)) if settings.seeks else []
+        for_good = _for_good(settings, cfg.train.num_rollouts)
+        kept = min(settings.keep_last + len(for_good), len(there))
+        copies = max(1, min(saves, settings.keep_last + 1 + len(for_good) - kept))
         out[Path(settings.save)] = copies * checkpoint_bytes(cfg, spec)
     if settings.save_hf:
         out[Path(cfg.logging.run_dir) / "hf"] = _parameters(spec) * WEIGHT_BYTES[cfg.model.params_dtype]
     return out
+
+
+def _for_good(settings: CheckpointConfig, steps: int) -> list[int]:
+    """Steps before the newest `keep_last` whose checkpoints stay for good."""
+    if settings.keep_every is None:
+        return []
+    saved = [*range(settings.save_interval, steps, settings.save_interval), steps]
+    return [step for step in saved[: -settings.keep_last] if step % settings.keep_every == 0]
 
 
 def check_space(cfg: Config, spec: ModelSpec) -> list[str]:

@@ -197,9 +197,14 @@ class CheckpointConfig(Section):
     save: str | None = Field(None, min_length=1)
     """Directory of checkpoints. None: <run_dir>/checkpoints."""
     load: str | None = "auto"
-    """auto: resume from the newest complete checkpoint under `save`, if any; a path; or null: start afresh."""
+    """auto: resume from the newest complete checkpoint under `save`, if any. latest: the same, and an error without
+    any. A path: that checkpoint, or the newest complete one in it. null: start afresh. What is incomplete or damaged is
+    passed over, with a word."""
     save_interval: int = Field(10, ge=1)
     keep_last: int = Field(2, ge=1)
+    """The newest so many checkpoints stay; older ones are deleted when the next one is whole."""
+    keep_every: int | None = Field(None, ge=1)
+    """Beside them, checkpoints of steps that are a multiple of it stay for good. None: none do."""
     save_hf: bool = False
     """Also export Hugging Face safetensors at the end of the run, under <run_dir>/hf."""
 
@@ -208,6 +213,11 @@ class CheckpointConfig(Section):
         """`save` as a path; `derive` has filled it in when it was null."""
         assert self.save is not None, "a Config derives checkpoint.save"
         return Path(self.save)
+
+    @property
+    def seeks(self) -> bool:
+        """Whether a start looks for the newest checkpoint under `save`."""
+        return self.load in ("auto", "latest")
 
     @field_validator("save", "load")
     @classmethod
