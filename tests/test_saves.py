@@ -11,7 +11,8 @@ from unittest.mock import MagicMock
 import pytest
 
 from tests.rollout.fakes import fake_collector, fake_config, said, state_of
-from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, prune, step_directories
+from treepo_mega.checkpoint.directories import prune, step_directories
+from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError
 from treepo_mega.rollout.collect import Collector
 from treepo_mega.saves import Saves, checkpoint_to_resume
 
@@ -30,8 +31,8 @@ def test_a_resumed_run_has_the_trees_that_were_left_over(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("treepo_mega.saves.checkpoint.save_training", save_training)
     monkeypatch.setattr("treepo_mega.saves.checkpoint.load_training", lambda *_, **__: written)
-    monkeypatch.setattr("treepo_mega.saves.checkpoint.prune", lambda *_: None)
-    monkeypatch.setattr("treepo_mega.saves.checkpoint.set_aside_others", lambda *_: None)
+    monkeypatch.setattr("treepo_mega.saves.directories.prune", lambda *_: None)
+    monkeypatch.setattr("treepo_mega.saves.directories.set_aside_others", lambda *_: None)
     first = fake_collector(cfg, 0, 0.5)
     first.collect(0)
     assert first.surplus, "else there is nothing to keep"

@@ -3,8 +3,10 @@
     saves = Saves(cfg, progress, actor, cursor, collector)
     step = saves.resume()                # 0 for a new run
     saves.write(step)
+    saves.poll()                         # between steps: a checkpoint that is written meanwhile may be whole by now
+    saves.finish()                       # at the end: wait for it
 
-Both are collective over all ranks.
+All are collective over all ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from treepo_mega.actor.update import Actor
+from treepo_mega.checkpoint import directories
 from treepo_mega.checkpoint import mcore as checkpoint
+from treepo_mega.checkpoint.background import BackgroundSave
 from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.monitor.progress import Progress
@@ -34,6 +38,7 @@ class Saves:
         self.collector = collector
         self.resumed_from: Path | None = None
         self.written_before = False
+        self.background = BackgroundSave(cfg.distributed.timeout_s) if cfg.checkpoint.async_save else None
 
     def resume(self) -> int:
         """Restore the checkpoint that the configuration points to; returns the step to begin with.
@@ -86,7 +91,9 @@ class Saves:
         return int(state["step"])
 
     def write(self, step: int) -> None:
-        """Write a checkpoint after `step` steps and delete older ones beyond keep_last."""
+        """Write a checkpoint after `step` steps, or begin to; older ones beyond keep_last go once it is whole."""
+        # One at a time: a write that takes longer than the steps between two of them holds up the run, and shows.
+        self.finish()
         actor = self.actor
         settings = self.cfg.checkpoint
         state = {
@@ -97,11 +104,32 @@ class Saves:
         }
         self._set_aside_others()
         directory = settings.directory / f"step_{step:06d}"
-        timeout_s = self.cfg.distributed.timeout_s
+        of_run = (actor.models, actor.optimizer, actor.scheduler, state)
         waiting = self.collector.waiting()
-        checkpoint.save_training(directory, actor.models, actor.optimizer, actor.scheduler, state, timeout_s, waiting)
+        if self.background is None:
+            checkpoint.save_training(directory, *of_run, self.cfg.distributed.timeout_s, waiting)
+            self._forget_older(step)
+        else:
+            self.background.start(directory, *checkpoint.training_state(*of_run, waiting))
+
+    def poll(self) -> None:
+        """See whether the checkpoint that is being written is whole."""
+        self._look(wait=False)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._look(wait=True)
+
+    def _look(self, *, wait: bool) -> None:
+        written = None if self.background is None else self.background.poll(wait=wait)
+        if written is not None:
+            self._forget_older(directories.step_of(written))
+
+    def _forget_older(self, step: int) -> None:
+        """Delete what the checkpoint of `step` makes superfluous."""
+        settings = self.cfg.checkpoint
         # After the new checkpoint has its name: a kill before that leaves the older ones to resume from.
-        checkpoint.prune(settings.directory, settings.keep_last, settings.keep_every)
+        directories.prune(settings.directory, settings.keep_last, settings.keep_every)
         if self.collector.durable is not None:
             self.collector.durable.forget(before=step)
 
@@ -112,7 +140,7 @@ class Saves:
         self.written_before = True
         # Only now, not at the start: a run that fails before it saves leaves the directory as it was.
         if dist.is_main():
-            aside = checkpoint.set_aside_others(self.cfg.checkpoint.directory, self.resumed_from)
+            aside = directories.set_aside_others(self.cfg.checkpoint.directory, self.resumed_from)
             if aside is not None:
                 self.progress.say(f"checkpoints of another run were in the way; they are in {aside} now")
         dist.barrier("setting older checkpoints aside", self.cfg.distributed.timeout_s)
@@ -127,11 +155,11 @@ def checkpoint_to_resume(cfg: Config) -> Path | None:
     if settings.load is None:
         return None
     if settings.load == "auto":
-        return checkpoint.find_latest(settings.directory) if settings.enabled and settings.save else None
+        return directories.find_latest(settings.directory) if settings.enabled and settings.save else None
     if _is_checkpoint(settings.load):
         return Path(settings.load)
     parent = settings.directory if settings.load == "latest" else Path(settings.load)
-    found = checkpoint.find_latest(parent)
+    found = directories.find_latest(parent)
     if found is None:
         raise checkpoint.CheckpointError(
             f"checkpoint.load {settings.load}: {parent} holds no complete checkpoint (step_000010 and the like, each "
@@ -143,4 +171,4 @@ def checkpoint_to_resume(cfg: Config) -> Path | None:
 def _is_checkpoint(load: str | None) -> bool:
     """Whether `checkpoint.load` names one checkpoint, and not a directory of them."""
     # One without a manifest is refused by its loader, which says that its writing was cut short.
-    return load not in (None, "auto", "latest") and not checkpoint.step_directories(str(load))
+    return load not in (None, "auto", "latest") and not directories.step_directories(str(load))

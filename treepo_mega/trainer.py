@@ -118,6 +118,7 @@ class Trainer:
 
     def begin_step(self, step: int) -> None:
         """Every step's global generators are a function of (seed, step): a checkpoint needs no RNG state."""
+        self.saves.poll()
         dist.seed_everything(self.cfg.train.seed, step)
         self.timers.trace = self.records.timeline(step + 1)
         self.timers.profiler = self.records.profiler
@@ -196,7 +197,11 @@ class Trainer:
         return {"eval/perplexity": perplexity(self.actor, self.inputs.references, self.cfg)}
 
     def close(self, how: str) -> None:
-        """Close logs and graders, and say `how` the run ended (not collective). The engine stays with the process."""
+        """Wait for a checkpoint, close logs and graders, say `how` the run ended. The engine stays with the process.
+
+        Collective over all ranks where a checkpoint is written in the background.
+        """
+        self.saves.finish()
         self.status.close(how)
         self.telemetry.close()
         self.records.close()

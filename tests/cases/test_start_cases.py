@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties import examples
-from treepo_mega.checkpoint.mcore import set_aside_others, step_directories
+from treepo_mega.checkpoint.directories import set_aside_others, step_directories
 from treepo_mega.cli import main
 from treepo_mega.config import Config, ConfigError, DataConfig, PromptSource, load_config
 from treepo_mega.data.files import find_parts

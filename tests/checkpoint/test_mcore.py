@@ -11,7 +11,8 @@ import pytest
 from tests.actor.oracle import configuration
 from tests.ranks import run_ranks
 from treepo_mega.checkpoint import mcore
-from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, check_complete, check_digests, find_latest, prune
+from treepo_mega.checkpoint.directories import find_latest, prune
+from treepo_mega.checkpoint.mcore import MANIFEST, CheckpointError, check_complete, check_digests
 from treepo_mega.checkpoint.space import checkpoint_bytes
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import ModelSpec
@@ -44,6 +45,15 @@ def test_resume_continues_the_run(results, saved, layout):
         for got, want in zip(back["steps"], whole[2:], strict=True):
             assert got == pytest.approx(want, rel=1e-6)
         assert back["weight_diff"] < 1e-2, "in units of the learning rate"
+
+
+def test_a_checkpoint_that_is_written_while_steps_go_on_is_that_of_its_own_step(results):
+    run = results["background"]
+    assert run["before_its_name"] == [], "until it is whole, the one before it is the newest"
+    assert run["written"] == [True, None], "told once"
+    assert run["tp2"]["trainer"] and run["tp2"]["steps"] == run["whole"][2:] and run["tp2"]["weight_diff"] == 0
+    for got, want in zip(run["dp2"]["steps"], run["whole"][2:], strict=True):
+        assert got == pytest.approx(want, rel=1e-6)
 
 
 def test_resume_without_the_distributed_optimizer(results):

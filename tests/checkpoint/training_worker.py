@@ -23,6 +23,8 @@ from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_mul
 from treepo_mega.actor.losses import SupervisedLoss
 from treepo_mega.actor.update import Actor, TrainingDiverged
 from treepo_mega.checkpoint import mcore as checkpoint
+from treepo_mega.checkpoint.background import BackgroundSave
+from treepo_mega.checkpoint.directories import step_directories
 from treepo_mega.checkpoint.load import local_params
 from treepo_mega.config import Config
 from treepo_mega.loss.stats import Stats
@@ -85,18 +87,30 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[n] - b[n]).abs().nan_to_num(nan=float("inf")).max()) for n in a)
 
 
-def resume(directory: Path, saved: str, layouts: list[str], after: int = 2) -> dict[str, Any]:
-    """A run in layout `saved` that saves after `after` steps, against runs resumed from that in `layouts`."""
-    where = directory / saved / f"step_{after:06d}"
+def resume(
+    directory: Path, saved: str, layouts: list[str], after: int = 2, background: BackgroundSave | None = None
+) -> dict[str, Any]:
+    """A run in layout `saved` that saves after `after` steps, against runs resumed from that in `layouts`.
+
+    `background`: the steps that follow change every tensor while the checkpoint is written.
+    """
+    where = directory / f"{saved}{'_background' if background else ''}" / f"step_{after:06d}"
     cfg, actor = begin(directory, saved)
     whole = steps(cfg, actor, range(after))
     trainer = {"step": after, "cursor": {"taken": 32}, "skipped_in_a_row": 1}
     of_main = {"carried": [{"prompt": 7}]} if dist.is_main() else {}
-    checkpoint.save_training(where, actor.models, actor.optimizer, actor.scheduler, trainer, 60, of_main)
+    of_run = (actor.models, actor.optimizer, actor.scheduler, trainer)
+    if background is None:
+        checkpoint.save_training(where, *of_run, 60, of_main)
+    else:
+        background.start(where, *checkpoint.training_state(*of_run, of_main))
     trainer["carried"] = [{"prompt": 7}]
     whole += steps(cfg, actor, range(after, 4))
     want = weights(cfg, actor)
     out: dict[str, Any] = {"whole": whole}
+    if background is not None:
+        out["before_its_name"] = [path.name for path in step_directories(where.parent)]
+        out["written"] = [background.poll(wait=True) == where, background.poll(wait=True)]
     for layout in layouts:
         cfg, actor = begin(directory, layout)
         back = checkpoint.load_training(where, actor.models, actor.optimizer, actor.scheduler)
@@ -155,6 +169,7 @@ def main() -> None:
         "resume": {saved: resume(directory, saved, list(LAYOUTS)[:4]) for saved in ("tp2", "dp2")},
         "plain_optimizer": resume(directory, "dp2_plain_optimizer", ["dp2_plain_optimizer"]),
         "before_the_first_step": {saved: resume(directory, saved, [saved], after=0) for saved in UNSTEPPED},
+        "background": resume(directory, "tp2", ["tp2", "dp2"], background=BackgroundSave(60)),
         "skipping": {layout: skipping(directory, layout) for layout in ("tp2", "pp2", "dp2")},
     }
     if dist.is_main():

@@ -4,7 +4,7 @@
     <save>/step_000010/manifest.json   written last and fsynced: step, layout, sizes and SHA-256 of the files
 
 A checkpoint is written under `.step_N.partial` and renamed once its manifest is on disk, so a directory named
-`step_N` is complete or was tampered with (`find_latest` compares sizes and digests). Weights and
+`step_N` is complete or was tampered with (`directories.find_latest` compares sizes and digests). Weights and
 optimizer state are saved by global tensor, so another TP x PP x DP layout can load them.
 
 Before anything is loaded, the ranks read the files once, each its share, and compare their SHA-256: a flipped bit is
@@ -172,6 +172,19 @@ def save_training(
     `of_main`: more of it that rank 0 alone has; other ranks' is not looked at. `directory` appears whole; an older
     checkpoint under its name stays until then.
     """
+    state, note = training_state(models, optimizer, scheduler, trainer, of_main)
+    with dist.shared_directory(directory, timeout_s, replace=True) as partial:
+        _write(state, partial, note, timeout_s)
+
+
+def training_state(
+    models: Sequence[ModelChunk],
+    optimizer: Any,
+    scheduler: Any,
+    trainer: dict[str, Any],
+    of_main: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `save_training` writes, as Megatron's sharded state, and what its manifest says of it."""
     metadata = _metadata()
     for inner in filter(_uses_torch_adam, _inner_optimizers(optimizer)):
         _give_state(inner)
@@ -181,9 +194,7 @@ def save_training(
     # Plain JSON text: Megatron would unpickle anything else on load.
     state[TRAINER_STATE] = json.dumps({"trainer": trainer, "scheduler": scheduler.state_dict()})
     state[MAIN_STATE] = json.dumps(of_main or {})
-    note = {"kind": "training", "step": trainer["step"], "vocab_size": _vocab_size(models)}
-    with dist.shared_directory(directory, timeout_s, replace=True) as partial:
-        _write(state, partial, note, timeout_s)
+    return state, {"kind": "training", "step": trainer["step"], "vocab_size": _vocab_size(models)}
 
 
 def load_training(
@@ -226,11 +237,19 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
 
     Raises CheckpointError when the file system refuses: it is full, read-only, or gone.
     """
-    try:
+    with writes_told(directory):
         # Megatron broadcasts what it compares between ranks, and warns where they differ.
-        dist_checkpointing.save(state, str(directory), preprocess_common_before_consistancy_check=_of_all_ranks)
+        dist_checkpointing.save(state, str(directory), preprocess_common_before_consistancy_check=of_all_ranks)
         if dist.is_main():
             complete_checkpoint(directory)
+    seal(directory, note, timeout_s)
+
+
+@contextlib.contextmanager
+def writes_told(directory: Path) -> Iterator[None]:
+    """Raise CheckpointError, with what is free, for a write into `directory` that the file system refuses."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         # Torch's writer tells a full disk as "unexpected pos 64 vs 0", and Megatron's as a text: so the disk is asked.
         refusal = error if isinstance(error, OSError) else _refusal(directory)
@@ -242,6 +261,10 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
             "Earlier checkpoints are whole, and the run resumes from the newest: make room, or set checkpoint.save to "
             "another disk or a lower checkpoint.keep_last"
         ) from error
+
+
+def seal(directory: Path, note: dict[str, Any], timeout_s: float) -> None:
+    """The manifest of what is in `directory`, with digests. Collective over all ranks."""
     # Every rank lists the directory to find its share: a file that another rank still writes would be missing.
     dist.barrier(f"saving to {directory}", timeout_s)
     digests = _digests(directory, _files(directory))
@@ -251,7 +274,7 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
     dist.barrier(f"the manifest of {directory}", timeout_s)
 
 
-def _of_all_ranks(common: dict[str, Any]) -> dict[str, Any]:
+def of_all_ranks(common: dict[str, Any]) -> dict[str, Any]:
     """What must be equal on all ranks of a checkpoint's common state."""
     return {name: value for name, value in common.items() if name != MAIN_STATE}
 
@@ -382,71 +405,3 @@ def _check_tensors(
     if extra := sorted(set(stored) - set(wanted)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{directory}: tensor {extra[0]} {stored[extra[0]]}{more} is not in the model")
-
-
-def find_latest(save: str | Path) -> Path | None:
-    """The newest complete and undamaged checkpoint under `save`, or None; others are passed over, with a word.
-
-    Collective over all ranks.
-    """
-    for directory in reversed(step_directories(save)):
-        try:
-            check_digests(directory, check_complete(directory))
-        except CheckpointError as e:
-            if dist.is_main():
-                print(f"passing over {directory}: {e}", flush=True)
-            continue
-        return directory
-    return None
-
-
-def step_directories(save: str | Path) -> list[Path]:
-    """The checkpoints directly under `save`, oldest first, whole or not."""
-    # Six digits with leading zeros: the order of the names is that of the steps.
-    return sorted(Path(save).glob("step_" + "[0-9]" * 6))
-
-
-def set_aside_others(save: str | Path, resumed_from: Path | None) -> Path | None:
-    """Move checkpoints that are not this run's past to `save`/set_aside_N; returns that directory, None if none were.
-
-    This run's past is `resumed_from` and what is older beside it. Rank 0 only.
-    """
-    # A run that begins anew in a used directory would have its checkpoints pruned, because those of the run before
-    # have higher numbers, or would be resumed as that run.
-    found = step_directories(save)
-    past = []
-    if resumed_from is not None and resumed_from.resolve().parent == Path(save).resolve():
-        past = [each for each in found if each.name <= resumed_from.name]
-    others = [each for each in found if each not in past]
-    if not others:
-        return None
-    number = 1
-    while (target := Path(save) / f"set_aside_{number}").exists():
-        number += 1
-    target.mkdir()
-    for each in others:
-        each.rename(target / each.name)
-    return target
-
-
-def step_of(directory: Path) -> int:
-    """The step of a checkpoint's directory.
-
-    >>> step_of(Path("runs/step_000012"))
-    12
-    """
-    return int(directory.name.removeprefix("step_"))
-
-
-def prune(save: str | Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all but the newest `keep_last` checkpoints, those at multiples of `keep_every`, and any partial one.
-
-    Rank 0 only.
-    """
-    if not dist.is_main():
-        return
-    for old in step_directories(save)[:-keep_last]:
-        if keep_every is None or step_of(old) % keep_every:
-            shutil.rmtree(old)
-    for partial in Path(save).glob(".step_*.partial"):
-        shutil.rmtree(partial)

@@ -205,6 +205,10 @@ class CheckpointConfig(Section):
     """The newest so many checkpoints stay; older ones are deleted when the next one is whole."""
     keep_every: int | None = Field(None, ge=1)
     """Beside them, checkpoints of steps that are a multiple of it stay for good. None: none do."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, by a forked process of each rank. A step stops for the copy of weights
+    and optimizer to host memory alone, which then holds them twice. A kill amid the write loses that checkpoint, and
+    the one before it stays the newest."""
     save_hf: bool = False
     """Also export Hugging Face safetensors at the end of the run, under <run_dir>/hf."""
 

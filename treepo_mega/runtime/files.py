@@ -78,7 +78,7 @@ def atomic_directory(
         yield partial
         meet(f"writing {target}")
         if leads:
-            _publish(partial, target)
+            publish(partial, target)
         meet(f"publishing {target}")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,8 +92,8 @@ def require_absent(target: str | Path) -> None:
         raise OutputExistsError(f"{target}: exists already; choose another directory or remove it")
 
 
-def _publish(partial: Path, target: Path) -> None:
-    """fsync everything in `partial`, then rename it."""
+def publish(partial: Path, target: Path) -> None:
+    """fsync everything in the directory `partial`, then rename it; an older `target` is deleted just before."""
     # Contents before the name: after a power cut, what has the final name is whole.
     for path in [*partial.rglob("*"), partial]:
         _sync(path)

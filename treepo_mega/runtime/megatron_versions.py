@@ -67,6 +67,12 @@ def mark_shard(weight: Tensor, dim: int) -> None:
         raise RuntimeError(f"megatron-core marked a shard along {dim} as (parallel, dim) {tuple(marks)}")
 
 
+def own_async_writer() -> dict[str, str]:
+    """Arguments of `dist_checkpointing.save` by which a write in the background is Megatron's own."""
+    # 0.19.2 would ask for nvidia-resiliency-ext; 0.16.1 has no choice, and does not know the argument.
+    return {"async_strategy": "mcore"} if _is_later() else {}
+
+
 def complete_checkpoint(directory: Path) -> None:
     """Let both versions load the checkpoint just saved in `directory`. One rank calls it, when all have written."""
     # What is not sharded (the optimizer's groups, the trainer's state): 0.16.1 keeps it in common.pt, and finds no
