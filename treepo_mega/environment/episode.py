@@ -33,9 +33,9 @@ class Episodes:
         self._factory = import_class(name)
         self._max_chars = max_chars
         # Checks and converts what a model gave: "5" becomes 5 where an int is expected, and a wrong type is named.
-        relaxed = ConfigDict(arbitrary_types_allowed=True)
+        checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
         self._tools: dict[str, Callable[..., Any]] = {
-            tool: validate_call(function, config=relaxed) for tool, function in tools_of(self._factory).items()
+            tool: checked(function) for tool, function in tools_of(self._factory).items()
         }
         self._alive: dict[int, Any] = {}
 
@@ -124,7 +124,7 @@ class Episodes:
         instance = self._alive.pop(state, None)
         try:
             if hasattr(instance, "close"):
-                instance.close()  # type: ignore[union-attr]
+                instance.close()
         except BaseException as error:
             return {"error": f"close raised {describe(error)}"}
         return {}

@@ -212,7 +212,7 @@ class EnvironmentPool:
             elif task.kind == "call":
                 call = task.calls[0]
                 seed = derive_seed(task.seed, "tool", len(task.texts))
-                asked = {"tool": call.name, "arguments": call.arguments, "seed": seed}
+                asked: dict[str, Any] = {"tool": call.name, "arguments": call.arguments, "seed": seed}
                 self._give(worker, "call", f"tool {call.name!r:.60}", state=state.id, **asked)
             else:
                 self._give(worker, "grade", "get_reward", state=state.id, seed=task.seed)
@@ -227,7 +227,7 @@ class EnvironmentPool:
             {"tool": done.call.name, "arguments": done.call.arguments, "seed": done.seed, "text": done.text}
             for done in state.history
         ]
-        request = {"row": state.row, "seed": state.seed, "opening": state.opening, "history": history}
+        request: dict[str, Any] = {"row": state.row, "seed": state.seed, "opening": state.opening, "history": history}
         self._give(worker, "replay", f"a replay of {len(history)} calls", len(history) + 1, state=state.id, **request)
 
     def _make_room(self, worker: _Worker) -> None:

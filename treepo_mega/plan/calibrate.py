@@ -250,8 +250,9 @@ def _training_rates(at: _Measured, lengths: Lengths, steps: Sequence[dict[str, A
     rates = at.cluster.rates
     suffix = "cpu_s" if clock == "cpu_s" else "s"
     # The last one: the fit is of all steps so far.
-    fixed = [steps[-1].get(f"perf/update_{name}_{suffix}") for name in ("step", "micro_batch", "token")]
-    if all(isinstance(value, int | float) for value in fixed) and fixed[2] > 0:
+    told = (steps[-1].get(f"perf/update_{name}_{suffix}") for name in ("step", "micro_batch", "token"))
+    fixed = [float(value) for value in told if isinstance(value, int | float)]
+    if len(fixed) == 3 and fixed[2] > 0:
         # Planned packs are full ones, of which there may be fewer than there were.
         passes = at.cfg.train.ppo_epochs * at.cfg.train.num_steps_per_rollout
         work = lengths.trained * training_work(at.cfg, tree_shape(at.cfg, lengths))

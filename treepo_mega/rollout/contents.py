@@ -24,8 +24,8 @@ def waiting_at_main(
     Each is sent by the rank that speaks for its engine, and to rank 0 alone. Collective over all ranks, unless every
     rank holds them all. Raises RankLost and PackedError, which name the rank that is late or sent damage.
     """
-    homes = {each.home for each in (*carried, *surplus)}
-    own = {
+    homes = {*(job.home for job in carried), *(tree.home for tree in surplus)}
+    own: dict[str, list[list[Any]]] = {
         "carried": [[index, stored(job)] for index, job in enumerate(carried) if _is_mine(job)],
         "surplus": [[index, tree.to_dict()] for index, tree in enumerate(surplus) if _is_mine(tree)],
     }

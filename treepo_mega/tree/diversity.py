@@ -12,7 +12,7 @@ branches repeat one another.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -54,13 +54,13 @@ def independent_samples(tree: Tree) -> list[float]:
     places = [(quarter + 0.5) / QUARTERS for quarter in range(QUARTERS)]
     if not tree.leaves:
         return [0.0] * QUARTERS
-    shares: list[Counter[int]] = [Counter() for _ in places]
+    shares: list[dict[int, float]] = [defaultdict(float) for _ in places]
     for leaf, share in zip(tree.leaves, descent_shares(tree), strict=True):
         length = tree.response_length(leaf)
         end = 0
         quarter = 0
         for node in tree.ancestry(leaf)[1:]:
-            end += len(tree.nodes[node].tokens)
+            end += 0 if tree.nodes[node].observation else len(tree.nodes[node].tokens)
             while quarter < QUARTERS and (places[quarter] * length < end or node == leaf):
                 shares[quarter][node] += share
                 quarter += 1
