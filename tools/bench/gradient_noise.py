@@ -209,10 +209,14 @@ class Measured:
 def mass_by_node(
     trees: list[Tree], values: list[np.ndarray], counts: np.ndarray | None, cfg: Config
 ) -> list[dict[int, float]]:
-    """What pushes each token of a node at ratio 1, by tree; `counts` as in `lesson_of`. Prompts have none."""
+    """What pushes each token of a node at ratio 1 in the step's loss, by tree; `counts` as in `lesson_of`.
+
+    Prompts have none.
+    """
     segments = Segments.from_trees(trees, list(range(len(trees))))
     credit = lesson_of(segments, values, trees, cfg, counts).credit()
-    net = (credit.A_pos + credit.A_neg) / max(1, len(trees))
+    # The loss divides by the pairs of the step: without that, arms that train fewer would have another scale.
+    net = (credit.A_pos + credit.A_neg) / max(1, int(segments.flat_lengths().sum()))
     first = np.cumsum([0, *(len(tree.nodes) for tree in trees)])
     masses: list[dict[int, float]] = [{} for _ in trees]
     for segment, (group, node) in enumerate(zip(segments.group, segments.node, strict=True)):
