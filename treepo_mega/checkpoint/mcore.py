@@ -35,6 +35,7 @@ from treepo_mega.errors import TreepoError, nearest
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
 from treepo_mega.runtime.files import atomic_file
+from treepo_mega.runtime.kin import own_writer_process
 from treepo_mega.runtime.megatron_versions import complete_checkpoint
 
 MANIFEST = "manifest.json"
@@ -237,6 +238,7 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
 
     Raises CheckpointError when the file system refuses: it is full, read-only, or gone.
     """
+    own_writer_process()
     with writes_told(directory):
         # Megatron broadcasts what it compares between ranks, and warns where they differ.
         dist_checkpointing.save(state, str(directory), preprocess_common_before_consistancy_check=of_all_ranks)

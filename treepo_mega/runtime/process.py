@@ -1,4 +1,4 @@
-"""How a rank's process ends: with an exit code that says whose turn it is to mend something."""
+"""How a rank's process ends: not after its launcher, and with an exit code that says who can mend it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.kin import end_with_launcher
 
 
 def run_and_leave(run: Callable[[], int]) -> None:
@@ -16,6 +17,7 @@ def run_and_leave(run: Callable[[], int]) -> None:
     Exit codes: 2 after a TreepoError, printed as one message; 1 after anything else, with its traceback.
     """
     code = 1
+    end_with_launcher()
     try:
         code = run()
     except TreepoError as error:
