@@ -16,6 +16,10 @@ class TreepoError(Exception):
     """Something that people can mend: the message names the file, line or key, what was expected, and what to do."""
 
 
+class RankLost(TreepoError):
+    """Other ranks did not come in time or died; the message names them and what was waited for."""
+
+
 def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str | None:
     """The known name most like `name`; None if none is like it.
 

@@ -21,6 +21,7 @@ SET = {
     "algo.use_tis": True,
     "algo.whiten_advantages": False,
     "checkpoint.save": "elsewhere",
+    "distributed.hang_timeout_s": 9000.0,
     "train.lr_decay_iters": 7,
 }
 

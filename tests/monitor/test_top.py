@@ -65,6 +65,13 @@ def test_one_rank_that_is_silent_is_a_fault_and_all_of_them_are_a_death(tmp_path
     assert seen.verdict.startswith("dead: no sign of life since 2 min; rank 1 on node0 was in rollout")
 
 
+def test_a_rank_that_stands_still_is_a_fault_and_one_that_waits_is_not(tmp_path):
+    write_status(tmp_path, 0, progress=NOW - 300, waits_for="generation")
+    write_status(tmp_path, 1, progress=NOW - 300, phase="rollout")
+    assert look(tmp_path, NOW).faults == ["rank 1 on node0 stands still for 5 min, in rollout"]
+    assert "generation" in drawn(tmp_path)
+
+
 def test_how_a_run_ended(tmp_path):
     write_status(tmp_path, 0, state="finished", age=7300)
     write_status(tmp_path, 1, state="finished", age=7310)

@@ -36,6 +36,7 @@ from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.stats import Stats
 from treepo_mega.loss.te import row_multiple
 from treepo_mega.runtime.device import device, has_cuda
+from treepo_mega.runtime.pulse import pulse
 from treepo_mega.tree.pack import Pack
 
 Gates = Callable[[Pack, Tensor, Tensor | None, Tensor], Tensor]
@@ -130,6 +131,7 @@ def _forward_step(
     model: Any,
     *_: Any,
 ) -> tuple[Tensor, Any]:
+    pulse().beat("pack")
     number, pack = next(packs)
     # Every model chunk of this rank sees the same packs: a layout is built once for all of them.
     if number not in layouts:

@@ -1,6 +1,6 @@
 """Configuration: sections of keys, reading and writing (`load`), derived values (`derive`), joint rules (`rules`)."""
 
-from treepo_mega.config.debug import DebugConfig
+from treepo_mega.config.debug import DebugConfig, FaultConfig
 from treepo_mega.config.load import (
     ConfigError,
     batch_invariant,
@@ -51,6 +51,7 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "FallbackConfig",
+    "FaultConfig",
     "GuardConfig",
     "LoggingConfig",
     "LossConfig",

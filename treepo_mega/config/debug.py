@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from treepo_mega.config.section import Section
+
+
+class FaultConfig(Section):
+    """A fault that a rank brings upon itself, to see what the others and the log make of it."""
+
+    kind: Literal["none", "stuck_in_engine", "stuck_in_collective", "stuck_in_pack", "stuck_in_grading"] = "none"
+    """The rank sleeps for ever before a forward pass of the engine, a collective of the trainer, the next pack of a
+    pass, or where it waits for its graders."""
+    step: int = Field(1, ge=0)
+    """Not before this step, counted from 1; 0: from the start."""
+    rank: int = Field(0, ge=0)
+    """The rank that has the fault, once."""
 
 
 class DebugConfig(Section):
@@ -29,3 +43,5 @@ class DebugConfig(Section):
     much."""
     power_of_2_scales: bool = False
     """With fp8: round scales to powers of two, as Transformer Engine's block scaling does by default."""
+    fault: FaultConfig = Field(default_factory=FaultConfig)
+    """A fault to plant, for tests of what follows from it."""

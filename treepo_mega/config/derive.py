@@ -46,6 +46,12 @@ def _whitens(cfg: Config) -> bool:
     return estimator.startswith(("treepo", "reinforce")) and not is_function_path(estimator)
 
 
+def _hang_timeout(cfg: Config) -> float:
+    """Seconds: every wait meets its own deadline first, and that error knows what was waited for."""
+    longest = max(cfg.distributed.timeout_s, cfg.rollout.timeout_s)
+    return max(1.1 * longest, longest + 30)
+
+
 RULES: dict[str, Callable[[Config], Any]] = {
     "train.global_batch_size": _trajectories_per_step,
     "rollout.engine.dtype": lambda cfg: cfg.model.params_dtype,
@@ -57,6 +63,7 @@ RULES: dict[str, Callable[[Config], Any]] = {
     "algo.use_tis": _precisions_differ,
     "algo.whiten_advantages": _whitens,
     "checkpoint.save": lambda cfg: str(Path(cfg.logging.run_dir) / "checkpoints"),
+    "distributed.hang_timeout_s": _hang_timeout,
     "train.lr_decay_iters": lambda cfg: cfg.train.num_rollouts * cfg.train.num_steps_per_rollout * cfg.train.ppo_epochs,
 }
 """Key to the value that it has when it is null."""

@@ -408,3 +408,20 @@ def check_loss(cfg: Config) -> list[str]:
     if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
         bad.append("model.first_last_layers_bf16 cannot be had with model.fp8_recipe delayed; use tensorwise")
     return bad
+
+
+def check_faults(cfg: Config, world_size: int) -> list[str]:
+    """Deadlines follow one another, and a planted fault has a rank."""
+    bad = []
+    distributed = cfg.distributed
+    longest = max(distributed.timeout_s, cfg.rollout.timeout_s)
+    if distributed.hang_timeout_s is not None and distributed.hang_timeout_s <= longest:
+        bad.append(
+            f"distributed.hang_timeout_s {distributed.hang_timeout_s:g} must be longer than distributed.timeout_s "
+            f"{distributed.timeout_s:g} and rollout.timeout_s {cfg.rollout.timeout_s:g}: a rank that waits for others "
+            "would be taken for one that hangs"
+        )
+    fault = cfg.debug.fault
+    if fault.kind != "none" and fault.rank >= world_size:
+        bad.append(f"debug.fault.rank {fault.rank}: there are {world_size} ranks, the first is 0")
+    return bad

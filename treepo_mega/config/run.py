@@ -316,3 +316,6 @@ class DistributedConfig(Section):
 
     timeout_s: float = Field(600, gt=0)
     """Deadline of a collective or barrier, seconds."""
+    hang_timeout_s: float | None = Field(None, gt=0)
+    """A rank without a sign of progress for so long tells its phase and its Python stack, and ends the run. Seconds.
+    None: a tenth more than the longest of timeout_s and rollout.timeout_s, and at least 30 s more."""

@@ -39,6 +39,7 @@ from treepo_mega.engine.vllm_setup import build, check_model, process_left_alone
 from treepo_mega.engine.vllm_target import VllmTarget
 from treepo_mega.modelspec.rotary import engine_length
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.runtime.pulse import pulse
 
 
 class Engine:
@@ -124,6 +125,7 @@ class Engine:
         if waiting := [stream.name for stream in self._open.values() if stream.waits]:
             raise EngineError(f"runs wait for extend or cancel: {waiting[:5]}")
         out = []
+        pulse().beat("engine")
         for output in self._llm.llm_engine.step():
             vllm_id = self._match(output.request_id)
             stream = self._open[vllm_id]

@@ -22,6 +22,8 @@ from treepo_mega.monitor.status import BEAT, FOLDER
 TAIL_BYTES = 1 << 20
 """Of metrics.jsonl: about a hundred steps."""
 
+STANDS_S = 120.0
+"""A rank stands still when it has shown no progress for so long and waits for nobody."""
 LEAST_SILENCE_S = 30.0
 """A rank is silent after three signs of life that did not come, and not before this."""
 
@@ -55,6 +57,9 @@ class Rank:
     time: float
     state: str
     silent: bool
+    progress: float
+    """Unix time of its last sign of progress."""
+    waits_for: str
 
 
 @dataclass(slots=True)
@@ -88,6 +93,12 @@ def look(run_dir: Path, now: float) -> Seen:
         f"rank {rank.number} on {rank.host} gives no sign of life since {ago(now - rank.time)}, in {rank.phase}"
         for rank in silent[:5]
         if len(silent) < len(ranks)
+    ]
+    standing = [rank for rank in ranks if rank.state == "running" and not rank.silent and not rank.waits_for]
+    faults += [
+        f"rank {rank.number} on {rank.host} stands still for {ago(now - rank.progress)}, in {rank.phase or 'no phase'}"
+        for rank in sorted(standing, key=lambda rank: rank.progress)[:5]
+        if now - rank.progress > STANDS_S
     ]
     if ranks and len(ranks) < world:
         missing = sorted(set(range(world)) - {rank.number for rank in ranks})
@@ -189,7 +200,21 @@ def _ranks(folder: Path, now: float, notes: list[str]) -> tuple[list[Rank], int,
         if number < world:
             patience = max(LEAST_SILENCE_S, 3 * BEAT * float(one["interval_s"]))
             silent = one["state"] == "running" and now - one["time"] > patience
-            ranks.append(Rank(number, one["host"], one["phase"], one["since"], one["time"], one["state"], silent))
+            # Files of earlier versions do not say it.
+            progress, waits_for = float(one.get("progress", one["time"])), str(one.get("waits_for", ""))
+            ranks.append(
+                Rank(
+                    number,
+                    one["host"],
+                    one["phase"],
+                    one["since"],
+                    one["time"],
+                    one["state"],
+                    silent,
+                    progress,
+                    waits_for,
+                )
+            )
     return ranks, world, int(newest["of"]), int(newest["step"])
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import psutil
 
 from treepo_mega.runtime import dist
+from treepo_mega.runtime.pulse import pulse
 
 PREFIX = "startup_s/"
 
@@ -35,6 +36,7 @@ class Startup:
         # A forked rank is as old as its process: never less than nothing, whatever the wall clock does.
         self._parts[PREFIX + part] = max(0.0, now - self._last)
         self._last = now
+        pulse().beat(f"start-up, after {part}")
 
     def metrics(self) -> dict[str, float]:
         """The parts and their total, slowest rank of each; empty from the second call on. Collective over all ranks."""

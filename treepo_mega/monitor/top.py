@@ -120,7 +120,7 @@ def _curves(seen: Seen) -> Table:
 def _ranks(ranks: Sequence[Rank], now: float) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
     by_host = len(ranks) > MOST_RANKS
-    for name in ("host", "ranks" if by_host else "rank", "phase", "for"):
+    for name in ("host", "ranks" if by_host else "rank", "phase", "for", "" if by_host else "waits for"):
         table.add_column(name, no_wrap=True)
     if by_host:
         for host in sorted({rank.host for rank in ranks}):
@@ -128,11 +128,12 @@ def _ranks(ranks: Sequence[Rank], now: float) -> Table:
             phases = Counter(_phase(rank) for rank in here)
             longest = ago(now - min(rank.since for rank in here))
             words = ", ".join(f"{count} x {phase}" for phase, count in phases.most_common())
-            table.add_row(Text(host), str(len(here)), Text(words), longest)
+            table.add_row(Text(host), str(len(here)), Text(words), longest, "")
         return table
     for rank in ranks:
         style = "red" if rank.silent else ""
-        table.add_row(Text(rank.host), str(rank.number), Text(_phase(rank), style=style), ago(now - rank.since))
+        waits = Text(rank.waits_for)
+        table.add_row(Text(rank.host), str(rank.number), Text(_phase(rank), style=style), ago(now - rank.since), waits)
     return table
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import RankLost
 from treepo_mega.rollout.refill import RefillRule
 from treepo_mega.runtime.balance import balance
 from treepo_mega.runtime.seeding import derive_seed
@@ -39,7 +39,7 @@ MEMORY = 0.8
 """Share of the old value in a source's running mean."""
 
 
-class DealingTimeout(TreepoError):
+class DealingTimeout(RankLost):
     """A rank waited for its engine's first rank to take a prompt; the message says which, and how long."""
 
 

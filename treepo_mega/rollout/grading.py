@@ -23,6 +23,7 @@ from treepo_mega.data.rewards.weighted import combine, expand
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.idleness import Idleness, Occupancy
 from treepo_mega.rollout.jobs import Job
+from treepo_mega.runtime.pulse import pulse
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.regrow import new_leaves
 
@@ -126,6 +127,7 @@ class Grading:
 
     def rows(self, indices: Iterable[int]) -> dict[int, Row]:
         """Rows of the trees at `indices`, in that order, once all are graded. Raises what the graders met."""
+        pulse().beat("grading")
         if self._error is None:
             self._keep_error(lambda: self._take(self._pool.wait()))
         if self._error is not None:

@@ -30,6 +30,7 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 
 from treepo_mega.config import Config, ConfigError, check
+from treepo_mega.errors import RankLost as RankLost
 from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime.cpu_megatron import require_retargeted
@@ -37,6 +38,7 @@ from treepo_mega.runtime.device import backend, bind, device, has_cuda
 from treepo_mega.runtime.files import atomic_directory
 from treepo_mega.runtime.layer_modules import automatic_impl
 from treepo_mega.runtime.packed import PackedError, pack, unpack
+from treepo_mega.runtime.pulse import pulse
 from treepo_mega.runtime.seeding import derive_seed
 
 Parameters = ParamSpec("Parameters")
@@ -45,10 +47,6 @@ Result = TypeVar("Result")
 
 class RanksDisagree(TreepoError):
     """What every rank computes for itself came out differently; the message names it."""
-
-
-class RankLost(TreepoError):
-    """Other ranks did not come in time or died; the message names them and what was waited for."""
 
 
 def _default_environment() -> None:
@@ -98,11 +96,20 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
-            # Megatron takes whole minutes: a deadline below half a minute must not round to none at all.
+            # Whole minutes, as Megatron takes them; `_set_deadlines` makes them exact.
             distributed_timeout_minutes=max(1, round(cfg.distributed.timeout_s / 60)),
         )
+        _set_deadlines(timeout)
     seed_everything(cfg.train.seed)
     return notes + choose_layers(cfg)
+
+
+def _set_deadlines(timeout: timedelta) -> None:
+    """Every group that Megatron has made ends its waits at `timeout`."""
+    # The deadline of a whole minute where the key says 20 s: ranks in the model's own collectives would hear of a lost
+    # one later than those in ours, and after those that hang were ended.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def choose_layers(cfg: Config) -> list[str]:
@@ -195,7 +202,8 @@ def _waiting(collective: Callable[Parameters, Result]) -> Callable[Parameters, R
     def counted(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         began = time.perf_counter()
         try:
-            return collective(*args, **kwargs)
+            with pulse().waiting(args[0] if collective.__name__ == "barrier" else collective.__name__):
+                return collective(*args, **kwargs)
         finally:
             _waited[0] += time.perf_counter() - began
 

@@ -21,14 +21,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.errors import RankLost
 from treepo_mega.reshard.plan import Parcel
 
 IN_FLIGHT = 2
 """Rounds whose buffers are in use at the same time; round n uses buffer n % IN_FLIGHT."""
 
 
-class TransportError(TreepoError):
+class TransportError(RankLost):
     """A rank did not deliver or take its parcels in time; the message names it."""
 
 
