@@ -35,7 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "loss/test_head.py",
         ),
         *("loss/test_training.py", "reshard/test_execute.py", "runtime/test_dist.py", "test_tiny_model.py"),
-        *("test_world.py", "actor/test_fetch.py", "rollout/test_refill.py"),
+        *("test_world.py", "actor/test_fetch.py", "actor/test_dump.py", "rollout/test_refill.py"),
     ),
     # Thousands of sampled trees in the slow lane.
     "samples": ("tree/test_distribution.py",),

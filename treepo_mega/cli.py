@@ -12,6 +12,7 @@
     treepo-mega tree RUN [--step N] [--prompt K]         a page of a step's trees, to read and to search
     treepo-mega doctor CONFIG.yaml [a.b=c ...] --gpus 8  is this node, and this job's cluster, fit for the run?
     treepo-mega environment NAME --call TOOL '{}'        what an environment offers, and what its tools answer
+    treepo-mega replay DUMP                              an update that was not finite, again: where it begins
     treepo-mega convert {to-mcore,to-hf,relayout,verify} ...
                                                          checkpoints between Hugging Face and Megatron, verified
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _top(args)
         if args.command == "tree":
             return _tree(args)
+        if args.command == "replay":
+            return _replay(args.dump)
         if args.command == "convert":
             return convert(args)
         if args.command == "eval":
@@ -125,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("run", type=Path, metavar="RUN", help="run directory")
     top.add_argument("--once", action="store_true", help="print one picture and stop")
     top.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between two looks (default: 2)")
+    replay = commands.add_parser("replay", help="where the first non-finite value of a stopped run appears")
+    replay.add_argument("dump", type=Path, metavar="DUMP", help="directory such as RUN/dumps/step_000012")
     tree = commands.add_parser("tree", help="write one HTML page of the trees of a step")
     tree.add_argument("run", type=Path, metavar="RUN", help="run directory (holds trees/)")
     tree.add_argument("--step", type=int, metavar="N", help="default: the last step with trees")
@@ -198,6 +203,15 @@ def _environment(args: argparse.Namespace) -> int:
     from treepo_mega.environment.command import run
 
     return run(args)
+
+
+def _replay(directory: Path) -> int:
+    _require_environment()
+    quieten_libraries()
+    from treepo_mega.replay import main as run  # heavy: torch and Megatron
+
+    run(directory)  # ends the process itself
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from treepo_mega import build
 from treepo_mega.actor.batch import charge_kl, plan_rollout, work_of
+from treepo_mega.actor.dump import write_dump
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.actor.passes import (
     correct_leaves,
@@ -26,10 +27,12 @@ from treepo_mega.actor.passes import (
     provide_old_logprobs,
 )
 from treepo_mega.actor.perplexity import perplexity
+from treepo_mega.actor.update import TrainingDiverged
 from treepo_mega.checkpoint.export import export_hf
 from treepo_mega.config import Config
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.trial import try_rewards, verifiers_of
+from treepo_mega.errors import TreepoError
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE
@@ -47,6 +50,7 @@ from treepo_mega.rollout.contents import bring_to_main
 from treepo_mega.rollout.eval import Evaluator
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.runtime import device, dist
+from treepo_mega.runtime.pulse import pulse
 from treepo_mega.runtime.signals import StopRequest
 from treepo_mega.saves import Saves
 from treepo_mega.sync.memory import Memory
@@ -77,7 +81,15 @@ class Trainer:
             rank=dist.rank(),
             world=dist.world_size(),
             interval_s=cfg.logging.status_interval_s,
+            hang_timeout_s=cfg.distributed.hang_timeout_s,
         )
+        pulse().plant(cfg.debug.fault, dist.rank())
+        with self.status.watching():
+            self._build(spec, notes, started)
+
+    def _build(self, spec: ModelSpec, notes: list[str], started: float) -> None:
+        """All parts, in one order on every rank; `started`: Unix time."""
+        cfg = self.cfg
         self.timers.watchers += [self.status.phase, self.progress.phase]
         self.progress.say(*notes)
         self.ranks = Ranks(self.timers, self.progress.say)
@@ -125,6 +137,8 @@ class Trainer:
         self.records.profiler.begin_step(step + 1)
         self.progress.begin(step, self.cfg.train.num_rollouts)
         self.status.step(step + 1, self.cfg.train.num_rollouts)
+        self.running = pulse().step = step + 1
+        pulse().beat("step")
 
     def collect(self, step: int) -> Forest:
         """Sample, grade and exchange the trees of a step; the engine has the memory."""
@@ -181,7 +195,19 @@ class Trainer:
         loss = PolicyLoss(self.cfg.algo, self.actor.head.backend)
         epochs = self.cfg.train.ppo_epochs
         self.workload.add("update", self.actor.spec, epochs * work_of(plans), passes=UPDATE)
-        return optimizer_steps(self.actor, plans, loss, epochs)
+        try:
+            return optimizer_steps(self.actor, plans, loss, epochs)
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}. {self._dump(error)}") from None
+
+    def _dump(self, error: TrainingDiverged) -> str:
+        """Write the step that was skipped last; what to say of it."""
+        try:
+            written = write_dump(self.actor, error.packs, step=self.running, grad_norm=error.grad_norm)
+        # A full disk must not hide why the run ends.
+        except (OSError, TreepoError) as failure:
+            return f"The step could not be dumped: {failure}"
+        return f"`treepo-mega replay {written}` says where the first value that is not finite appears"
 
     def score(self, tokens: list[int]) -> np.ndarray | None:
         """Actor logprobs of `tokens[1:]` at the sampling temperature, on last-stage ranks; None elsewhere."""

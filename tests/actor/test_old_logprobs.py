@@ -40,6 +40,7 @@ class Actor:
         self.guard = SimpleNamespace(watches=False)
         self.asked: list[int] = []
         self.updated: list[bool] = []
+        self.costs = SimpleNamespace(metrics=dict)
 
     def logprobs(self, packs: list[Pack], watch: bool = False) -> list[np.ndarray]:
         self.asked.append(len(packs))

@@ -19,6 +19,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.trained: list[str] = []
+        self.costs = SimpleNamespace(metrics=dict)
 
     def update(self, packs, loss):
         self.trained.append(packs[0].name)

@@ -12,6 +12,7 @@ gradient by the number of pairs of the whole step, all-reduced over data-paralle
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +43,12 @@ from treepo_mega.tree.pack import Pack, Trajectory, plan_step
 
 
 class TrainingDiverged(TreepoError):
-    """Too many optimizer steps in a row had a non-finite gradient."""
+    """Too many optimizer steps in a row had a non-finite gradient; the last one's packs, and its gradient norm."""
+
+    def __init__(self, message: str, packs: Sequence[Pack] = (), grad_norm: float = math.nan) -> None:
+        super().__init__(message)
+        self.packs = packs
+        self.grad_norm = grad_norm
 
 
 class Policy:
@@ -187,7 +193,7 @@ class Actor(Policy):
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
         skipped = not math.isfinite(grad_norm)
-        self._after_step(skipped, grad_norm)
+        self._after_step(skipped, grad_norm, packs)
         stats = self._mean_over_pairs(data, packs)
         self.costs.stepped()
         return {
@@ -209,7 +215,7 @@ class Actor(Policy):
             self.weights_changed()
         return grad_norm
 
-    def _after_step(self, skipped: bool, grad_norm: float) -> None:
+    def _after_step(self, skipped: bool, grad_norm: float, packs: Sequence[Pack]) -> None:
         if not skipped:
             self.skipped_in_a_row = 0
             self.scheduler.step(increment=1)
@@ -219,7 +225,9 @@ class Actor(Policy):
             raise TrainingDiverged(
                 f"{self.skipped_in_a_row} optimizer steps in a row had the gradient norm {grad_norm}; the last good "
                 f"weights are in the newest checkpoint. Lower train.lr (now {self.cfg.train.lr}) or train.clip_grad, "
-                "and look at rollout/logprob_abs_diff_max and train/pg_clipfrac before the first skipped step"
+                "and look at rollout/logprob_abs_diff_max and train/pg_clipfrac before the first skipped step",
+                packs,
+                grad_norm,
             )
 
     def _mean_over_pairs(self, data: list[Stats], packs: list[Pack]) -> dict[str, float]:

@@ -56,8 +56,7 @@ _WAY_OUT = {"dual_chunk_attention_config": "; leave the key out to train with pl
 class ModelSpec:
     """A decoder: sizes, switches and rotary parameters. Sizes are counts; `head_dim` is per head.
 
-    `num_experts` 0: a dense MLP of `intermediate_size`. Otherwise every token takes `experts_per_token` of so many
-    experts of `expert_intermediate_size` each.
+    `num_experts` 0: a dense MLP of `intermediate_size`; otherwise experts of `expert_intermediate_size` each.
     `rope_type` is "default", "llama3", "linear", "yarn", ... and `rope_scaling` holds its other parameters
     (factor, low_freq_factor, ...), empty for "default". `stored_dtype` is the weights' dtype as the file names it, such
     as "bfloat16". `eos_token_ids` are those of config.json alone (`data/end_tokens.py` joins them with others).
@@ -80,7 +79,6 @@ class ModelSpec:
     rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
     max_position_embeddings: int | None = None
     num_experts: int = 0
-    experts_per_token: int = 0
     expert_intermediate_size: int = 0
     stored_dtype: str | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -157,7 +155,6 @@ class ModelSpec:
             rope_scaling=scaling,
             max_position_embeddings=config.get("max_position_embeddings"),
             num_experts=_count(config, experts, where) if experts else 0,
-            experts_per_token=_count(config, "num_experts_per_tok", where) if experts else 0,
             expert_intermediate_size=_count(config, arch.expert_size, where) if experts else 0,
             stored_dtype=config.get("dtype") or config.get("torch_dtype"),
             eos_token_ids=_token_ids(config.get("eos_token_id")),

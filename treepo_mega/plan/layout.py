@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,32 +30,18 @@ _ORDER = (
 )  # fmt: skip
 
 
-EXPERT = ".experts."
-"""In the names of routed experts' parameters."""
-
-
-def expert_parallel(cfg: Config) -> int:
-    """Ranks that share the experts of a layer; 1 in a configuration without that key."""
-    return int(getattr(cfg.parallel, "expert_model_parallel_size", 1))
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A rank's coordinates; `shard`: its number among the ranks that share optimizer state (CP x DP).
-
-    `ep_rank` and `expert_shard`: whose experts it holds, and its number among the ranks that hold the same ones.
-    """
+    """A rank's coordinates; `shard`: its number among the ranks that share optimizer state (CP x DP)."""
 
     stage: int
     tp_rank: int
     shard: int
-    ep_rank: int = 0
-    expert_shard: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the groups, in ranks. vpp 1: one chunk a stage. An expert's matrices are split over TP as others are."""
+    """Sizes of the groups, in ranks. vpp 1: one chunk a stage."""
 
     tp: int
     pp: int
@@ -64,7 +49,6 @@ class Layout:
     cp: int
     dp: int
     tp_v: int
-    ep: int = 1
 
     @classmethod
     def of(cls, cfg: Config, world_size: int) -> Layout:
@@ -81,13 +65,7 @@ class Layout:
             parallel.context_parallel_size,
             world_size // parallel.model_parallel_size,
             cfg.rollout.engine.tensor_parallel_size,
-            expert_parallel(cfg),
         )
-
-    @property
-    def expert_replicas(self) -> int:
-        """Ranks of a stage and TP rank that hold the same experts."""
-        return self.cp * self.dp // self.ep
 
     @property
     def world(self) -> int:
@@ -99,14 +77,13 @@ class Layout:
         """For people."""
         virtual = f" x VPP {self.vpp}" if self.vpp > 1 else ""
         context = f" x CP {self.cp}" if self.cp > 1 else ""
-        experts = f", EP {self.ep}" if self.ep > 1 else ""
-        return f"TP {self.tp} x PP {self.pp}{virtual}{context} x DP {self.dp}{experts}, TP_v {self.tp_v}"
+        return f"TP {self.tp} x PP {self.pp}{virtual}{context} x DP {self.dp}, TP_v {self.tp_v}"
 
     def place(self, rank: int) -> Place:
-        """Where a global rank stands: Megatron counts TP first, then CP, DP and PP; of experts TP, then EP."""
+        """Where a global rank stands: Megatron counts TP first, then CP, DP and PP."""
         tp_rank = rank % self.tp
         shard = rank // self.tp % (self.cp * self.dp)
-        return Place(rank // (self.tp * self.cp * self.dp), tp_rank, shard, shard % self.ep, shard // self.ep)
+        return Place(rank // (self.tp * self.cp * self.dp), tp_rank, shard)
 
     def first_rank(self, stage: int) -> int:
         """The lowest global rank of a pipeline stage."""
@@ -132,12 +109,11 @@ class Held:
 class _Parameter:
     numel: int
     own_bucket: bool
-    of_expert: bool
 
 
 @functools.lru_cache(maxsize=4096)
 def _parameters(
-    spec: ModelSpec, tp: int, pp: int, vpp: int, ep: int, place: Place, divisible_by: int, naming: Naming
+    spec: ModelSpec, tp: int, pp: int, vpp: int, place: Place, divisible_by: int, naming: Naming
 ) -> tuple[tuple[_Parameter, ...], ...]:
     """Of every chunk of a rank, in the order of Megatron's modules."""
     # Optimizer shards do not matter here, so that `place.shard` is 0: a search asks for few different ones.
@@ -149,34 +125,25 @@ def _parameters(
         tp_rank=place.tp_rank,
         pp_rank=place.stage,
         divisible_by=divisible_by,
-        ep=ep,
-        ep_rank=place.ep_rank,
         naming=naming,
     )
     # A tied matrix that lives on two stages is in a bucket of its own on both, so that they share it alike.
     shared = spec.tie_word_embeddings and pp > 1
     return tuple(
         tuple(
-            _Parameter(
-                math.prod(chunk[name].shape), shared and name.startswith(("embedding", "output_layer")), EXPERT in name
-            )
+            _Parameter(math.prod(chunk[name].shape), shared and name.startswith(("embedding", "output_layer")))
             for name in sorted(chunk, key=_order)
         )
         for chunk in chunks
     )
 
 
-def _order(name: str) -> tuple[int, int, int, int]:
+def _order(name: str) -> tuple[int, int, int]:
     kind = next(index for index, part in enumerate(_ORDER) if part in name)
     words = name.split(".")
     inside = words[1] == "layers"
     first = kind == 0
-    # Experts lie in a buffer of their own: one after the other, or their first matrices before their second ones.
-    number = int(re.sub(r"\D", "", words[-1]) or 0) if EXPERT in name else 0
-    if "local_experts" in name:
-        number = int(words[words.index("local_experts") + 1])
-        return (1, int(words[2]), number, kind)
-    return (0 if first else 1 if inside else 2, int(words[2]) if inside else 0, kind, number)
+    return (0 if first else 1 if inside else 2, int(words[2]) if inside else 0, kind)
 
 
 def _up(number: int, multiple: int) -> int:
@@ -215,8 +182,7 @@ def held_bytes(cfg: Config, spec: ModelSpec, layout: Layout, place: Place) -> He
         layout.tp,
         layout.pp,
         layout.vpp,
-        layout.ep,
-        Place(place.stage, place.tp_rank, 0, place.ep_rank, 0),
+        Place(place.stage, place.tp_rank, 0),
         cfg.model.make_vocab_size_divisible_by,
         NAMING[cfg.model.transformer_impl],
     )
@@ -225,20 +191,15 @@ def held_bytes(cfg: Config, spec: ModelSpec, layout: Layout, place: Place) -> He
     if not cfg.parallel.use_distributed_optimizer:
         numel = sum(parameter.numel for chunk in chunks for parameter in chunk)
         return Held(numel * itemsize, numel * 4, numel * state)
+    shards = layout.dp * layout.cp
     sizes = 0
     kept = 0
     for index, chunk in enumerate(chunks):
         bucketed = cfg.parallel.overlap_grad_reduce and place.stage == 0 and index == 0
         limit = max(40_000_000, 1_000_000 * layout.dp) if bucketed else math.inf
-        # Experts have fewer replicas than the rest, and so a buffer of their own.
-        for experts, shards, shard in (
-            (False, layout.dp * layout.cp, place.shard),
-            (True, layout.expert_replicas, place.expert_shard),
-        ):
-            inside_buffer = [parameter for parameter in chunk if parameter.of_expert == experts]
-            for start, end, inside in _buckets(inside_buffer, limit, shards):
-                share = (end - start) // shards
-                first = start + shard * share
-                kept += sum(max(0, min(stop, first + share) - max(begin, first)) for begin, stop in inside)
-                sizes += end - start
+        for start, end, inside in _buckets(chunk, limit, shards):
+            share = (end - start) // shards
+            first = start + place.shard * share
+            kept += sum(max(0, min(stop, first + share) - max(begin, first)) for begin, stop in inside)
+            sizes += end - start
     return Held(sizes * itemsize, sizes * 4, kept * state)

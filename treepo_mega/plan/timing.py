@@ -76,8 +76,7 @@ def bubble(cfg: Config, layout: Layout, work: Work) -> float:
 def _traffic_seconds(
     cfg: Config, spec: ModelSpec, layout: Layout, cluster: Cluster, work: Work, passes: float
 ) -> float:
-    """Of what ranks exchange in a pass: activations over TP, twice gathered and scattered a layer; keys over CP; tokens
-    over EP, as if all experts were taken equally often."""
+    """Of what ranks exchange in a pass: activations over TP, twice gathered and scattered a layer; keys over CP."""
     tokens = work.tokens / layout.dp / layout.cp
     itemsize = ITEMSIZE[cfg.model.params_dtype]
     seconds = 0.0
@@ -88,12 +87,6 @@ def _traffic_seconds(
         # Keys and values of the other ranks, which attention gathers.
         of_layer = 2 * tokens * (layout.cp - 1) * spec.num_key_value_heads * spec.head_dim * itemsize / layout.tp
         seconds += of_layer / cluster.link(layout.cp, layout.tp)
-    if layout.ep > 1:
-        # Each token goes to its experts and comes back; those of the rank's own experts stay.
-        split = layout.tp if cfg.parallel.sequence_parallel else 1
-        share = (layout.ep - 1) / layout.ep
-        of_layer = 2 * tokens / split * spec.experts_per_token * spec.hidden_size * itemsize * share
-        seconds += of_layer / cluster.link(layout.ep, layout.tp)
     # A backward pass has about the traffic of a forward pass, where it has twice the products.
     times = 1 if passes <= 1 else passes - 1
     return times * seconds * spec.num_layers / layout.pp
