@@ -1,6 +1,6 @@
 """Where a step stops scaling, from 16 to 16,384 GPUs: rollout, refit, exchange, packing, pipeline. A simulation.
 
-    python tools/bench/scaling.py [--quick] [--update] [--lengths RUN [--keep-lengths WORDS]]
+    python tools/bench/scaling.py [--quick] [--update] [--lengths RUN [--keep-lengths]]
 
 Trees are grown by the trainer's own search (`tree/search.py`), and each path ends where a distribution of lengths says:
 a log-normal one with assumed means, then that of a measured run, stretched so that its longest response is the recipe's
@@ -334,12 +334,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three sizes")
     parser.add_argument("--update", action="store_true", help="write docs/scaling.md")
     parser.add_argument("--lengths", metavar="RUN", help="a run that kept trees, for its response lengths")
-    parser.add_argument("--keep-lengths", metavar="WORDS", help=f"write them to {MEASURED.name}, the run named so")
+    parser.add_argument("--keep-lengths", action="store_true", help=f"write them to {MEASURED.name}")
     args = parser.parse_args()
     started = time.process_time()
     measured = kept_lengths() if args.lengths is None else read_lengths(args.lengths)
     if args.keep_lengths:
-        measured = dataclasses.replace(measured, run=args.keep_lengths)
         stored = dataclasses.asdict(measured) | {"tail": [round(length, 1) for length in measured.tail]}
         MEASURED.write_text(json.dumps(stored) + "\n", encoding="utf-8")
     sizes = SIZES[::2] if args.quick else SIZES
