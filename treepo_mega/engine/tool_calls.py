@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,8 @@ class ToolCallReader:
                 f"tool parser {parser!r}: vLLM has none of that name{nearest(parser, known)}; it has {', '.join(known)}"
             )
         self._request = ChatCompletionRequest(messages=[{"role": "user", "content": ""}], tools=list(tools))
-        self._make = ToolParserManager.get_tool_parser(parser)
+        # Typed loosely: a request's tools are of fewer kinds than a parser takes, and lists do not vary with them.
+        self._make: Callable[..., Any] = ToolParserManager.get_tool_parser(parser)
         self._tokenizer = tokenizer
         try:
             made = self._make(tokenizer, self._request.tools)

@@ -202,7 +202,7 @@ def _waiting(collective: Callable[Parameters, Result]) -> Callable[Parameters, R
     def counted(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         began = time.perf_counter()
         try:
-            with pulse().waiting(args[0] if collective.__name__ == "barrier" else collective.__name__):
+            with pulse().waiting(str(args[0]) if collective.__name__ == "barrier" else collective.__name__):
                 return collective(*args, **kwargs)
         finally:
             _waited[0] += time.perf_counter() - began
