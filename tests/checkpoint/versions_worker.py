@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import treepo_mega  # noqa: F401  (before Megatron, which the next import brings: this is also a script of torchrun)
 from tests.checkpoint.training_worker import begin, difference, steps, weights
 from tests.ranks import report_found
 from treepo_mega.checkpoint import mcore as checkpoint
