@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.actor.experts import KINDS, as_in_files
 from tests.checkpoints import save_random
 from treepo_mega.config import Config, load_config
 from treepo_mega.loss.policy import policy_loss
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.tree.pack import Trajectory
 
 VOCAB = 83
@@ -42,14 +44,17 @@ llama3, beyond that of longrope, and within that of longrope-short."""
 def write_checkpoint(directory: Path, kind: str, tied: bool) -> Path:
     """A random checkpoint; biases and norms are not trivial, logits are of order 1.
 
-    `kind` is llama, qwen2 or qwen3, with "+" and a name of ROTATIONS behind it for another rotation than the default.
+    `kind` is llama, qwen2, qwen3 or one of KINDS, with "+" and a name of ROTATIONS behind it for another rotation than
+    the default.
     """
     torch.manual_seed(0)
     kind, _, rotation = kind.partition("+")
-    more = {"rope_parameters": {"rope_theta": 10000.0, **ROTATIONS[rotation]}} if rotation else {}
+    more: dict[str, Any] = {"rope_parameters": {"rope_theta": 10000.0, **ROTATIONS[rotation]}} if rotation else {}
+    more |= KINDS.get(kind, {})
     config = AutoConfig.for_model(
         kind, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16 if kind == "qwen2" or rotation else 32, tie_word_embeddings=tied,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+        head_dim=16 if kind in ("qwen2", "qwen2_moe") or rotation else 32,
         max_position_embeddings=256, initializer_range=0.1, **more,
     )  # fmt: skip
     return save_random(config, directory, 0.1)
@@ -135,14 +140,15 @@ class Oracle:
     def measure(hf_dir: Path, cfg: Config, batch: list[Trajectory]) -> dict[str, Any]:
         """The fields."""
         model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        spec = ModelSpec.from_hf(hf_dir)
         texts = {"perplexity": perplexity(model, batch), "first_perplexity": perplexity(model, batch[:1])}
         known = {tuple(x.tokens): logprobs(model, x, cfg.rollout.temperature)[0].detach() for x in batch}
         loss, _ = _loss(model, cfg, batch, known)
         loss.backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        grads = as_in_files({n: p.grad.clone() for n, p in model.named_parameters()}, spec)
         norm = float(torch.sqrt(sum((g**2).sum() for g in grads.values())))
         step = {"loss": float(loss.detach()), "logprobs": known, "grads": grads, "grad_norm": norm}
-        step["weights"] = _step(model, cfg)
+        step["weights"] = as_in_files(_step(model, cfg), spec)
         with torch.no_grad():
             second, ratio_diff = _loss(model, cfg, batch, known)
         return {**step, "second_loss": float(second), "second_ratio_diff": ratio_diff, **texts}

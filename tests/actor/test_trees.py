@@ -49,6 +49,16 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"pp": 2, "vpp": 2},
     ],
 }
+EXPERTS: dict[int, list[tuple[dict[str, Any], str, bool, list[str]]]] = {
+    1: [({}, "qwen2_moe", False, [])],
+    2: [
+        ({"ep": 2}, "qwen3_moe", True, []),
+        ({"ep": 2}, "mixtral", False, ["model.moe_token_dispatcher_type=allgather"]),
+        ({"tp": 2, "sp": True, "ep": 2, "etp": 1}, "qwen2_moe", False, []),
+    ],
+    4: [({"pp": 2, "ep": 2}, "mixtral", False, []), ({"tp": 2, "sp": True, "ep": 2}, "qwen3_moe", True, [])],
+}
+"""World size -> (layout, kind, recompute, overrides) in the fast lane; tools/bench/moe.py takes many more."""
 MODELS = (("llama", True), ("qwen3", True), ("qwen2", False))
 MATRIX = (
     *((False, 0, False), (False, 1, False), (False, 2, True), (False, 3, False), (False, 3, True), (False, 4, True)),
@@ -105,6 +115,10 @@ def cells(ranks: int, lane: str) -> list[dict[str, Any]]:
             continue
         for recompute, depth, split in chosen:
             out.append({**base, "recompute": recompute, "depth": depth, "split": split})
+    if not slow:
+        for layout, kind, recompute, overrides in EXPERTS[ranks]:
+            cell = {"layout": layout, "kind": kind, "tied": False, "recompute": recompute, "depth": 3, "split": True}
+            out.append(cell | ({"overrides": overrides} if overrides else {}))
     if not slow and ranks == 1:
         out += [{**out[0], "recompute": False, "twins": impl} for impl in ("local", "transformer_engine")]
         more = {"layout": {}, "kind": "llama", "tied": True, "recompute": False, "depth": 3, "split": True}

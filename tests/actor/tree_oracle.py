@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.actor.experts import as_in_files
 from tests.actor.flat_loss import aggregate, is_kept, shares, trajectory_loss
 from tests.actor.oracle import VOCAB
 from treepo_mega.config import AlgoConfig, Config
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Pack
 
@@ -83,7 +85,7 @@ def flat_step(hf_dir: Path, cfg: Config, trees: list[Tree], dtype: torch.dtype) 
     loss = aggregate(per_token, counts, cfg.algo.loss_agg_mode, cfg.rollout.max_response_len)
     loss.backward()
     pairs = sum(len(x) for x in per_token)
-    grads = {n: p.grad for n, p in model.named_parameters()}
+    grads = as_in_files({n: p.grad for n, p in model.named_parameters()}, ModelSpec.from_hf(hf_dir))
     return {"loss": float(loss.detach()), "grads": grads, "logprobs": logprobs, "entropy": entropies / pairs}
 
 

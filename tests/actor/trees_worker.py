@@ -52,6 +52,8 @@ NAMES = {
     "vpp": "virtual_pipeline_model_parallel_size",
     "cp": "context_parallel_size",
     "sp": "sequence_parallel",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
 }
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 

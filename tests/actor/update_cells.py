@@ -14,8 +14,10 @@ from megatron.core import parallel_state as ps
 from tests.actor.oracle import Oracle, configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
 from tests.whole import whole_tensors
-from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple, run_schedule
+from treepo_mega.actor.forward import count_multiple, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PolicyLoss
+from treepo_mega.actor.model import equal_lengths
+from treepo_mega.actor.moe import gathers_tokens
 from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.actor.update import Actor, Policy
 from treepo_mega.checkpoint.load import local_params
@@ -47,6 +49,7 @@ def plan(cfg: Config) -> StepPlan:
         multiple=padding_multiple(cfg),
         count_multiple=count_multiple(cfg),
         equal_lengths=equal_lengths(cfg),
+        on_all_ranks=gathers_tokens(cfg),
     )
 
 

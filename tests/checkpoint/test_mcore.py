@@ -56,6 +56,20 @@ def test_a_checkpoint_that_is_written_while_steps_go_on_is_that_of_its_own_step(
         assert got == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["experts_ep2", "experts_tp2", "experts_pp2"])
+def test_experts_resume_in_this_and_other_layouts(results, layout):
+    whole, back = results["experts"]["whole"], results["experts"][layout]
+    if layout == "experts_ep2":
+        assert back["steps"] == whole[2:] and back["weight_diff"] == 0, "bit for bit"
+    for got, want in zip(back["steps"], whole[2:], strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    assert back["weight_diff"] < 5e-2, "in units of the learning rate"
+
+
+def test_a_checkpoint_with_another_number_of_experts_is_refused(results):
+    assert "8 experts; the model has 4" in results["fewer_experts"]
+
+
 def test_resume_without_the_distributed_optimizer(results):
     run = results["plain_optimizer"]
     assert run["dp2_plain_optimizer"]["steps"] == run["whole"][2:]
@@ -68,7 +82,7 @@ def test_a_run_that_never_stepped_can_be_saved_and_resumed(results, layout):
     assert run[layout]["steps"] == run["whole"] and run[layout]["weight_diff"] == 0
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "experts_ep2"])
 def test_a_nan_gradient_changes_nothing_and_is_counted(results, layout):
     got = results["skipping"][layout]
     assert got["moved_by_good_step"] > 0

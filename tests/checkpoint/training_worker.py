@@ -19,8 +19,10 @@ from torch import Tensor
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from tests.ranks import leave_layout
 from tests.whole import whole_tensors
-from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
+from treepo_mega.actor.forward import count_multiple, padding_multiple
 from treepo_mega.actor.losses import SupervisedLoss
+from treepo_mega.actor.model import equal_lengths
+from treepo_mega.actor.moe import gathers_tokens
 from treepo_mega.actor.update import Actor, TrainingDiverged
 from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.background import BackgroundSave
@@ -37,22 +39,28 @@ LAYOUTS = {
     "vpp2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
     "dp2": [],
     "dp2_plain_optimizer": ["parallel.use_distributed_optimizer=false"],
+    "experts_ep2": ["parallel.expert_model_parallel_size=2"],
+    "experts_tp2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    "experts_pp2": ["parallel.pipeline_model_parallel_size=2"],
 }
+KINDS = {"hf": "llama", "experts": "qwen3_moe", "fewer": "mixtral"}
+"""Model of each folder: tensors of mixtral are those of qwen3_moe but for their sizes and the norms of queries."""
 
 UNSTEPPED = ("tp2", "dp2_plain_optimizer")
 
 
-def begin(directory: Path, layout: str) -> tuple[Config, Actor]:
-    """A fresh actor in `layout`; an earlier layout of this process is taken down."""
+def begin(directory: Path, layout: str, folder: str | None = None) -> tuple[Config, Actor]:
+    """A fresh actor in `layout`; an earlier layout of this process is taken down. `folder`: one of KINDS."""
     if ps.model_parallel_is_initialized():
         leave_layout()
+    hf_dir = directory / (folder or ("experts" if layout.startswith("experts") else "hf"))
     decay = ["train.lr_decay_style=linear", "train.num_rollouts=8", "train.adam_eps=1e-8"]
-    cfg = configuration(directory / "hf", *LAYOUTS[layout], *decay, "train.max_skipped_steps=3")
+    cfg = configuration(hf_dir, *LAYOUTS[layout], *decay, "train.max_skipped_steps=3")
     dist.initialize(cfg)
-    if dist.is_main() and not (directory / "hf").exists():
-        write_checkpoint(directory / "hf", "llama", tied=True)
+    if dist.is_main() and not hf_dir.exists():
+        write_checkpoint(hf_dir, KINDS[hf_dir.name], tied=True)
     dist.barrier("the checkpoint", 60)
-    return cfg, Actor(cfg, directory / "hf")
+    return cfg, Actor(cfg, hf_dir)
 
 
 def packs(cfg: Config, seed: int) -> list[Pack]:
@@ -68,6 +76,7 @@ def packs(cfg: Config, seed: int) -> list[Pack]:
         multiple=multiple,
         count_multiple=count,
         equal_lengths=equal_lengths(cfg),
+        on_all_ranks=gathers_tokens(cfg),
     ).packs
 
 
@@ -120,6 +129,16 @@ def resume(
     return out
 
 
+def refused(directory: Path, saved: str, folder: str) -> str:
+    """What loading a checkpoint of `saved` into the model of `folder` says."""
+    _, actor = begin(directory, saved, folder)
+    try:
+        checkpoint.load_training(directory / saved / "step_000002", actor.models, actor.optimizer, actor.scheduler)
+    except checkpoint.CheckpointError as e:
+        return str(e)
+    return ""
+
+
 class NotFinite(SupervisedLoss):
     """A loss that is NaN on the last rank only: the others must skip too."""
 
@@ -170,7 +189,9 @@ def main() -> None:
         "plain_optimizer": resume(directory, "dp2_plain_optimizer", ["dp2_plain_optimizer"]),
         "before_the_first_step": {saved: resume(directory, saved, [saved], after=0) for saved in UNSTEPPED},
         "background": resume(directory, "tp2", ["tp2", "dp2"], background=BackgroundSave(60)),
-        "skipping": {layout: skipping(directory, layout) for layout in ("tp2", "pp2", "dp2")},
+        "experts": resume(directory, "experts_ep2", ["experts_ep2", "experts_tp2", "experts_pp2"]),
+        "fewer_experts": refused(directory, "experts_ep2", "fewer"),
+        "skipping": {layout: skipping(directory, layout) for layout in ("tp2", "pp2", "dp2", "experts_ep2")},
     }
     if dist.is_main():
         (directory / "results.json").write_text(json.dumps(results, indent=1))

@@ -16,7 +16,10 @@ from treepo_mega.engine.engine import Engine
 SIZES = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "intermediate_size": 128},
     "mixtral": {"num_local_experts": 4, "intermediate_size": 64},
-}
+    "qwen2_moe": {
+        "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96, "intermediate_size": 128,
+    },
+}  # fmt: skip
 
 
 def write_model(directory: Path, kind: str, seed: int) -> Path:

@@ -10,7 +10,7 @@ from treepo_mega.reshard.plan import Cluster, Copy, ReshardPlan
 from treepo_mega.reshard.sides import ChunkLayouts, Grid, Side
 
 DENSE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-EXPERTS = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+EXPERTS = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM")
 
 
 def model(architecture: str = "Qwen2ForCausalLM", **changes: object) -> ModelSpec:
@@ -21,7 +21,9 @@ def model(architecture: str = "Qwen2ForCausalLM", **changes: object) -> ModelSpe
         "qk_norm": architecture.startswith("Qwen3"),
     }  # fmt: skip
     if architecture in EXPERTS:
-        values |= {"num_experts": 4, "expert_intermediate_size": 8}
+        values |= {"num_experts": 4, "experts_per_token": 2, "expert_intermediate_size": 8}
+    if architecture == "Qwen2MoeForCausalLM":
+        values["shared_expert_intermediate_size"] = 4
     return ModelSpec(architecture, **{**values, **changes})
 
 
@@ -43,11 +45,9 @@ def reshards(draw, architectures=DENSE + EXPERTS):
         vocab_size=draw(st.integers(1, 150)),
         tie_word_embeddings=draw(st.booleans()),
     )
-    grid = Grid(
-        tp, pp, vpp, ep, divisible_by=draw(st.sampled_from([1, 3, 16])), naming=draw(st.sampled_from(["local", "te"]))
-    )
-    replicas = ep * draw(st.sampled_from([1, 2]))
-    world = tp * pp * replicas
+    divisible_by, naming = draw(st.sampled_from([1, 3, 16])), draw(st.sampled_from(["local", "te"]))
+    grid = Grid(tp, pp, vpp, ep, divisible_by, naming, draw(st.sampled_from([None, 1, 2])) if ep > 1 else None)
+    world = grid.period * pp * draw(st.sampled_from([1, 2]))
     world *= -(-tp_v // np.gcd(world, tp_v))
     return spec, grid, tp_v, Cluster(world, draw(st.sampled_from([1, 2, 4, world])))
 

@@ -14,7 +14,9 @@ import numpy as np
 from megatron.core import parallel_state as ps
 
 from treepo_mega.actor.fetch import Draft, fetch
-from treepo_mega.actor.forward import count_multiple, equal_lengths, padding_multiple
+from treepo_mega.actor.forward import count_multiple, padding_multiple
+from treepo_mega.actor.model import equal_lengths
+from treepo_mega.actor.moe import gathers_tokens
 from treepo_mega.config import AlgoConfig, Config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import Work
@@ -142,11 +144,14 @@ def lesson_of(
 def pair_cost(spec: ModelSpec) -> float:
     """FLOPs of one attention pair / FLOPs of one token in the layers' matrices.
 
-    A pair costs 2 products of `head_dim` in each head; a token one product with every matrix of a layer.
+    A pair costs 2 products of `head_dim` in each head; a token one product with every matrix of a layer that it meets.
     """
     heads = spec.num_attention_heads
     attention = spec.hidden_size * spec.head_dim * (2 * heads + 2 * spec.num_key_value_heads)
-    matrices = attention + 3 * spec.hidden_size * spec.intermediate_size
+    width = spec.intermediate_size
+    if spec.num_experts:
+        width = spec.experts_per_token * spec.expert_intermediate_size + spec.shared_expert_intermediate_size
+    matrices = attention + 3 * spec.hidden_size * width
     return 2.0 * heads * spec.head_dim / matrices
 
 
@@ -174,6 +179,7 @@ def lay_out_batch(batch: Batch, dealt: Dealt, cfg: Config) -> StepPlan:
         dp_rank=ps.get_data_parallel_rank(),
         multiple=padding_multiple(cfg),
         equal_lengths=equal_lengths(cfg),
+        on_all_ranks=gathers_tokens(cfg),
         cp_size=ps.get_context_parallel_world_size(),
         cp_rank=ps.get_context_parallel_rank(),
     )

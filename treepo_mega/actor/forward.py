@@ -29,6 +29,7 @@ from treepo_mega.actor.attention import PACKS, PackLayout
 from treepo_mega.actor.attention_flex import SHAPE_BUCKET
 from treepo_mega.actor.losses import PackLoss, on_device
 from treepo_mega.actor.model import PolicyModel
+from treepo_mega.actor.moe import padding_of, routers, weigh_auxiliary
 from treepo_mega.config import Config
 from treepo_mega.loss.guard import Sample
 from treepo_mega.loss.head import LossHead
@@ -60,11 +61,6 @@ def count_multiple(cfg: Config) -> int:
     """Micro-batches per step come in multiples of this: the interleaved schedule takes groups of PP."""
     parallel = cfg.parallel
     return parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
-
-
-def equal_lengths(cfg: Config) -> bool:
-    """Whether all packs of a rank are padded to one length: the interleaved schedule's buffers have one size."""
-    return cfg.parallel.virtual_pipeline_model_parallel_size is not None
 
 
 def rows_of(pack: Pack, part: slice) -> Pack:
@@ -137,8 +133,13 @@ def _forward_step(
     if number not in layouts:
         layouts[number] = PackLayout.build(pack, device())
     mine = slice(None) if pack.local is None else pack.local
-    hidden = model(on_device(pack.tokens[mine])[None], on_device(pack.position[mine])[None], PACKS.add(layouts[number]))
-    return hidden, partial(_loss_func, unwrap_model(model), pack, last)
+    tokens, position = (on_device(values[mine])[None] for values in (pack.tokens, pack.position))
+    policy = unwrap_model(model)
+    more = {}
+    if any(router.has_losses for router in routers([policy])):
+        more["padding_mask"] = padding_of(pack, policy.config, first_stage=policy.pre_process).to(device())
+    hidden = model(tokens, position, PACKS.add(layouts[number]), **more)
+    return hidden, partial(_loss_func, policy, pack, last)
 
 
 Watch = Callable[[Sequence[Pack]], Iterator[tuple[int, Pack]]]
@@ -178,9 +179,10 @@ def run_schedule(
     """Loss and gradients of `packs`; the gradients are left in Megatron's buffers.
 
     `watch` sees the packs of the first chunk as they are asked for. With `gates` the guard counts the clip gates that
-    FP8 flips. Collective over the model-parallel group. Returns the statistics of each pack on the last stage, []
-    elsewhere.
+    FP8 flips. Collective over the model-parallel group, with experts over the ranks that share them, with auxiliary
+    losses over all ranks. Returns the statistics of each pack on the last stage, [] elsewhere.
     """
+    weigh_auxiliary(chunks, packs)
     return _run(chunks, packs, partial(_loss_of, head, loss, gates), gradients=True, watch=watch)
 
 

@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from treepo_mega.actor.attention import PackAttention
+from treepo_mega.actor.moe import PackRouter
 from treepo_mega.config import ConfigError, ModelConfig
 from treepo_mega.loss import te
 from treepo_mega.runtime.device import has_cuda
@@ -65,6 +66,8 @@ def layer_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | No
         norm = RMSNorm
     # No module of Transformer Engine knows what a tree's token sees.
     layer.submodules.self_attention.submodules.core_attention = PackAttention
+    if config.num_moe_experts:
+        layer.submodules.mlp.submodules.router = PackRouter
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=layer.module, submodules=layer.submodules) for _ in range(count)],
@@ -73,9 +76,15 @@ def layer_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | No
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    layer = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # Megatron's map of names in checkpoints takes this norm for part of a dense MLP, as Transformer Engine's layers
+        # with experts do not.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     if config.fp8:
         te.use_te_linears(layer)
     # Without these norms Megatron's spec has IdentityOp in both places, and that must stay.
@@ -87,7 +96,11 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
 
 def _te_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     te.transformer_engine("model.transformer_impl=transformer_engine", "use model.transformer_impl=local")
-    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
     return layer, gpt_layer_specs.TESpecProvider().layer_norm(rms_norm=True)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from treepo_mega.actor.fusions import fused_operations
 from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, layer_spec
+from treepo_mega.actor.moe import expert_fields, gathers_tokens, set_auxiliary
 from treepo_mega.config import Config
 from treepo_mega.loss import te
 from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
@@ -93,9 +94,8 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=p.virtual_pipeline_model_parallel_size,
         context_parallel_size=p.context_parallel_size,
         sequence_parallel=p.sequence_parallel,
-        # Each pack has its own length; the interleaved schedule posts receives before it knows them.
-        variable_seq_lengths=pp > 1 and p.virtual_pipeline_model_parallel_size is None,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
+        # Packs have lengths of their own, but where all must be of one (`equal_lengths`).
+        variable_seq_lengths=pp > 1 and not equal_lengths(cfg),
         overlap_p2p_comm=separate_p2p,
         batch_p2p_comm=not separate_p2p,
         recompute_granularity=p.recompute_granularity,
@@ -111,9 +111,15 @@ def transformer_config(cfg: Config, spec: ModelSpec) -> TransformerConfig:
         gradient_accumulation_fusion=gradient_fusion(cfg.model) == "apex",
         transformer_impl=impl,
         finalize_model_grads_func=finalize_model_grads,
+        **expert_fields(cfg, spec),
         **fused_operations(impl, on_gpu=has_cuda(), rotation_factor=attention_factor(spec)),
         **te.body_fields(cfg.model),
     )
+
+
+def equal_lengths(cfg: Config) -> bool:
+    """Whether all packs of a step on a rank must be of one length: the interleaved schedule's buffers have one size."""
+    return cfg.parallel.virtual_pipeline_model_parallel_size is not None or gathers_tokens(cfg)
 
 
 def rope_inverse_frequencies(spec: ModelSpec, longest: int) -> Tensor:
@@ -187,6 +193,7 @@ def build_model(cfg: Config, spec: ModelSpec) -> list[PolicyModel]:
         )
         model.inv_freq, model.unpadded_vocab_size = inv_freq, spec.vocab_size
         mark_tensor_parallel(model)
+        set_auxiliary([model], cfg.model)
         if gradient_fusion(cfg.model) == "transformer_engine":
             fuse_weight_gradients(model)
         chunks.append(model.to(device()))

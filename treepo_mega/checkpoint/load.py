@@ -72,6 +72,10 @@ def load_from_hf(
         naming=NAMING[cfg.model.transformer_impl],
         tp_rank=ps.get_tensor_model_parallel_rank(),
         pp_rank=ps.get_pipeline_model_parallel_rank(),
+        ep=ps.get_expert_model_parallel_world_size(),
+        ep_rank=ps.get_expert_model_parallel_rank(),
+        etp=ps.get_expert_tensor_parallel_world_size(),
+        etp_rank=ps.get_expert_tensor_parallel_rank(),
     )
     with contextlib.ExitStack() as stack:
         source = reader or stack.enter_context(HfReader(hf_dir, spec))

@@ -393,6 +393,7 @@ def _check_tensors(
     # A stage holds its own layers alone: only all ranks together have the model's names.
     for told in dist.gather_objects(here):
         wanted |= told
+    _check_experts(directory, stored, {name: shape for name, (shape, _) in wanted.items()})
     vocabulary = _vocab_size(models)
     stored_vocabulary = manifest.get("vocab_size", _vocab_size(models))
     for name, (shape, padded) in wanted.items():
@@ -407,3 +408,17 @@ def _check_tensors(
     if extra := sorted(set(stored) - set(wanted)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{directory}: tensor {extra[0]} {stored[extra[0]]}{more} is not in the model")
+
+
+def _check_experts(directory: Path, stored: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> None:
+    """Raise CheckpointError for another number of experts than the model's: all of its tensors differ then."""
+    counts = [
+        # A router's weights are [layers, experts, hidden].
+        next((shape[-2] for name, shape in tensors.items() if name.endswith(".router.weight")), 0)
+        for tensors in (stored, wanted)
+    ]
+    if counts[0] != counts[1]:
+        raise CheckpointError(
+            f"{directory}: the checkpoint has {counts[0]} experts; the model has {counts[1]} (config.json of "
+            "model.hf_checkpoint)"
+        )

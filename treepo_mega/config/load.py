@@ -238,6 +238,16 @@ def data_parallel_size(cfg: Config, world_size: int) -> int:
             f"pipeline_model_parallel_size {parallel.pipeline_model_parallel_size} x context_parallel_size "
             f"{parallel.context_parallel_size} = {size}: start {size}, {2 * size}, ... processes"
         )
+    # Experts divide the ranks of a stage anew.
+    stage = world_size // parallel.pipeline_model_parallel_size
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
+    if parallel.expert_model_parallel_size > 1 and stage % experts:
+        raise ConfigError(
+            f"the {stage} ranks of a pipeline stage (world size {world_size} / pipeline_model_parallel_size "
+            f"{parallel.pipeline_model_parallel_size}) are not a multiple of expert_tensor_parallel_size "
+            f"{parallel.expert_tensor_size} x expert_model_parallel_size {parallel.expert_model_parallel_size} = "
+            f"{experts}"
+        )
     return world_size // size
 
 
@@ -262,9 +272,10 @@ def check(cfg: Config, world_size: int, spec: ModelSpec | None = None) -> list[s
         raise ConfigError("\n  ".join(["the configuration does not fit:", *bad]))
     parallel = cfg.parallel
     engine_tp = cfg.rollout.engine.tensor_parallel_size
+    experts = f" (EP {parallel.expert_model_parallel_size})" if parallel.expert_model_parallel_size > 1 else ""
     return [
         f"world size {world_size} = TP {parallel.tensor_model_parallel_size}"
-        f" x PP {parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP {dp};"
+        f" x PP {parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP {dp}{experts};"
         f" engines {world_size // engine_tp} x TP_v {engine_tp}",
         batch_invariant(cfg),
     ]

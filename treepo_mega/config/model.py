@@ -14,7 +14,7 @@ class ModelConfig(Section):
     """The policy."""
 
     hf_checkpoint: str
-    """Directory with config.json, *.safetensors and the tokenizer (Llama, Qwen2/2.5, Qwen3)."""
+    """Directory with config.json, *.safetensors and the tokenizer (docs/guides/models.md lists architectures)."""
     load: str | None = None
     """Megatron checkpoint with the initial weights (from treepo-mega convert to-mcore); None: read hf_checkpoint."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -35,6 +35,16 @@ class ModelConfig(Section):
     """How the layers' operands are scaled (Megatron's names): by tensor, by blocks (Hopper on), by 32 (Blackwell)."""
     first_last_layers_bf16: bool = False
     """With fp8: the first and the last transformer layer stay in bf16."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens reach the ranks of their experts. alltoall: each goes where its experts are. allgather: all go
+    everywhere, for few experts or many of them a token. flex: DeepEP's kernels (a GPU only; refused elsewhere)."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = None
+    """Type of the router's logits and of the weights of a token's experts. None: params_dtype."""
+    moe_aux_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of each layer's router, added to the policy's mean loss. It is taken over the
+    tokens of a micro-batch, a shared one once. What config.json says of it (router_aux_loss_coef) is not read."""
+    moe_z_loss_coeff: float | None = Field(None, gt=0)
+    """Weight of the mean squared log-sum-exp of the router's logits (ST-MoE), over the same tokens."""
 
     @field_validator("hf_checkpoint", "load")
     @classmethod
@@ -54,7 +64,13 @@ class ParallelConfig(Section):
     context_parallel_size: int = Field(1, ge=1)
     """Ranks that share the tokens of a micro-batch (CP): for trajectories too long for one rank's activations."""
     sequence_parallel: bool = False
-    """Shard activations along the sequence between tensor-parallel regions (needs TP > 1)."""
+    """Shard activations along the sequence between tensor-parallel regions (needs TP > 1; models with experts need it
+    with TP > 1)."""
+    expert_model_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the experts of a layer (EP), each holding whole ones: some of the TP, CP and data-parallel ranks
+    of a stage. It divides the model's number of experts."""
+    expert_tensor_parallel_size: int | None = Field(None, ge=1)
+    """Ranks that share each matrix of an expert. None: as tensor_model_parallel_size."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -67,6 +83,11 @@ class ParallelConfig(Section):
     recompute_num_layers of a stage."""
     recompute_num_layers: int | None = Field(None, ge=1)
     """Layers of a group (uniform) or of a stage (block)."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each matrix of an expert, as it is taken when the key is left out."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:

@@ -29,10 +29,10 @@ def check_model(cfg: Config, spec: ModelSpec) -> list[str]:
                 f"parallel.tensor_model_parallel_size {tp} does not divide the model's {name} {count} "
                 f"(nearest that does: {near})"
             )
-    if spec.intermediate_size % tp:
-        bad.append(
-            f"parallel.tensor_model_parallel_size {tp} does not divide intermediate_size {spec.intermediate_size}"
-        )
+    width = "shared_expert_intermediate_size" if spec.num_experts else "intermediate_size"
+    if getattr(spec, width) % tp:
+        bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide {width} {getattr(spec, width)}")
+    bad += _check_experts(cfg, spec)
     if parallel.sequence_parallel and spec.hidden_size % tp:
         bad.append(f"parallel.tensor_model_parallel_size {tp} does not divide hidden_size {spec.hidden_size}")
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
@@ -49,6 +49,52 @@ def check_model(cfg: Config, spec: ModelSpec) -> list[str]:
             f"data.max_prompt_len + rollout.max_response_len = {cfg.max_model_len} exceeds the model's "
             f"{window} positions"
         )
+    return bad
+
+
+def _check_experts(cfg: Config, spec: ModelSpec) -> list[str]:
+    """The keys of experts suit the model, which has some or none."""
+    parallel = cfg.parallel
+    model = cfg.model
+    ep = parallel.expert_model_parallel_size
+    if not spec.num_experts:
+        told = {
+            "parallel.expert_model_parallel_size": ep > 1,
+            "parallel.expert_tensor_parallel_size": parallel.expert_tensor_parallel_size is not None,
+            "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff > 0,
+            "model.moe_z_loss_coeff": model.moe_z_loss_coeff is not None,
+            "model.moe_router_dtype": model.moe_router_dtype is not None,
+        }
+        return [
+            f"{key} is set, but {spec.architecture} has no experts: leave the key out"
+            for key, set_ in told.items()
+            if set_
+        ]
+    bad = []
+    sizes = (
+        ("expert_model_parallel_size", ep, "num_experts"),
+        ("expert_tensor_parallel_size", parallel.expert_tensor_size, "expert_intermediate_size"),
+    )
+    for key, size, name in sizes:
+        count = getattr(spec, name)
+        if count % size:
+            near = max(divisor for divisor in range(1, size + 1) if count % divisor == 0)
+            bad.append(f"parallel.{key} {size} does not divide the model's {name} {count} (nearest that does: {near})")
+    # Measured with Megatron-Core 0.16.1: gradients of experts are then not summed over the ranks that hold copies.
+    if ep == 1 and parallel.expert_tensor_size != parallel.tensor_model_parallel_size:
+        bad.append(
+            f"parallel.expert_tensor_parallel_size {parallel.expert_tensor_size} other than tensor_model_parallel_size "
+            f"{parallel.tensor_model_parallel_size} needs parallel.expert_model_parallel_size > 1: without it Megatron "
+            "does not sum the gradients of experts over all ranks that hold copies of them"
+        )
+    # Megatron refuses it too, in the first step: each TP rank would send the same tokens to the experts.
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        bad.append(
+            f"{spec.architecture} has experts, and parallel.tensor_model_parallel_size "
+            f"{parallel.tensor_model_parallel_size} then needs parallel.sequence_parallel=true"
+        )
+    if model.fp8:
+        bad.append(f"model.fp8 {model.fp8} cannot be had with {spec.architecture}: its experts are not built in FP8")
     return bad
 
 

@@ -12,7 +12,8 @@ torch): any rank, or a laptop, can state the layout of every other rank.
 One HF element can have several replicas: norms over tensor-parallel ranks, and the tied embedding's copy. `naming`
 "te" are Transformer Engine's names (`linear_fc1.layer_norm_weight`, `experts.linear_fc1.weight3`), "local"
 Megatron's own (`pre_mlp_layernorm.weight`, `experts.local_experts.3.linear_fc1.weight`). Expert-parallel rank
-ep_rank holds num_experts / ep whole experts, each split by tensor parallelism as a dense MLP is (Megatron's default).
+ep_rank has num_experts / ep experts, each split over `etp` expert-tensor-parallel ranks as a dense MLP is over `tp`.
+The router is whole on every rank, and a shared expert is split as a dense MLP.
 """
 
 from __future__ import annotations
@@ -178,10 +179,11 @@ def _qkv(rank: _Rank, prefix: str, kind: str) -> ParamLayout:
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
-    """The experts that one expert-parallel rank holds, and how they are called."""
+    """The experts that one expert-parallel rank holds, what it holds of each, and how they are called."""
 
     first: int
     stop: int
+    rank: _Rank
     naming: Naming
 
     def name(self, local: int, linear: str) -> str:
@@ -229,36 +231,49 @@ def _mlp(rank: _Rank, names: dict[str, str]) -> dict[str, ParamLayout]:
 
 
 def _moe(rank: _Rank, names: dict[str, str], experts: _Experts) -> dict[str, ParamLayout]:
-    """The router, whole on every rank, and this rank's experts."""
+    """The router, whole on every rank, this rank's experts, and its part of the shared one."""
     spec = rank.spec
-    params = {"mlp.router.weight": _whole(f"{names['router']}.weight", spec.num_experts, spec.hidden_size)}
+    hidden = spec.hidden_size
+    params = {"mlp.router.weight": _whole(f"{names['router']}.weight", spec.num_experts, hidden)}
     for local, expert in enumerate(range(experts.first, experts.stop)):
         gate, up, down = (names[f"expert_{role}"].format(e=expert) for role in ("gate", "up", "down"))
         size = spec.expert_intermediate_size
-        params[experts.name(local, "linear_fc1")] = _gate_up(rank, gate, up, size)
-        params[experts.name(local, "linear_fc2")] = _columns(rank, f"{down}.weight", spec.hidden_size, size)
+        params[experts.name(local, "linear_fc1")] = _gate_up(experts.rank, gate, up, size)
+        params[experts.name(local, "linear_fc2")] = _columns(experts.rank, f"{down}.weight", hidden, size)
+    if size := spec.shared_expert_intermediate_size:
+        gate, up, down = (f"{names['shared']}.{role}_proj" for role in ("gate", "up", "down"))
+        params["mlp.shared_experts.linear_fc1.weight"] = _gate_up(rank, gate, up, size)
+        params["mlp.shared_experts.linear_fc2.weight"] = _columns(rank, f"{down}.weight", hidden, size)
+        params["mlp.shared_experts.gate_weight"] = _whole(f"{names['shared_gate']}.weight", 1, hidden)
     return params
 
 
-def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1, ep: int = 1) -> None:
-    """Raise LayoutError unless the model divides evenly over these sizes."""
-    width = "expert_intermediate_size" if spec.num_experts else "intermediate_size"
+def check_parallel(spec: ModelSpec, tp: int, pp: int, vpp: int = 1, ep: int = 1, etp: int | None = None) -> None:
+    """Raise LayoutError unless the model divides evenly over these sizes; `etp` None: as `tp`."""
     # Megatron can duplicate key/value heads when `tp` exceeds them; this map does not state where the copies lie.
+    width = "shared_expert_intermediate_size" if spec.num_experts else "intermediate_size"
     for name in ("num_attention_heads", "num_key_value_heads", width):
-        size = getattr(spec, name)
-        if tp < 1 or size % tp:
-            near = max(divisor for divisor in range(1, max(1, tp) + 1) if size % divisor == 0)
-            raise LayoutError(
-                f"tensor-parallel size {tp} does not divide the model's {name} {size} (nearest that does: {near})"
-            )
+        _require_divisor("tensor-parallel size", tp, name, getattr(spec, name))
+    if spec.num_experts:
+        size = spec.expert_intermediate_size
+        _require_divisor("expert-tensor-parallel size", etp or tp, "expert_intermediate_size", size)
     if pp < 1 or vpp < 1 or spec.num_layers % (pp * vpp):
         raise LayoutError(
             f"{spec.num_layers} layers cannot be split evenly over pipeline size {pp} x virtual size {vpp} stages"
         )
     if vpp > 1 and pp == 1:
         raise LayoutError(f"virtual pipeline size {vpp} needs a pipeline size above 1")
-    if ep < 1 or (ep > 1 and (not spec.num_experts or spec.num_experts % ep)):
-        raise LayoutError(f"expert-parallel size {ep} does not divide the model's num_experts {spec.num_experts}")
+    if ep > 1 and not spec.num_experts:
+        raise LayoutError(f"expert-parallel size {ep} needs a model with experts; {spec.architecture} has none")
+    if ep != 1:
+        _require_divisor("expert-parallel size", ep, "num_experts", spec.num_experts)
+
+
+def _require_divisor(what: str, parts: int, name: str, size: int) -> None:
+    """Raise LayoutError unless `size` of the model's `name` divides by `parts`."""
+    if parts < 1 or size % parts:
+        near = max(divisor for divisor in range(1, max(1, parts) + 1) if size % divisor == 0)
+        raise LayoutError(f"{what} {parts} does not divide the model's {name} {size} (nearest that does: {near})")
 
 
 def stage_layers(spec: ModelSpec, *, pp: int, vpp: int, pp_rank: int, vp_stage: int) -> range:
@@ -281,18 +296,21 @@ def mcore_layout(
     *,
     ep: int = 1,
     ep_rank: int = 0,
+    etp: int | None = None,
+    etp_rank: int | None = None,
     naming: Naming = "local",
 ) -> dict[str, ParamLayout]:
     """Layout of one chunk of one rank, by Megatron's parameter names (layer index local to the chunk).
 
-    `vpp` is the number of chunks per pipeline rank (1 or None: no virtual stages), `divisible_by` the configuration's
-    make_vocab_size_divisible_by. Raises LayoutError when the model does not divide over the sizes, or a rank is
-    out of range.
+    `etp` and `etp_rank` None: experts are split as the other matrices are, over `tp`. `vpp` is the number of chunks per
+    pipeline rank (1 or None: no virtual stages), `divisible_by` the configuration's make_vocab_size_divisible_by.
+    Raises LayoutError when the model does not divide over the sizes, or a rank is out of range.
     """
     vpp = vpp or 1
-    check_parallel(spec, tp, pp, vpp, ep)
+    check_parallel(spec, tp, pp, vpp, ep, etp)
+    of_expert = _Rank(spec, etp or tp, tp_rank if etp_rank is None else etp_rank)
     given = (("tp_rank", tp_rank, tp), ("pp_rank", pp_rank, pp), ("vp_stage", vp_stage, vpp), ("ep_rank", ep_rank, ep))
-    for name, index, size in given:
+    for name, index, size in (*given, ("etp_rank", of_expert.tp_rank, of_expert.tp)):
         if not 0 <= index < size:
             raise LayoutError(f"{name} is {index}; expected 0 to {size - 1}")
     rank = _Rank(spec, tp, tp_rank)
@@ -302,7 +320,7 @@ def mcore_layout(
     if first:
         params["embedding.word_embeddings.weight"] = _vocab_rows(rank, EMBEDDING, divisible_by)
     held = spec.num_experts // ep
-    experts = _Experts(ep_rank * held, (ep_rank + 1) * held, naming)
+    experts = _Experts(ep_rank * held, (ep_rank + 1) * held, of_expert, naming)
     layers = stage_layers(spec, pp=pp, vpp=vpp, pp_rank=pp_rank, vp_stage=vp_stage)
     for local, hf_layer in enumerate(layers):
         for name, param in _layer(rank, hf_layer, experts).items():
@@ -327,10 +345,12 @@ def chunk_layouts(
     divisible_by: int = 128,
     ep: int = 1,
     ep_rank: int = 0,
+    etp: int | None = None,
+    etp_rank: int | None = None,
     naming: Naming = "local",
 ) -> list[dict[str, ParamLayout]]:
     """`mcore_layout` of every chunk of one rank, in the order of its virtual stages."""
-    more: dict[str, Any] = {"ep": ep, "ep_rank": ep_rank, "naming": naming}
+    more: dict[str, Any] = {"ep": ep, "ep_rank": ep_rank, "etp": etp, "etp_rank": etp_rank, "naming": naming}
     return [mcore_layout(spec, tp, pp, vpp, tp_rank, pp_rank, stage, divisible_by, **more) for stage in range(vpp or 1)]
 
 

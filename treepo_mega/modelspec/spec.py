@@ -7,7 +7,7 @@ share. It is pure data: no torch, no transformers, so a plan for 512 ranks can b
 
 Adding an architecture is one small file in `architectures/`, as long as it is a pre-norm decoder with RMSNorm, rotary
 positions, gated SiLU MLPs (dense, or experts in every layer) and grouped-query attention; its parameters are
-spelled out in `layout.py` (Megatron) and `vllm_layout.py` (vLLM).
+spelled out in `mcore_layout.py` (Megatron) and `vllm_layout.py` (vLLM).
 
 Traps: `config.json` leaves out keys that have the class default, and the default of one key differs between
 architectures (`head_dim` of Qwen3 is 128 whatever the hidden size). transformers 5 writes
@@ -56,7 +56,9 @@ _WAY_OUT = {"dual_chunk_attention_config": "; leave the key out to train with pl
 class ModelSpec:
     """A decoder: sizes, switches and rotary parameters. Sizes are counts; `head_dim` is per head.
 
-    `num_experts` 0: a dense MLP of `intermediate_size`; otherwise experts of `expert_intermediate_size` each.
+    `num_experts` 0: a dense MLP of `intermediate_size`. Otherwise every token takes `experts_per_token` of so many
+    experts of `expert_intermediate_size` each, weighed by a softmax over all experts, or with `norm_topk_prob` over its
+    own; and where `shared_expert_intermediate_size` is not 0, a gated expert of that width that all tokens share.
     `rope_type` is "default", "llama3", "linear", "yarn", ... and `rope_scaling` holds its other parameters
     (factor, low_freq_factor, ...), empty for "default". `stored_dtype` is the weights' dtype as the file names it, such
     as "bfloat16". `eos_token_ids` are those of config.json alone (`data/end_tokens.py` joins them with others).
@@ -79,7 +81,10 @@ class ModelSpec:
     rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
     max_position_embeddings: int | None = None
     num_experts: int = 0
+    experts_per_token: int = 0
     expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    shared_expert_intermediate_size: int = 0
     stored_dtype: str | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -134,9 +139,6 @@ class ModelSpec:
         if arch.head_dim is None and not config.get("head_dim") and hidden % heads:
             raise ModelSpecError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         theta, rope_type, scaling = _rope(config, where)
-        experts = (
-            next((k for k in arch.experts if config.get(k) is not None), arch.experts[0]) if arch.experts else None
-        )
         return cls(
             architecture=name,
             hidden_size=hidden,
@@ -154,11 +156,35 @@ class ModelSpec:
             rope_type=rope_type,
             rope_scaling=scaling,
             max_position_embeddings=config.get("max_position_embeddings"),
-            num_experts=_count(config, experts, where) if experts else 0,
-            expert_intermediate_size=_count(config, arch.expert_size, where) if experts else 0,
+            **_experts(config, arch, where),
             stored_dtype=config.get("dtype") or config.get("torch_dtype"),
             eos_token_ids=_token_ids(config.get("eos_token_id")),
         )
+
+
+def _experts(config: Mapping[str, Any], arch: Architecture, where: str) -> dict[str, Any]:
+    """The fields of ModelSpec that say what an MLP of experts is; none for a dense one."""
+    if not arch.experts:
+        return {}
+    key = next((name for name in arch.experts if config.get(name) is not None), arch.experts[0])
+    count = _count(config, key, where)
+    taken = _count(config, "num_experts_per_tok", where)
+    if taken > count:
+        raise ModelSpecError(f"{where}: num_experts_per_tok is {taken}; there are {count} experts ({key})")
+    normed = config.get("norm_topk_prob", False) if arch.norm_topk_prob is None else arch.norm_topk_prob
+    if taken == 1 and normed:
+        raise ModelSpecError(
+            f"{where}: num_experts_per_tok is 1 and the weights of a token's experts sum to 1: the one expert always "
+            "weighs 1, and the router would learn nothing; set norm_topk_prob to false"
+        )
+    shared = _count(config, arch.shared_expert_size, where) if arch.shared_expert_size else 0
+    return {
+        "num_experts": count,
+        "experts_per_token": taken,
+        "expert_intermediate_size": _count(config, arch.expert_size, where),
+        "norm_topk_prob": bool(normed),
+        "shared_expert_intermediate_size": shared,
+    }
 
 
 def padded_vocab(spec: ModelSpec, divisible_by: int, tp: int) -> int:

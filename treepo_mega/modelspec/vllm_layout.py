@@ -7,7 +7,7 @@ Shapes and names are those that vLLM 0.32 gives its modules before it packs or q
 - `qkv_proj` is this rank's query heads, then its key heads, then its value heads. With more ranks than key/value
   heads, each head is held by tp / heads ranks.
 - `gate_up_proj` is this rank's part of gate above its part of up; experts are stacked, `w13_weight` [E, 2 I/tp, H]
-  and `w2_weight` [E, H, I/tp], every rank holding its part of every expert.
+  and `w2_weight` [E, H, I/tp], every rank holding its part of every expert; a shared one is split as a dense MLP.
 - Embedding and output rows are those of the vocabulary padded to a multiple of 64, split evenly; rows beyond the
   true vocabulary have no block and are zero.
 - Tied embeddings: the output layer is the embedding's parameter; there is none of its own.
@@ -35,8 +35,8 @@ VOCABULARY_MULTIPLE = 64
 
 def check_engine_parallel(spec: ModelSpec, tp: int) -> None:
     """Raise LayoutError unless a vLLM engine can split the model over `tp` ranks."""
-    width = "expert_intermediate_size" if spec.num_experts else "intermediate_size"
-    for name in ("num_attention_heads", width):
+    widths = ("expert_intermediate_size", "shared_expert_intermediate_size")
+    for name in ("num_attention_heads", *(widths if spec.num_experts else ("intermediate_size",))):
         size = getattr(spec, name)
         if tp < 1 or size % tp:
             near = max(divisor for divisor in range(1, max(1, tp) + 1) if size % divisor == 0)
@@ -146,12 +146,27 @@ def _layer(spec: ModelSpec, layer: int, tp: int, tp_rank: int) -> dict[str, Para
         params[f"{attention}.k_norm.weight"] = _whole(f"{names['k_norm']}.weight", spec.head_dim)
     if spec.num_experts:
         params[f"{mlp}.gate.weight"] = _whole(f"{names['router']}.weight", spec.num_experts, hidden)
-        return params | _experts(spec, names, mlp, tp, tp_rank)
+        return params | _shared_expert(spec, names, tp, tp_rank) | _experts(spec, names, mlp, tp, tp_rank)
     start, stop = _part(spec.intermediate_size, tp, tp_rank)
     gate_up = [(f"{names[role]}.weight", start, stop) for role in ("gate", "up")]
     params[f"{mlp}.gate_up_proj.weight"] = _stacked(gate_up, ((0, hidden),))
     params[f"{mlp}.down_proj.weight"] = _columns(f"{names['down']}.weight", hidden, (start, stop))
     return params
+
+
+def _shared_expert(spec: ModelSpec, names: dict[str, str], tp: int, tp_rank: int) -> dict[str, ParamLayout]:
+    """The expert that every token passes, under the names of the files; nothing where there is none."""
+    if not spec.shared_expert_intermediate_size:
+        return {}
+    hidden = spec.hidden_size
+    start, stop = _part(spec.shared_expert_intermediate_size, tp, tp_rank)
+    short = spec.names["shared"]
+    gate_up = [(f"{names['shared']}.{role}_proj.weight", start, stop) for role in ("gate", "up")]
+    return {
+        f"{spec.names['shared_gate']}.weight": _whole(f"{names['shared_gate']}.weight", 1, hidden),
+        f"{short}.gate_up_proj.weight": _stacked(gate_up, ((0, hidden),)),
+        f"{short}.down_proj.weight": _columns(f"{names['shared']}.down_proj.weight", hidden, (start, stop)),
+    }
 
 
 def _experts(spec: ModelSpec, names: dict[str, str], mlp: str, tp: int, tp_rank: int) -> dict[str, ParamLayout]:

@@ -7,15 +7,16 @@
 A `Side` has one layout per *coordinate* and the coordinate of every rank: thousands of ranks share few layouts, and
 the planner works on coordinates. Chunks of a rank (virtual pipeline stages) are told apart by a number.
 
-Ranks are ordered as Megatron orders them (tp fastest, then cp and dp, then pp); with experts, the expert-parallel rank
-is the fastest part of dp. An engine's ranks are contiguous, as vLLM's external launcher wants them.
+Ranks are ordered as Megatron orders them (tp fastest, then cp and dp, then pp). Experts divide the ranks of a stage
+anew: expert-tensor-parallel rank fastest, then expert-parallel rank. An engine's ranks are contiguous, as vLLM's
+external launcher wants them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +51,23 @@ class Grid:
     ep: int = 1
     divisible_by: int = 128
     naming: Naming = "local"
+    etp: int | None = None
+    """Ranks that share each matrix of an expert; None: as tp."""
+
+    @property
+    def period(self) -> int:
+        """Ranks of a stage after which coordinates repeat: those that hold different parameters."""
+        return lcm(self.tp, (self.etp or self.tp) * self.ep)
 
     def replicas(self, world_size: int) -> int:
         """Data-parallel times context-parallel size. Raises LayoutError when the world does not fit."""
-        if world_size % (self.tp * self.pp * self.ep):
+        if world_size % (self.tp * self.pp):
+            raise LayoutError(f"world size {world_size} is not a multiple of TP {self.tp} x PP {self.pp}")
+        if world_size // self.pp % self.period:
+            etp = self.etp or self.tp
             raise LayoutError(
-                f"world size {world_size} is not a multiple of TP {self.tp} x PP {self.pp} x EP {self.ep}"
+                f"{world_size // self.pp} ranks of a stage (world size {world_size} / PP {self.pp}) are not a multiple "
+                f"of expert-tensor-parallel size {etp} x EP {self.ep} and of TP {self.tp}"
             )
         return world_size // (self.tp * self.pp)
 
@@ -67,6 +79,8 @@ def grid_of(cfg: Config) -> Grid:
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
         vpp=parallel.virtual_pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size,
         divisible_by=cfg.model.make_vocab_size_divisible_by,
         naming=NAMING[cfg.model.transformer_impl],
     )
@@ -85,30 +99,35 @@ class Side:
 
 
 def mcore_side(spec: ModelSpec, grid: Grid, world_size: int) -> Side:
-    """Megatron's shards; coordinate (pp_rank * ep + ep_rank) * tp + tp_rank. LayoutError for impossible sizes."""
+    """Megatron's shards; coordinate pp_rank * period + a rank's place in its stage, modulo the period.
+
+    Raises LayoutError for impossible sizes.
+    """
     replicas = grid.replicas(world_size)
+    period = grid.period
+    etp = grid.etp or grid.tp
     layouts = [
         chunk_layouts(
             spec,
             tp=grid.tp,
             pp=grid.pp,
             vpp=grid.vpp,
-            tp_rank=tp_rank,
+            tp_rank=place % grid.tp,
             pp_rank=pp_rank,
             divisible_by=grid.divisible_by,
             ep=grid.ep,
-            ep_rank=ep_rank,
+            ep_rank=place // etp % grid.ep,
+            etp=etp,
+            etp_rank=place % etp,
             naming=grid.naming,
         )
         for pp_rank in range(grid.pp)
-        for ep_rank in range(grid.ep)
-        for tp_rank in range(grid.tp)
+        for place in range(period)
     ]
     ranks = np.arange(world_size)
-    # Megatron's order of ranks: the expert-parallel rank is the fastest part of the data-parallel one.
-    stages = ranks // (grid.tp * replicas)
-    experts = ranks // grid.tp % replicas % grid.ep
-    return Side(tuple(layouts), (stages * grid.ep + experts) * grid.tp + ranks % grid.tp)
+    # Megatron's order of ranks: stages are slowest.
+    size = grid.tp * replicas
+    return Side(tuple(layouts), ranks // size * period + ranks % size % period)
 
 
 def vllm_side(spec: ModelSpec, tp: int, world_size: int) -> Side:

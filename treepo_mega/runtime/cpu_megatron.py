@@ -8,7 +8,8 @@ vLLM and transformers, which share this process. So `megatron.*` source files ar
     "cuda"                  ->  "cpu"                 "torch.cuda.FloatTensor" -> "torch.FloatTensor"
     t.cuda(...)             ->  t.cpu()               pin_memory=True          -> pin_memory=False
 
-Megatron's switch for its jit_fuser (torch.compile on every fused function) is set to off.
+Megatron's switch for its jit_fuser (torch.compile on every fused function) is set to off, and the numbers of tokens
+that ranks exchange for their experts become arrays of the host, as a copy from a device makes them.
 
 Line numbers survive, so tracebacks point into Megatron's own files. torch stays untouched. With CUDA nothing is
 rewritten: GPU runs use Megatron as shipped.
@@ -182,6 +183,11 @@ class _Retarget(ast.NodeTransformer):
         ]
 
 
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's `maybe_move_tensor_to_cpu` for tensors of the CPU, which it leaves: collectives refuse them."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _keep(cache: Path, data: bytes) -> None:
     """Write `cache` whole or not at all: ranks start together. Silent where the installation is not ours to change."""
     with contextlib.suppress(OSError):
@@ -220,6 +226,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         # A CPU uses no fusions, and decorating them would import the whole compiler into every rank.
         if module.__name__ == f"{ROOT}.core.jit":
             module.disable_jit_fuser()
+        if module.__name__ == f"{ROOT}.core.transformer.moe.moe_utils":
+            module.__dict__["maybe_move_tensor_to_cpu"] = _on_host
 
 
 def retargeted_spec(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:

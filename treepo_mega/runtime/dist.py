@@ -96,6 +96,8 @@ def initialize(cfg: Config, spec: ModelSpec | None = None) -> list[str]:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
             # Whole minutes, as Megatron takes them; `_set_deadlines` makes them exact.
             distributed_timeout_minutes=max(1, round(cfg.distributed.timeout_s / 60)),
         )

@@ -332,6 +332,7 @@ def plan_step(
     multiple: int = 1,
     count_multiple: int = 1,
     equal_lengths: bool = False,
+    on_all_ranks: bool = False,
     pair_cost: float = 0.0,
     cp_size: int = 1,
     cp_rank: int = 0,
@@ -356,6 +357,7 @@ def plan_step(
         dp_rank=dp_rank,
         multiple=multiple,
         equal_lengths=equal_lengths,
+        on_all_ranks=on_all_ranks,
         cp_size=cp_size,
         cp_rank=cp_rank,
         pad_id=pad_id,
@@ -369,6 +371,7 @@ def lay_out(
     dp_rank: int,
     multiple: int = 1,
     equal_lengths: bool = False,
+    on_all_ranks: bool = False,
     cp_size: int = 1,
     cp_rank: int = 0,
     pad_id: int = 0,
@@ -376,17 +379,18 @@ def lay_out(
     """The micro-batches that `dealt` gives `dp_rank`; only its tokens are looked at.
 
     Lengths are padded to `multiple`, and to one length for all with `equal_lengths` (Megatron's pipeline with fixed
-    buffers). Ranks with fewer micro-batches than the fullest get padding.
+    buffers; `on_all_ranks`: the same on all data-parallel ranks). Ranks with fewer micro-batches than the fullest get
+    padding.
     """
     pieces = dealt.pieces
     bins = dealt.bins(dp_rank)
     if cp_size > 1:
         multiple = math.lcm(multiple, cp_size * CHUNKS_PER_RANK)
     sizes = [int(pieces.tokens[chosen].sum()) for chosen in bins]
-    lengths = [max(1, -(-max(size, 2) // multiple)) * multiple for size in sizes]
-    if equal_lengths:
-        # The longest of this rank's packs is enough: no pipeline spans two data-parallel ranks.
-        lengths = [max(lengths)] * len(bins)
+    # Without `on_all_ranks` the longest of this rank's packs is enough: no pipeline spans two data-parallel ranks.
+    others = [dealt.bins(rank) for rank in range(len(dealt.per_rank))] if on_all_ranks else [bins]
+    longest = max(int(pieces.tokens[chosen].sum()) for of_rank in others for chosen in of_rank)
+    lengths = [-(-max(size, 2) // multiple) * multiple for size in ([longest] * len(bins) if equal_lengths else sizes)]
     packs = [_pack(batch, pieces, chosen, length, pad_id) for chosen, length in zip(bins, lengths, strict=True)]
     return StepPlan(
         packs=[own_part(pack, cp_size, cp_rank) for pack in packs],

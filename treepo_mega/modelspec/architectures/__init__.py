@@ -7,11 +7,12 @@ one, put a file here with
     ARCHITECTURE = Architecture("SomeForCausalLM", qkv_bias=True, names=LLAMA_NAMES | {"q": "attn.wq"})
 
 The family is that of pre-norm decoders with RMSNorm, rotary positions, grouped-query attention and gated SiLU MLPs,
-dense or with routed experts in every layer.
+dense or with routed experts in every layer, beside which a shared expert may see every token.
 
 Roles of `names`, each the name inside a layer without `.weight` (or `.bias`): input_norm, post_norm, q, k, v, o,
 q_norm, k_norm, and for a dense MLP gate, up, down; with experts router, and with `{e}` for the expert's number
-expert_gate, expert_up, expert_down. vLLM's own names are attention (holds qkv_proj and o_proj), mlp (holds
+expert_gate, expert_up, expert_down; with a shared expert shared, inside which gate, up and down are called gate_proj,
+up_proj and down_proj, and shared_gate. vLLM's own names are attention (holds qkv_proj and o_proj), mlp (holds
 gate_up_proj and down_proj, or the router's gate and the experts).
 """
 
@@ -40,6 +41,8 @@ LLAMA_NAMES: dict[str, str] = {
     "expert_gate": "mlp.experts.{e}.gate_proj",
     "expert_up": "mlp.experts.{e}.up_proj",
     "expert_down": "mlp.experts.{e}.down_proj",
+    "shared": "mlp.shared_expert",
+    "shared_gate": "mlp.shared_expert_gate",
     "attention": "self_attn",
     "mlp": "mlp",
 }
@@ -54,6 +57,8 @@ class Architecture:
     `head_dim`: the value when config.json does not say; None: hidden_size / num_attention_heads.
     `experts`: keys of config.json that may hold the number of experts, first found wins; empty: a dense MLP.
     `expert_size`: key of config.json with the width of one expert.
+    `norm_topk_prob`: whether the weights of a token's experts sum to 1; None: what config.json says (absent: no).
+    `shared_expert_size`: key of config.json with the width of the gated expert that every token passes; None: no such.
     `required`: keys of config.json whose value must be this one (or be absent).
     """
 
@@ -63,6 +68,8 @@ class Architecture:
     head_dim: int | None = None
     experts: tuple[str, ...] = ()
     expert_size: str = "intermediate_size"
+    norm_topk_prob: bool | None = None
+    shared_expert_size: str | None = None
     required: Mapping[str, Any] = field(default_factory=dict, hash=False)
     names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES, hash=False)
 

@@ -5,7 +5,8 @@ from treepo_mega.modelspec.architectures import LLAMA_NAMES, Architecture
 ARCHITECTURE = Architecture(
     "MixtralForCausalLM",
     experts=("num_local_experts",),
-    required={"sliding_window": None},
+    norm_topk_prob=True,
+    required={"sliding_window": None, "router_jitter_noise": 0.0},
     names=LLAMA_NAMES
     | {
         "router": "block_sparse_moe.gate",
