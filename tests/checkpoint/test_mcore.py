@@ -56,7 +56,7 @@ def test_a_checkpoint_that_is_written_while_steps_go_on_is_that_of_its_own_step(
         assert got == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["experts_ep2", "experts_tp2", "experts_pp2"])
+@pytest.mark.parametrize("layout", ["experts_ep2", "experts_tp2"])
 def test_experts_resume_in_this_and_other_layouts(results, layout):
     whole, back = results["experts"]["whole"], results["experts"][layout]
     if layout == "experts_ep2":
@@ -68,6 +68,10 @@ def test_experts_resume_in_this_and_other_layouts(results, layout):
 
 def test_a_checkpoint_with_another_number_of_experts_is_refused(results):
     assert "8 experts; the model has 4" in results["fewer_experts"]
+
+
+def test_a_training_checkpoint_with_expert_parallelism_is_refused_without(results):
+    assert "expert_model_parallel_size 2" in results["without_ep"] and "model.load" in results["without_ep"]
 
 
 def test_resume_without_the_distributed_optimizer(results):

@@ -40,7 +40,10 @@ LAYOUTS = {
     "dp2": [],
     "dp2_plain_optimizer": ["parallel.use_distributed_optimizer=false"],
     "experts_ep2": ["parallel.expert_model_parallel_size=2"],
-    "experts_tp2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    "experts_tp2": [
+        *("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
+        *("parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=1"),
+    ],
     "experts_pp2": ["parallel.pipeline_model_parallel_size=2"],
 }
 KINDS = {"hf": "llama", "experts": "qwen3_moe", "fewer": "mixtral"}
@@ -129,9 +132,9 @@ def resume(
     return out
 
 
-def refused(directory: Path, saved: str, folder: str) -> str:
-    """What loading a checkpoint of `saved` into the model of `folder` says."""
-    _, actor = begin(directory, saved, folder)
+def refused(directory: Path, saved: str, folder: str, layout: str | None = None) -> str:
+    """What loading a checkpoint of `saved` into the model of `folder` says, in `layout` or the same."""
+    _, actor = begin(directory, layout or saved, folder)
     try:
         checkpoint.load_training(directory / saved / "step_000002", actor.models, actor.optimizer, actor.scheduler)
     except checkpoint.CheckpointError as e:
@@ -189,8 +192,9 @@ def main() -> None:
         "plain_optimizer": resume(directory, "dp2_plain_optimizer", ["dp2_plain_optimizer"]),
         "before_the_first_step": {saved: resume(directory, saved, [saved], after=0) for saved in UNSTEPPED},
         "background": resume(directory, "tp2", ["tp2", "dp2"], background=BackgroundSave(60)),
-        "experts": resume(directory, "experts_ep2", ["experts_ep2", "experts_tp2", "experts_pp2"]),
+        "experts": resume(directory, "experts_ep2", ["experts_ep2", "experts_tp2"]),
         "fewer_experts": refused(directory, "experts_ep2", "fewer"),
+        "without_ep": refused(directory, "experts_ep2", "experts", "experts_pp2"),
         "skipping": {layout: skipping(directory, layout) for layout in ("tp2", "pp2", "dp2", "experts_ep2")},
     }
     if dist.is_main():

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -212,6 +213,7 @@ def load_training(
     _prepare_optimizer_for_load(optimizer)
     state = _model_state(models, metadata)
     _check_tensors(directory, manifest, state, models)
+    _check_chain(directory, manifest)
     state["optimizer"] = optimizer.sharded_state_dict(_merged(state), is_loading=True, metadata=metadata)
     loaded = dist_checkpointing.load(state, str(directory))
     for i, model in enumerate(models):
@@ -317,6 +319,7 @@ def _write_manifest(directory: Path, note: dict[str, Any], digests: dict[str, st
         "tensor_model_parallel_size": ps.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": ps.get_pipeline_model_parallel_world_size(),
         "data_parallel_size": ps.get_data_parallel_world_size(),
+        "expert_model_parallel_size": ps.get_expert_model_parallel_world_size(),
         "cuda": has_cuda(),
     }
     with atomic_file(directory / MANIFEST) as file:
@@ -386,7 +389,8 @@ def _check_tensors(
     stored = {
         name: list(tensor.global_shape)
         for name, tensor in dist_checkpointing.load_tensors_metadata(str(directory)).items()
-        if not name.startswith("optimizer.")
+        # With expert parallelism there are two optimizers, chained_0.optimizer and chained_1.optimizer.
+        if not re.match(r"(chained_\d+\.)?optimizer\.", name)
     }
     wanted: dict[str, tuple[list[int], bool]] = {}
     here = {tensor.key: (list(tensor.global_shape), tensor.allow_shape_mismatch) for tensor in _sharded(state)}
@@ -408,6 +412,19 @@ def _check_tensors(
     if extra := sorted(set(stored) - set(wanted)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{directory}: tensor {extra[0]} {stored[extra[0]]}{more} is not in the model")
+
+
+def _check_chain(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError for optimizer state of another chain of optimizers than Megatron builds here."""
+    # With expert parallelism experts have an optimizer of their own, and all state is stored under other names.
+    stored = manifest.get("layout", {}).get("expert_model_parallel_size", 1)
+    here = ps.get_expert_model_parallel_world_size()
+    if (stored > 1) != (here > 1):
+        raise CheckpointError(
+            f"{directory}: optimizer state of expert_model_parallel_size {stored} cannot be loaded with {here}: "
+            "both must be 1, or both above 1. Weights alone fit any layout: convert them (treepo-mega convert) "
+            "and start from them with model.load"
+        )
 
 
 def _check_experts(directory: Path, stored: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> None:
