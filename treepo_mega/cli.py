@@ -298,7 +298,9 @@ def _dry_run(cfg: Config, world_size: int, gpu: str | None, *, elsewhere: bool) 
         notes.append(plan.summary())
     print(dump_text(cfg), end="")
     print("---")
-    for note in [*notes, _describe_model(Path(cfg.model.hf_checkpoint))]:
+    # Job scripts read where the run is from this line.
+    place = f"run directory: {Path(cfg.logging.run_dir).absolute()}"
+    for note in [*notes, _describe_model(Path(cfg.model.hf_checkpoint)), place]:
         print(f"# {note}")
     # Only a warning: the machine that plans a run is rarely the one that runs it.
     for problem in check_environment(try_imports=False):

@@ -23,7 +23,7 @@ from treepo_mega.checkpoint.headers import (
 from treepo_mega.checkpoint.space import check_space, describe_space
 from treepo_mega.config import Config, PromptSource, check
 from treepo_mega.config.servers import missing_tokens
-from treepo_mega.config.surroundings import check_directories
+from treepo_mega.config.surroundings import check_directories, check_stop_file
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.rewards.verifiers import check_verifier
 from treepo_mega.data.rewards.weighted import check_functions
@@ -75,6 +75,7 @@ def preflight(
         problems += [] if elsewhere else check_space(cfg, spec)
         notes += describe_space(cfg, spec)
     problems += check_directories(cfg) + check_plugins(cfg) + check_sinks(cfg, starting=starting)
+    problems += check_stop_file(cfg) if starting else []
     attempt(lambda: check_verifier(cfg.data.verifier))
     problems += check_functions(cfg.reward.functions)
     (problems if starting else notes).extend(missing_tokens(cfg))

@@ -56,6 +56,7 @@ def all_steps(trainer: Trainer) -> int:
             trainer.records.add_to_log(done, trainer.timers.pop())
         if asked_to_stop and done < last:
             trainer.progress.say(f"asked to stop: saved after step {done}")
+            trainer.stop.obeyed(f"saved after step {done}")
             trainer.close("stopped, as asked")
             return STOPPED_EXIT_CODE
 

@@ -30,6 +30,7 @@ from treepo_mega.actor.perplexity import perplexity
 from treepo_mega.actor.update import TrainingDiverged
 from treepo_mega.checkpoint.export import export_hf
 from treepo_mega.config import Config
+from treepo_mega.config.surroundings import STOP_FILE
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.trial import try_rewards, verifiers_of
 from treepo_mega.errors import TreepoError
@@ -71,7 +72,7 @@ class Trainer:
         check_canary_limits(cfg)
         require_plugins(cfg)
         notes = dist.initialize(cfg, spec)
-        self.stop = StopRequest().install()
+        self.stop = StopRequest(Path(cfg.logging.run_dir) / STOP_FILE).install()
         self.startup("groups")
         self.timers = Timers(waits=dist.seconds_waited, memory=device.PeakMemory())
         self.workload = Workload(cfg, gpus=dist.world_size(), device=device.name())

@@ -6,6 +6,7 @@
 #   tests/slurm/cluster.sh on DIR HOST CMD... run a command on a host: ctl, node1, node2, ...
 #   tests/slurm/cluster.sh start DIR HOST     start a node's daemon again after `kill`
 #   tests/slurm/cluster.sh kill DIR HOST      SIGKILL everything on a node, as if its plug were pulled
+#   tests/slurm/cluster.sh ranks DIR HOST     process ids of the trainer's ranks on a node
 #   tests/slurm/cluster.sh left DIR           processes on the hosts that are not Slurm's own, one a line
 #   tests/slurm/cluster.sh down DIR           end all of it
 #
@@ -144,6 +145,17 @@ kill_host() { # kill_host HOST: until nothing is born any more
     exit 1
 }
 
+ranks() {
+    local pid
+    for pid in $(ip netns pids "$(space "$1")"); do
+        alive "$pid" || continue
+        case "$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null)" in
+        *torch.distributed.run* | *--dry-run*) ;; # the launcher, the check before it
+        *"treepo_mega.cli train "*) echo "$pid" ;;
+        esac
+    done
+}
+
 left() {
     local name pid
     for name in $(spaces); do
@@ -181,10 +193,11 @@ up) up "$@" ;;
 on) on "$@" ;;
 start) on "$1" slurmd -N "$1" ;;
 kill) kill_host "$1" ;;
+ranks) ranks "$1" ;;
 left) left ;;
 down) down ;;
 *)
-    echo "unknown command $command: up, on, start, kill, left, down" >&2
+    echo "unknown command $command: up, on, start, kill, ranks, left, down" >&2
     exit 2
     ;;
 esac

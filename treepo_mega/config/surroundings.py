@@ -14,6 +14,9 @@ from treepo_mega.modelspec.spec import ModelSpec
 if TYPE_CHECKING:
     from treepo_mega.config import Config
 
+STOP_FILE = "stop"
+"""Its name in the run directory: `touch RUN/stop` lets a run save and end (`runtime/signals.py`)."""
+
 
 def check_model(cfg: Config, spec: ModelSpec) -> list[str]:
     """Parallel sizes divide the model `spec`, and the window holds a trajectory."""
@@ -138,6 +141,12 @@ def check_directories(cfg: Config) -> list[str]:
         elif not os.access(place, os.W_OK | os.X_OK):
             bad.append(f"{key} {name!r}: {place} cannot be written to by this user")
     return bad
+
+
+def check_stop_file(cfg: Config) -> list[str]:
+    """No file asks the run to stop: it would end after one step."""
+    file = Path(cfg.logging.run_dir) / STOP_FILE
+    return [f"{file} asks this run to stop: remove the file to go on"] if file.exists() else []
 
 
 def nearest_existing(path: str | Path) -> Path:
