@@ -112,6 +112,12 @@ CHECKS = (
     Check("gpus", f"{DEVICE}::test_a_rank_without_operations_holds_up_nobody", 2, "NCCL with a rank that is silent"),
     Check(
         "gpus",
+        "tests/doctor/test_reduce.py::test_all_cards_of_this_node_sum_over_nccl",
+        2,
+        "the doctor's all-reduce, a rank a card",
+    ),
+    Check(
+        "gpus",
         f"{DEVICE}::test_two_steps_of_tp_2_into_an_engine_over_two_gpus",
         5,
         "refit over NCCL, TP_v 2 in lock-step",

@@ -7,12 +7,13 @@ import importlib
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from treepo_mega.config import Config
-from treepo_mega.doctor import meeting, node
+from treepo_mega.doctor import meeting, node, reduce
 from treepo_mega.doctor.finding import Finding, State, table
 from treepo_mega.modelspec.spec import ModelSpec
 
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="processes on this node (default: --gpus, else 1)")
     parser.add_argument("--port", type=int, help="rendezvous port; looked at on the first node")
     parser.add_argument("--meet", type=Path, metavar="DIR", help="shared directory, new for every start")
+    parser.add_argument(
+        "--all-reduce", action="store_true", help="sum a tensor over all nodes, with a rank a GPU, else one a node"
+    )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="for nodes to come (default: 120)")
 
 
@@ -38,7 +42,15 @@ def run(args: argparse.Namespace, cfg: Config, environment: Mapping[str, str] = 
     findings = examine(args, cfg, environment, first=first)
     place = args.meet or Path(cfg.logging.run_dir) / ".doctor" / _start(environment)
     hosts = [name for name in args.hosts.split(",") if name]
-    findings += meeting.meet(place, host, nodes, args.timeout, hosts)
+    met = meeting.meet(place, host, nodes, args.timeout, hosts)
+    findings += met
+    # Nodes that did not find each other would only wait here once more.
+    if args.all_reduce and not any(each.state is State.FAIL for each in met):
+        names = meeting.names(place) if nodes > 1 else [host]
+        with tempfile.TemporaryDirectory(prefix="treepo-doctor-") as alone:
+            # A node alone has met nobody, in no directory that is new.
+            shared = place if nodes > 1 else Path(alone)
+            findings += reduce.check_all_reduce(shared, host, names, args.gpus, args.timeout)
     failed = sum(each.state is State.FAIL for each in findings)
     # The first node speaks for what is fine everywhere: a thousand equal tables hide the line that matters.
     print("\n".join(table(host, findings, all_of_them=first)), flush=True)

@@ -42,18 +42,23 @@ def meet(directory: Path, host: str, nodes: int, timeout_s: float, expected: Seq
         directory.mkdir(parents=True, exist_ok=True)
         with _Listener() as listener:
             _write(directory / f"{host}.json", _about(host, listener))
-            others = _wait(directory, ".json", nodes, timeout_s)
+            others = wait_for_files(directory, ".json", nodes, timeout_s)
             if len(others) < nodes:
                 return [_missing(directory, others, nodes, timeout_s, expected)]
             findings = [*compare(others), *_reach(host, others)]
             _write(directory / f"{host}.done", {})
-            heard = _wait(directory, ".done", nodes, timeout_s)
+            heard = wait_for_files(directory, ".done", nodes, timeout_s)
             if len(heard) < nodes:
                 findings.append(_missing(directory, heard, nodes, timeout_s, expected))
             return findings
     except OSError as error:
         remedy = "logging.run_dir must be on a file system that all nodes share"
         return [Finding("shared directory", State.FAIL, f"{directory}: {error}", remedy)]
+
+
+def names(directory: Path) -> list[str]:
+    """The hosts that met in `directory`, in the same order on every node."""
+    return sorted(path.stem for path in directory.glob("*.json") if not path.name.startswith("."))
 
 
 def compare(nodes: dict[str, dict[str, Any]]) -> list[Finding]:
@@ -104,7 +109,7 @@ def _write(path: Path, about: dict[str, Any]) -> None:
         json.dump(about, file)
 
 
-def _wait(directory: Path, ending: str, nodes: int, timeout_s: float) -> dict[str, dict[str, Any]]:
+def wait_for_files(directory: Path, ending: str, nodes: int, timeout_s: float) -> dict[str, dict[str, Any]]:
     """The files of all nodes by host; fewer when time is up."""
     deadline = time.monotonic() + timeout_s
     while True:
