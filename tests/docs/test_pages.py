@@ -50,7 +50,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", [*GENERATED, "errors.md"])
 def test_a_generated_page_is_what_the_code_says(name):
     pages = {path.name: text for path, text in load_generator().pages().items()}
     page = ROOT / "docs" / name
