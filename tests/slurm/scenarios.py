@@ -137,6 +137,11 @@ class Job:
         """Process ids of its ranks, by node."""
         return {host: [int(pid) for pid in self.cluster.call("ranks", host).split()] for host in self.hosts()}
 
+    def has_ranks(self) -> bool:
+        """Whether each of its nodes has some; a job that waits has no nodes."""
+        ranks = self.ranks()
+        return bool(ranks) and all(ranks.values())
+
     def said(self, text: str) -> bool:
         """Whether its output has `text`."""
         return self.log.is_file() and text in self.log.read_text(encoding="utf-8", errors="replace")
@@ -257,7 +262,7 @@ def lose_a_node_twice(cluster: Cluster, directory: Path) -> str:
     job = Job(cluster, directory / "cancelled", LAYOUTS["TP2 x DP2"])
     bad = ""
     for attempt in range(2):
-        job.wait("its ranks", START_S, lambda: all(job.ranks().values()))
+        job.wait("its ranks", START_S, job.has_ranks)
         bad = bad or job.hosts()[-1]
         for pid in job.ranks()[bad]:
             os.kill(pid, signal.SIGKILL)
@@ -265,7 +270,7 @@ def lose_a_node_twice(cluster: Cluster, directory: Path) -> str:
     if job.field("ExcNodeList") != bad or bad in job.hosts() or not job.said(f"the next start leaves out {bad}"):
         raise Failed(f"{bad} failed twice, and the next start has {job.hosts()}\n{job.tail()}")
     say(f"{bad} is left out; the job is cancelled while it starts")
-    job.wait("its ranks", START_S, lambda: all(job.ranks().values()))
+    job.wait("its ranks", START_S, job.has_ranks)
     cluster.slurm("scancel", job.id)
     deadline = time.monotonic() + DOWN_S
     while (left := cluster.call("left")) or job.field("JobState") != "CANCELLED":

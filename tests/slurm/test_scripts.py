@@ -144,7 +144,7 @@ def save(*_):
     sys.exit(1)
 signal.signal(signal.SIGUSR1, save)
 open(os.environ["OUT"] + "/ready" + sys.argv[1], "w").close()
-print("rank", sys.argv[1], "is here", flush=True)
+os.write(1, b"rank %s is here\\n" % sys.argv[1].encode())
 stop = "runs/demo/stop"
 if os.environ["RANKS"] == "wait":
     time.sleep(60)
@@ -157,13 +157,18 @@ ranks = [subprocess.Popen([{python!r}, "-c", RANK, str(i)]) for i in range(2)]
 sys.exit(max(r.wait() for r in ranks))
 """
 
-# Slurm takes a requeued job back by killing its batch script; here the stand-in does, after a while.
+# Slurm takes a requeued job back by killing its batch script; here that happens when it has done all and waits for it.
+SLEEP = """\
+#!/bin/bash
+[[ $1 != 120 ]] || kill -KILL 0
+exec /bin/sleep "$@"
+"""
 SCONTROL = """\
 #!/bin/bash
 case "$1 $2" in
 "show hostnames") tr , '\\n' <<<"${3/node\\[1-2\\]/node1,node2}" ;;
 "show job") echo "JobId=77 Partition=gpu ExcNodeList=${EXCLUDED:-(null)} NodeList=node[1-2]" ;;
-requeue*) echo "$2" >>"$OUT/requeued"; (sleep 1; kill -KILL -- "-$PPID") & ;;
+requeue*) echo "$2" >>"$OUT/requeued" ;;
 update*) echo "$3" >>"$OUT/updated" ;;
 esac
 """
@@ -187,7 +192,13 @@ def job(tmp_path):
     for folder in ("slurm", "examples"):
         (tmp_path / folder).symlink_to(REPO / folder)
     (tmp_path / "bin").mkdir()
-    tools = {"python": LAUNCHER.format(python=sys.executable), "scontrol": SCONTROL, "srun": SRUN, "sinfo": SINFO}
+    tools = {
+        "python": LAUNCHER.format(python=sys.executable),
+        "scontrol": SCONTROL,
+        "srun": SRUN,
+        "sinfo": SINFO,
+        "sleep": SLEEP,
+    }
     for name, text in tools.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -308,6 +319,7 @@ def test_a_node_that_the_doctor_finds_unfit_is_left_out_at_once(job, tmp_path):
     out, _ = job("finish", **extra).communicate(timeout=DEADLINE)
     assert "GLOO_SOCKET_IFNAME=nowhere0: no interface nowhere0" in out
     assert "attempt 0 failed on node2: not fit, as the doctor says" in out
+    assert (tmp_path / "updated").exists(), out
     assert (tmp_path / "updated").read_text() == "ExcNodeList=node2\n"
     assert not (tmp_path / "launch").exists(), "no weights are read on an unfit node"
 
