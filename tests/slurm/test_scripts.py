@@ -140,7 +140,7 @@ def save(*_):
     sys.exit(1)
 signal.signal(signal.SIGUSR1, save)
 open(os.environ["OUT"] + "/ready" + sys.argv[1], "w").close()
-os.write(1, b"rank %s is here\\n" % sys.argv[1].encode())
+print("rank " + sys.argv[1] + " is here" + chr(10), end="", flush=True)
 stop = "runs/demo/stop"
 if os.environ["RANKS"] == "wait":
     time.sleep(60)
