@@ -2,7 +2,7 @@
 #
 #   make demo [TP=2 PP=1]   train the tiny model that ships with the project, on this machine, without a GPU
 #   make test               the test suite, without the slow lane; says what it skipped and why
-#   make test-versions PYTHON=python3.12  the part of the fast lane that another Megatron-Core could break
+#   make test-versions PYTHON=python3.12  the part of `make test` that another Megatron-Core could break
 #   make test-slow [SHARD=1/3]  the slow lane, or a part of it
 #   make test-cuda-profile  the engine's tests on the scheduler and model runner that CUDA gets, without a GPU
 #   make test-gpu [ARGS="--budget-minutes 25"]  what only a GPU can show, in order; ARGS=--list prints the plan
@@ -52,8 +52,7 @@ test: setup
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
 # What another Megatron-Core could break, for a second lane: `make test-versions PYTHON=python3.12`.
-VERSION_TESTS = tests/runtime tests/test_setup.py tests/actor tests/checkpoint tests/engine/test_engine.py \
-    tests/rollout/test_generator.py tests/e2e/test_train.py
+VERSION_TESTS = tests/runtime tests/test_setup.py tests/actor tests/checkpoint tests/engine/test_engine.py tests/e2e/test_train.py
 test-versions: setup
 	$(PYTEST) $(VERSION_TESTS) -m "not slow and not matrix" $(ARGS)
 

@@ -16,8 +16,6 @@ from treepo_mega.runtime.megatron_versions import PINS
 WORKER = Path(__file__).with_name("versions_worker.py")
 OTHER = "TREEPO_OTHER_PYTHON"
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def other_python() -> str:
