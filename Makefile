@@ -52,7 +52,7 @@ test: setup
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
 # What another Megatron-Core could break, for a second lane: `make test-versions PYTHON=python3.12`.
-VERSION_TESTS = tests/runtime tests/test_setup.py tests/actor tests/checkpoint tests/engine/test_engine.py tests/e2e/test_train.py
+VERSION_TESTS = tests/runtime/test_megatron_versions.py tests/test_setup.py tests/checkpoint/test_versions.py tests/engine/test_engine.py
 test-versions: setup
 	$(PYTEST) $(VERSION_TESTS) -m "not slow and not matrix" $(ARGS)
 
