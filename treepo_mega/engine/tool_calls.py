@@ -53,7 +53,8 @@ class ToolCallReader:
             )
         self._request = ChatCompletionRequest(messages=[{"role": "user", "content": ""}], tools=list(tools))
         # Typed loosely: a request's tools are of fewer kinds than a parser takes, and lists do not vary with them.
-        self._make: Callable[..., Any] = ToolParserManager.get_tool_parser(parser)
+        loosely: Any = ToolParserManager.get_tool_parser(parser)
+        self._make: Callable[..., Any] = loosely
         self._tokenizer = tokenizer
         try:
             made = self._make(tokenizer, self._request.tools)
