@@ -150,7 +150,8 @@ def test_what_a_rollout_costs_does_not_depend_on_what_ran_before(generator):
     counted = []
     for _ in range(2):
         generator.rollout(prompts(3), step=0)
-        counted.append({k: v for k, v in generator.counts.items() if k != "seconds"})
+        # Seconds are the machine's, and so is what is fitted to them.
+        counted.append({k: v for k, v in generator.counts.items() if k != "seconds" and not k.startswith("cost/")})
     assert counted[0] == counted[1] and counted[0]["recomputed_tokens"] >= 3 * 33
 
 
