@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.actor.test_masses import Tokens, config, flat_loss, packs_of
 from tests.properties import examples
-from tests.tree.forests import forests
+from tests.tree.forests import forests, is_sampled
 from treepo_mega.actor import passes
 from treepo_mega.actor.batch import advantages, charge_kl, lesson_of, sampled_sharing
 from treepo_mega.actor.losses import PolicyLoss
@@ -36,8 +36,9 @@ BASE = ("algo.kl_loss_coef=0", f"reward.kl_coef={COEF}", "rollout.fallback.from=
 
 
 def kl_by_definition(tree: Tree, known: Tokens) -> list[float]:
-    """One number a leaf: over the tokens of its response, one by one."""
-    return [float(sum(known.old[token] - known.ref[token] for token in tree.response(leaf))) for leaf in tree.leaves]
+    """One number a leaf: over the sampled tokens of its response, one by one."""
+    paths = [[tree.nodes[node] for node in tree.ancestry(leaf) if is_sampled(tree.nodes[node])] for leaf in tree.leaves]
+    return [float(sum(known.old[token] - known.ref[token] for node in path for token in node.tokens)) for path in paths]
 
 
 def plans_of(trees: list[Tree], known: Tokens, cfg: Config, layout: dict[str, int]) -> tuple[list, list[StepPlan]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.actor.flat_loss import aggregate, is_kept, shares, trajectory_loss
 from tests.properties import examples
-from tests.tree.forests import forests
+from tests.tree.forests import forests, is_sampled
 from treepo_mega.actor.batch import lesson_of
 from treepo_mega.actor.losses import PolicyLoss
 from treepo_mega.config import AlgoConfig, Config, load_config
@@ -108,7 +108,7 @@ def flat_loss(trees: list[Tree], values: list[np.ndarray], known: Tokens, algo: 
     losses, counts = [], []
     for tree, of_tree in zip(trees, values, strict=True):
         for index, (leaf, count) in enumerate(zip(tree.leaves, shares(tree, algo), strict=True)):
-            path = [node for node in tree.ancestry(leaf) if tree.nodes[node].parent >= 0]
+            path = [node for node in tree.ancestry(leaf) if is_sampled(tree.nodes[node])]
             owner = [node for node in path for _ in tree.nodes[node].tokens]
             ids = [token for node in path for token in tree.nodes[node].tokens]
             per_node = algo.advantage_estimator == "segment"

@@ -7,7 +7,7 @@ import random
 
 from hypothesis import strategies as st
 
-from treepo_mega.tree.node import ROOT, Tree
+from treepo_mega.tree.node import ROOT, Node, Tree
 
 
 def grow(
@@ -62,6 +62,11 @@ def forests(draw, max_trees: int = 4, max_nodes: int = 14, max_segment: int = 6)
             gone = rng.randrange(len(tree.leaves))
             del tree.leaves[gone], tree.rewards[gone]
     return trees
+
+
+def is_sampled(node: Node) -> bool:
+    """Whether the policy sampled it: neither the prompt nor an observation."""
+    return node.parent >= 0 and not node.observation
 
 
 def full_path(tree: Tree, leaf: int) -> list[int]:
