@@ -9,7 +9,8 @@ vLLM and transformers, which share this process. So `megatron.*` source files ar
     t.cuda(...)             ->  t.cpu()               pin_memory=True          -> pin_memory=False
 
 Megatron's switch for its jit_fuser (torch.compile on every fused function) is set to off, and the numbers of tokens
-that ranks exchange for their experts become arrays of the host, as a copy from a device makes them.
+that ranks exchange for their experts become arrays of the host, as a copy from a device makes them. Parts of
+different lengths go over gloo padded (`cpu_collectives.py`).
 
 Line numbers survive, so tracebacks point into Megatron's own files. torch stays untouched. With CUDA nothing is
 rewritten: GPU runs use Megatron as shipped.
@@ -37,6 +38,7 @@ from typing import Any
 import torch
 
 from treepo_mega.errors import TreepoError
+from treepo_mega.runtime import cpu_collectives
 from treepo_mega.runtime.device import has_cuda
 
 STAND_IN = "__treepo_cuda__"
@@ -228,6 +230,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
             module.disable_jit_fuser()
         if module.__name__ == f"{ROOT}.core.transformer.moe.moe_utils":
             module.__dict__["maybe_move_tensor_to_cpu"] = _on_host
+        if module.__name__ == f"{ROOT}.core.tensor_parallel.mappings":
+            cpu_collectives.take_over(module)
 
 
 def retargeted_spec(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
