@@ -17,8 +17,9 @@ from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.engine.engine import Engine
 from treepo_mega.rollout.dealing import LocalQueue
-from treepo_mega.rollout.generator import GenerationTimeout, Generator
+from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.idleness import Occupancy
+from treepo_mega.rollout.in_flight import GenerationTimeout
 from treepo_mega.rollout.jobs import Grown, Job, PromptError
 from treepo_mega.tree.node import Tree
 

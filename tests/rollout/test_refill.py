@@ -37,8 +37,8 @@ from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.dealing import DEADLINE_STEPS, Queue, SharedQueue, deal_by_cost
-from treepo_mega.rollout.generator import GenerationTimeout
 from treepo_mega.rollout.grading import Grading, Row
+from treepo_mega.rollout.in_flight import GenerationTimeout
 from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.refill import RefillRule, Supply
 from treepo_mega.rollout.shaping import reward_leaves
