@@ -21,7 +21,8 @@ from treepo_mega.config.everyday import EVERYDAY
 from treepo_mega.monitor.registry import known_names
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+# Those for other schedulers are jobs, not configurations.
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "cluster")
 RECIPES = [path for path in EXAMPLES if path.parent.name == "recipes"]
 DRY_RUN = re.compile(r"^#   treepo-mega train (\S+) --dry-run --world-size (\d+)$", re.MULTILINE)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from treepo_mega.runtime.device import select, wait_for
 from treepo_mega.runtime.files import atomic_file
 
 REPEATS = 5
@@ -49,10 +50,10 @@ def all_reduce(count: int, rank: int, world: int, device: torch.device) -> tuple
     wrong = 0
     for _ in range(REPEATS + 1):
         mine = base * (rank + 1)
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
         dist.all_reduce(mine)
-        _wait_for(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
         wrong += int((mine != base * (world * (world + 1) // 2)).sum())
     # The first one opens the connections.
@@ -64,7 +65,7 @@ def ping(peer: int, count: int, device: torch.device, *, first: bool) -> float:
     mine = pattern(count, device)
     seconds = []
     for _ in range(2):
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
         if first:
             dist.send(mine, peer)
@@ -72,14 +73,9 @@ def ping(peer: int, count: int, device: torch.device, *, first: bool) -> float:
         else:
             dist.recv(mine, peer)
             dist.send(mine, peer)
-        _wait_for(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     return seconds[-1]
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _store(directory: Path, host: str, rank: int, world: int, timeout: timedelta) -> dist.Store:
@@ -117,8 +113,7 @@ def main() -> None:
     world = len(hosts) * args.local_world
     timeout = timedelta(seconds=args.timeout)
     device = torch.device("cuda", args.local_rank) if args.backend == "nccl" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    select(device)
 
     print("joining the other ranks", flush=True)
     store = _store(args.directory, args.host, rank, world, timeout)

@@ -48,6 +48,18 @@ def bind() -> torch.device:
     return device()
 
 
+def select(chosen: torch.device) -> None:
+    """Make a GPU current that is not this rank's by `LOCAL_RANK`; a CPU always is."""
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+
+
+def wait_for(chosen: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if chosen.type == "cuda":
+        torch.cuda.synchronize(chosen)
+
+
 def free_memory_bytes() -> int:
     """Memory of the device that nobody has: as CUDA counts it; 0 on the CPU, where host memory is everyone's."""
     return torch.cuda.mem_get_info(device())[0] if has_cuda() else 0

@@ -296,6 +296,10 @@ class Tree:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` is its inverse."""
         entries = {**_entries(self), "nodes": [_entries(node) for node in self.nodes]}
+        # Nearly all nodes are sampled; text for each of them would outweigh short segments.
+        for node in entries["nodes"]:
+            if not node["observation"]:
+                del node["observation"]
         # Where it is sampled and kept is no part of what a tree is.
         del entries["alike"], entries["home"]
         return entries
