@@ -25,7 +25,7 @@ RECIPE = [
     "rollout.rollout_batch_size=2",
     "rollout.n_samples_per_prompt=6",
     "rollout.max_response_len=56",
-    "rollout.dynamic_sampling=false",
+    *("rollout.dynamic_sampling=false", "rollout.oversample=1", "rollout.surplus=drop"),
     *("rollout.leaves=adaptive", "rollout.first_leaves=2", "rollout.branching.look_alikes=cut"),
     "train.num_rollouts=2",
     "train.num_steps_per_rollout=1",

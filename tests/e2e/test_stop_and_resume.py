@@ -36,7 +36,7 @@ def command(run_dir: Path) -> list[str]:
             "rollout.partial_rollout=24",
             *("rollout.branching.at=fork", "rollout.branching.fork.draw=other", "rollout.branching.fork.waves=2"),
             *("rollout.segment.length=12", "rollout.segment.end=[';']", "rollout.branching.initial=[2,2]"),
-            *("rollout.leaves=adaptive", "rollout.first_leaves=4"),
+            *("rollout.leaves=adaptive", "rollout.first_leaves=4", "rollout.surplus=drop"),
             "train.prefix_sharing=tree",
             "algo.kl_loss_coef=0.05",
             "train.ppo_epochs=2",

@@ -221,6 +221,6 @@ CASES = (
         "`rollout.surplus=carry` without oversampling",
         "rollout.surplus carry needs rollout.oversample above 1",
         "Leave the key out, or let more prompts begin than a step wants: only then is something left over.",
-        config("rollout.surplus=carry"),
+        config("rollout.surplus=carry", "rollout.oversample=1"),
     ),
 )

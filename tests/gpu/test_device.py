@@ -115,7 +115,8 @@ def trained(directory: Path, ranks: int, *overrides: str) -> dict[int, dict[str,
     """Metrics by step of two training steps in bf16 on `ranks` devices."""
     recipe = (
         *("model.params_dtype=bf16", "rollout.rollout_batch_size=4", "rollout.n_samples_per_prompt=8"),
-        *("rollout.dynamic_sampling=false", "train.num_rollouts=2", "train.num_steps_per_rollout=1"),
+        *("rollout.dynamic_sampling=false", "rollout.oversample=1", "rollout.surplus=drop"),
+        *("train.num_rollouts=2", "train.num_steps_per_rollout=1"),
         *("train.lr_warmup_iters=0", "eval.at_start=false", "eval.at_end=false", "checkpoint.save_hf=false"),
         *("checkpoint.save_interval=1", "logging.tensorboard=false", f"logging.run_dir={directory}"),
     )

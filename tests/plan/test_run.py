@@ -178,7 +178,7 @@ def test_a_calibrated_plan_gives_back_what_was_measured():
 
 def test_a_run_tells_what_a_step_costs_from_what_its_tokens_cost():
     """Calibrated by a run of 16 prompts, of which the costs are known: what 48 prompts and two ranks take."""
-    cfg = load_config("examples/tiny_cpu.yaml", ["rollout.dynamic_sampling=false"])
+    cfg = load_config("examples/tiny_cpu.yaml", ["rollout.dynamic_sampling=false", "rollout.oversample=1"])
     spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
     cluster = Cluster(gpu_of("CPU"), 8, Rates())
     _, rows = rows_of(cfg, spec, cluster, 1)

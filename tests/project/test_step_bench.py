@@ -27,11 +27,11 @@ def row(seconds: float, **more: float) -> dict[str, float]:
 def test_ratios_compare_rollouts_of_one_release_and_steps_of_two(step: ModuleType):
     waits = {"rollout/engine_grader_wait_share": 0.5}
     rows = {"tree": row(2.0, **waits), "flat": row(4.0), "tree before": row(5.0)}
-    rows |= {"tree carry": row(1.0), "flat carry": row(2.0)}
+    rows |= {"tree exact": row(1.0), "flat exact": row(2.0)}
     modes = {name: step.mean_of([step.of_step(found, rounds="before" in name)]) for name, found in rows.items()}
     found = step.verdict(modes, "abc")
     assert (found["ratio_tree_over_flat"], found["ratio_now_over_before"]) == (0.5, 0.4)
-    assert (found["ratio_carry_over_flat_carry"], found["ratio_carry_over_before"]) == (0.5, 0.2)
+    assert (found["ratio_exact_over_flat_exact"], found["ratio_exact_over_before"]) == (0.5, 0.2)
     assert modes["tree"]["idle_share"] == pytest.approx((0.5 * 0.6 + 0.1) / 0.7, abs=1e-4)
     assert modes["tree"]["train_s"] == pytest.approx(0.6)
     assert (modes["tree before"]["refill_rounds"], modes["tree before"]["prompts_replaced"]) == (8, None)

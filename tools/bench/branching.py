@@ -147,7 +147,7 @@ def compare(args: argparse.Namespace, cfg: Config, hf: Path) -> dict[str, Any]:
     generator = Generator(Engine(hf, cfg), cfg, tokenizer)
     leaves = cfg.rollout.n_samples_per_prompt
     # All prompts are looked at, not only those that would be trained on.
-    whole = {"dynamic_sampling": False}
+    whole = {"dynamic_sampling": False, "oversample": 1.0, "surplus": "drop"}
     chosen = {name: keys for name, keys in rules(leaves).items() if name in {*args.rules, *COMPARED_WITH}}
     best: dict[str, dict[str, float]] = {}
     with RewardPool(cfg.reward) as pool:

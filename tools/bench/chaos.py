@@ -56,6 +56,7 @@ RECIPE = [
     "rollout.rollout_batch_size=4",
     "rollout.n_samples_per_prompt=4",
     "rollout.partial_rollout=24",
+    *("rollout.oversample=1", "rollout.surplus=drop"),
     "train.prefix_sharing=tree",
     "train.num_steps_per_rollout=1",
     "train.lr_warmup_iters=0",

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = [
     "rollout.rollout_batch_size=8",
     "rollout.n_samples_per_prompt=8",
+    # A step begins exactly its batch: what it samples then says what it trains.
+    "rollout.oversample=1",
+    "rollout.surplus=drop",
     "train.num_steps_per_rollout=1",
     "train.lr_warmup_iters=0",
     "train.max_tokens_per_gpu=1024",

@@ -40,6 +40,7 @@ RECIPE = [
     "rollout.rollout_batch_size=2",
     "rollout.n_samples_per_prompt=4",
     "rollout.max_refills=0",
+    *("rollout.oversample=1", "rollout.surplus=drop"),
     "train.num_steps_per_rollout=1",
     "train.max_tokens_per_gpu=512",
     "data.train=[{path: 'examples/tiny_reasoner/train.jsonl@[0:512]'}]",

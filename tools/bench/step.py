@@ -5,10 +5,10 @@
 Short runs of the demo's recipe (examples/tiny_cpu.yaml), each a process of one rank with one thread, on seed after
 seed. The modes alternate, so that what else the machine does meets them alike:
 
-    tree          the recipe as it is
+    tree          the recipe as it is: half more prompts in flight than a step trains, what is left over trains later
     flat          rollout.mode sequential, the same number of trajectories
-    tree carry    rollout.oversample 1.5 and rollout.surplus carry: more in flight, and what is left over trains later
-    flat carry    the same of independent samples
+    tree exact    rollout.oversample 1 and rollout.surplus drop: a step begins exactly its batch
+    flat exact    the same of independent samples
     tree before   the recipe and the code of --before, in a git worktree of its own that is removed afterwards
 
 The default of --before is the last commit whose step sampled, waited, graded and sampled replacements in rounds, and
@@ -22,8 +22,8 @@ Last line, JSON: {"modes": [{"name", "rollout_s" (CPU seconds of sampling, gradi
 the step), "step_s", "rollout_wall_s", "step_wall_s", "tokens_forwarded" (by the engine), "refill_rounds" (generation
 rounds after the first), "prompts_replaced" (null before: it counted rounds), "prompts_trained", "engine_steps",
 "running_mean", "idle_share" (of sampling and grading, wall: the engine had nothing to sample)}], "ratio_tree_over_flat"
-(rollout_s), "ratio_now_over_before" (step_s of tree), "ratio_carry_over_flat_carry" and "ratio_carry_over_before" (the
-same of tree carry), all of them with "_wall", "token_ratio" (tokens_forwarded, tree over flat), "planned" (engine steps
+(rollout_s), "ratio_now_over_before" (step_s of tree), "ratio_exact_over_flat_exact" and "ratio_exact_over_before" (the
+same of tree exact), all of them with "_wall", "token_ratio" (tokens_forwarded, tree over flat), "planned" (engine steps
 with rounds and with refill, by count: see `planned`), "before" (the commit), "targets", "met"}. --quick: one repeat of
 three steps. Progress goes to stderr.
 """
@@ -57,13 +57,13 @@ SHARED = [
     "logging.progress=false",
 ]
 """What is no part of a step is off. Both commits have these keys."""
-CARRY = ["rollout.oversample=1.5", "rollout.surplus=carry"]
+EXACT = ["rollout.oversample=1", "rollout.surplus=drop"]
 MODES = {
     "tree": [],
     "flat": ["rollout.mode=sequential"],
     "tree before": [],
-    "tree carry": CARRY,
-    "flat carry": ["rollout.mode=sequential", *CARRY],
+    "tree exact": EXACT,
+    "flat exact": ["rollout.mode=sequential", *EXACT],
 }
 TARGETS = {"ratio_tree_over_flat": 0.75, "ratio_now_over_before": 0.60, "idle_share": 0.10}
 Row = dict[str, Any]
@@ -138,9 +138,9 @@ def verdict(modes: dict[str, Row], before: str) -> Row:
         name = end.removesuffix("_s")
         out[f"ratio_tree_over_flat{name}"] = round(tree[f"rollout{end}"] / flat[f"rollout{end}"], 4)
         out[f"ratio_now_over_before{name}"] = round(tree[f"step{end}"] / old[f"step{end}"], 4)
-        carry, flat_carry = modes["tree carry"], modes["flat carry"]
-        out[f"ratio_carry_over_flat_carry{name}"] = round(carry[f"rollout{end}"] / flat_carry[f"rollout{end}"], 4)
-        out[f"ratio_carry_over_before{name}"] = round(carry[f"step{end}"] / old[f"step{end}"], 4)
+        exact, flat_exact = modes["tree exact"], modes["flat exact"]
+        out[f"ratio_exact_over_flat_exact{name}"] = round(exact[f"rollout{end}"] / flat_exact[f"rollout{end}"], 4)
+        out[f"ratio_exact_over_before{name}"] = round(exact[f"step{end}"] / old[f"step{end}"], 4)
     out["token_ratio"] = round(tree["tokens_forwarded"] / flat["tokens_forwarded"], 4)
     found = out | {"idle_share": tree["idle_share"]}
     met = {name: found[name] <= target for name, target in TARGETS.items()}
