@@ -149,7 +149,7 @@ class Trainer:
 
     def plan(self, forest: Forest) -> tuple[list[StepPlan], dict[str, float]]:
         """Advantages, mini-batches and packs of this rank; and where in the path credit falls."""
-        plans, metrics = plan_rollout(forest.trees, self.cfg, self.actor.spec)
+        plans, metrics = plan_rollout(forest.trees, self.cfg, self.actor.spec, version=self.running - 1)
         self.workload.add(STEP, self.actor.spec, work_of(plans))
         return plans, metrics
 

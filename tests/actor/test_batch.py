@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from treepo_mega.actor.batch import _thinned, advantages, lesson_of, pair_cost
+from treepo_mega.actor.batch import _mark_fresh, _thinned, advantages, lesson_of, pair_cost
 from treepo_mega.config import Config, ConfigError, check, load_config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.tree.descent import leaf_counts
+from treepo_mega.tree.merge import merge
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.node_advantage import node_advantages
+from treepo_mega.tree.pack import Batch, plan_step
 from treepo_mega.tree.segments import Segments
 
 
@@ -265,3 +269,34 @@ def test_a_choice_of_leaves_teaches_what_all_teach_on_average():
         assert lesson.counts is fewer.counts and sum(len(tree.leaves) for tree in fewer.trees) in (2, 3)
         sums.append(sum(c * v for c, v in zip(fewer.counts, np.concatenate(fewer.values), strict=True) if v > 0))
     assert np.mean(sums) == pytest.approx(want, abs=4 * np.std(sums) / len(sums) ** 0.5)
+
+
+@pytest.mark.parametrize("sharing", ["tree", "prompt", "content"])
+def test_packs_say_which_rows_the_weights_of_the_step_sampled(sharing):
+    old, new = forest()
+    for number, node in enumerate(old.nodes[1:]):
+        # Each segment has a token of its own, by which its rows are found again.
+        node.tokens = [10 + number] * len(node.tokens)
+    for tree, version in ((old, 3), (new, 4)):
+        for node in tree.nodes[1:]:
+            node.policy_version = version
+    # It was carried over: its last leaf is of this step.
+    old.nodes[3].policy_version = 4
+    trees = [old, new]
+    segments = Segments.from_trees(trees, [0, 1], "prompt" if sharing == "prompt" else "tree")
+    lesson = lesson_of(segments, advantages(trees, config()), trees, config())
+    if sharing == "content":
+        lesson = replace(lesson, merged=merge(segments))
+    plan = plan_step(Batch(lesson.laid_out, lesson.row_credit()), dp_size=1, dp_rank=0, max_tokens=64)
+    plan.lesson = lesson
+    _mark_fresh(plan, trees, 4)
+    for pack in plan.packs:
+        assert pack.fresh is not None
+        assert set(pack.target[pack.fresh].tolist()) == {3, 12}
+        assert set(np.delete(pack.target, pack.fresh).tolist()) == {10, 11}
+    for tree in trees:
+        for node in tree.nodes[1:]:
+            node.policy_version = 4
+    plan.packs[0].fresh = None
+    _mark_fresh(plan, trees, 4)
+    assert plan.packs[0].fresh is None, "all rows are"

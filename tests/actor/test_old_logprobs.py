@@ -146,3 +146,20 @@ def test_a_missing_pass_is_no_kl_of_nothing():
     pack.ref_logprobs = np.full(len(pack.target), -1.0)
     with pytest.raises(ValueError, match="old or reference logprobs alone"):
         gather_kl([pack], 6)
+
+
+def test_rows_that_other_weights_sampled_are_not_compared():
+    """Of a tree that waited for a step, the distance is the policy's way and not the engine's error."""
+    (pack,) = plan(0).packs
+    logp = torch.full((len(pack.target),), -1.0, dtype=torch.float64)
+    pack.old_logprobs = np.full(len(pack.target), -2.0)
+    pack.fresh = np.array([0, 3, 5])
+    _, stats = loss_of(pack, logp)
+    apart = np.abs(-2.0 - pack.rollout_logprobs)[[0, 3, 5]]
+    assert float(stats.sums["mismatch_rows"]) == 3
+    assert float(stats.sums["mismatch"]) == pytest.approx(apart.sum())
+    assert float(stats.maxima["max_mismatch"]) == pytest.approx(apart.max())
+    assert float(stats.sums["mismatch_pairs"]) == pack.count[[0, 3, 5]].sum()
+    pack.fresh = np.zeros(0, np.int64)
+    _, stats = loss_of(pack, logp)
+    assert float(stats.sums["mismatch_rows"]) == float(stats.maxima["max_mismatch"]) == 0

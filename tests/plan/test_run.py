@@ -212,7 +212,15 @@ def test_a_run_tells_what_a_step_costs_from_what_its_tokens_cost():
 def test_prompts_without_signal_begin_again_in_waves():
     cfg, _ = recipe("rollout.rollout_batch_size=64", "rollout.max_refills=9")
     assert list(waves(cfg, 1.0)) == [64]
-    assert list(waves(cfg, 0.5)) == [64, 32, 16, 8, 4, 2, 1]
+    # A wave of less than one prompt is the probability of one.
+    assert list(waves(cfg, 0.5)) == [64 / 2**number for number in range(11)]
     # No more prompts begin than the refills allow.
     assert sum(waves(cfg.replace({"rollout.max_refills": 1}), 0.25)) == 128
-    assert list(waves(cfg.replace({"rollout.oversample": 2.0}), 0.5)) == [128]
+    more = cfg.replace({"rollout.oversample": 2.0})
+    assert list(waves(more, 0.5)) == [128]
+    # What replaces a prompt is one prompt.
+    assert list(waves(more, 0.25))[:2] == [128, 32]
+    assert list(waves(more.replace({"rollout.dynamic_sampling": False}), 0.5)) == [128]
+    # Trees that are left over train later: in the mean as many begin as are needed.
+    carry = more.replace({"rollout.surplus": "carry"})
+    assert list(waves(carry, 0.8)) == [80] and list(waves(carry, 0.25))[:2] == [128, 32]

@@ -191,9 +191,14 @@ def sampled_sharing(cfg: Config) -> Sharing:
     return "tree" if sharing == "content" else sharing
 
 
-def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[StepPlan], dict[str, float]]:
+def plan_rollout(
+    trees: list[Tree], cfg: Config, spec: ModelSpec, version: int | None = None
+) -> tuple[list[StepPlan], dict[str, float]]:
     """The optimizer steps of this rollout of the model `spec` for this rank, those without trajectories left out; and
-    metrics of credit and of tokens. Writes `advantages` into the trees. Collective over all ranks."""
+    metrics of credit and of tokens. Writes `advantages` into the trees. Collective over all ranks.
+
+    `version`: the step whose weights the actor has; packs then say which rows were sampled with them.
+    """
     values = _agreed_advantages(trees, cfg)
     cost = pair_cost(spec)
     drafts: list[Draft] = []
@@ -222,8 +227,23 @@ def plan_rollout(trees: list[Tree], cfg: Config, spec: ModelSpec) -> tuple[list[
         replace(lay_out_batch(batch, draft.dealt, cfg), lesson=lesson)
         for batch, draft, lesson in zip(batches, drafts, lessons, strict=True)
     ]
+    if version is not None:
+        for plan, draft in zip(plans, drafts, strict=True):
+            _mark_fresh(plan, draft.trees, version)
     chosen_leaves = float(sum(len(lesson.segments.leaf_number) for lesson in lessons))
     return plans, _credit_metrics(depth) | _tokens(plans) | {"tree/leaves_chosen": chosen_leaves}
+
+
+def _mark_fresh(plan: StepPlan, trees: list[Tree], version: int) -> None:
+    """Tell the packs of a plan of `trees` which rows the weights of the step `version` sampled."""
+    assert plan.lesson is not None, "plan_rollout gives every plan its lesson"
+    # Prompts are sampled by nobody, and have no rows.
+    is_fresh = np.array([node.parent < 0 or node.policy_version == version for tree in trees for node in tree.nodes])
+    if is_fresh.all():
+        return
+    of_segment = is_fresh[plan.lesson.laid_out.node]
+    for pack in plan.packs:
+        pack.fresh = np.flatnonzero(of_segment[pack.segment])
 
 
 def _thinned(trees: list[Tree], prompts: list[int], values: list[Floats], cfg: Config) -> Thinned:

@@ -79,7 +79,10 @@ class PolicyLoss:
         actor = old if self.algo.old_logprobs != "rollout" else logp
         # With the engine's own as old ones, only the first forward pass knows the actor's.
         known = self.algo.old_logprobs != "rollout" or pack.on_policy
-        compared = slice(None if known else 0)
+        compared: slice | Tensor = slice(None if known else 0)
+        if known and pack.fresh is not None:
+            # Places and not a mask: a device need not be asked how many there are.
+            compared = on_device(pack.fresh)
         actor, engine, count = actor[compared], terms["rollout_logprobs"][compared], terms["count"][compared]
         apart = (actor - engine).abs()
         zero = logp.new_zeros(())

@@ -126,8 +126,13 @@ _ROLLOUT = (
     Metric("rollout/surplus_trained", "count", "0 without rollout.surplus carry", "trees left over by earlier steps"),
     Metric("rollout/prompts_settled", "count", "0 under leaves fixed", "prompts lost after a handful of leaves"),
     Metric("rollout/tokens_saved", "tokens", "0 under leaves fixed", "what their other leaves would have cost, about"),
-    Metric("rollout/logprob_abs_diff_mean", "nats", "below 1e-4 in fp32, 1e-2 in bf16", "mean |engine - actor| logp"),
-    Metric("rollout/logprob_abs_diff_max", "nats", "below 1e-3 in fp32, 1 in bf16", "largest |engine - actor| logp"),
+    Metric(
+        "rollout/logprob_abs_diff_mean",
+        "nats",
+        "below 1e-4 in fp32, 1e-2 in bf16",
+        "mean |engine - actor| logp of what the weights of this step sampled",
+    ),
+    Metric("rollout/logprob_abs_diff_max", "nats", "below 1e-3 in fp32, 1 in bf16", "the largest of them"),
     Metric("rollout/is_weight_mean", "ratio", "near 1; absent by token", "mean importance weight of the trajectories"),
     Metric(
         "rollout/is_ratio_{min,max}",

@@ -188,12 +188,13 @@ def _lengths(at: _Measured, mean: Mean, tail: tuple[float, ...]) -> Lengths:
     trained = mean("rollout/prompts_trained")
     older = mean("rollout/surplus_trained", 0.0)
     fresh = max(1.0, trained - older)
-    seen = fresh + mean("rollout/prompts_surplus", 0.0) + mean("rollout/prompts_dropped_zero_std")
+    signal = fresh + mean("rollout/prompts_surplus", 0.0)
+    seen = signal + mean("rollout/prompts_dropped_zero_std")
     found = Lengths(
         min(float(cfg.rollout.max_response_len), max(1.0, mean("rollout/response_len_mean"))),
         max(1.0, mean("tree/prompt_tokens") / seen),
         _spread(mean),
-        max(1e-3, fresh / seen),
+        max(1e-3, signal / seen),
         source="measured",
         tail=tail,
     )

@@ -26,6 +26,9 @@ from treepo_mega.plan.lengths import Lengths
 from treepo_mega.plan.timing import GB, Cluster
 from treepo_mega.plan.work import TreeShape, batches
 
+LEAST_WAVE = 0.05
+"""Prompts below which a wave is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -100,15 +103,22 @@ class RolloutLoad:
 
 
 def waves(cfg: Config, kept: float) -> Iterator[float]:
-    """Prompts that begin together: the batch, then those that replace what had no signal, and so on."""
+    """Expected prompts that begin together: a step's first, those that replace what had no signal, and so on.
+
+    Below 1: the probability that one begins. Where what is left over trains later (rollout.surplus), a step begins no
+    more than it trains in the mean.
+    """
     rollout = cfg.rollout
     missing = float(rollout.rollout_batch_size)
-    left = (1 + rollout.max_refills) * missing
-    while missing >= 1 and left > 0:
-        begun = min(left, missing * max(1.0, rollout.oversample))
+    begun = missing * rollout.oversample
+    left = begun * (1 + rollout.max_refills) if rollout.dynamic_sampling else begun
+    if rollout.surplus == "carry":
+        begun = min(begun, missing / kept)
+    while begun >= LEAST_WAVE:
         yield begun
         left -= begun
         missing -= kept * begun
+        begun = min(left, missing)
 
 
 def rollout_load(
@@ -119,12 +129,13 @@ def rollout_load(
     engines = layout.world / layout.tp_v
     steps = decode = begun = 0.0
     for wave in waves(cfg, lengths.kept):
-        trees = wave / engines
-        begun += trees
+        begun += wave / engines
+        # A rollout ends with its last engine, which has a tree as long as there is one.
+        trees = max(1.0, wave / engines)
         for index, paths in enumerate(shape.paths):
             running = lengths.sampled * trees * paths
             # Below one path the stretch is only reached in some of the steps.
-            often = min(1.0, running) * shape.stretch * lengths.steps
+            often = min(1.0, wave) * min(1.0, running) * shape.stretch * lengths.steps
             context = shape.prompt + (index + 0.5) * shape.stretch
             for batch in batches(max(1.0, running), engine.most_running):
                 steps += often

@@ -37,7 +37,7 @@ class Lengths:
     spread: float
     """Standard deviation of the logarithm of a response's length."""
     kept: float
-    """Share of sampled prompts that are trained on."""
+    """Share of sampled prompts whose rewards differ."""
     sampled: float = 1.0
     trained: float = 1.0
     steps: float = 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from treepo_mega.config import Config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE
-from treepo_mega.plan.engine import Engine, rollout_load
+from treepo_mega.plan.engine import Engine, rollout_load, waves
 from treepo_mega.plan.layout import Held, Layout
 from treepo_mega.plan.lengths import Lengths
 from treepo_mega.plan.timing import (
@@ -58,7 +58,7 @@ def phase_seconds(
     passes, steps = update_seconds(cfg, spec, layout, cluster, work, held)
     times = dict.fromkeys(PHASES, 0.0)
     times["rollout"] = load.seconds
-    times["reward"] = rates.reward_s * cfg.rollout.rollout_batch_size * shape.leaves / lengths.kept
+    times["reward"] = rates.reward_s * shape.leaves * sum(waves(cfg, lengths.kept))
     times["old_logprobs"] = old_share(cfg) * forward
     times["ref_logprobs"] = forward if cfg.needs_reference else 0.0
     times["update"] = passes + steps + cfg.train.ppo_epochs * (of_passes + steps_a_rollout * rates.pass_s)
