@@ -293,7 +293,7 @@ def test_packs_say_which_rows_the_weights_of_the_step_sampled(sharing):
     for pack in plan.packs:
         assert pack.fresh is not None
         assert set(pack.target[pack.fresh].tolist()) == {3, 12}
-        assert set(np.delete(pack.target, pack.fresh).tolist()) == {10, 11}
+        assert set(pack.target[~pack.fresh].tolist()) == {10, 11}
     for tree in trees:
         for node in tree.nodes[1:]:
             node.policy_version = 4

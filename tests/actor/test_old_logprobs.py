@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from treepo_mega.actor.forward import rows_of
 from treepo_mega.actor.losses import LossError, PolicyLoss
 from treepo_mega.actor.passes import first_forward_suffices, optimizer_steps, provide_old_logprobs
 from treepo_mega.config import Config, ConfigError, check, load_config
@@ -153,13 +154,17 @@ def test_rows_that_other_weights_sampled_are_not_compared():
     (pack,) = plan(0).packs
     logp = torch.full((len(pack.target),), -1.0, dtype=torch.float64)
     pack.old_logprobs = np.full(len(pack.target), -2.0)
-    pack.fresh = np.array([0, 3, 5])
+    pack.fresh = np.isin(np.arange(len(pack.target)), [0, 3, 5])
     _, stats = loss_of(pack, logp)
     apart = np.abs(-2.0 - pack.rollout_logprobs)[[0, 3, 5]]
     assert float(stats.sums["mismatch_rows"]) == 3
     assert float(stats.sums["mismatch"]) == pytest.approx(apart.sum())
     assert float(stats.maxima["max_mismatch"]) == pytest.approx(apart.max())
     assert float(stats.sums["mismatch_pairs"]) == pack.count[[0, 3, 5]].sum()
-    pack.fresh = np.zeros(0, np.int64)
+    # A tile of the loss head has some of the rows.
+    part = rows_of(pack, slice(3, 6))
+    _, stats = loss_of(part, logp[3:6])
+    assert float(stats.sums["mismatch_rows"]) == 2
+    pack.fresh[:] = False
     _, stats = loss_of(pack, logp)
     assert float(stats.sums["mismatch_rows"]) == float(stats.maxima["max_mismatch"]) == 0

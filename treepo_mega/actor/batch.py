@@ -243,7 +243,7 @@ def _mark_fresh(plan: StepPlan, trees: list[Tree], version: int) -> None:
         return
     of_segment = is_fresh[plan.lesson.laid_out.node]
     for pack in plan.packs:
-        pack.fresh = np.flatnonzero(of_segment[pack.segment])
+        pack.fresh = of_segment[pack.segment]
 
 
 def _thinned(trees: list[Tree], prompts: list[int], values: list[Floats], cfg: Config) -> Thinned:

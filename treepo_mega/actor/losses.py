@@ -81,8 +81,8 @@ class PolicyLoss:
         known = self.algo.old_logprobs != "rollout" or pack.on_policy
         compared: slice | Tensor = slice(None if known else 0)
         if known and pack.fresh is not None:
-            # Places and not a mask: a device need not be asked how many there are.
-            compared = on_device(pack.fresh)
+            # Places and not a mask: a device would have to be asked how many there are.
+            compared = on_device(np.flatnonzero(pack.fresh))
         actor, engine, count = actor[compared], terms["rollout_logprobs"][compared], terms["count"][compared]
         apart = (actor - engine).abs()
         zero = logp.new_zeros(())

@@ -95,8 +95,8 @@ class Pack:
     on_policy: bool = False
     """Whether the weights have not moved since before the update: then its own forward pass gives the logprobs from
     before it, and they may be missing here."""
-    fresh: Ints | None = None
-    """Rows whose token the engine sampled with the weights that the step begins with; None: all of them."""
+    fresh: Bools | None = None
+    """[N] whether the engine sampled the token with the weights that the step begins with; None: all of them."""
     ref_logprobs: np.ndarray | None = None
     watched: object | None = None
     """The rows that the FP8 guard sampled in the old-logprob pass (`loss/guard.py: Sample`), for the update."""
