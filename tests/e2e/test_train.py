@@ -30,6 +30,8 @@ RECIPE = [
     "parallel.tensor_model_parallel_size=2",
     "rollout.rollout_batch_size=4",
     "rollout.n_samples_per_prompt=8",
+    # All trees are of the step's weights: what transformers says of them can be compared.
+    *("rollout.oversample=1", "rollout.surplus=drop"),
     "train.num_steps_per_rollout=1",
     "train.lr_warmup_iters=0",
     "algo.kl_loss_coef=0.01",
