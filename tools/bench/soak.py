@@ -1,6 +1,6 @@
 """Does a long run grow? A thousand short steps in one process group: resident memory, open files and threads by step.
 
-    python tools/bench/soak.py [--quick] [--steps 1000] [--ranks 1] [--run-dir DIR] [--where STEP]
+    python tools/bench/soak.py [--quick] [--steps 1000] [--minutes M] [--ranks 1] [--run-dir DIR] [--where STEP]
 
 The demo's model and task, with little to do a step (2 prompts, 4 leaves) so that a thousand steps fit into half an hour
 of one core; an evaluation and a checkpoint every 50 steps, with TensorBoard and status files. The bench looks at every
@@ -8,6 +8,7 @@ rank from outside (/proc) after each line of metrics. Growth is the slope of a s
 the steps after the first hundred, a thousand steps long, the largest over ranks. Counts are the smallest and largest
 after that hundred, at the same point of every period of 50 steps.
 
+--minutes M: the run is ended after so long; what was seen until then counts, and "steps" says how many there were.
 --where STEP: each rank writes what Python has allocated since step 100, the largest first, to DIR/tracemalloc_N.txt at
 that step (slow). --quick: 40 steps, the first ten left out; its slope says little.
 
@@ -85,15 +86,22 @@ def look_at(rank: psutil.Process, step: int) -> Look:
         return Look(step, rank.memory_info().rss, rank.num_fds(), rank.num_threads(), children)
 
 
-def watch(process: subprocess.Popen[bytes], run_dir: Path) -> dict[int, list[Look]]:
-    """Looks by process id of the rank, one a step that was seen, until the run ends. Raises RuntimeError on failure."""
+def watch(process: subprocess.Popen[bytes], run_dir: Path, limit_s: float | None = None) -> dict[int, list[Look]]:
+    """Looks by process id of the rank, one a step that was seen, until the run ends or `limit_s` seconds have passed.
+
+    Raises RuntimeError when the run fails.
+    """
     looks: dict[int, list[Look]] = {}
     launcher = psutil.Process(process.pid)
-    deadline = time.monotonic() + DEADLINE_S
+    started = time.monotonic()
+    deadline = started + DEADLINE_S
     seen, size = 0, 0
     path = run_dir / "metrics.jsonl"
     while process.poll() is None:
         time.sleep(0.2)
+        if limit_s is not None and time.monotonic() > started + limit_s:
+            kill(process)
+            return looks
         if time.monotonic() > deadline:
             kill(process)
             raise RuntimeError(f"the run did not end in {DEADLINE_S:.0f} s:\n{tail(run_dir / 'log.txt')}")
@@ -149,15 +157,19 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="40 steps")
     p.add_argument("--steps", type=int, default=1000)
+    p.add_argument("--minutes", type=float, help="end the run after so many minutes, whatever the step")
     p.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
     p.add_argument("--run-dir", type=Path, help="default: a temporary directory")
     p.add_argument("--where", type=int, metavar="STEP", help="say then what Python allocated after step 100")
     args = p.parse_args()
+    limit_s = None if args.minutes is None else 60 * args.minutes
     steps, first, period = (40, 10, 10) if args.quick else (args.steps, FIRST, PERIOD)
     with tempfile.TemporaryDirectory(prefix="soak") as tmp:
         run_dir = args.run_dir or Path(tmp) / "run"
-        looks = watch(start(args.ranks, steps, period, run_dir, args.where), run_dir)
+        looks = watch(start(args.ranks, steps, period, run_dir, args.where), run_dir, limit_s)
         done = int(metrics(run_dir)[-1]["step"])
+    if done < first + 2 * period:
+        raise SystemExit(f"{done} steps are too few for a slope: it needs {first + 2 * period}")
     found = summary(looks, done, first=first, period=period)
     print(json.dumps(found))
     return 0
