@@ -1,6 +1,6 @@
 """Jobs on a real Slurm: one that nobody disturbs, and one that meets a time limit, a dead node and a full disk.
 
-    bash tests/slurm/run.sh [--quick] [--keep DIR]
+    bash tests/slurm/run.sh [--quick] [--only LAYOUT] [--keep DIR]
 
 Jobs of two nodes x two ranks on three nodes (`cluster.sh` boots them on this machine), `slurm/treepo_cpu.sh` as users
 submit it, and the real trainer. The disturbed job gets, one after the other:
@@ -13,9 +13,10 @@ submit it, and the real trainer. The disturbed job gets, one after the other:
 Afterwards every metric of every step must be bit-equal to those of the undisturbed job, but for those that depend on
 time, and no process may be left on the nodes. Another job loses a rank on the same node twice: the requeue must leave
 that node out. It is then cancelled in the middle of its start, and must leave no process either. Without --quick there
-is a second layout, and a job that is ended by `touch RUN/stop`.
+is a second layout, and a job that is ended by `touch RUN/stop`. --only runs one layout and none of the other jobs.
 
 Last line, JSON: {"layouts": [{"name", "steps", "restarts", "bit_equal", "seconds"}], "left_out": "node2", "left": n}.
+"left_out" is null with --only.
 """
 
 from __future__ import annotations
@@ -305,6 +306,7 @@ def main() -> int:
     """Boot, run, compare, end; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="TP2 x DP2 alone, no stop by a file")
+    parser.add_argument("--only", choices=list(LAYOUTS), help="this layout, and no other job")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR, and keep logs and metrics there")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="treepo-slurm-")) if arguments.keep is None else arguments.keep.resolve()
@@ -316,14 +318,16 @@ def main() -> int:
     os.environ["TREEPO_PYTHON"] = sys.executable
     # The nodes are this machine: what they wait for is a free core.
     os.environ["TREEPO_MAX_FAILURES"] = "8"
-    layouts = {"TP2 x DP2": LAYOUTS["TP2 x DP2"]} if arguments.quick else LAYOUTS
+    names = ["TP2 x DP2"] if arguments.quick else list(LAYOUTS)
+    if arguments.only:
+        names = [arguments.only]
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "treepo-disk", str(disk)], check=True)
     try:
         # After the disk is there: hosts see the mounts of the time at which they were started.
         with Cluster(directory / "cluster", 3) as cluster:
-            rows = [compare(name, overrides, cluster, disk, directory) for name, overrides in layouts.items()]
-            left_out = lose_a_node_twice(cluster, directory)
-            if not arguments.quick:
+            rows = [compare(name, LAYOUTS[name], cluster, disk, directory) for name in names]
+            left_out = None if arguments.only else lose_a_node_twice(cluster, directory)
+            if not (arguments.quick or arguments.only):
                 stop_by_file(cluster, directory)
     except Failed as failed:
         print(f"FAILED: {failed}", file=sys.stderr)
