@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, again and again: does each end as one that nothing happened to?
 
-    python tools/bench/chaos.py [--quick] [--kills 100] [--seed 1] [--results docs/results/chaos.jsonl] [--torchrun]
+    python tools/bench/chaos.py [--quick] [--kills 100] [--seed 1] [--results docs/results/chaos.jsonl] [...]
 
 A run has six short steps with everything in them: trees that are carried over, a reference, passes for old logprobs, a
 checkpoint every second step. It is killed by SIGKILL several times before it may end: at a random moment of a phase
@@ -14,8 +14,8 @@ holds for its run. A checkpoint is lost when one that was there at the kill is n
 prompt is lost (twice) when the killed run trained it less (more) often than the other one.
 
 Ranks are forked from a process that has imported everything (warm_launcher.py), so that a kill costs seconds;
---torchrun starts them by the real torchrun. Results are added to the file of --results, one line a kill. --quick: one
-run with two kills.
+--torchrun starts them by the real torchrun. --phases and --who: kill in these phases alone, and these processes.
+Results are added to the file of --results, one line a kill. --quick: one run with two kills.
 
 Last line, JSON: {"kills": n, "bit_equal": n, "checkpoints_lost": n, "prompts_lost": n, "prompts_twice": n,
 "left_running": n, "by_phase": {phase: kills}}. Exit status 1 when anything was lost, left, or differs.
@@ -196,7 +196,10 @@ def contents(run_dir: Path) -> dict[str, str]:
 class Chaos:
     """Kills runs and compares them with whole ones, whose directories stay under `work`."""
 
-    def __init__(self, runs: Runs, work: Path, draw: random.Random) -> None:
+    def __init__(self, runs: Runs, work: Path, draw: random.Random, phases: list[str], who: list[str]) -> None:
+        """`phases`, `who`: of PHASES and WHO, what is drawn from."""
+        self._phases = phases
+        self._who = who
         self._runs = runs
         self._work = work
         self._draw = draw
@@ -275,8 +278,9 @@ class Chaos:
     def _kill(self, number: int, layout: str, step: int, run_dir: Path, before: list[Kill]) -> Kill | None:
         """Start the run, kill it, and wait until all of it is gone; None when it ended before."""
         ranks, _ = LAYOUTS[layout]
-        who = self._draw.choice(WHO if ranks > 1 else ("rank", "launcher", "node"))
-        kill = Kill(number, layout, self._runs.by, who, self._draw.randrange(ranks), self._draw.choice(PHASES))
+        # All ranks of one are that rank.
+        who = self._draw.choice([each for each in self._who if ranks > 1 or each != "all"] or ["rank"])
+        kill = Kill(number, layout, self._runs.by, who, self._draw.randrange(ranks), self._draw.choice(self._phases))
         note = run_dir / f"kill_{len(before)}.json"
         usual = self._seconds[layout].get(kill.wanted, 0.1)
         wanted = {
@@ -334,6 +338,8 @@ def main() -> int:
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--results", type=Path, help="file that gets a line a kill")
     p.add_argument("--torchrun", action="store_true", help="start ranks by torchrun, imports and all")
+    p.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    p.add_argument("--who", nargs="+", choices=WHO, default=list(WHO))
     p.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     p.add_argument("--work", type=Path, help="where runs go and stay (default: a temporary directory)")
     args = p.parse_args()
@@ -343,7 +349,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos")))
         warm = None if args.torchrun else stack.enter_context(WarmServer())
-        chaos = Chaos(Runs(warm), work, random.Random(args.seed))
+        chaos = Chaos(Runs(warm), work, random.Random(args.seed), args.phases, args.who)
         number = 0
         while totals["kills"] < wanted:
             layout = args.layouts[number % len(args.layouts)]
