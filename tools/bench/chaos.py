@@ -41,6 +41,7 @@ from typing import Any, Protocol
 
 from resume import difference
 from runs import metrics, tail
+from treepo_mega.monitor.registry import depends_on_time
 from warm_launcher import ROOT, WarmServer
 
 RANK = Path(__file__).with_name("chaos_rank.py")
@@ -189,8 +190,17 @@ def trained(run_dir: Path) -> dict[int, list[str]]:
 
 def contents(run_dir: Path) -> dict[str, str]:
     """SHA-256 of what a run leaves besides metrics: trees of every step and the exported weights."""
-    files = [*sorted(run_dir.glob("trees/step_*.jsonl")), run_dir / "hf" / "model.safetensors"]
-    return {str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {str(path.relative_to(run_dir)): timeless_trees(path) for path in run_dir.glob("trees/step_*.jsonl")}
+    found["hf/model.safetensors"] = (run_dir / "hf" / "model.safetensors").read_bytes()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(found.items())}
+
+
+def timeless_trees(path: Path) -> bytes:
+    """A file of trees without the counts whose metric depends on time: which engine had computed a prefix already."""
+    trees = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for tree in trees:
+        tree["counts"] = {name: n for name, n in tree["counts"].items() if not depends_on_time(f"rollout/{name}")}
+    return json.dumps(trees).encode()
 
 
 class Chaos:
