@@ -129,13 +129,15 @@ def encode(text: str) -> list[int]:
     return [TOKEN_ID[s] for s in task.tokenize(text)]
 
 
-def build_tokenizer(token_id: dict[str, int] = TOKEN_ID, pattern: str = r"\\boxed\{|[\s\S]") -> Tokenizer:
+def build_tokenizer(
+    token_id: dict[str, int] = TOKEN_ID, pattern: str = r"\\boxed\{|[\s\S]", special: Sequence[str] = task.SPECIAL
+) -> Tokenizer:
     """One id per symbol; `<bos>` goes before every text, as with Llama's own tokenizer; others are `<unk>`.
 
-    `pattern` is the regular expression that finds the symbols of a text.
+    `pattern` is the regular expression that finds the symbols of a text; `special` ones are no text.
     """
     tokenizer = Tokenizer(models.WordLevel(token_id, unk_token="<unk>"))
-    tokenizer.add_special_tokens(list(task.SPECIAL))
+    tokenizer.add_special_tokens(list(special))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(

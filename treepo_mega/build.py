@@ -17,6 +17,7 @@ from treepo_mega.data.prompts import Prompt, load_prompts
 from treepo_mega.data.rewards.weighted import check_truths
 from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
+from treepo_mega.environment.setup import Environment
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.reshard.sides import vllm_side
@@ -38,8 +39,8 @@ class Inputs:
     """A prompt for each verifier of theirs."""
 
 
-def load_inputs(cfg: Config, spec: ModelSpec, progress: Progress) -> Inputs:
-    """Read tokenizer and prompts for the model `spec`.
+def load_inputs(cfg: Config, spec: ModelSpec, progress: Progress, environment: Environment | None = None) -> Inputs:
+    """Read tokenizer and prompts for the model `spec`; `environment` opens them.
 
     Raises ConfigError and PromptError for what people get wrong most often.
     """
@@ -48,12 +49,12 @@ def load_inputs(cfg: Config, spec: ModelSpec, progress: Progress) -> Inputs:
     tokenizer = load_tokenizer(hf_dir, cfg.data)
     find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)  # an error here costs no engine
     progress.say(*filter(None, [describe_size(len(tokenizer), vocab_size)]))
-    prompts = load_prompts(cfg.data.train, cfg.data, tokenizer, vocab_size=vocab_size)
+    prompts = load_prompts(cfg.data.train, cfg.data, tokenizer, vocab_size=vocab_size, opener=environment)
     progress.say(*prompts.notes)
     eval_prompts: list[Prompt] = []
     dropped = dict(prompts.dropped)
     if cfg.data.eval:
-        held_out = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=vocab_size)
+        held_out = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=vocab_size, opener=environment)
         progress.say(*held_out.notes)
         eval_prompts = list(held_out.prompts)[: cfg.eval.max_prompts]
         dropped |= {f"eval {reason}": count for reason, count in held_out.dropped.items()}

@@ -31,6 +31,7 @@ from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.trial import verifiers_of
 from treepo_mega.data.tokenizer import describe_size, load_tokenizer
 from treepo_mega.engine.engine import Engine
+from treepo_mega.environment.setup import open_environment
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import Progress
 from treepo_mega.monitor.report.charts import colour, lines
@@ -97,7 +98,8 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
     progress.say(*filter(None, [describe_size(len(tokenizer), spec.vocab_size)]))
     # Asked here, although the generator asks again: an error here costs no engine.
     find_eos_token_ids(hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)
-    loaded = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=spec.vocab_size)
+    environment = open_environment(cfg)
+    loaded = load_prompts(cfg.data.eval, cfg.data, tokenizer, vocab_size=spec.vocab_size, opener=environment)
     progress.say(*loaded.notes)
     prompts = loaded.prompts[: cfg.eval.max_prompts]
     points: list[Point] = []
@@ -106,7 +108,7 @@ def run(cfg: Config, plan: Plan) -> list[Point]:
         pool.warm(verifiers_of(cfg.reward, prompts))
         engine = Engine(hf_dir, cfg, seed=cfg.train.seed)
         pool.finish_warming(progress.say)
-        generator = Generator(engine, cfg, tokenizer, progress=progress.leaves)
+        generator = Generator(engine, cfg, tokenizer, environment=environment, progress=progress.leaves)
         progress.say(f"{len(prompts)} prompts, temperature {plan.temperature}, {dist.world_size()} ranks")
         evaluator = Evaluator(generator, pool, cfg)
         for name, sampling in series(cfg, plan):

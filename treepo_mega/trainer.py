@@ -33,6 +33,7 @@ from treepo_mega.config import Config
 from treepo_mega.config.surroundings import STOP_FILE
 from treepo_mega.data.rewards import RewardPool
 from treepo_mega.data.rewards.trial import try_rewards, verifiers_of
+from treepo_mega.environment.setup import open_environment
 from treepo_mega.errors import TreepoError
 from treepo_mega.loss.operands import Numerics
 from treepo_mega.modelspec.spec import ModelSpec
@@ -95,7 +96,8 @@ class Trainer:
         self.progress.say(*notes)
         self.ranks = Ranks(self.timers, self.progress.say)
         self.pool = RewardPool(cfg.reward)
-        self.inputs = build.load_inputs(cfg, spec, self.progress)
+        self.environment = open_environment(cfg)
+        self.inputs = build.load_inputs(cfg, spec, self.progress, self.environment)
         self.progress.say(*try_rewards(self.pool, cfg.reward, self.inputs.examples))
         # Their imports take seconds: workers go through them while actor and engine are built.
         self.pool.warm(verifiers_of(cfg.reward, self.inputs.examples))
@@ -107,7 +109,9 @@ class Trainer:
         self.engine, handover = build.build_engine(cfg, self.actor)
         self.startup("engine")
         self.pool.finish_warming(self.progress.say)
-        self.generator = Generator(self.engine, cfg, self.inputs.tokenizer, progress=self.progress.leaves)
+        self.generator = Generator(
+            *(self.engine, cfg, self.inputs.tokenizer), environment=self.environment, progress=self.progress.leaves
+        )
         self.collector = Collector(cfg, self.generator, self.pool, self.inputs.cursor, self.timers)
         self.evaluator = Evaluator(self.generator, self.pool, cfg)
         weights = Refit(cfg, self.actor.spec, self.actor.models, self.engine, self.score)
@@ -234,3 +238,5 @@ class Trainer:
         self.records.close()
         self.progress.close()
         self.pool.close()
+        if self.environment is not None:
+            self.environment.close()

@@ -27,7 +27,7 @@ def test_phases_are_shown_longest_first_and_idle_room_by_cause():
     metrics = {"timing_s/step": 10.0, "timing_s/update": 3.0, "timing_s/rollout": 6.0, "cpu_s/update": 2.5}
     # After the step: an evaluation has no share of it.
     metrics |= {"timing_s/eval": 20.0, "cpu_s/eval": 4.0}
-    metrics |= {IDLE + cause: share for cause, share in zip(CAUSES, (0.2, 0.0, 0.05, 0.1, 0.0), strict=True)}
+    metrics |= {IDLE + cause: share for cause, share in zip(CAUSES, (0.2, 0.0, 0.05, 0.1, 0.0, 0.0), strict=True)}
     assert all(check_known(name) for name in metrics)
     assert shown(metrics) == [
         ["rollout", "6.00", "60.0%", "0.00"],
@@ -39,6 +39,7 @@ def test_phases_are_shown_longest_first_and_idle_room_by_cause():
         ["engines idle: no free KV blocks", "0.00", "0.0%", ""],
         ["engines idle: graders had yet to say what is replaced, others ran", "0.30", "5.0%", ""],
         ["engines idle: the same, nothing ran", "0.60", "10.0%", ""],
+        ["engines idle: tools of an environment ran, nothing else", "0.00", "0.0%", ""],
         ["engines idle: waiting for other engines", "0.00", "0.0%", ""],
     ]
     # A step that only evaluated has no phases.

@@ -29,7 +29,7 @@ from treepo_mega.engine.cpu_segments import SHARED_MEMORY
 from treepo_mega.engine.engine import Engine
 from treepo_mega.monitor.registry import depends_on_time
 from treepo_mega.monitor.timers import Timers
-from treepo_mega.rollout import generator as generator_module
+from treepo_mega.rollout import in_flight
 from treepo_mega.rollout.collect import Collector, Forest
 from treepo_mega.rollout.dealing import SharedQueue, deal_by_cost
 from treepo_mega.rollout.eval import Evaluator
@@ -156,13 +156,13 @@ def deadline_of_the_first_rank(generator: Generator, jobs: list[Job], store: dis
         calls = itertools.count()
         # The clock of rank `late` leaps ahead once sampling has begun.
         clock = SimpleNamespace(monotonic=lambda n=calls, hit=late == rank: real() + 1e6 * (hit and next(n) > 4))
-        generator_module.time = clock  # type: ignore[assignment]
+        in_flight.time = clock  # type: ignore[assignment]
         try:
             generator.grow(jobs, queue, step=1)
             ended = "whole"
-        except generator_module.GenerationTimeout:
+        except in_flight.GenerationTimeout:
             ended = "timeout"
-        generator_module.time = time
+        in_flight.time = time
         assert ended == ("whole" if late else "timeout"), (rank, late, ended)
         assert not generator.engine.busy
 

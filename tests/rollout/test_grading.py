@@ -112,7 +112,7 @@ class FakeGenerator:
             taken.append(index)
         trees = {index: tree_of(jobs[index]) for index in taken[:-1]}
         for index in self.rng.sample(sorted(trees), len(trees)):
-            watcher.tree_done(index, trees[index])
+            watcher.tree_done(index, trees[index], None)
             watcher.step_done(Occupancy(1, blocked=False))
         if self.fails:
             raise RuntimeError("the engine failed")
@@ -193,7 +193,7 @@ def test_of_a_tree_that_grew_on_only_new_leaves_are_graded():
     pool = FakePool(random.Random(1), 0.0)
     jobs_ = [Job(first.prompt, begun=begun)]
     grading = Grading(lambda tokens: f"{tokens[-1]}", pool, jobs_, [], row)  # type: ignore[arg-type]
-    grading.tree_done(0, tree_of(first))
+    grading.tree_done(0, tree_of(first), None)
     grading.sampling_ended()
     assert grading.rows([0])[0]["texts"] == ["2", "3"]
     assert (grading.total, grading.early) == (2, 0)

@@ -1,6 +1,7 @@
 """Configuration: sections of keys, reading and writing (`load`), derived values (`derive`), joint rules (`rules`)."""
 
 from treepo_mega.config.debug import DebugConfig, FaultConfig
+from treepo_mega.config.environment import EnvironmentConfig
 from treepo_mega.config.load import (
     ConfigError,
     batch_invariant,
@@ -49,6 +50,7 @@ __all__ = [
     "DebugConfig",
     "DistributedConfig",
     "EngineConfig",
+    "EnvironmentConfig",
     "EvalConfig",
     "FallbackConfig",
     "FaultConfig",

@@ -32,6 +32,7 @@ from treepo_mega.config.moved import KNOWN_ELSEWHERE, moved_keys
 from treepo_mega.config.presets import expand_preset
 from treepo_mega.config.root import Config
 from treepo_mega.config.rules import check_batch, check_faults, check_loss, check_parallel, check_sampling
+from treepo_mega.config.rules_environment import check_environment
 from treepo_mega.config.section import Section
 from treepo_mega.config.servers import check_servers
 from treepo_mega.config.source import SourceError, annotation_at, members, read_mapping, read_value, scalar_is_text
@@ -265,7 +266,7 @@ def check(cfg: Config, world_size: int, spec: ModelSpec | None = None) -> list[s
         bad.append(str(e))
     bad += check_batch(cfg) + check_sampling(cfg, world_size) + check_parallel(cfg) + check_loss(cfg)
     bad += check_data(cfg) + check_evaluation(cfg) + check_servers(cfg)
-    bad += check_faults(cfg, world_size)
+    bad += check_faults(cfg, world_size) + check_environment(cfg)
     if spec is not None:
         bad += check_model(cfg, spec)
     if bad:

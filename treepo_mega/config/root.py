@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr
 
 from treepo_mega.config.debug import DebugConfig
 from treepo_mega.config.derive import derive
+from treepo_mega.config.environment import EnvironmentConfig
 from treepo_mega.config.model import ModelConfig, ParallelConfig, ReshardConfig
 from treepo_mega.config.rollout import RolloutConfig
 from treepo_mega.config.run import (
@@ -33,6 +34,7 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
     reshard: ReshardConfig = Field(default_factory=ReshardConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     algo: AlgoConfig = Field(default_factory=AlgoConfig)
@@ -74,5 +76,10 @@ class Config(Section):
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of the longest prompt plus the longest response: the engine's window."""
-        return self.data.max_prompt_len + self.rollout.max_response_len
+        """Tokens of the longest prompt, response and observations: the engine's window."""
+        return self.data.max_prompt_len + self.rollout.max_response_len + self.max_observation_len
+
+    @property
+    def max_observation_len(self) -> int:
+        """Tokens of the observations of a trajectory at most; 0 without an environment."""
+        return self.environment.max_observation_len if self.data.environment is not None else 0

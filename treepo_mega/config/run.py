@@ -67,9 +67,12 @@ class DataConfig(Section):
     system_prompt: str | None = None
     prompt_suffix: str = ""
     """Text appended to every prompt before the template, such as an answer-format instruction."""
+    environment: str | None = None
+    """What answers turns of the policy: path/to/file.py:Class, or calculator, python, search or guess. The section
+    environment bounds it. null: a response is one turn."""
     verifier: str = "math"
     """math | boxed | last_number | exact | countdown | reasoning_gym | path/to/file.py:function (verl's compute_score,
-    which may be async) | http:NAME of reward.servers.
+    which may be async) | http:NAME of reward.servers | environment (its own get_reward).
     A source's own verifier comes first; reasoning_gym sources without one use reasoning_gym."""
     max_prompt_len: int = Field(1024, ge=1)
     """Longer prompts are dropped, counted and reported. Tokens."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,11 @@ class Renderer:
     Raises PromptError on construction for a template file that cannot be read and for unknown variables.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: PromptTokenizer) -> None:
+    def __init__(self, data: DataConfig, tokenizer: PromptTokenizer, tools: Sequence[dict[str, Any]] = ()) -> None:
+        """`tools`: JSON schemas that the template shows."""
         self._data = data
         self._tokenizer = tokenizer
+        self._tools = list(tools)
         self._template = read_template(data.chat_template) if data.chat_template is not None else None
         self.solutions_dropped = 0
         self.first_dropped = ""
@@ -182,6 +185,8 @@ class Renderer:
         options = dict(self._data.chat_template_kwargs)
         if self._template is not None:
             options["chat_template"] = self._template
+        if self._tools:
+            options["tools"] = self._tools
         try:
             return str(
                 self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)

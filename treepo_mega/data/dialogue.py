@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from treepo_mega.config import DataConfig
-from treepo_mega.data.chat import template_text
+from treepo_mega.data.chat import read_template, template_text
 from treepo_mega.errors import TreepoError
 from treepo_mega.text.tokenizer import PromptTokenizer
 
@@ -56,10 +56,12 @@ class Dialogue:
         """Raises DialogueError for a missing template, one without a role for tools, and one that rewrites history."""
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = dict(data.chat_template_kwargs)
+        if data.chat_template is not None:
+            self._options["chat_template"] = read_template(data.chat_template)
         if tools:
             self._options["tools"] = list(tools)
         self._ends = tuple(text for token in eos_token_ids if (text := tokenizer.decode([token])))
-        if template_text(tokenizer) is None:
+        if data.chat_template is None and template_text(tokenizer) is None:
             raise DialogueError(
                 "the tokenizer has no chat template, which turns need: set data.chat_template to a Jinja file, or give "
                 "the model directory a chat_template.jinja"

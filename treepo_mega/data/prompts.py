@@ -30,11 +30,13 @@ from itertools import islice
 from typing import Any, NoReturn
 
 from treepo_mega.config import DataConfig, PromptSource
+from treepo_mega.config.rules_environment import REWARD
 from treepo_mega.data.chat import SOLUTION_DROPPED, Renderer, Said, looks_like_messages
 from treepo_mega.data.columns import Columns, reference
 from treepo_mega.data.files import Part, find_parts
 from treepo_mega.data.gym import GymError, make_items
 from treepo_mega.data.hub import find_hub_parts, hub_id
+from treepo_mega.data.openings import Opener, sendable, with_opening
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 from treepo_mega.data.rows import PromptError, Row
 from treepo_mega.data.truths import Truths, truth_text
@@ -57,6 +59,9 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
     reference: str = ""
     """A text that answers the prompt, such as a worked solution; empty when the row has none."""
+    row: dict[str, Any] | None = None
+    """What an environment's reset(**row) gets; None without one. `text` ends with what it returned, `opening`."""
+    opening: str | None = None
 
 
 @dataclass(slots=True)
@@ -78,13 +83,19 @@ class PromptSet:
 
 
 def load_prompts(
-    sources: Sequence[PromptSource], data: DataConfig, tokenizer: PromptTokenizer, *, vocab_size: int | None = None
+    sources: Sequence[PromptSource],
+    data: DataConfig,
+    tokenizer: PromptTokenizer,
+    *,
+    vocab_size: int | None = None,
+    opener: Opener | None = None,
 ) -> PromptSet:
     """Read all `sources` in order; `vocab_size`: of the model, whose ids a prompt's tokens have to be among.
 
-    Raises PromptError naming file, line and key for what cannot be used, and when no prompt is left.
+    `opener`: the environment, whose tools stand in the prompts, and whose reset says how they end. Raises PromptError
+    naming file, line and key for what cannot be used, and when no prompt is left.
     """
-    loader = _Loader(data, tokenizer, vocab_size)
+    loader = _Loader(data, tokenizer, vocab_size, opener)
     weights = []
     for source in sources:
         before = len(loader.prompts)
@@ -187,16 +198,25 @@ class _Draft:
     data_source: str
     extra: dict[str, Any]
     reference: str
+    opening: str | None = None
+    sent: dict[str, Any] | None = None
+
+
+def _prompt_id(name: str, row: Row) -> str:
+    return f"{name}:{row.index}"
 
 
 class Drafter:
     """Turns rows into prompts. Distinct prompts are rendered and tokenized once, whatever the number of rows."""
 
-    def __init__(self, data: DataConfig, tokenizer: PromptTokenizer, vocab_size: int | None) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: PromptTokenizer, vocab_size: int | None, opener: Opener | None = None
+    ) -> None:
         self.data = data
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        self.renderer = Renderer(data, tokenizer)
+        self.opener = opener
+        self.renderer = Renderer(data, tokenizer, opener.tools if opener is not None else ())
         self.columns = Columns(data.input_key, data.label_key)
         self.said: Counter[str] = Counter()
         self.first_said: dict[str, str] = {}
@@ -207,17 +227,24 @@ class Drafter:
     def draft(self, rows: Iterable[Row], name: str, verifier: str) -> list[_Draft]:
         """Drafts of `rows` with their tokens, in order. Raises PromptError that names the row."""
         known = len(self._distinct)
-        drafts = [self._draft(row, name, verifier) for row in rows]
+        rows = list(rows)
+        sent = [sendable(row) for row in rows] if self.opener is not None else []
+        named = [(_prompt_id(name, row), values) for row, values in zip(rows, sent, strict=False)]
+        openings = self.opener.openings(named) if self.opener is not None else [None] * len(rows)
+        drafts = [self._draft(row, name, verifier, opening) for row, opening in zip(rows, openings, strict=True)]
+        for draft, values in zip(drafts, sent, strict=False):
+            draft.sent = values
         self._tokenize(list(islice(self._distinct.values(), known, None)))
         return drafts
 
-    def _draft(self, row: Row, name: str, verifier: str) -> _Draft:
+    def _draft(self, row: Row, name: str, verifier: str, opening: str | None) -> _Draft:
         prompt, choice = self.columns.prompt(row)
         if choice:
             self._note(choice, row.where)
-        truth = self.columns.truth(row, verifier)
+        # The environment knows from its row what it rewards.
+        truth = "" if verifier == REWARD else self.columns.truth(row, verifier)
         answer = truth_text(truth, verifier, row.where)
-        said = self.renderer.normalize(prompt, row.where)
+        said = with_opening(self.renderer.normalize(prompt, row.where), opening)
         distinct = self._distinct.get(said)
         if distinct is None:
             distinct = self._distinct[said] = _Distinct(*self.renderer.render(said, row.where), row.where)
@@ -232,8 +259,10 @@ class Drafter:
             raise PromptError(f"{row.where}: extra_info cannot be sent to a grader: {e}") from None
         data_source = self._shared(str(row.values.get("data_source") or name))
         reference_text = self._shared(reference(row, self.data.reference_key, truth))
-        prompt_id = f"{name}:{row.index}"
-        return _Draft(row, prompt_id, distinct, self._shared(answer), data_source, extra, reference_text)
+        return _Draft(
+            *(row, _prompt_id(name, row), distinct, self._shared(answer), data_source, extra, reference_text),
+            opening=opening,
+        )
 
     def _shared(self, text: str) -> str:
         """The one object for equal texts: repeated rows then cost no memory for them."""
@@ -304,10 +333,12 @@ class Drafter:
 class _Loader:
     """Collects the prompts of all sources, and what to say about them."""
 
-    def __init__(self, data: DataConfig, tokenizer: PromptTokenizer, vocab_size: int | None) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: PromptTokenizer, vocab_size: int | None, opener: Opener | None
+    ) -> None:
         self.data = data
         self.tokenizer = tokenizer
-        self.drafter = Drafter(data, tokenizer, vocab_size)
+        self.drafter = Drafter(data, tokenizer, vocab_size, opener)
         self.prompts: list[Prompt] = []
         self.dropped: Counter[str] = Counter()
         self.total = 0
@@ -329,7 +360,8 @@ class _Loader:
             while chunk := list(islice(rows, CHUNK_ROWS)):
                 rows_read += len(chunk)
                 for draft in self.drafter.draft(chunk, name, verifier):
-                    truths.add(draft.row.where, draft.answer)
+                    if verifier != REWARD:
+                        truths.add(draft.row.where, draft.answer)
                     self._take(draft, verifier)
         if not rows_read:
             refuse_empty(name_of(source))
@@ -357,7 +389,8 @@ class _Loader:
         text, tokens = one.text, one.tokens
         self.prompts.append(
             Prompt(
-                draft.prompt_id, text, tokens, draft.answer, verifier, draft.data_source, draft.extra, draft.reference
+                *(draft.prompt_id, text, tokens, draft.answer, verifier, draft.data_source, draft.extra),
+                *(draft.reference, draft.sent, draft.opening),
             )
         )
 

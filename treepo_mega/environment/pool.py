@@ -121,7 +121,9 @@ class EnvironmentPool:
 
         It is copied at once if its worker has it, else rebuilt when it is needed. Raises ValueError amid a call.
         """
-        if any(task.state is state and task.kind != "copy" for worker in self._busy() for task in worker.tasks):
+        # Not amid a `free` of it either: where room is made, an object goes and its history stays.
+        settled = ("copy", "free")
+        if any(task.state is state and task.kind not in settled for worker in self._busy() for task in worker.tasks):
             raise ValueError("a state cannot branch amid a call")
         # The same home: its requests come after the copy there.
         other = replace(state, id=next(self._numbers), history=list(state.history), last_used=next(self._clock))
@@ -142,6 +144,12 @@ class EnvironmentPool:
         """Replies by ticket of what has ended since the last call. Never blocks. Raises EnvironmentClassError."""
         if self._busy():
             self._move(0.0)
+        return self._take()
+
+    def wait_any(self) -> dict[int, Reply]:
+        """As `poll`, once a request is answered, or the deadline of a call has passed."""
+        if self._busy() and not self._replies:
+            self._move(self._first_deadline())
         return self._take()
 
     def wait(self, until: Callable[[], bool] | None = None) -> dict[int, Reply]:

@@ -17,6 +17,7 @@ CAUSES = {
     "memory": "no free KV blocks",
     "refill": "graders had yet to say what is replaced, others ran",
     "graders": "the same, nothing ran",
+    "tools": "tools of an environment ran, nothing else",
     "engines": "waiting for other engines",
 }
 """Cause of `rollout/idle_share/` to its words."""

@@ -165,7 +165,7 @@ _ROLLOUT = (
         "of the engines' time with nothing to sample until graders said whether trees are replaced",
     ),
     Metric(
-        "rollout/idle_share/{tail,memory,refill,graders,engines}",
+        "rollout/idle_share/{tail,memory,refill,graders,tools,engines}",
         "share",
         "memory, refill and graders near 0",
         "of the engines' room (the most segments that ran at once) that was empty: nothing left to begin; no KV "
@@ -244,6 +244,22 @@ _TREE = (
     ),
     Metric("tree/shortfall", "count", "0", "leaves missing from trees that ran dry (reason kept in the tree)"),
     Metric("tree/stop_{eos,answer,length,depth,repetition}", "count", "mostly eos or answer", "leaves by stop reason"),
+    Metric("tree/stop_{context,lost}", "count", "0; with an environment", "leaves that it ended: no room, or lost"),
+)
+
+_ENVIRONMENT = (
+    Metric("env/turns", "count", "what the task needs", "turns of a trajectory that the environment answered, mean"),
+    Metric("env/observation_tokens", "tokens", "below max_observation_len", "tokens of its answers, a trajectory"),
+    Metric(
+        "env/tool_calls", "count", "falls with useless calls", "calls of the step; one that paths share counts once"
+    ),
+    Metric("env/tool_errors", "share", "falls", "of these, calls that were answered with an error"),
+    Metric("env/latency_s", "s", "below a segment's time", "from a turn's calls to their answers, mean"),
+    Metric("env/wait_share", "share", "near 0: other paths go on meanwhile", "sampling time with nothing but tools"),
+    Metric("env/state_copies", "count", "near the turns of the step", "states that branches copied"),
+    Metric("env/state_replays", "count", "0 with fork() or deepcopy", "states rebuilt from their calls"),
+    Metric("env/worker_restarts", "count", "0", "worker processes that hung, died or filled their memory"),
+    Metric("env/lost", "count", "0", "requests after which a trajectory could not go on, or had no reward"),
 )
 
 ANY_REWARD = "reward/<name>"
@@ -380,8 +396,8 @@ _EVAL = (
     Metric("eval/response_len_mean", "tokens", "no jump", "mean response length in evaluation"),
 )
 
-METRICS: tuple[Metric, ...] = (
-    _OPTIMISATION + _ROLLOUT + _TREE + _REWARD + _RESHARD + _PERF + COSTS + MACHINE + RANKS + LOGGING + _EVAL
+METRICS: tuple[Metric, ...] = (_OPTIMISATION + _ROLLOUT + _TREE + _ENVIRONMENT + _REWARD + _RESHARD) + (
+    _PERF + COSTS + MACHINE + RANKS + LOGGING + _EVAL
 )
 
 
@@ -410,6 +426,7 @@ _CLOCKED = (
     "rollout/requests",
     *("reward/overlapped_share", "reward/remote_calls", "reward/remote_retries", "reward/remote_cached"),
     *("rollout/engine_grader_wait_share", "rollout/idle_share/"),
+    *("env/latency_s", "env/wait_share", "env/state_", "env/worker_restarts"),
     # An engine that runs dry takes prompts from another one: what a prefix cache holds then depends on speed.
     *("rollout/cached_tokens", "rollout/recomputed_tokens", "rollout/forwarded_tokens"),
     *("rollout/forwarded_pairs", "rollout/trees_restored", "rollout/tokens_restored"),

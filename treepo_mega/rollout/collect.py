@@ -49,13 +49,15 @@ from treepo_mega.rollout.jobs import Job, grows_in_place, job_of, leaves_of
 from treepo_mega.rollout.refill import RefillRule, Supply
 from treepo_mega.rollout.report import TREE
 from treepo_mega.rollout.round import sample_and_grade
-from treepo_mega.rollout.shaping import reward_leaves
+from treepo_mega.rollout.shaping import CUT, reward_leaves
 from treepo_mega.rollout.teaching import Teaches, counted, judge
+from treepo_mega.rollout.turn_metrics import turn_metrics
 from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
 from treepo_mega.tree.descent import policy_mean
 from treepo_mega.tree.diversity import independent_samples
 from treepo_mega.tree.node import ROOT, Tree
+from treepo_mega.tree.stop import STOP_REASONS
 
 logger = logging.getLogger(__name__)
 
@@ -368,6 +370,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     depths = [tree.nodes[leaf].depth for tree in seen for leaf in tree.leaves] or [0]
     trained = [reward for tree in kept for reward in tree.rewards]
     leaves = max(1.0, counts["leaves"])
+    cut = sum(counts[f"stop/{reason}"] for reason in CUT)
     stale = sum(len(node.tokens) for tree in kept for node in tree.nodes[1:] if node.policy_version < step)
     out = {
         "rollout/reward_mean": sum(rewards) / max(1, len(rewards)),
@@ -377,8 +380,8 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
         "rollout/response_len_policy": policy_mean(seen, lambda tree, index: tree.response_length(tree.leaves[index])),
         "rollout/response_len_mean": sum(lengths) / len(lengths),
         "rollout/response_len_max": max(lengths),
-        "rollout/truncated_share": (counts["stop/length"] + counts["stop/depth"]) / leaves,
-        "rollout/leaves_masked": counts["stop/length"] + counts["stop/depth"] if masks else 0.0,
+        "rollout/truncated_share": cut / leaves,
+        "rollout/leaves_masked": cut if masks else 0.0,
         "rollout/prompts_trained": len(kept),
         "rollout/prompts_surplus": totals["surplus"],
         "rollout/prompts_dropped_zero_std": len(seen) - (len(kept) - totals["older"]) - totals["surplus"],
@@ -423,6 +426,7 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     for name in ("token_ratio", "unique_tokens", "flat_tokens", "fallbacks", "forks", "duplicates", *LOOK_ALIKES):
         out[f"tree/{name}"] = counts.get(name, 0.0)
     out["tree/fork_uncertainty_mean"] = counts.get("fork_uncertainty", 0.0) / max(1.0, counts.get("forks", 0.0))
-    for reason in ("eos", "answer", "length", "depth", "repetition"):
+    for reason in STOP_REASONS:
         out[f"tree/stop_{reason}"] = counts[f"stop/{reason}"]
+    out |= turn_metrics(seen, counts, totals)
     return {name: float(value) for name, value in out.items()}

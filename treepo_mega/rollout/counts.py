@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from treepo_mega.engine.stream import Finished
 from treepo_mega.tree.node import Tree
-from treepo_mega.tree.stop import STOP_REASONS
+from treepo_mega.tree.stop import STOP_REASONS, TURN_STOP_REASONS
 
 PREFIX_COUNTS = ("cached_tokens", "recomputed_tokens", "forwarded_tokens", "forwarded_pairs")
 """What `TokenCounts` adds to a tree's counts, which begin with 0."""
@@ -59,7 +59,7 @@ def _pairs(start: int, end: int) -> int:
 def summarize(trees: Sequence[Tree]) -> dict[str, float]:
     """The additive counts of finished trees (see `rollout/README.md`), and token_ratio."""
     counts: dict[str, float] = {"prompts": len(trees), "trees_short": 0, "leaves": 0}
-    counts |= {f"stop/{reason}": 0 for reason in STOP_REASONS}
+    counts |= {f"stop/{reason}": 0 for reason in (*STOP_REASONS, *TURN_STOP_REASONS)}
     counts |= {"unique_tokens": 0, "flat_tokens": 0}
     for tree in trees:
         counts["trees_short"] += tree.shortfall is not None

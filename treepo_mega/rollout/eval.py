@@ -33,6 +33,7 @@ from treepo_mega.rollout.dealing import CostModel
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.jobs import Job
 from treepo_mega.rollout.round import sample_and_grade
+from treepo_mega.rollout.shaping import CUT
 from treepo_mega.text.boxes import last_box
 from treepo_mega.tree.node import Tree
 
@@ -138,7 +139,7 @@ def grade(tree: Tree, texts: list[str], scores: list[float | None]) -> Graded:
     return Graded(
         scores=scores,
         majority=_correct(_majority(texts, scores)),
-        truncated=sum(tree.nodes[leaf].stop in ("length", "depth") for leaf in tree.leaves),
+        truncated=sum(tree.nodes[leaf].stop in CUT for leaf in tree.leaves),
         response_tokens=tree.flat_tokens(),
         unique_tokens=tree.unique_tokens(),
         generated_tokens=tree.counts.get("generated_tokens", 0),

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config, RolloutConfig
 from treepo_mega.data.end_tokens import find_eos_token_ids
 from treepo_mega.engine.stream import SegmentEngine
+from treepo_mega.environment.setup import Environment
 from treepo_mega.plugins import split_of
 from treepo_mega.rollout.borders import border_tokens
 from treepo_mega.rollout.counts import summarize
 from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_cost
 from treepo_mega.rollout.in_flight import TreesInFlight
 from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, grows_in_place, leaves_of, state_of
+from treepo_mega.rollout.turns import Agent
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
@@ -45,13 +48,24 @@ class Generator:
     """Rollouts on one engine. `decode(ids)` is the text that stop rules, graders and people see."""
 
     def __init__(
-        self, engine: SegmentEngine, cfg: Config, tokenizer: Tokenizer, *, progress: Progress | None = None
+        self,
+        engine: SegmentEngine,
+        cfg: Config,
+        tokenizer: Tokenizer,
+        *,
+        environment: Environment | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        """Raises EngineError when neither the configuration nor the checkpoint names an EOS token."""
+        """`environment`: what answers turns (data.environment).
+
+        Raises EngineError when neither the configuration nor the checkpoint names an EOS token, DialogueError and
+        ToolParserError for a chat template and a tool parser that turns cannot be written with.
+        """
         self.engine = engine
         self.cfg = cfg
         self.progress = progress
         self.eos_token_ids = find_eos_token_ids(engine.hf_dir, tokenizer, cfg.rollout.stop.eos_token_ids)
+        self.agent = Agent(environment, cfg, tokenizer, self.eos_token_ids) if environment is not None else None
         self.costs = CostModel()
         self.counts: dict[str, float] = {}
         self._tokenizer = tokenizer
@@ -130,19 +144,24 @@ class Generator:
         rollout = rollout or self.cfg.rollout
         budget_temperature = rollout.budget_temperature_at(step / max(1, self.cfg.train.num_rollouts - 1))
         now = rollout.replace({"branching.budget.temperature": budget_temperature})
-        check_jobs(jobs, now.max_response_len, self.engine.max_model_len)
+        longest = now.max_response_len + self.cfg.max_observation_len
+        check_jobs(jobs, longest, self.engine.max_model_len)
         # What a step costs, and how its numbers are rounded, must not depend on what ran before. Trees that grow on are
         # part of one step: what they branch from is still there.
         if not any(map(grows_in_place, jobs)):
             self.engine.reset_prefix_cache()
         stop = StopRules.from_config(now, self.eos_token_ids, self.decode)
+        turns = None if self.agent is None else self.agent.rules
+        if turns is not None and (now.mode == "sequential" or now.max_depth is None):
+            # Each turn may end in the middle of a segment.
+            stop = replace(stop, max_depth=stop.max_depth + turns.max_turns)
         known = len(jobs)
 
         def begin(index: int) -> TreeSearch:
             """A new tree, or a carried-over one that goes on in this step."""
             job = jobs[index]
             if index >= known:
-                check_jobs([job], now.max_response_len, self.engine.max_model_len)
+                check_jobs([job], longest, self.engine.max_model_len)
             prompt = job.prompt
             width = leaves_of(job, now)
             of_tree = now if width == now.n_samples_per_prompt else now.replace({"n_samples_per_prompt": width})
@@ -156,6 +175,7 @@ class Generator:
                 align=now.alignment,
                 split=split_of(now, prompt.id),
                 begun=job.begun,
+                turns=turns,
             )
             if job.carried:
                 search.load_state_dict(state_of(job))
@@ -163,15 +183,19 @@ class Generator:
             return search
 
         run = TreesInFlight(
-            self, jobs, queue, now, now.temperature if temperature is None else temperature, begin, watcher
+            self, jobs, queue, now, now.temperature if temperature is None else temperature, begin, watcher, self.agent
         )
         try:
             run.to_its_end()
         # Also KeyboardInterrupt: requests left behind would be sampled on, and answer the next call.
         except BaseException:
             self.engine.abort()
+            if run.turns is not None:
+                run.turns.end()
             raise
         grown = run.harvest()
         self.counts = summarize(list(grown.trees.values()))
         self.counts |= run.spent.counts() | {"seconds": time.monotonic() - started}
+        if run.turns is not None:
+            self.counts |= run.turns.sums()
         return grown

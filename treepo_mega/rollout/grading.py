@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from treepo_mega.config import RewardFunction
+from treepo_mega.config.rules_environment import REWARD
 from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
 from treepo_mega.data.rewards.weighted import combine, expand
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.idleness import Idleness, Occupancy
-from treepo_mega.rollout.jobs import Job
+from treepo_mega.rollout.jobs import Job, Rewards
 from treepo_mega.runtime.pulse import pulse
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.regrow import new_leaves
@@ -75,6 +76,7 @@ class Grading:
         self._tickets: dict[int, list[int]] = {}
         self._missing: dict[int, int] = {}
         self._index_of: dict[int, int] = {}
+        self._own_tickets = 0
         self._results: dict[int, RewardResult] = {}
         self._rows: dict[int, Row] = {}
         self._error: Exception | None = None
@@ -84,10 +86,10 @@ class Grading:
         """Gradings that were asked for: one for each new leaf and function."""
         return sum(map(len, self._tickets.values()))
 
-    def tree_done(self, index: int, tree: Tree) -> None:
-        """Send the answers of a finished tree to the graders."""
+    def tree_done(self, index: int, tree: Tree, rewards: Rewards | None) -> None:
+        """Send the answers of a finished tree to the graders; `rewards` of an environment are taken as they are."""
         if self._error is None:
-            self._keep_error(lambda: self._send(index, tree))
+            self._keep_error(lambda: self._send(index, tree, rewards or {}))
 
     def tree_paused(self, index: int, state: dict[str, Any]) -> None:
         """Pass it on."""
@@ -106,6 +108,11 @@ class Grading:
             before = len(self._results)
             self._keep_error(lambda: self._take(self._pool.poll()))
             self.early += len(self._results) - before
+
+    def waited_for_tools(self) -> None:
+        """Count the time, and look at the graders."""
+        self.idleness.wait("tools")
+        self.look()
 
     def settle(self) -> bool:
         """Wait until gradings have ended; False when none is left, or they met an error.
@@ -154,12 +161,13 @@ class Grading:
         if self._row_made is not None:
             self._row_made(index, self._rows[index])
 
-    def _send(self, index: int, tree: Tree) -> None:
+    def _send(self, index: int, tree: Tree, rewards: Rewards) -> None:
         job = self._jobs[index]
         if job.begun is not None:
             tree = new_leaves(tree, job.begun)
         prompt = job.prompt
-        responses = [tuple(tree.response(leaf)) for leaf in tree.leaves]
+        # Behind an observation, what the policy said last: tools' words are no answer of its own.
+        responses = [tuple(tree.turn(leaf)) for leaf in tree.leaves]
         # Leaves of a tree often say the same.
         said = {response: self._decode(response) for response in dict.fromkeys(responses)}
         texts = [said[response] for response in responses]
@@ -177,12 +185,33 @@ class Grading:
         ]
         self._trees[index] = tree
         self._texts[index] = texts
-        self._tickets[index] = self._pool.submit(expand(items, self._functions))
-        self._missing[index] = len(self._tickets[index])
-        self._index_of |= dict.fromkeys(self._tickets[index], index)
+        each = max(1, len(self._functions))
+        self._tickets[index] = self._submit(
+            expand(items, self._functions), [tree.leaves[at // each] for at in range(len(items) * each)], rewards
+        )
+        asked = [ticket for ticket in self._tickets[index] if ticket not in self._results]
+        self._missing[index] = len(asked)
+        self._index_of |= dict.fromkeys(asked, index)
         # A tree that grew on may have no new leaf.
         if not self._missing[index]:
             self._make(index)
+
+    def _submit(self, items: Sequence[RewardItem], leaves: Sequence[int], rewards: Rewards) -> list[int]:
+        """A ticket for each item. What the environment says of a leaf has its result at once, under a negative one."""
+        tickets: list[int | None] = []
+        asked = []
+        for item, leaf in zip(items, leaves, strict=True):
+            given = rewards.get(leaf)
+            # A lost trajectory is not worth a grading by others.
+            if item.verifier != REWARD and not isinstance(given, str):
+                asked.append(item)
+                tickets.append(None)
+                continue
+            self._own_tickets -= 1
+            tickets.append(self._own_tickets)
+            self._results[self._own_tickets] = self._pool.note(item.verifier, _result(given))
+        others = iter(self._pool.submit(asked))
+        return [next(others) if ticket is None else ticket for ticket in tickets]
 
     def _keep_error(self, act: Callable[[], None]) -> None:
         try:
@@ -192,12 +221,19 @@ class Grading:
             self._pool.abandon()
 
 
+def _result(given: float | str | None) -> RewardResult:
+    if isinstance(given, float):
+        return RewardResult(given)
+    return RewardResult(None, given or "the environment was not asked")
+
+
 def trajectory_of(tree: Tree, leaf: int) -> Trajectory:
     """What a verifier may know of how a response came about."""
     return {
         "prompt_id": tree.prompt_id,
         "tokens": tree.response_length(leaf),
         "stop": str(tree.nodes[leaf].stop),
+        "turns": tree.turns(leaf),
         "segments": tree.nodes[leaf].depth,
         "fallback": any(tree.nodes[node].fallback for node in tree.ancestry(leaf)),
     }

@@ -12,6 +12,7 @@ Room is counted in segments: the most that ran at once in the round, times its s
 - memory: segments waited for blocks of the KV cache.
 - refill: nothing was left to begin until graders say whether trees that are done are replaced; other trees still ran.
 - graders: the same, and nothing ran.
+- tools: nothing ran until an environment answered.
 - engines: all of this engine had ended, and it waited for the others.
 """
 
@@ -22,8 +23,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Cause = Literal["tail", "memory", "refill", "graders", "engines"]
-CAUSES: tuple[Cause, ...] = ("tail", "memory", "refill", "graders", "engines")
+Cause = Literal["tail", "memory", "refill", "graders", "tools", "engines"]
+CAUSES: tuple[Cause, ...] = ("tail", "memory", "refill", "graders", "tools", "engines")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from treepo_mega.rollout.dealing import END, LATE, Queue
 from treepo_mega.rollout.engine_costs import EngineCosts
 from treepo_mega.rollout.jobs import Grown, Job, Watcher, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
+from treepo_mega.rollout.turns import COUNTS as TURN_COUNTS
+from treepo_mega.rollout.turns import Agent, Answered, TurnsInFlight
 from treepo_mega.tree.search import TreeSearch
 from treepo_mega.tree.wants import Segment, Want
 
@@ -45,6 +47,7 @@ class TreesInFlight:
         temperature: float,
         begin: Callable[[int], TreeSearch],
         watcher: Watcher | None,
+        agent: Agent | None = None,
     ) -> None:
         self.generator = generator
         self.engine = generator.engine
@@ -54,6 +57,7 @@ class TreesInFlight:
         self.temperature = temperature
         self.begin = begin
         self.watcher = watcher
+        self.turns = TurnsInFlight(agent) if agent is not None else None
         self.borders = generator.borders(rollout)
         self.room = Admission(self.engine.kv_blocks, rollout.engine.block_size, rollout.engine.max_num_seqs)
         # By rank: the order in which they were begun. `taken` maps a rank to the index of its job.
@@ -85,6 +89,9 @@ class TreesInFlight:
             self.spent.begin()
             self._fill()
             if not self.room.running:
+                if self.turns is not None and self.turns.waiting:
+                    self._wait_for_tools(self.turns, late)
+                    continue
                 # Trees that are done may be replaced, once their graders have spoken.
                 news = self.queue.more(self._settle, late)
                 if news == LATE:
@@ -100,6 +107,8 @@ class TreesInFlight:
             self.spent.stepped(len(self.room.running))
             for segment in finished:
                 self._deliver(segment)
+            if self.turns is not None:
+                self._hear(self.turns, self.turns.poll())
             if finished:
                 self._report()
             self.spent.done()
@@ -143,6 +152,42 @@ class TreesInFlight:
             self.later = []
         self._submit()
 
+    def _wait_for_tools(self, turns: TurnsInFlight, late: Callable[[], bool]) -> None:
+        """Nothing runs until a tool answers. Raises GenerationTimeout when all the time is gone."""
+        if late():
+            raise GenerationTimeout(
+                f"generation passed its deadline of {self.rollout.timeout_s} s (rollout.timeout_s) while tools ran: "
+                "lower environment.timeout_s, raise environment.num_workers, or rollout.timeout_s"
+            )
+        begun = time.monotonic()
+        answered = turns.wait()
+        turns.counts["env_wait_s"] += time.monotonic() - begun
+        if self.watcher is not None:
+            self.watcher.waited_for_tools()
+        self._hear(turns, answered)
+
+    def _hear(self, turns: TurnsInFlight, answered: Sequence[Answered]) -> None:
+        """Hand what tools answered to the trees, and complete trees with their rewards to the watcher."""
+        for each in answered:
+            self.searches[each.rank].observe(each.node_id, each.tokens, lost=each.lost)
+            self._ask(each.rank)
+        for rank, rewards in turns.take_graded():
+            if self.watcher is not None:
+                self.watcher.tree_done(self.taken[rank], self.searches[rank].tree, rewards)
+
+    def _end_turns(self, rank: int) -> list[Want]:
+        """Ask the environment about turns that have just ended; what the tree wants, where one was the last."""
+        if self.turns is None:
+            return []
+        search = self.searches[rank]
+        new = []
+        while ended := search.turns_ended():
+            for node_id in ended:
+                if not self.turns.ask(rank, search.tree, node_id):
+                    search.observe(node_id, None)
+            new += search.wants()
+        return new
+
     def _settle(self) -> bool:
         """Wait for the graders of trees that are done; False: nothing is with them."""
         return self.watcher is not None and self.watcher.settle()
@@ -152,6 +197,9 @@ class TreesInFlight:
         for name in PREFIX_COUNTS:
             # A carried-over tree brings what it cost in earlier steps.
             search.tree.counts.setdefault(name, 0)
+        if self.turns is not None:
+            search.tree.counts |= dict.fromkeys(TURN_COUNTS, 0)
+            self.turns.begin(len(self.searches), self.jobs[index].prompt, search.seed)
         self.searches.append(search)
         self.taken.append(index)
         self.rests.append(0)
@@ -167,8 +215,10 @@ class TreesInFlight:
             self.room.settle(rank)
         if self.rollout.forks and (self.rests[rank] != search.rests or search.done or search.paused):
             self._hold(rank)
-        if search.done and self.watcher is not None:
-            self.watcher.tree_done(self.taken[rank], search.tree)
+        if search.done and self.turns is not None:
+            self.turns.grade(rank, search.tree)
+        elif search.done and self.watcher is not None:
+            self.watcher.tree_done(self.taken[rank], search.tree, None)
         elif search.paused and self.watcher is not None:
             self.watcher.tree_paused(self.taken[rank], search.state_dict())
         if self.rollout.debug.schedule == "level":
@@ -270,7 +320,7 @@ class TreesInFlight:
         if finished.more:
             run.stream.cancel()
         self.room.finish(*run.first, keep=self.rollout.forks)
-        self._ask(rank, new)
+        self._ask(rank, [*new, *self._end_turns(rank)])
 
     def _extend(self, run: SegmentRun, key: Key, want: Want) -> None:
         """The run goes on with the segment that is wanted at `key`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -43,6 +43,10 @@ class Job:
         return self.state is not None or self.home is not None
 
 
+Rewards = Mapping[int, float | str]
+"""Of an environment: leaf -> its reward, or why it has none. Leaves that stand in neither are graded by a verifier."""
+
+
 @dataclass(slots=True)
 class Grown:
     """What `grow` made of the jobs it took, by their index: finished trees, and the states of paused ones."""
@@ -54,7 +58,7 @@ class Grown:
 class Watcher(Protocol):
     """Told by a generator how far it is, so that others can work meanwhile. Only `settle` blocks; nothing raises."""
 
-    def tree_done(self, index: int, tree: Tree) -> None:
+    def tree_done(self, index: int, tree: Tree, rewards: Rewards | None) -> None:
         """The tree of job `index` is complete: it does not change any more while others are sampled."""
 
     def tree_paused(self, index: int, state: dict[str, Any]) -> None:
@@ -62,6 +66,9 @@ class Watcher(Protocol):
 
     def step_done(self, occupancy: Occupancy) -> None:
         """The engine took a step with so many segments."""
+
+    def waited_for_tools(self) -> None:
+        """The engine had nothing to do until a tool answered."""
 
     def settle(self) -> bool:
         """The engine has nothing to do: wait until more is known of trees that are done; False: nothing will be."""

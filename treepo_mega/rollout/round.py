@@ -35,6 +35,7 @@ from treepo_mega.rollout.grading import Grading, MakeRow, Row
 from treepo_mega.rollout.jobs import Grown, Job, carry
 from treepo_mega.rollout.refill import NoSignal, RefillRule
 from treepo_mega.rollout.report import TREE, complete, heard, lend_contents, told
+from treepo_mega.rollout.turn_metrics import of_turns
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.garbage import collection_put_off
 from treepo_mega.tree.node import Tree
@@ -173,6 +174,7 @@ def _counts(
     """What the round cost on this engine; `SampledRound.counts` are the sums."""
     return {
         **of_engine(generator.counts),
+        **of_turns(generator.counts),
         "stolen": queue.stolen,
         "grader_wait_s": grading.waited_s,
         "idle_s": idle_s,

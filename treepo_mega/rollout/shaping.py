@@ -18,7 +18,7 @@ from treepo_mega.data.rewards.weighted import VERDICT
 from treepo_mega.tree.advantage import set_rewards
 from treepo_mega.tree.node import Tree
 
-CUT = ("length", "depth")
+CUT = ("length", "depth", "context")
 """Reasons of paths that ended because they may not be longer, in the middle of what they said."""
 
 

@@ -85,7 +85,7 @@ class TreeSearch:
         self.tree = Tree.start(prompt_id, prompt_tokens) if begun is None else ungraded(begun)
         begun_leaves = len(self.tree.leaves)
         self._cfg = rollout
-        self._seed = seed
+        self.seed = seed
         self._stop = stop
         self._version = policy_version
         self._align = align
@@ -210,7 +210,7 @@ class TreeSearch:
         version, internal, gauss = self._rng.getstate()
         return {
             "tree": self.tree.to_dict(),
-            "seed": self._seed,
+            "seed": self.seed,
             "align": self._align,
             "step": self._step,
             "rng": [version, list(internal), gauss],
@@ -238,7 +238,7 @@ class TreeSearch:
         self.tree = Tree.from_dict(state["tree"])
         # A tree of an older version lacks the counts that came later.
         self.tree.counts = dict.fromkeys(COUNTS, 0) | self.tree.counts
-        self._seed = state["seed"]
+        self.seed = state["seed"]
         self._align = state["align"]
         self._step = state["step"]
         self._new = []
@@ -321,10 +321,10 @@ class TreeSearch:
         """The seed of a new node's segment."""
         # Of the path, not of the id: ids follow the order of arrival.
         if not self._cfg.forks:
-            return derive_seed(self._seed, *node.path)
+            return derive_seed(self.seed, *node.path)
         # Forks cut segments, and a later node would get the path, and the seed, of an earlier one.
         before = len(self.tree.response(node.parent))
-        return derive_seed(self._seed, "fork", *decisions(self.tree, node.id), before)
+        return derive_seed(self.seed, "fork", *decisions(self.tree, node.id), before)
 
     def _let_run(self, nodes: Sequence[Node], after: int | None = None) -> None:
         """Mark the wants of new nodes that will not branch: they may be sampled to the end of their path."""

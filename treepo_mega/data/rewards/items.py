@@ -14,7 +14,9 @@ class Trajectory(TypedDict):
     tokens: int
     """Of the response, its end mark included."""
     stop: str
-    """eos, answer, length, depth or repetition."""
+    """eos, answer, length, depth or repetition; context where an observation did not fit."""
+    turns: int
+    """Turns that an environment has answered."""
     segments: int
     """On the path."""
     fallback: bool

@@ -183,6 +183,13 @@ class RewardPool:
         for worker in workers:
             worker.kill()
 
+    def note(self, verifier: str, result: RewardResult) -> RewardResult:
+        """Count a result that came from elsewhere among those graded; returns it."""
+        self._total += 1
+        if result.score is None:
+            self._lost[next(self._tickets)] = (verifier, str(result.error))
+        return result
+
     def take_tally(self) -> Tally:
         """What was graded and lost since the last call (data/rewards/lost.py tells people)."""
         tally: Tally = {"total": self._total, "lost": {}, "reasons": {}}

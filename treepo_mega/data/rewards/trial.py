@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from treepo_mega.config.rules_environment import REWARD
 from treepo_mega.data.rewards.items import RewardItem, Trajectory
 from treepo_mega.data.rewards.pool import RewardPool
 from treepo_mega.data.rewards.verifiers import VerifierError
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 
 def verifiers_of(reward: RewardConfig, prompts: Iterable[Prompt]) -> list[str]:
-    """The verifiers that grade `prompts`: those of `reward.functions`, else the prompts' own; each once."""
-    used = (part.verifier or prompt.verifier for prompt in prompts for part in reward.functions)
-    return list(dict.fromkeys(used if reward.functions else (prompt.verifier for prompt in prompts)))
+    """The graders of `prompts`: those of `reward.functions`, else the prompts' own; each once."""
+    used = [part.verifier or prompt.verifier for prompt in prompts for part in reward.functions]
+    named = dict.fromkeys(used if reward.functions else (prompt.verifier for prompt in prompts))
+    # No grader has the environment's own.
+    return [name for name in named if name != REWARD]
 
 
 def try_rewards(pool: RewardPool, reward: RewardConfig, prompts: Iterable[Prompt]) -> list[str]:
@@ -57,5 +60,5 @@ def try_rewards(pool: RewardPool, reward: RewardConfig, prompts: Iterable[Prompt
 def example_answer(verifier: str, prompt: Prompt) -> RewardItem:
     """The truth of `prompt` in a box, as if it had been sampled."""
     text = f"\\boxed{{{prompt.answer}}}"
-    shown = Trajectory(prompt_id=prompt.id, tokens=len(text), stop="eos", segments=1, fallback=False)
+    shown = Trajectory(prompt_id=prompt.id, tokens=len(text), stop="eos", turns=0, segments=1, fallback=False)
     return RewardItem(verifier, prompt.data_source, text, prompt.answer, prompt.extra, shown, prompt.text)

@@ -9,6 +9,7 @@ and returns a float or a dict with "score" (other scalar entries are kept as ext
     exact          the text behind </think> equals the truth, but for white space around it
     countdown      the last attempt meets the target of a truth like 3,8,5,2>29 by right steps (tasks/countdown.py)
     reasoning_gym  the task's own score_answer on the last box, else on <answer>...</answer>, else on the text
+    environment    what get_reward of the trajectory's environment says (rollout/turns.py asks it, not this module)
 
 and `path/to/file.py:function` for a user's own, which may be async, and `http:NAME` for a server of `reward.servers`
 (remote.py). Each is imported only when it is first asked for, in the
@@ -54,7 +55,7 @@ OPTIONAL_PARAMETERS = ("trajectory", "prompt")
 Kind = Literal["batch", "async", "http"]
 """By what a verifier is run: `worker.py` one answer after the other, or `flights.py` many at a time."""
 
-BUILT_IN = ("math", "boxed", "last_number", "exact", "countdown", "reasoning_gym")
+BUILT_IN = ("math", "boxed", "last_number", "exact", "countdown", "reasoning_gym", "environment")
 
 # A sign behind a digit, a letter or a closing bracket is an operator: the last number of `5-3` is 3.
 _NUMBER = re.compile(
@@ -188,6 +189,8 @@ def load_verifier(name: str) -> Verifier:
         return _load_math()
     if name == "reasoning_gym":
         return _load_reasoning_gym()
+    if name == "environment":
+        raise VerifierError("environment: its reward is asked where its state is, never of a grader")
     if name in BUILT_IN:
         return {"boxed": boxed, "last_number": last_number, "exact": exact, "countdown": countdown}[name]
     what = f"verifier {name!r}"
