@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from tests.actor.oracle import configuration
 from tests.ranks import run_ranks
@@ -193,6 +194,10 @@ def _save_meets(error, monkeypatch):
         (RuntimeError(f"Worker failure: {FULL}"), True),
         (OSError(28, "No space left on device"), True),
         (RuntimeError(UNREADABLE), False),
+        # What the coordinator raises, which knows of the others.
+        (CheckpointException("write", {3: _wrap_exception(RuntimeError(f"Worker failure: {FULL}"))}), True),
+        # And the others, which know of nobody.
+        (CheckpointException("write", {}), False),
     ],
 )
 def test_a_full_disk_is_told_with_what_is_free_and_what_to_do(error, writable, tmp_path, monkeypatch):
@@ -207,6 +212,12 @@ def test_a_full_disk_is_told_with_what_is_free_and_what_to_do(error, writable, t
     assert FULL in str(caught.value)
     assert "are free there). Earlier checkpoints are whole" in str(caught.value)
     assert "make room" in str(caught.value)
+
+
+def test_a_rank_that_others_failed_ends_as_they_do(tmp_path, monkeypatch):
+    _save_meets(CheckpointException("write", {}), monkeypatch)
+    with pytest.raises(CheckpointError, match="could not be written: another rank says why"):
+        mcore._write({}, tmp_path, {}, 5.0)
 
 
 def test_another_fault_while_saving_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
 from treepo_mega.checkpoint.space import in_units
 from treepo_mega.config.surroundings import nearest_existing
@@ -254,17 +255,25 @@ def writes_told(directory: Path) -> Iterator[None]:
     """Raise CheckpointError, with what is free, for a write into `directory` that the file system refuses."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         # Torch's writer tells a full disk as "unexpected pos 64 vs 0", and Megatron's as a text: so the disk is asked.
-        refusal = error if isinstance(error, OSError) else _refusal(directory)
-        if refusal is None and "[Errno" not in str(error):
+        refusal = str(error if isinstance(error, OSError) else _refusal(directory) or _told(error))
+        if isinstance(error, RuntimeError) and "[Errno" not in refusal:
             raise
         free = in_units(shutil.disk_usage(nearest_existing(directory)).free)
         raise CheckpointError(
-            f"{directory.parent}: a checkpoint could not be written: {refusal or error} ({free} are free there). "
+            f"{directory.parent}: a checkpoint could not be written: {refusal} ({free} are free there). "
             "Earlier checkpoints are whole, and the run resumes from the newest: make room, or set checkpoint.save to "
             "another disk or a lower checkpoint.keep_last"
         ) from error
+
+
+def _told(error: BaseException) -> str:
+    """What `error` says. Torch's own, which is no Exception, is raised on all ranks and has the reasons on one."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    reasons = "; ".join(sorted({str(reason) for reason, _ in failures}))
+    found = re.search(r"\[Errno \d+\][^;\n]*", reasons)
+    return found[0] if found else reasons or "another rank says why"
 
 
 def seal(directory: Path, note: dict[str, Any], timeout_s: float) -> None:
