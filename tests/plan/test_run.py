@@ -118,7 +118,7 @@ def test_two_nodes_are_too_few_for_70b_and_what_is_not_is_said(capsys):
     "arguments, words",
     [
         (["--gpu", "H10"], "GPU 'H10' is not known (did you mean 'H100'?)"),
-        (["--network-gb-per-s", "900"], "the network link with 1125 GB/s is faster than node with 450"),
+        (["--network-gb-per-s", "900"], "the network link with 900 GB/s is faster than node with 360"),
         (["--response-mean", "9000"], "a mean response of 9000 tokens: expected more than 0 and at most 7168"),
         (["--kept", "1.5"], "--kept 1.5: expected a share"),
         (["--price", "0"], "--price 0.0: expected a positive number"),

@@ -58,7 +58,7 @@ def cluster_of(args: argparse.Namespace, cfg: Config) -> Cluster:
     if "local" in reached:
         reached["hbm"] = 2 * reached.pop("local")
     gpu = dataclasses.replace(gpu, **{f"{link}_gb_s": value for link, value in reached.items()})
-    check_speeds(gpu)
+    check_speeds(gpu, rates.link)
     return Cluster(gpu, args.ranks_per_node, rates)
 
 

@@ -140,9 +140,13 @@ class Rates:
         return {each.name: str(each.metadata["source"]) for each in fields(cls)}
 
 
-def check_speeds(gpu: Gpu) -> None:
-    """Raise HardwareError for speeds that contradict each other: a far link that is faster than a near one."""
-    order = [("hbm", gpu.hbm_gb_s), ("node", gpu.node_gb_s), ("network", gpu.network_gb_s)]
+def check_speeds(gpu: Gpu, reached: float = 1.0) -> None:
+    """Raise HardwareError for speeds that contradict each other: a far link that is faster than a near one.
+
+    `reached`: of a nominal speed, the share in which the message states speeds.
+    """
+    nominal = (("hbm", gpu.hbm_gb_s), ("node", gpu.node_gb_s), ("network", gpu.network_gb_s))
+    order = [(name, speed * reached) for name, speed in nominal]
     for name, speed in [*order, ("host", gpu.host_gb_s)]:
         if not speed > 0:
             raise HardwareError(f"{gpu.name}: {name} speed {speed} GB/s: expected a positive number")

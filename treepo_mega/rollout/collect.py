@@ -54,7 +54,7 @@ from treepo_mega.rollout.teaching import Teaches, counted, judge
 from treepo_mega.rollout.turn_metrics import turn_metrics
 from treepo_mega.runtime import dist
 from treepo_mega.text.function_path import is_function_path
-from treepo_mega.tree.descent import policy_mean
+from treepo_mega.tree.descent import policy_means
 from treepo_mega.tree.diversity import independent_samples
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.stop import STOP_REASONS
@@ -372,12 +372,18 @@ def _metrics(seen: list[Tree], kept: list[Tree], totals: dict[str, float], cfg: 
     leaves = max(1.0, counts["leaves"])
     cut = sum(counts[f"stop/{reason}"] for reason in CUT)
     stale = sum(len(node.tokens) for tree in kept for node in tree.nodes[1:] if node.policy_version < step)
+    reward, accuracy, length = policy_means(
+        seen,
+        lambda tree, index: tree.rewards[index],
+        lambda tree, index: float(tree.verdicts[index] > CORRECT),
+        lambda tree, index: tree.response_length(tree.leaves[index]),
+    )
     out = {
         "rollout/reward_mean": sum(rewards) / max(1, len(rewards)),
         "rollout/accuracy": sum(verdict > CORRECT for verdict in verdicts) / max(1, len(verdicts)),
-        "rollout/reward_policy": policy_mean(seen, lambda tree, index: tree.rewards[index]),
-        "rollout/accuracy_policy": policy_mean(seen, lambda tree, index: float(tree.verdicts[index] > CORRECT)),
-        "rollout/response_len_policy": policy_mean(seen, lambda tree, index: tree.response_length(tree.leaves[index])),
+        "rollout/reward_policy": reward,
+        "rollout/accuracy_policy": accuracy,
+        "rollout/response_len_policy": length,
         "rollout/response_len_mean": sum(lengths) / len(lengths),
         "rollout/response_len_max": max(lengths),
         "rollout/truncated_share": cut / leaves,

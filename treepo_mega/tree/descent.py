@@ -120,9 +120,15 @@ def policy_mean(trees: Sequence[Tree], value: Callable[[Tree, int], float]) -> f
     >>> policy_mean([tree], lambda tree, index: tree.rewards[index])
     0.5
     """
-    means = []
+    return policy_means(trees, value)[0]
+
+
+def policy_means(trees: Sequence[Tree], *values: Callable[[Tree, int], float]) -> list[float]:
+    """`policy_mean` of each of `values`."""
+    means: list[list[float]] = [[] for _ in values]
     for tree in map(fair_leaves, trees):
         if tree.leaves:
             shares = descent_shares(tree)
-            means.append(math.fsum(share * value(tree, index) for index, share in enumerate(shares)))
-    return math.fsum(means) / max(1, len(means))
+            for of_trees, value in zip(means, values, strict=True):
+                of_trees.append(math.fsum(share * value(tree, index) for index, share in enumerate(shares)))
+    return [math.fsum(of_trees) / max(1, len(of_trees)) for of_trees in means]

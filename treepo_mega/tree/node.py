@@ -189,8 +189,13 @@ class Tree:
 
     def response_length(self, node_id: int) -> int:
         """Sampled tokens up to and including `node_id`, counted; observations are left out."""
-        above = [self.nodes[node] for node in self.ancestry(node_id)[1:]]
-        return sum(len(node.tokens) for node in above if not node.observation)
+        length = 0
+        while node_id > ROOT:
+            node = self.nodes[node_id]
+            if not node.observation:
+                length += len(node.tokens)
+            node_id = node.parent
+        return length
 
     def observed_length(self, node_id: int) -> int:
         """Tokens of observations up to and including `node_id`, counted."""

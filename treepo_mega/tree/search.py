@@ -301,6 +301,7 @@ class TreeSearch:
         ends = size == room or depth >= self._stop.max_depth
         peek = 0 if ends or self._transfer.full else self._cfg.peek
         shortest = self._cfg.segment_tokens if self._cfg.segment.end == "length" else self._cfg.segment.min_length
+        entropy = self._cfg.entropy_top_k
         new = []
         for _ in range(children):
             node = self.tree.add_child(
@@ -312,8 +313,7 @@ class TreeSearch:
             node.fork = fork.rule if fork else None
             new.append(node)
             self._running[node.id] = size
-            want = Want(node.id, prefix, size, self._seed_of(node), peek, min(shortest, size))
-            self._ask(replace(want, entropy=self._cfg.entropy_top_k))
+            self._ask(Want(node.id, prefix, size, self._seed_of(node), peek, min(shortest, size), entropy=entropy))
         self.tree.counts["fallbacks"] += children * (fallback_level is not None)
         return new
 

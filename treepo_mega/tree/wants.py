@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,15 @@ class Segment:
 
     def part(self, begin: int, end: int) -> Segment:
         """Its tokens `begin` .. `end` - 1; the peek and the reason stay."""
-        return replace(
-            self,
-            tokens=self.tokens[begin:end],
-            logprobs=self.logprobs[begin:end],
-            entropies=self.entropies[begin:end],
+        if begin == 0 and end >= len(self.tokens):
+            return self
+        return Segment(
+            self.tokens[begin:end],
+            self.logprobs[begin:end],
+            self.finish_reason,
+            self.peek,
+            self.entropies[begin:end],
+            self.top,
         )
 
 
