@@ -140,7 +140,8 @@ def simulate(sizes: tuple[int, ...], measured: MeasuredLengths | None = None) ->
 def kept_lengths() -> MeasuredLengths:
     """Those that the repository holds."""
     stored = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return MeasuredLengths(stored["run"], stored["leaves"], tuple(stored["tail"]), stored["prompt"])
+    tail, steps = tuple(stored["tail"]), tuple(stored["steps"])
+    return MeasuredLengths(stored["run"], stored["leaves"], tail, stored["prompt"], steps)
 
 
 def row(
@@ -238,7 +239,7 @@ def page(rows: list[dict[str, Any]], again: list[dict[str, Any]], measured: Meas
         "",
         "The trees are grown by the trainer's own search, for `examples/qwen25_7b_2x8.yaml` on H100. Lengths are",
         "log-normal, with the means that `treepo-mega plan` assumes; none was measured on a model of this size.",
-        "The last table has the lengths of a run that was measured.",
+        "The last table has lengths that were measured: those of the demo's tiny model, stretched.",
         "Decoding, links and products take what the plan says. An engine's prompts all start at once. Of each round",
         f"{1 - kept:.0%} of the prompts are drawn again, because their rewards are all equal.",
         "",
@@ -268,11 +269,12 @@ def with_measured(rows: list[dict[str, Any]], again: list[dict[str, Any]], measu
     tail = measured.tail
     mean = measured.response
     far = tail[int(0.95 * len(tail))]
+    steps = ", ".join(map(str, measured.steps))
     out = [
         "## Measured lengths",
         "",
-        f"{measured.run}: {measured.leaves:,} responses, {mean:.0f} tokens in the mean. The longest is "
-        f"{tail[-1] / mean:.2f} times that,",
+        f"Of the trees that the demo kept (`{measured.run}`, step {steps}): {measured.leaves:,} responses of its tiny",
+        f"model, {mean:.0f} tokens in the mean. The longest is {tail[-1] / mean:.2f} times that,",
         f"and the 95th percentile is {far / mean:.2f} times that. Stretched to the recipe's limit,",
         "they give, for the fixed batch:",
         "",

@@ -66,6 +66,8 @@ class MeasuredLengths:
     leaves: int
     tail: tuple[float, ...]
     prompt: float
+    steps: tuple[int, ...] = ()
+    """Whose trees were read."""
 
     @property
     def response(self) -> float:
@@ -97,7 +99,8 @@ def read_lengths(run: str | Path) -> MeasuredLengths:
         )
     found: list[int] = []
     prompts: list[int] = []
-    for path in files[1:] or files:
+    files = files[1:] or files
+    for path in files:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 tree = json.loads(line)
@@ -107,7 +110,8 @@ def read_lengths(run: str | Path) -> MeasuredLengths:
                 raise LengthsError(f"{path}:{number}: not a tree of this version: {error!r}") from None
     if not found or max(found) < 1:
         raise LengthsError(f"--lengths {run}: its trees have no finished response")
-    return MeasuredLengths(str(run), len(found), equal_parts(found), sum(prompts) / len(prompts))
+    steps = tuple(int(path.stem.removeprefix("step_")) for path in files)
+    return MeasuredLengths(str(run), len(found), equal_parts(found), sum(prompts) / len(prompts), steps)
 
 
 def _of_leaves(tree: dict[str, Any]) -> list[int]:
