@@ -2,7 +2,8 @@
 
 Long trees are carried over from step to step, so that a checkpoint has unfinished ones to keep: trunks on their way,
 and trees whose branches have started at uncertain steps of reasoning. Leaves are dealt to the prompts with signal.
-What the killed steps had sampled is on disk, and is not sampled again.
+What the killed steps had sampled is on disk, and is not sampled again. The kill comes while a checkpoint is written in
+the background: it leaves no trace.
 """
 
 from __future__ import annotations
@@ -90,8 +91,13 @@ def test_a_stopped_and_a_killed_run_go_on_as_if_nothing_had_happened(tmp_path):
     assert numbers(stopped)[-1]["rollout/trees_carried_over"] > 0, "the checkpoint keeps unfinished trees"
 
     before = metrics.read_text().splitlines()
-    kill_amid_a_rollout(start_ranks(2, "-m", "treepo_mega.cli", *command(stopped)), stopped, done + 1)
-    assert check_complete(saved)["step"] == done and len(list((stopped / "checkpoints").iterdir())) == 1
+    written = [f"checkpoint.save_interval={done + 1}", "checkpoint.async_save=true"]
+    # The other rank's writer never ends, so that the next rollout is sampled meanwhile.
+    stuck = [*written, "debug.fault.kind=stuck_in_writer", "debug.fault.rank=1"]
+    kill_amid_a_rollout(start_ranks(2, "-m", "treepo_mega.cli", *command(stopped), *stuck), stopped, done + 1)
+    in_part = list((stopped / "checkpoints").glob(f".step_{done + 1:06d}.*.partial"))
+    assert len(in_part) == 1, "the kill came amid the write"
+    assert check_complete(saved)["step"] == done and len(list((stopped / "checkpoints").iterdir())) == 2
     kept = len(folder.steps_kept(stopped))
     resumed = run_ranks(2, CLI, *command(stopped), timeout=280)
     assert "resumed from" in resumed and f"next step {done}" in resumed
@@ -100,6 +106,7 @@ def test_a_stopped_and_a_killed_run_go_on_as_if_nothing_had_happened(tmp_path):
     restored = [row["rollout/trees_restored"] for row in read_metrics(metrics)[done:]]
     assert all(restored[: kept - 1]) and not any(restored[kept:]), "steps since the checkpoint are trained, not sampled"
     assert folder.steps_kept(stopped) == [], "the last checkpoint has them all"
+    assert not in_part[0].exists()
     run_ranks(2, CLI, *command(whole), timeout=280)
     assert numbers(stopped) == numbers(whole)
     assert len(numbers(whole)) == STEPS

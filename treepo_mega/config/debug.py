@@ -12,9 +12,12 @@ from treepo_mega.config.section import Section
 class FaultConfig(Section):
     """A fault that a rank brings upon itself, to see what the others and the log make of it."""
 
-    kind: Literal["none", "stuck_in_engine", "stuck_in_collective", "stuck_in_pack", "stuck_in_grading"] = "none"
+    kind: Literal[
+        "none", "stuck_in_engine", "stuck_in_collective", "stuck_in_pack", "stuck_in_grading", "stuck_in_writer"
+    ] = "none"
     """The rank sleeps for ever before a forward pass of the engine, a collective of the trainer, the next pack of a
-    pass, or where it waits for its graders."""
+    pass, or where it waits for its graders. stuck_in_writer: the process that writes its part of a checkpoint in the
+    background does, and the rank goes on."""
     step: int = Field(1, ge=0)
     """Not before this step, counted from 1; 0: from the start."""
     rank: int = Field(0, ge=0)

@@ -17,6 +17,7 @@ LEFT_OUT = (
     *("parallel", "checkpoint", "eval", "logging", "distributed", "reshard", "data.eval"),
     *("rollout.engine", "rollout.timeout_s", "rollout.durable"),
     *("reward.num_workers", "reward.timeout_s", "reward.startup_timeout_s", "reward.in_flight", "reward.memory_mb"),
+    "debug.fault",
 )
 """Sections and keys that may differ between the run that was killed and the one that goes on."""
 
