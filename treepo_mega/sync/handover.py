@@ -131,6 +131,7 @@ class Handover:
             raise HandoverError(f"cannot offload {unknown[0]!r}; expected some of {', '.join(PARTS)}")
         self.state = State.TRAIN
         self.log: list[Transition] = []
+        """Transitions so far; whoever reads them may clear it."""
         self._backend = backend
         self._why = ""
         self._moved = False  # since the actor's weights last changed

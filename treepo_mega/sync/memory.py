@@ -59,7 +59,8 @@ class Memory:
 
     def _refit(self) -> dict[str, float]:
         handover = self.handover
-        first = len(handover.log)
+        # Of the steps before, of which nobody asks any more: it would grow as long as the run goes on.
+        handover.log.clear()
         # Gradients and optimizer state leave before the engine's weights wake: together they would run out of memory.
         handover.offload()
         handover.wake_weights()
@@ -67,7 +68,7 @@ class Memory:
         # The trainer's weights leave before the KV cache wakes, which may need their memory.
         handover.free_actor()
         handover.wake_kv()
-        moved = handover.log[first:]
+        moved = list(handover.log)
         # The canary scores on both sides, so it needs the KV cache that has just been woken.
         return metrics | self.weights.canary() | _bytes_of(moved)
 
