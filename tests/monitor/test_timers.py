@@ -58,6 +58,18 @@ def test_time_is_kept_when_the_body_raises(clock):
     assert timers.pop() == {"timing_s/reward": 5, "cpu_s/reward": 2.5}
 
 
+def test_a_phase_that_an_exception_ends_stays_the_one_that_was_told(clock):
+    timers = Timers(clock, clock.half)
+    told = []
+    timers.watchers.append(told.append)
+    with pytest.raises(KeyError), timers("step"), timers("rollout"):
+        raise KeyError
+    assert told == ["step", "rollout"], "who explains the exception asks where it was"
+    with timers("update"):
+        pass
+    assert told[2:] == ["update", None]
+
+
 def test_a_phase_inside_itself_is_refused(clock):
     timers = Timers(clock, clock.half)
     with timers("eval"), pytest.raises(RuntimeError, match="'eval' is already running"), timers("eval"):

@@ -133,6 +133,9 @@ class Status:
             yield
         # Also SystemExit and KeyboardInterrupt: whoever looks must not take the rank for alive.
         except BaseException as error:
+            # The file may be a look old, and says in which phase this rank is.
+            if self._thread is not None:
+                self._write()
             told = self._hang.explain(error) if self._hang is not None else None
             self.close(f"failed with {type(error).__name__}")
             if told is None:

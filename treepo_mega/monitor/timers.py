@@ -63,7 +63,7 @@ class Timers:
         self.profiler: PhaseProfiler | None = None
         """What profiles phases; None: nothing."""
         self.watchers: list[Callable[[str | None], None]] = []
-        """Told of the innermost phase whenever another one runs; None: none does."""
+        """Told of the innermost phase whenever another one runs; None: none does. Not of ends by exception."""
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """A part of a phase, for the trace alone."""
@@ -88,15 +88,19 @@ class Timers:
         # Wall clock: a phase that only enqueues GPU work must end with something that waits for it. Every phase of the
         # loop does: it ends in a collective, a copy to the host or a barrier.
         start = {prefix: clock() for prefix, clock in self._clocks.items()}
+        ended = False
         try:
             with self.span(name):
                 yield
+            ended = True
         finally:
             for prefix, clock in self._clocks.items():
                 self._total[prefix + name] = self._total.get(prefix + name, 0.0) + clock() - start[prefix]
             self._take_peak()
             self._running.remove(name)
-            self._tell()
+            # Whoever explains what was raised has to know the phase: it stays the one that was told last.
+            if ended:
+                self._tell()
 
     def _take_peak(self) -> None:
         """Give the peak since the last time to every phase that runs, and begin a new one."""
