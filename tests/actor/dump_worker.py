@@ -1,6 +1,6 @@
 """Two ranks (TP2) of test_dump.py: an update that overflows in one layer, dumped. `dump_worker.py DIRECTORY`.
 
-Rank 0 reports where the dump lies and why the updates ended.
+Rank 0 reports where the dump lies and why the updates ended; and what an update without memory says before that.
 """
 
 from __future__ import annotations
@@ -9,14 +9,33 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tests.actor.oracle import configuration, trajectories, write_checkpoint
 from tests.ranks import report_found
 from treepo_mega.actor.dump import write_dump
 from treepo_mega.actor.losses import PolicyLoss
+from treepo_mega.actor.split import PacksTooLarge
 from treepo_mega.actor.update import Actor, TrainingDiverged
+from treepo_mega.loss.stats import Stats
 from treepo_mega.runtime import dist
-from treepo_mega.tree.pack import plan_step
+from treepo_mega.tree.pack import Pack, plan_step
+
+
+class NoMemory(PolicyLoss):
+    """No rank has memory for its first pack."""
+
+    def __call__(self, logp: Tensor, entropy: Tensor, pack: Pack) -> tuple[Tensor, Stats]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB, says the test")
+
+
+def refusal(actor: Actor, packs: list[Pack]) -> str:
+    """What an update says that finds no memory; "" if it finds some."""
+    try:
+        actor.update(packs, NoMemory(actor.cfg.algo))
+    except PacksTooLarge as error:
+        return str(error)
+    return ""
 
 
 def main(directory: Path) -> None:
@@ -39,6 +58,7 @@ def main(directory: Path) -> None:
     packs = plan_step(trajectories(), dp_size=1, dp_rank=0, max_tokens=200).packs
     for pack in packs:
         pack.old_logprobs = pack.rollout_logprobs
+    refused = refusal(actor, packs)
     # Finite weights whose product with finite inputs is not: as a step that was too long leaves them.
     with torch.no_grad():
         actor.models[0].decoder.layers[2].mlp.linear_fc2.weight.mul_(3e38)
@@ -50,7 +70,9 @@ def main(directory: Path) -> None:
             skipped.append(actor.update(packs, loss)["skipped_steps"])
     except TrainingDiverged as error:
         written = write_dump(actor, error.packs, step=12, grad_norm=error.grad_norm)
-        report_found({"dump": str(written), "skipped": skipped, "packs": len(packs), "message": str(error)})
+        report_found(
+            {"dump": str(written), "skipped": skipped, "packs": len(packs), "message": str(error), "refused": refused}
+        )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,12 @@ def test_a_run_that_skips_too_many_steps_leaves_a_dump(dumped):
     assert all(path.suffix in (".json", ".safetensors") for path in Path(dumped["dump"]).iterdir() if path.is_file())
 
 
+def test_memory_that_is_short_where_ranks_wait_for_one_another_ends_the_update(dumped):
+    assert dumped["refused"].startswith("rank 0: no memory for a pass over packs of up to ")
+    assert "(CUDA out of memory. Tried to allocate 9 GiB, says the test)" in dumped["refused"]
+    assert "Lower train.max_tokens_per_gpu (now " in dumped["refused"]
+
+
 def test_one_rank_names_the_module(dumped):
     output = run_ranks(1, CLI, "replay", dumped["dump"])
     assert "pack 0, forward pass: decoder.layers.2.mlp.linear_fc2 has " in output, output[-3000:]

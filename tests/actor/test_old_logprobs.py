@@ -50,7 +50,7 @@ class Actor:
     def update(self, packs: list[Pack], loss: object) -> dict[str, float]:
         self.updated.append(packs[0].on_policy)
         names = ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight", "max_ratio_diff")
-        own = {"mismatch": 2.0, "mismatch_rows": 4.0, "max_mismatch": 0.75, "skipped_steps": 0.0}
+        own = {"mismatch": 2.0, "mismatch_rows": 4.0, "max_mismatch": 0.75, "skipped_steps": 0.0, "ranks_split": 0.0}
         return dict.fromkeys(names, 0.0) | own | {"grad-norm": 1.0, "learning-rate": 1.0}
 
     def head_flips(self) -> dict[str, float]:

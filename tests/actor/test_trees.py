@@ -248,6 +248,8 @@ def test_an_update_equals_transformers(launched, ranks, case):
     # The first step: the policy is the one that sampled, and the reference is the policy.
     assert (got["max_ratio_diff"], got["ppo_kl"], got["kl_loss"], got["skipped_steps"]) == (0, 0, 0, 0)
     assert got["packs"] > 1, "gradients accumulate over micro-batches"
+    # Where no other rank takes part in a pass, rank 0 had no memory for its second pack, and began again with halves.
+    assert got["ranks_split"] == got["alone"]
     # The second epoch: the same packs at the new weights.
     assert got["second_loss_diff"] <= 1e-5
     assert got["second_ratio_diff"] > 1e-3 and got["second_ratio_rel"] <= 1e-2

@@ -53,6 +53,10 @@ class UpdateCosts:
             self._costs.add(0, count, tokens)
         self._open = (0, 0)
 
+    def dropped(self) -> None:
+        """What runs will not get through: it does not count."""
+        self._open = (0, 0)
+
     def stepped(self) -> None:
         """The optimizer's step is over, and whatever follows the passes."""
         self._costs.add(1, 0, 0)

@@ -136,7 +136,7 @@ def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epo
             # The weights have moved: what a later epoch's forward pass gives is no longer from before the update.
             for pack in plan.packs:
                 pack.on_policy = False
-    out = {"train/skipped_steps": sum(step["skipped_steps"] for step in stats)}
+    out = {f"train/{name}": sum(step[name] for step in stats) for name in ("skipped_steps", "ranks_split")}
     for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
         out[f"train/{name}"] = sum(step[name] for step in stats) / len(stats)
     out["train/ratio_max_diff"] = max(step["max_ratio_diff"] for step in stats)

@@ -5,21 +5,26 @@
     stats = actor.update(packs, loss)     forward, backward, clip, optimizer, schedule: all Megatron's
 
 A step with a non-finite gradient norm is skipped and counted; `max_skipped_steps` in a row stop the run
-with a diagnosis. The loss is a sum over (trajectory, token) pairs; Megatron's per-token loss divides the
+with a diagnosis. A rank without memory for a pack splits its packs and begins its passes again, once, where
+no other rank waits for it amid a pass.
+
+The loss is a sum over (trajectory, token) pairs; Megatron's per-token loss divides the
 gradient by the number of pairs of the whole step, all-reduced over data-parallel ranks.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state as ps
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
@@ -28,6 +33,7 @@ from treepo_mega.actor.costs import UpdateCosts
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PackLoss, clip_gates, on_device
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
+from treepo_mega.actor.split import PacksTooLarge, is_out_of_memory, split
 from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.config import Config
 from treepo_mega.errors import TreepoError
@@ -38,8 +44,13 @@ from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.stats import Stats
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.runtime import dist
-from treepo_mega.runtime.device import device
+from treepo_mega.runtime.device import device, has_cuda
 from treepo_mega.tree.pack import Pack, Trajectory, plan_step
+
+logger = logging.getLogger(__name__)
+
+SPLIT = "ranks_split"
+"""Name of the statistic that counts ranks which had to split their packs."""
 
 
 class TrainingDiverged(TreepoError):
@@ -142,6 +153,9 @@ class Actor(Policy):
         self.optimizer = get_megatron_optimizer(_optimizer_config(cfg), self.chunks)
         self.scheduler = _scheduler(cfg, self.optimizer)
         config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = self._sum_gradients
+        self._alone = True
+        """Whether the passes of the running step have met no other rank yet."""
         if cfg.parallel.overlap_grad_reduce:
             syncs = [own_chunk.no_sync for own_chunk in self.chunks]
             # Megatron takes a list for virtual stages and a function for one chunk.
@@ -179,22 +193,23 @@ class Actor(Policy):
         """One optimizer step over this rank's packs; returns global statistics, the same on every rank.
 
         Collective over all ranks. Keys: the loss's sums divided by the pairs of the step, `grad-norm`,
-        `learning-rate`, `skipped_steps`. Raises TrainingDiverged after too many skipped steps in a row.
+        `learning-rate`, `skipped_steps`, `ranks_split`. Raises TrainingDiverged after too many skipped steps in a row,
+        PacksTooLarge when memory is short and smaller packs are not to be had.
         """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        # Beside the buffers, not in their place: Megatron's optimizers clear `.grad` alone.
-        self.optimizer.zero_grad()
-        gates = partial(clip_gates, self.cfg.algo)
-        data = run_schedule(self.chunks, packs, self.head, loss=loss, gates=gates, watch=self.costs.watch)
+        data, smaller = self._passes(packs, loss)
+        split_packs = data is None
+        if data is None:
+            # Not in an except clause: its traceback would hold the activations.
+            packs = smaller
+            data, _ = self._passes(packs, loss, again=True)
+        assert data is not None, "the second attempt returns or raises"
         self.costs.passed()
         # Read before the step: the scheduler then moves on.
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
         skipped = not math.isfinite(grad_norm)
         self._after_step(skipped, grad_norm, packs)
-        stats = self._mean_over_pairs(data, packs)
+        stats = self._mean_over_pairs(data, packs, split=split_packs)
         self.costs.stepped()
         return {
             **stats,
@@ -202,6 +217,57 @@ class Actor(Policy):
             "learning-rate": float(lr),
             "skipped_steps": float(skipped),
         }
+
+    def _passes(
+        self, packs: list[Pack], loss: PackLoss, *, again: bool = False
+    ) -> tuple[list[Stats] | None, list[Pack]]:
+        """Statistics of `packs`, whose gradients are in the buffers. (None, smaller packs) when memory was short.
+
+        `again`: this is the second attempt. Then, and where another rank takes part in a pass, raises PacksTooLarge.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        # Beside the buffers, not in their place: Megatron's optimizers clear `.grad` alone.
+        self.optimizer.zero_grad()
+        self._alone = not self._meets_others()
+        gates = partial(clip_gates, self.cfg.algo)
+        try:
+            return run_schedule(
+                self.chunks, packs, self.head, loss=loss, gates=gates, watch=self.costs.watch
+            ), packs  # fmt: skip
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            told = str(error).splitlines()[0]
+        self.costs.dropped()
+        if has_cuda():
+            torch.cuda.empty_cache()
+        largest = max(len(pack.tokens) for pack in packs)
+        # Whoever waits for this rank amid a pass would wait in vain for the one that it began again.
+        smaller = split(packs, padding_multiple(self.cfg)) if self._alone and not again else None
+        if smaller is None:
+            raise PacksTooLarge(
+                f"rank {dist.rank()}: no memory for a pass over packs of up to {largest} tokens ({told}). Lower "
+                f"train.max_tokens_per_gpu (now {self.cfg.train.max_tokens_per_gpu}), or keep fewer activations with "
+                "parallel.recompute_granularity=full; the newest checkpoint is whole"
+            )
+        logger.warning(
+            "rank %d: no memory for packs of up to %d tokens (%s): this step's are split, %d become %d. Lower "
+            "train.max_tokens_per_gpu (now %d) if this comes again",
+            *(dist.rank(), largest, told, len(packs), len(smaller), self.cfg.train.max_tokens_per_gpu),
+        )
+        return None, smaller
+
+    def _meets_others(self) -> bool:
+        """Whether a pass has collectives of its own, before gradients are summed at its end."""
+        parallel = self.cfg.parallel
+        return parallel.model_parallel_size > 1 or parallel.overlap_grad_reduce or bool(self.spec.num_experts)
+
+    def _sum_gradients(self, *arguments: Any, **named: Any) -> None:
+        """Megatron's end of a pass, which is collective over all ranks."""
+        self._alone = False
+        finalize_model_grads(*arguments, **named)
 
     def _apply_gradients(self) -> float:
         """Clip and step; returns the gradient norm, the same on every rank. Nothing moves when it is not finite."""
@@ -230,26 +296,29 @@ class Actor(Policy):
                 grad_norm,
             )
 
-    def _mean_over_pairs(self, data: list[Stats], packs: list[Pack]) -> dict[str, float]:
+    def _mean_over_pairs(self, data: list[Stats], packs: list[Pack], *, split: bool) -> dict[str, float]:
         """Sums over last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank.
 
-        Sums of the mismatch are not divided.
+        Sums of the mismatch are not divided, nor is the number of ranks whose packs were `split`.
         """
         # Ranks of other stages have no statistics and must still know their names to take part in the sums.
         last = ps.is_pipeline_last_stage(ignore_virtual=True)
         mine = [sorted(data[0].sums), sorted(data[0].maxima)] if last and data else [[], []]
         known = dist.gather_objects(mine)
-        sums = {name: 0.0 for of_rank in known for name in of_rank[0]} | {"pairs": 0.0}
+        sums = {name: 0.0 for of_rank in known for name in of_rank[0]} | {"pairs": 0.0, SPLIT: 0.0}
         peaks = {name: 0.0 for of_rank in known for name in of_rank[1]}
         if last:
-            sums = {name: sum(_numbers([stats.sums[name] for stats in data])) for name in sums if name != "pairs"}
+            counted = ("pairs", SPLIT)
+            sums = {name: sum(_numbers([stats.sums[name] for stats in data])) for name in sums if name not in counted}
             sums["pairs"] = float(sum(pack.pairs for pack in packs))
+            sums[SPLIT] = float(split)
             # Ranks of a tensor-parallel group hold the same maxima: no need to leave any out.
             peaks = {name: max(_numbers([stats.maxima[name] for stats in data])) for name in peaks}
         total = dist.sum_over_replicas(sums, counts=last)
         pairs = max(total.pop("pairs"), 1.0)
         # The mismatch is a mean over rows, which may be those of some steps only: its sums go out as they are.
-        means = {name: value if name.startswith(MISMATCH) else value / pairs for name, value in total.items()}
+        whole = {SPLIT: total.pop(SPLIT)}
+        means = whole | {name: value if name.startswith(MISMATCH) else value / pairs for name, value in total.items()}
         return means | (dist.max_over_ranks(peaks) if peaks else {})
 
 

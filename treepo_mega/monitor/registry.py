@@ -77,6 +77,9 @@ _OPTIMISATION = (
     Metric("train/head_gate_flips", "share", "below 0.01", "clip gates of that sample at which fp8 and bf16 differ"),
     Metric("train/head_fallback", "0 or 1", "0", "the step ran with a bf16 head, for the fp8 one was too far from it"),
     Metric("train/skipped_steps", "count", "0", "optimizer steps skipped for a non-finite gradient, this step"),
+    Metric(
+        "train/ranks_split", "count", "0", "ranks without memory for a pack, which then split theirs: by step, a sum"
+    ),
     Metric("train/nonfinite_metrics", "count", "absent", "metrics of this step that were NaN or infinite (null here)"),
     Metric("learning-rate", "1", "follows the schedule", "learning rate of the last optimizer step (Megatron's name)"),
     Metric("grad-norm", "1", "no spikes", "gradient norm before clipping (Megatron's name)"),
