@@ -26,7 +26,12 @@ class Recorder:
         number = float(len(self.trained))
         numbers = dict.fromkeys(NAMES, number) | {"max_ratio_diff": (number - 1) / 10}
         numbers |= {ROWS: 2.0, "mismatch": number, "max_mismatch": number}
-        return numbers | {"skipped_steps": float(number == 3), "grad-norm": number, "learning-rate": number / 100}
+        return numbers | {
+            "skipped_steps": float(number == 3),
+            "ranks_split": 0.0,
+            "grad-norm": number,
+            "learning-rate": number / 100,
+        }
 
     def head_flips(self):
         return {}

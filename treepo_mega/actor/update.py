@@ -296,7 +296,7 @@ class Actor(Policy):
                 grad_norm,
             )
 
-    def _mean_over_pairs(self, data: list[Stats], packs: list[Pack], *, split: bool) -> dict[str, float]:
+    def _mean_over_pairs(self, data: list[Stats], packs: list[Pack], *, split: bool = False) -> dict[str, float]:
         """Sums over last-stage ranks (one per tensor-parallel group) / pairs of the step, and maxima; on every rank.
 
         Sums of the mismatch are not divided, nor is the number of ranks whose packs were `split`.
