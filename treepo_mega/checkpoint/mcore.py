@@ -270,8 +270,8 @@ def writes_told(directory: Path) -> Iterator[None]:
 
 def _told(error: BaseException) -> str:
     """What `error` says. Torch's own, which is no Exception, is raised on all ranks and has the reasons on one."""
-    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-    reasons = "; ".join(sorted({str(reason) for reason, _ in failures}))
+    failures = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    reasons = "; ".join(sorted(set(map(str, failures))))
     found = re.search(r"\[Errno \d+\][^;\n]*", reasons)
     return found[0] if found else reasons or "another rank says why"
 
