@@ -37,7 +37,7 @@ def test_the_page_says_what_the_simulation_found():
     text = scaling.page(rows, again, measured)
     assert text.count("\n| 16 |") == 3 and text.count("\n| 256 |") == 3
     # Three of four end at a quarter of the limit: engines wait longer for the fourth.
-    assert again[0]["idle"] > rows[0]["idle"] and "2.29 times" in text and "(`a run`, step 7)" in text
+    assert again[0]["idle"] > rows[0]["idle"] and "2.29 times" in text and "(`a run`, steps 7)" in text
     fixed = [row for row in rows if row["batch"] == "fixed"]
     assert fixed[1]["idle"] > fixed[0]["idle"] and fixed[1]["step_s"] < fixed[0]["step_s"]
     assert f"{fixed[0]['rollout_s']:.1f}" in text

@@ -273,7 +273,7 @@ def with_measured(rows: list[dict[str, Any]], again: list[dict[str, Any]], measu
     out = [
         "## Measured lengths",
         "",
-        f"Of the trees that the demo kept (`{measured.run}`, step {steps}): {measured.leaves:,} responses of its tiny",
+        f"Of the trees that the demo kept (`{measured.run}`, steps {steps}): {measured.leaves:,} responses of its tiny",
         f"model, {mean:.0f} tokens in the mean. The longest is {tail[-1] / mean:.2f} times that,",
         f"and the 95th percentile is {far / mean:.2f} times that. Stretched to the recipe's limit,",
         "they give, for the fixed batch:",
