@@ -69,12 +69,13 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
         "stop": [node.stop for node in tree.nodes],
         "version": [node.policy_version for node in tree.nodes],
         "fallback": [node.id for node in tree.nodes if node.fallback],
+        "observation": [node.id for node in tree.nodes if node.observation],
         "fork": {str(node.id): node.fork for node in tree.nodes if node.fork},
         "value": _means(tree, tree.rewards, shares, below),
         "credit": [rounded(one) if below.get(node) else None for node, one in enumerate(tree.advantages)]
         if by_node
         else _means(tree, tree.advantages, shares, below),
-        "surprisal": [_mean_surprisal(node.logprobs) for node in tree.nodes],
+        "surprisal": [None if node.observation else _mean_surprisal(node.logprobs) for node in tree.nodes],
         "entropy": entropy,
         "fork_places": forks,
         "leaves": tree.leaves,
