@@ -69,9 +69,11 @@ def fill_reference_logprobs(reference: Policy, plans: Sequence[StepPlan]) -> Non
 
 def engine_mismatch(plans: Sequence[StepPlan]) -> dict[str, float]:
     """How far the engine's logprobs of what it sampled with these weights are from the actor's, nats."""
-    packs = [pack for plan in plans for pack in plan.packs if pack.old_logprobs is not None]
-    apart = [np.abs(pack.old_logprobs - pack.rollout_logprobs) for pack in packs]
-    diffs = [diff if pack.fresh is None else diff[pack.fresh] for pack, diff in zip(packs, apart, strict=True)]
+    diffs = []
+    for pack in (pack for plan in plans for pack in plan.packs):
+        if pack.old_logprobs is not None:
+            diff = np.abs(pack.old_logprobs - pack.rollout_logprobs)
+            diffs.append(diff if pack.fresh is None else diff[pack.fresh])
     # Only last-stage ranks have old logprobs. The others add zeros, because the sums are collective.
     sums = dist.sum_over_replicas(
         {"diff": float(sum(diff.sum() for diff in diffs)), "rows": float(sum(diff.size for diff in diffs))}
