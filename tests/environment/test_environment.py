@@ -280,3 +280,59 @@ def test_a_worker_that_cannot_start_says_why() -> None:
         pool.open({}, seed=1)
         with pytest.raises(EnvironmentClassError, match=r"cannot be started: environment .* has no tools"):
             pool.wait()
+
+
+FUNCTIONS = """
+def add(a: int, b: int = 1) -> str:
+    '''Add two numbers.
+
+    Args:
+        a: One.
+        b: The other.
+    '''
+    return str(a + b)
+
+
+def untyped(a):
+    '''Nothing.'''
+
+
+TOOLS = [add]
+TWICE = [add, add]
+NONE = []
+NUMBER = 3
+MIXED = [add, untyped]
+"""
+
+
+def test_plain_functions_are_tools_without_a_state(tmp_path):
+    path = tmp_path / "functions.py"
+    path.write_text(FUNCTIONS)
+    for name in ("add", "TOOLS"):
+        manifest = read_manifest(f"{path}:{name}")
+        assert manifest.tool_names == ("add",) and not manifest.has_reward and manifest.copies_by == "fork"
+        parameters = manifest.tools[0]["function"]["parameters"]
+        assert list(parameters["properties"]) == ["a", "b"] and parameters["required"] == ["a"]
+    with EnvironmentPool(f"{path}:TOOLS", EnvironmentLimits(num_workers=1)) as pool:
+        state, _ = pool.open({"anything": 1}, seed=1)
+        first = pool.act(state, [ToolCall("add", {"a": "2"}), ToolCall("add", {"a": "x"})], seed=2)
+        replies = pool.wait()
+        assert replies[first].texts[0] == "3" and "a: Input should be a valid integer" in replies[first].texts[1]
+        other = pool.act(pool.branch(state), [ToolCall("add", {"a": 2, "b": 5})], seed=3)
+        assert pool.wait()[other].texts == ("7",)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("NUMBER", "expected a class, a function or a list of functions, found int"),
+        ("TWICE", "two functions are called 'add'"),
+        ("NONE", "the list of functions is empty"),
+        ("MIXED", "tool untyped: no type for a"),
+    ],
+)
+def test_what_is_no_tool_is_refused(tmp_path, name, message):
+    path = tmp_path / "functions.py"
+    path.write_text(FUNCTIONS)
+    with pytest.raises(EnvironmentClassError, match=message):
+        read_manifest(f"{path}:{name}")

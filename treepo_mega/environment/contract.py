@@ -16,6 +16,8 @@ The contract is TRL's `environment_factory`: a plain class.
 Its public methods, less those of LIFE_CYCLE, are the tools. Each has typed parameters and a docstring that says
 what each is for. `fork()` returns an object in the same state, if the class knows better than copy.deepcopy.
 
+A function, or a list of functions, is an environment without a state (`functions.py`).
+
     manifest = read_manifest("path/to/file.py:Counter")     # in a process of its own, with a deadline
 """
 
@@ -31,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from treepo_mega.data.rewards.grader import worker_environment
+from treepo_mega.environment.functions import NoFunction, class_of, functions_in
 from treepo_mega.errors import TreepoError, nearest
-from treepo_mega.runtime.user_code import UserCodeError, import_function
+from treepo_mega.runtime.user_code import UserCodeError, import_object
 from treepo_mega.text.function_path import is_function_path
 
 LIFE_CYCLE = ("reset", "get_reward", "fork", "close")
@@ -95,11 +98,14 @@ def import_class(name: str) -> type:
     """
     what = f"environment {name!r}"
     try:
-        found = import_function(path_of(name), what)
+        found = import_object(path_of(name), what)
     except UserCodeError as error:
         raise EnvironmentClassError(str(error)) from error.__cause__
     if not inspect.isclass(found):
-        raise EnvironmentClassError(f"{what}: expected a class, found {type(found).__name__}")
+        try:
+            found = class_of(functions_in(found))
+        except NoFunction as error:
+            raise EnvironmentClassError(f"{what}: {error}") from None
     _check_life_cycle(found, what)
     if not tools_of(found):
         raise EnvironmentClassError(f"{what}: it has no tools; expected at least one public method beside reset")

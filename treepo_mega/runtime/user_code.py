@@ -62,6 +62,21 @@ def is_written_async(name: str, what: str) -> bool:
     return isinstance(_last_definition(_parse(path, what), function), ast.AsyncFunctionDef)
 
 
+def import_object(name: str, what: str) -> Any:
+    """Whatever `name` names, such as a list; its file is run once in this process.
+
+    Raises UserCodeError for all that `check_defined` refuses, and for a file whose import raises.
+    """
+    check_defined(name, what, may_be_async=True)
+    path, attribute = _split(name, what)
+    try:
+        module = _import(path.resolve(), hashlib.sha256(path.read_bytes()).hexdigest())
+    # Also SystemExit: a script without a main guard must not end the run without a word.
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(f"{what}: {path} cannot be imported: {describe(error)}") from error
+    return getattr(module, attribute, None)
+
+
 def import_function(name: str, what: str, *, asynchronous: bool = False) -> Callable[..., Any]:
     """The function that `name` names; its file is run once in this process.
 
@@ -69,13 +84,8 @@ def import_function(name: str, what: str, *, asynchronous: bool = False) -> Call
     callable, and for what is async where that is not asked for, or the other way round.
     """
     check_defined(name, what, may_be_async=asynchronous)
-    path, function = _split(name, what)
-    try:
-        module = _import(path.resolve(), hashlib.sha256(path.read_bytes()).hexdigest())
-    # Also SystemExit: a script without a main guard must not end the run without a word.
-    except (Exception, SystemExit) as error:
-        raise UserCodeError(f"{what}: {path} cannot be imported: {describe(error)}") from error
-    found = getattr(module, function, None)
+    found = import_object(name, what)
+    _, function = _split(name, what)
     if not callable(found):
         raise UserCodeError(f"{what}: {function!r} is {type(found).__name__}, expected a function")
     call = getattr(found, "__call__", None)  # noqa: B004 - callable objects count as what their __call__ is
