@@ -152,7 +152,7 @@ def _patches(world: FakeWorld) -> Iterator[tuple[Any, str, Any]]:
     # Joins the collectives of buckets into an operation that fake tensors do not know.
     yield param_and_grad_buffer, "_coalescing_manager", _one_by_one
     # Divides by a number of pairs only where it is above 0, which it reads.
-    yield model, "finalize_model_grads", _finalize
+    yield update, "finalize_model_grads", _finalize
     # Which experts a token takes is not in a fake tensor: each is taken equally often.
     yield from experts.patches()
     # Stages tell each other the length of a pack in a tensor. Here all packs have one length.
