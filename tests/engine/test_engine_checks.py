@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,8 +15,9 @@ from treepo_mega.config import Config, EngineConfig, parse_config
 from treepo_mega.data.end_tokens import EndTokenError, find_eos_token_ids
 from treepo_mega.engine import cuda_profile, vllm_setup
 from treepo_mega.engine.engine import Engine, EngineError
+from treepo_mega.engine.routing import check_routing
 from treepo_mega.engine.vllm_setup import Execution, choose_execution
-from treepo_mega.modelspec.spec import ModelSpecError
+from treepo_mega.modelspec.spec import ModelSpec, ModelSpecError
 from treepo_mega.runtime.device import has_cuda
 
 
@@ -158,3 +160,21 @@ def test_no_eos_anywhere_is_an_error(copy):
     edit(copy, "config.json", eos_token_id=None)
     with pytest.raises(EndTokenError, match="no EOS token"):
         find_eos_token_ids(copy, SimpleNamespace(eos_token_id=None))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"experts": 0}, "needs a model with experts, and LlamaForCausalLM has none: set it to off"),
+        ({"async_scheduling": True}, "set rollout.engine.async_scheduling=false"),
+        ({"model_runner": "v2"}, "set rollout.engine.model_runner=v1"),
+        ({"cuda_graphs": "piecewise"}, "set rollout.engine.cuda_graphs=none"),
+    ],
+)
+def test_routing_that_cannot_be_read_is_refused(tiny_llama, keys, says):
+    spec = dataclasses.replace(ModelSpec.from_hf(tiny_llama), num_experts=keys.get("experts", 8))
+    cfg = configuration(tiny_llama, routing_replay="all", engine={"cuda_graphs": keys.get("cuda_graphs", "none")})
+    execution = {"async_scheduling": False, "model_runner": "v1"} | {k: v for k, v in keys.items() if k[0] in "am"}
+    with pytest.raises(EngineError, match=f"rollout.routing_replay=all.*{says}"):
+        check_routing(cfg, spec, **execution)
+    check_routing(configuration(tiny_llama), spec, async_scheduling=True, model_runner="v2")

@@ -30,6 +30,9 @@ FUNCTIONS = {
     "vllm.v1.sample.sampler.batched_count_greater_than": ["x", "values"],
     "vllm.platforms.cpu.CpuPlatform.check_and_update_config": ["vllm_config"],
     "vllm.inputs.engine.tokens_input": ["prompt_token_ids"],
+    "vllm.model_executor.layers.fused_moe.router.base_router.BaseRouter.set_capture_fn": ["self", "capture_fn"],
+    "vllm.forward_context.get_forward_context": [],
+    "vllm.v1.worker.block_table.BlockTable.get_numpy_array": ["self"],
 }
 OTHERS = [
     f"{RELOAD}.meta.SKIP_TENSORS",
@@ -37,12 +40,17 @@ OTHERS = [
     "vllm.model_executor.layers.quantization.online.fp8.Fp8PerTensorOnlineLinearMethod",
     "vllm.model_executor.layers.vocab_parallel_embedding.UnquantizedEmbeddingMethod",
     "vllm.v1.kv_cache_interface.FullAttentionSpec",
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner.layer_id",
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner.is_monolithic",
 ]
 ATTRIBUTES = {
     "vllm.sampling_params.SamplingParams.clone": "self.skip_clone",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.bind_kv_cache_manager": "_kv_cache_manager",
     "vllm.v1.core.sched.scheduler.Scheduler.__init__": "bind_kv_cache_manager",
     f"{RELOAD}.layerwise._place_kernel_tensors": "kernel_tensors",
+    "vllm.model_executor.layers.fused_moe.router.base_router.BaseRouter._select_experts": "self.capture_fn(topk_ids)",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model": "slot_mapping=slot_mappings",
+    "vllm.v1.worker.gpu_input_batch.InputBatch.__init__": "self.req_id_to_index",
     "vllm.v1.engine.core_client.InprocClient.__init__": "self.engine_core",
     "vllm.v1.engine.core.EngineCore.__init__": "self.batch_queue",
     "vllm.v1.engine.core.EngineCore.step_with_batch_queue": "self.scheduler",

@@ -235,6 +235,10 @@ class RolloutConfig(Section):
     step. After a kill only trees in flight are sampled again. Nothing is kept without checkpoint.enabled."""
     timeout_s: float = Field(1800, gt=0)
     """Deadline of a generation phase, seconds; the error names what is missing."""
+    routing_replay: Literal["off", "old", "all"] = "off"
+    """For models with experts: passes that send each token to the experts that the engine sent it to. off: none. old:
+    the pass for old logprobs. all: the update's passes too; gradients then meet the experts that sampled.
+    Weights of experts are computed in every pass; the reference always routes for itself."""
     stop: StopConfig = Field(default_factory=StopConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
 
@@ -275,6 +279,11 @@ class RolloutConfig(Section):
             return self.max_response_len
         shortest = self.segment.length if self.segment.end == "length" else self.segment.min_length
         return self.max_depth or math.ceil(self.max_response_len / shortest)
+
+    @property
+    def notes_routing(self) -> bool:
+        """Whether the engine returns the experts of every token, and trees carry them."""
+        return self.routing_replay != "off"
 
     @property
     def forks(self) -> bool:

@@ -52,6 +52,11 @@ def check_batch(cfg: Config) -> list[str]:
             f"algo.icepop_range {list(icepop)}: expected [low, high] with 0 <= low < 1 < high, such as [0.5, 5.0]"
         )
     bad += _check_corrections(cfg.algo) + _check_kl_reward(cfg)
+    if cfg.rollout.routing_replay == "old" and cfg.algo.old_logprobs == "rollout":
+        bad.append(
+            "rollout.routing_replay old has no effect with algo.old_logprobs rollout, which computes no old logprobs: "
+            "set rollout.routing_replay=all, or off"
+        )
     if train.prefix_sharing == "content":
         bad += _check_merging(cfg)
     fallback = cfg.rollout.fallback.from_

@@ -67,6 +67,7 @@ def _check_experts(cfg: Config, spec: ModelSpec) -> list[str]:
             "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff > 0,
             "model.moe_z_loss_coeff": model.moe_z_loss_coeff is not None,
             "model.moe_router_dtype": model.moe_router_dtype is not None,
+            "rollout.routing_replay": cfg.rollout.routing_replay != "off",
         }
         return [
             f"{key} is set, but {spec.architecture} has no experts: leave the key out"

@@ -42,6 +42,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
+from treepo_mega.engine.routing import ATTRIBUTE
+
 GROUP = 0
 """The only KV cache group of a model whose layers all attend to everything."""
 
@@ -222,6 +224,10 @@ class BranchCache(KVConnectorBase_V1):
             layers = forward_context.no_compile_layers.values()
             caches = [layer.kv_cache for layer in layers if isinstance(getattr(layer, "kv_cache", None), torch.Tensor)]
             copy_kv_cache_blocks_inplace(caches, copies.num_blocks, copies.pairs)
+            # What the routers chose is kept by slot, beside the keys (`engine/routing.py`).
+            notes = next((found for layer in layers if (found := getattr(layer, ATTRIBUTE, None)) is not None), None)
+            if notes is not None:
+                notes.copy(copies.pairs)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """The copy is there before the forward pass begins."""

@@ -29,11 +29,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from treepo_mega.checkpoint.hf import check_files
 from treepo_mega.config import Config
+from treepo_mega.engine.routing import RoutingNotes
 from treepo_mega.engine.stream import EngineError, Finished, SegmentRequest, SegmentStream
 from treepo_mega.engine.vllm_setup import build, check_model, process_left_alone, rotation_overrides
 from treepo_mega.engine.vllm_target import VllmTarget
@@ -66,6 +68,9 @@ class Engine:
             self._llm = build(
                 self.hf_dir, cfg, self.max_model_len, seed, rotation_overrides(spec), weights_follow=weights_follow
             )
+        self._routing: RoutingNotes | None = None
+        if cfg.rollout.notes_routing:
+            self._routing = self._llm.collective_rpc("note_routing", args=(spec,))[0]
         produced = self._llm.collective_rpc("engine_vocab_size")[0]
         if produced != self.vocab_size:
             raise EngineError(
@@ -137,6 +142,9 @@ class Engine:
             segment = stream.next_segment(reason, output.num_cached_tokens or 0, self.vocab_size)
             if segment is None:
                 continue
+            if self._routing is not None:
+                begin, end = stream.take_computed(segment)
+                segment = replace(segment, experts=self._routing.read(vllm_id, begin, end), experts_from=begin)
             out.append(segment)
             if segment.more:
                 continue

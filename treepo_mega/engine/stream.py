@@ -19,6 +19,7 @@ from typing import Protocol
 
 from treepo_mega.errors import TreepoError
 from treepo_mega.tree.budget import top_k_entropy
+from treepo_mega.tree.routing import Experts
 
 
 class EngineError(TreepoError):
@@ -36,6 +37,7 @@ class SegmentRequest:
     `run` > 0: sample up to that many tokens in all, several segments in one stream. Where it is `reported_by_segment`
     (or has borders), each segment is delivered as soon as it is there, and `extend` or `cancel` says what follows;
     else all of it is delivered at once at the end.
+    `noted`: first tokens of the prefix whose experts are known; an engine that notes routing returns those after them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class SegmentRequest:
     reported_by_segment: bool = False
     entropy: int = 0
     top: int = 0
+    noted: int = 0
 
     @property
     def reported(self) -> int:
@@ -89,6 +92,10 @@ class Finished:
     """The likeliest tokens in place of the last one, where they were asked for: (id, logprob), descending."""
     more: bool = False
     """A segment of a run that has not ended: its stream waits for `extend` or `cancel`."""
+    experts: Experts | None = None
+    """Of the tokens of prefix and segment from place `experts_from` on, as far as they are computed, where the engine
+    notes routing: all but the last token sampled."""
+    experts_from: int = 0
 
 
 class TokenLogprob(Protocol):
@@ -152,6 +159,7 @@ class SegmentStream:
         self._entropies: list[float] = []
         self._top: list[tuple[int, float]] = []
         self._start = 0  # where the present segment begins
+        self._noted = request.noted
 
     def add(self, sampled: Sampled) -> None:
         """Take the tokens that vLLM reports: new ones when it looks at each token, else all at the end."""
@@ -190,6 +198,19 @@ class SegmentStream:
             self.waits = True
         entropies = self._entropies[begin:end]
         return Finished(self.name, tokens, logprobs, why, cached_tokens, peek, entropies, self._top, more)
+
+    def take_computed(self, finished: Finished) -> tuple[int, int]:
+        """(first, one past the last) place of the path whose experts go with the segment just delivered."""
+        prefix = len(self._request.prefix)
+        begin = self._noted
+        # The token sampled last has not been computed. A segment before it may end with one that has.
+        end = min(prefix + self._delivered(finished), prefix + len(self._tokens) - 1)
+        self._noted = max(begin, end)
+        return begin, self._noted
+
+    def _delivered(self, finished: Finished) -> int:
+        """Tokens of all segments up to and including `finished`, the last one."""
+        return self._start if finished.more else self._start + len(finished.tokens)
 
     def extend(self, name: str, max_tokens: int, min_tokens: int = 1) -> None:
         """Go on with a segment of at most `max_tokens`; the stream is called `name` from now on.

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from treepo_mega.config import Config, EngineConfig
 from treepo_mega.engine import cuda_profile
 from treepo_mega.engine.cpu_segments import private_segments
+from treepo_mega.engine.routing import RoutingNotes, check_routing
 from treepo_mega.engine.stream import EngineError
 from treepo_mega.engine.vllm_target import VllmTarget
 from treepo_mega.modelspec.rotary import check_rotary, engine_rope
@@ -62,6 +63,10 @@ class WeightSync:
         """This worker as the destination of a reshard."""
         return VllmTarget(self)
 
+    def note_routing(self, spec: ModelSpec) -> RoutingNotes:
+        """Keep from now on what this worker's routers choose."""
+        return RoutingNotes(self, spec)
+
     def scale_logits(self, factor: float) -> float:
         """Multiply the model's logit scale by `factor` and return the old scale. Only for an idle engine."""
         processor = self.model_runner.get_model().logits_processor  # type: ignore[attr-defined]
@@ -84,6 +89,8 @@ def check_model(hf_dir: Path, spec: ModelSpec, cfg: Config) -> None:
             + ", ".join(map(str, CPU_HEAD_SIZES))
         )
     check_rotary(spec, cfg.max_model_len, f"{hf_dir}/config.json")
+    execution = choose_execution(cfg.rollout.engine)
+    check_routing(cfg, spec, async_scheduling=execution.async_scheduling, model_runner=execution.model_runner)
     _check_quantization(cfg.rollout.engine.quantization)
     window, tp = spec.max_position_embeddings, cfg.rollout.engine.tensor_parallel_size
     if window and cfg.max_model_len > window:

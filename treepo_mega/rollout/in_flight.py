@@ -273,9 +273,15 @@ class TreesInFlight:
             reported_by_segment=self.streams,
             entropy=want.entropy,
             top=want.top,
+            noted=self._noted(key, want),
         )
         self.runs[key] = SegmentRun(key, self.engine.submit(request))
         self.spent.sent(*key, len(want.prefix))
+
+    def _noted(self, key: Key, want: Want) -> int:
+        """First tokens of the prefix whose experts the tree knows; 0 where nobody asks."""
+        tree = self.searches[key[0]].tree
+        return tree.noted(tree.nodes[want.node_id].parent) if self.rollout.notes_routing else 0
 
     def _deliver(self, finished: Finished) -> None:
         """Hand a finished segment, or the segments of a finished run, to their tree."""
@@ -298,6 +304,8 @@ class TreesInFlight:
             finished.peek,
             finished.entropies,
             finished.top,
+            finished.experts,
+            finished.experts_from,
         )
         # A run may bring several segments at once. The tree gets one at a time, and says whether it wants the next.
         while True:

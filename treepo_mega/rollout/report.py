@@ -94,6 +94,7 @@ def lend_contents(far: Tree, near: Tree) -> None:
             theirs.logprobs = ours.logprobs
             theirs.entropies = ours.entropies
             theirs.peek = ours.peek
+            theirs.experts = ours.experts
 
 
 def _column(values: Sequence[Any]) -> dict[str, Any]:

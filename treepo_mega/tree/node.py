@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from treepo_mega.tree.alike import Alike
+from treepo_mega.tree.routing import NONE_NOTED, Experts
 
 ROOT = 0
 
@@ -40,6 +41,7 @@ class Node:
     or one stands for siblings that were cut because they repeat it.
     `observation`: what an environment said, not the policy. Later tokens are conditioned on it, and it is neither
     trained nor counted as response; its logprobs are zeros, and its parent ended a turn.
+    `experts`: those that the engine sent its first tokens to, where `rollout.routing_replay` asks (`tree/routing.py`).
     """
 
     id: int
@@ -57,6 +59,7 @@ class Node:
     fork: ForkRule | None = None
     weight: float = 1.0
     observation: bool = False
+    experts: Experts = NONE_NOTED
 
     @property
     def depth(self) -> int:
@@ -150,12 +153,14 @@ class Tree:
             tokens=first.tokens[offset:],
             logprobs=first.logprobs[offset:],
             entropies=first.entropies[offset:],
+            experts=first.experts[offset:],
             fork=None,
             weight=1.0,
         )
         first.tokens = first.tokens[:offset]
         first.logprobs = first.logprobs[:offset]
         first.entropies = first.entropies[:offset]
+        first.experts = first.experts[:offset]
         first.children = [second.id]
         first.stop = None
         first.peek = []
@@ -170,6 +175,37 @@ class Tree:
             node.path = (*second.path, *node.path[len(first.path) :])
             below += node.children
         return second
+
+    def noted(self, node_id: int) -> int:
+        """Tokens from the path's first one on whose experts are noted without a gap, up to and including `node_id`."""
+        total = 0
+        for node in (self.nodes[each] for each in self.ancestry(node_id)):
+            total += len(node.experts)
+            if len(node.experts) < len(node.tokens):
+                break
+        return total
+
+    def note(self, node_id: int, experts: Experts | None, begin: int) -> None:
+        """Note experts, if any, of the path to `node_id` from its place `begin` on (prompt included).
+
+        What is noted stays.
+
+        >>> import numpy as np
+        >>> tree = Tree.start("p", [1, 2])
+        >>> tree.add_child(0).tokens = [5, 6]
+        >>> tree.note(1, Experts(np.arange(3, dtype=np.uint8).reshape(3, 1, 1)), 0)
+        >>> [node.experts.ids.ravel().tolist() for node in tree.nodes], tree.noted(1)
+        ([[0, 1], [2]], 3)
+        """
+        if experts is None:
+            return
+        start = 0
+        for node in (self.nodes[each] for each in self.ancestry(node_id)):
+            first = start + len(node.experts) - begin
+            end = start + len(node.tokens) - begin
+            if 0 <= first < min(end, len(experts)):
+                node.experts = node.experts.followed_by(experts[first:end])
+            start += len(node.tokens)
 
     def ancestry(self, node_id: int) -> list[int]:
         """Node ids from the root to `node_id`, both included."""
@@ -305,6 +341,9 @@ class Tree:
         for node in entries["nodes"]:
             if not node["observation"]:
                 del node["observation"]
+            experts: Experts = node.pop("experts")
+            if len(experts):
+                node["experts"] = experts.to_dict()
         # Where it is sampled and kept is no part of what a tree is.
         del entries["alike"], entries["home"]
         return entries
@@ -313,6 +352,9 @@ class Tree:
     def from_dict(cls, stored: dict[str, Any]) -> Tree:
         """Rebuild a tree from `to_dict` (JSON turns tuples into lists; this turns them back)."""
         nodes = [Node(**{**fields_, "path": tuple(fields_["path"])}) for fields_ in stored["nodes"]]
+        for node in nodes:
+            if isinstance(node.experts, dict):
+                node.experts = Experts.from_dict(node.experts)
         return cls(**{**stored, "nodes": nodes})
 
 

@@ -159,7 +159,7 @@ class TreeSearch:
             if 0 < node_id < len(self.tree.nodes) and self.tree.nodes[node_id].tokens:
                 raise ValueError(f"{where}: its segment was already delivered")
             raise ValueError(f"{where}: no segment is wanted; waiting for {sorted(self._running)}")
-        check_segment(segment, most, where, entropies=self._cfg.entropy_top_k > 0)
+        check_segment(segment, most, where, entropies=self._cfg.entropy_top_k > 0, experts=self._cfg.notes_routing)
         del self._running[node_id]
         node = self.tree.nodes[node_id]
         if isinstance(self._transfer, ForkTransfer) and self._transfer.draws_at(node_id):
@@ -370,6 +370,7 @@ class TreeSearch:
         node.tokens = segment.tokens[: verdict.keep]
         node.logprobs = segment.logprobs[: verdict.keep]
         node.entropies = segment.entropies[: verdict.keep]
+        self.tree.note(node.id, segment.experts, segment.experts_from)
         node.stop = verdict.reason
         # An ended path has no next token, even where the engine reported one.
         node.peek = list(segment.peek) if verdict.reason is None else []
@@ -419,8 +420,7 @@ class TreeSearch:
         """Say in the tree why it keeps fewer leaves than were asked for."""
         budget = f"rollout.token_budget {self._cfg.token_budget} is spent"
         why = "rollout.fallback.from is none" if affordable else budget
-        width = self._cfg.n_samples_per_prompt
-        self.tree.shortfall = f"{missing} of {width} leaves missing: all paths ended, {why}"
+        self.tree.shortfall = f"{missing} of {self._cfg.n_samples_per_prompt} leaves missing: all paths ended, {why}"
 
     def _fall_back(self) -> list[Node]:
         """Every path ended, leaves are missing: sample again from borders of ended paths, or give up and say so.

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from treepo_mega.errors import TreepoError
+from treepo_mega.tree.routing import Experts
+
+
+class RoutingMissing(TreepoError):
+    """The engine did not say which experts it chose; the message says for what and which key asks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Want:
@@ -38,6 +45,7 @@ class Segment:
 
     `peek`: logprobs of the likeliest next tokens, descending; empty where none were wanted or the path ended.
     `entropies`: nats, one a token where they were wanted, else empty. `top`: (id, logprob), descending, likewise.
+    `experts`: those of its path's tokens from place `experts_from` on, where they were wanted (`tree/routing.py`).
     """
 
     tokens: list[int]
@@ -46,9 +54,11 @@ class Segment:
     peek: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     top: list[tuple[int, float]] = field(default_factory=list)
+    experts: Experts | None = None
+    experts_from: int = 0
 
     def part(self, begin: int, end: int) -> Segment:
-        """Its tokens `begin` .. `end` - 1; the peek and the reason stay."""
+        """Its tokens `begin` .. `end` - 1; the peek, the reason and the experts of the path stay."""
         if begin == 0 and end >= len(self.tokens):
             return self
         return Segment(
@@ -58,11 +68,15 @@ class Segment:
             self.peek,
             self.entropies[begin:end],
             self.top,
+            self.experts,
+            self.experts_from,
         )
 
 
-def check_segment(segment: Segment, most: int, where: str, *, entropies: bool) -> None:
+def check_segment(segment: Segment, most: int, where: str, *, entropies: bool, experts: bool = False) -> None:
     """Raise ValueError unless a segment has 1 to `most` tokens, a logprob for each, and entropies as they are wanted.
+
+    Raises RoutingMissing for a segment without experts where they are wanted.
 
     >>> check_segment(Segment([5, 6], [-0.1, -0.2], "length"), 2, "node 1", entropies=False)
     """
@@ -74,3 +88,8 @@ def check_segment(segment: Segment, most: int, where: str, *, entropies: bool) -
     wanted = size if entropies else 0
     if len(segment.entropies) != wanted:
         raise ValueError(f"{where}: wanted {wanted} entropies, got {len(segment.entropies)}")
+    if experts and segment.experts is None:
+        raise RoutingMissing(
+            f"{where}: the engine returned no routing, and rollout.routing_replay needs the experts of every sampled "
+            "token. Set rollout.routing_replay=off, or use an engine that notes them (engine/routing.py)"
+        )
