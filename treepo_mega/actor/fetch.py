@@ -6,12 +6,15 @@
 Every rank knows who needs what (`tree/stretches.py`), so parcels go out without a request: one from each home to each
 replica that trains some of its trees, and there from rank to rank. A token costs a rank that needs it 8 bytes (int32
 and fp32; 12 where a logprob is not exact in fp32), and others nothing. A rank holds what it sends and what it trains.
+Where trees carry the engine's experts (`rollout.routing_replay`), a token costs a byte a layer and expert more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +25,9 @@ from treepo_mega.runtime.parcels import Incoming, chain, exchange, seal
 from treepo_mega.tree.deal import Dealt
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Batch
-from treepo_mega.tree.segments import Floats, Ints
-from treepo_mega.tree.stretches import EVERYWHERE, Deliveries, Stretches, wanted
+from treepo_mega.tree.routing import ExpertIds, no_experts, widened
+from treepo_mega.tree.segments import Floats
+from treepo_mega.tree.stretches import EVERYWHERE, Contents, Deliveries, Stretches, wanted
 
 
 @dataclass(slots=True)
@@ -66,22 +70,20 @@ def deliver(
     replica = replica_of_rank[rank]
     sizes = deliveries.tokens_between(max(replica_of_rank) + 1, dist.world_size())
     mine = {int(to): deliveries.contents(own, int(to), rank) for to in np.flatnonzero(sizes[:, rank])}
-    # Agreed before anything is sent: both sides then know the bytes of every parcel.
-    wide = dist.max_over_ranks({"wide": float(any(map(_is_wide, mine.values())))})["wide"]
-    kind = np.dtype("<f8" if wide else "<f4")
+    layout = _agree(mine.values())
     ranks_of = [[other for other, to in enumerate(replica_of_rank) if to == each] for each in range(len(sizes))]
     first_hops: dict[int, torch.Tensor] = {}
-    for to, (tokens, logprobs) in mine.items():
+    for to, contents in mine.items():
         # At home, the chain's first rank may be this one.
         targets = [other for other in chain(rank, ranks_of[to])[:2] if other != rank][:1]
-        first_hops |= {target: seal(tokens.astype("<i4"), logprobs.astype(kind)) for target in targets}
+        first_hops |= {target: seal(*layout.arrays(contents)) for target in targets}
     incoming = [
-        hop(int(home), rank, ranks_of[replica], int(sizes[replica, home]) * (4 + kind.itemsize))
+        hop(int(home), rank, ranks_of[replica], int(sizes[replica, home]) * layout.bytes_a_token)
         for home in np.flatnonzero(sizes[replica])
         if home != rank
     ]
     arrived = exchange(first_hops, incoming, what="the tokens of the step", timeout_s=timeout_s)
-    parcels = {home: contents_of(body, kind) for home, body in arrived.items()}
+    parcels = {home: layout.contents(body) for home, body in arrived.items()}
     if replica in mine:
         parcels[rank] = mine[replica]
     parcels[EVERYWHERE] = deliveries.contents(own, replica, EVERYWHERE)
@@ -101,14 +103,53 @@ def replicas() -> list[int]:
     return dist.gather_objects(ps.get_data_parallel_rank())
 
 
-def _is_wide(contents: tuple[Ints, Floats]) -> bool:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the tokens of a step travel; the same on all ranks, so that both sides know the bytes of every parcel."""
+
+    logprobs: np.dtype[Any]
+    experts: ExpertIds
+    """[0, layers, top_k], for its shape and type; [0, 0, 0] where no tree carries experts."""
+
+    @property
+    def bytes_a_token(self) -> int:
+        """Of one token's id, logprob and experts."""
+        return 4 + self.logprobs.itemsize + math.prod(self.experts.shape[1:]) * self.experts.itemsize
+
+    def arrays(self, contents: Contents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What of `contents` a parcel holds, in this order."""
+        experts = widened(contents.experts, self.experts)
+        little = experts.astype(experts.dtype.newbyteorder("<"))
+        return contents.tokens.astype("<i4"), contents.logprobs.astype(self.logprobs), little.reshape(-1)
+
+    def contents(self, body: memoryview) -> Contents:
+        """The inverse of `arrays`."""
+        count = len(body) // self.bytes_a_token
+        tokens = np.frombuffer(body, "<i4", count).astype(np.int64)
+        logprobs = np.frombuffer(body, self.logprobs, count, 4 * count).astype(np.float64)
+        shape = (count, *self.experts.shape[1:])
+        if not math.prod(shape):
+            return Contents(tokens, logprobs, no_experts(count))
+        begin = (4 + self.logprobs.itemsize) * count
+        experts = np.frombuffer(body, self.experts.dtype.newbyteorder("<"), math.prod(shape), begin)
+        return Contents(tokens, logprobs, experts.astype(self.experts.dtype).reshape(shape))
+
+
+def _agree(mine: Iterable[Contents]) -> Layout:
+    """The layout that holds what every rank sends. Collective over all ranks."""
+    wide = False
+    told = {"layers": 0.0, "top_k": 0.0, "itemsize": 1.0}
+    for contents in mine:
+        wide |= _is_wide(contents.logprobs)
+        experts = contents.experts
+        # A rank whose trees carry no experts must not decide.
+        here = {"layers": experts.shape[1], "top_k": experts.shape[2], "itemsize": experts.itemsize}
+        told = {name: max(value, float(here[name])) for name, value in told.items()}
+    agreed = dist.max_over_ranks(told | {"wide": float(wide)})
+    ids = np.zeros((0, int(agreed["layers"]), int(agreed["top_k"])), f"u{int(agreed['itemsize'])}")
+    return Layout(np.dtype("<f8" if agreed["wide"] else "<f4"), ids)
+
+
+def _is_wide(logprobs: Floats) -> bool:
     """Whether a logprob is not exact in fp32, as an engine's are."""
-    logprobs = contents[1]
     return not np.array_equal(logprobs.astype(np.float32).astype(np.float64), logprobs)
-
-
-def contents_of(body: memoryview, kind: np.dtype) -> tuple[Ints, Floats]:
-    """Tokens and logprobs of a parcel."""
-    count = len(body) // (4 + kind.itemsize)
-    tokens = np.frombuffer(body, "<i4", count).astype(np.int64)
-    return tokens, np.frombuffer(body, kind, count, 4 * count).astype(np.float64)

@@ -1,6 +1,6 @@
 """A whole graded tree as a record: its columns, and beside them the tokens that columns leave out.
 
-record = to_record(tree)         # for `packed.pack`: 8 bytes a token, and 20 to 60 a segment
+record = to_record(tree)         # for `packed.pack`: 8 bytes a token and its experts, and 20 to 60 a segment
 tree = to_tree(record)           # equal, number by number and type by type
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from treepo_mega.tree.columns import from_columns, to_columns
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.routing import Experts
 
 CONTENTS = ("tokens", "logprobs", "entropies", "peek")
 """Lists of a node that `tree/columns.py` leaves out."""
@@ -27,6 +28,7 @@ def to_record(tree: Tree) -> dict[str, Any]:
         "counts": tree.counts,
         "columns": to_columns([tree]),
         **{name: _ragged([getattr(node, name) for node in tree.nodes]) for name in CONTENTS},
+        **_experts(tree),
     }
 
 
@@ -37,7 +39,21 @@ def to_tree(record: dict[str, Any]) -> Tree:
     for name in CONTENTS:
         for node, held in zip(tree.nodes, _rows(record[name]), strict=True):
             setattr(node, name, held)
+    if "experts" in record:
+        ids = record["experts"]["ids"]
+        ends = np.cumsum(record["experts"]["size"], dtype=np.int64).tolist()
+        for node, begin, end in zip(tree.nodes, [0, *ends[:-1]], ends, strict=True):
+            node.experts = Experts(ids[begin:end])
     return tree
+
+
+def _experts(tree: Tree) -> dict[str, Any]:
+    """What the nodes have noted of the engine's routing, as one array; nothing where they have nothing."""
+    noted = [node.experts for node in tree.nodes]
+    if not any(map(len, noted)):
+        return {}
+    size = np.array(list(map(len, noted)), np.int32)
+    return {"experts": {"size": size, "ids": np.concatenate([each.ids for each in noted if len(each)])}}
 
 
 def _ragged(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def merge(segments: Segments, alike: Alike | None = None) -> Merged:
         prompt=segments.prompt[segments.group[origin]],
         tokens=segments.tokens,
         logprobs=segments.logprobs,
+        # Of tokens that were sampled alike, those of the first: the others were computed in other batches.
+        experts=segments.experts,
     )
     # Every atom of a run has the same segments merged into it, so its first one speaks for all.
     speaks = opens[atoms.first]

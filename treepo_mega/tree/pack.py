@@ -43,6 +43,7 @@ import numpy as np
 
 from treepo_mega.tree.credit import Credit, Lesson, fold, leaf_weights
 from treepo_mega.tree.deal import Dealt, Pieces, deal_forest, ranges
+from treepo_mega.tree.routing import ExpertIds, padded
 from treepo_mega.tree.segments import Bools, Floats, Ints, Segments, Trajectory
 
 CHUNKS_PER_RANK = 4
@@ -98,6 +99,9 @@ class Pack:
     fresh: Bools | None = None
     """[N] whether the engine sampled the token with the weights that the step begins with; None: all of them."""
     ref_logprobs: np.ndarray | None = None
+    experts: ExpertIds | None = None
+    """[T, layers, top_k] the experts that the engine chose, the type's largest number where none are noted (padding,
+    ends of paths); None: the trees carry none."""
     watched: object | None = None
     """The rows that the FP8 guard sampled in the old-logprob pass (`loss/guard.py: Sample`), for the update."""
 
@@ -229,7 +233,13 @@ def _pack(batch: Batch, pieces: Pieces, chosen: Sequence[int], length: int, pad_
         trajectory=batch.segments.leaf_number[batch.segments.leaf_lo[segment_of_row]],
         segment=segment_of_row,
         depth=pieces.depth_of_segment[segment_of_row],
+        experts=_experts(batch.segments.experts, source_of_token, length),
     )
+
+
+def _experts(ids: ExpertIds, source_of_token: Ints, length: int) -> ExpertIds | None:
+    """[length, layers, top_k] of the tokens at `source_of_token`, then padding; None where the forest carries none."""
+    return padded(ids[source_of_token], length) if ids.shape[1] else None
 
 
 def _tokens(segments: Segments, layout: _Layout, length: int, pad_id: int) -> tuple[Ints, Ints, Ints]:
@@ -303,6 +313,7 @@ def own_part(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
         predictor=local_of_token[pack.predictor][kept],
         local=local,
         order=order,
+        experts=pack.experts,
         **{name: getattr(pack, name)[kept] for name in rows},
     )
 

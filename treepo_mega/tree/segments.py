@@ -14,7 +14,7 @@ in segments and tokens: a handful of array passes, and one per level. An example
 ...     child.tokens, child.logprobs = tokens, [-token / 100 for token in tokens]
 >>> tree.leaves = [2, 3, 4]
 >>> segments = Segments.from_trees([tree], prompts=[7])
->>> for name in Segments.__slots__:
+>>> for name in Segments.__slots__[:-1]:
 ...     print(f"{name:<12}", *getattr(segments, name).tolist())
 group        0 0 0 0 0
 parent       -1 0 1 1 0
@@ -36,7 +36,7 @@ logprobs     0.0 0.0 -0.2 -0.21 -0.3 -0.4 -0.41 -0.5
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, compress
 from operator import attrgetter
 from typing import Literal
@@ -46,6 +46,7 @@ import numpy.typing as npt
 
 from treepo_mega.tree.elsewhere import is_here
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.routing import ExpertIds, ids_of, no_experts
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -106,6 +107,8 @@ class Segments:
     """All token ids; a copied segment refers to the same ones."""
     logprobs: Floats
     """Engine logprobs, as long as `tokens`; 0 for prompts and observations."""
+    experts: ExpertIds = field(default_factory=no_experts)
+    """[as long as `tokens`, layers, top_k] the engine's (`tree/routing.py`); [.., 0, 0] where none are noted."""
 
     def __len__(self) -> int:
         return len(self.parent)
@@ -150,6 +153,7 @@ class Segments:
             length_of_node=length_of_node,
             tokens=np.fromiter(chain.from_iterable(tokens_of_node), np.int64) if complete else np.zeros(0, np.int64),
             logprobs=_scored(parent_of_node, length_of_node, scores) if complete else np.zeros(0),
+            experts=ids_of(nodes, length_of_node) if complete else no_experts(),
             prompt_of_node=np.asarray(prompts, np.int64)[tree_of_node],
             observed_of_node=np.fromiter(map(attrgetter("observation"), nodes), np.bool_, len(nodes)),
             sharing=sharing,
@@ -174,6 +178,7 @@ class Segments:
             logprobs=_scored(
                 parent_of_node, length_of_node, chain.from_iterable(path.rollout_logprobs for path in paths)
             ),
+            experts=no_experts(sum(len(path.tokens) for path in paths)),
             prompt_of_node=np.repeat(np.array([path.prompt_index for path in paths], np.int64), 2),
             observed_of_node=np.zeros(2 * len(paths), np.bool_),
             sharing="tree",
@@ -314,6 +319,7 @@ def _build(
     length_of_node: Ints,
     tokens: Ints,
     logprobs: Floats,
+    experts: ExpertIds,
     prompt_of_node: Ints,
     observed_of_node: Bools,
     sharing: Sharing,
@@ -336,6 +342,7 @@ def _build(
         prompt=prompt_of_node[node],
         tokens=tokens,
         logprobs=logprobs,
+        experts=experts,
     )
     return built
 
@@ -351,12 +358,13 @@ def arrange(
     prompt: Ints,
     tokens: Ints,
     logprobs: Floats,
+    experts: ExpertIds,
 ) -> tuple[Segments, Ints]:
     """Pieces in any order with parents first, as segments in their order; and [S] the piece that each one is.
 
-    `leaves` [L]: the piece at which each leaf ends, in the caller's order. `tokens` and `logprobs` are what `source`
-    points into, the rest is [C], one a piece. Pieces without a leaf below them are left out. Raises ValueError for an
-    empty prompt.
+    `leaves` [L]: the piece at which each leaf ends, in the caller's order. `tokens`, `logprobs` and `experts` are what
+    `source` points into, the rest is [C], one a piece. Pieces without a leaf below them are left out. Raises
+    ValueError for an empty prompt.
     """
     piece, parent_of_segment, segment_of_piece, below = _depth_first(parent, leaves)
     length_of_segment = length[piece]
@@ -385,6 +393,7 @@ def arrange(
         prompt=prompt[piece[is_root]],
         tokens=tokens,
         logprobs=logprobs,
+        experts=experts,
     )
     return built, piece
 

@@ -1,8 +1,8 @@
-"""Tokens and logprobs of parts of a forest: who needs which, and what a rank holds of them. Pure NumPy.
+"""Tokens, logprobs and experts of parts of a forest: who needs which, and what a rank holds of them. Pure NumPy.
 
     own = Stretches.of(trees)                                   # what this rank's engine sampled
     wants = wanted(segments, dealt, home_of_tree)               # the same on every rank
-    tokens, logprobs = own.take(wants.of(replica=3, home=own_number))           # what it sends to replica 3
+    contents = own.take(wants.of(replica=3, home=own_number))                   # what it sends to replica 3
     pieces = arrived.furnish(segments)                          # segments whose tokens can be read
 
 An *address* counts the tokens of all nodes of the trees in the order given, as `Segments.source` does. A *stretch* is
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from treepo_mega.errors import TreepoError
 from treepo_mega.tree.deal import Dealt, ranges
 from treepo_mega.tree.elsewhere import is_here
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.routing import ExpertIds, ids_of, joined, no_experts
 from treepo_mega.tree.segments import Floats, Ints, Segments
 
 EVERYWHERE = -1
@@ -32,6 +34,19 @@ ABSENT = 1 << 62
 
 class StretchMissing(TreepoError):
     """Tokens were asked of a rank that does not hold them: its plan is not the others'."""
+
+
+class Contents(NamedTuple):
+    """Tokens of some stretches, one after the other."""
+
+    tokens: Ints
+    logprobs: Floats
+    experts: ExpertIds
+    """[as long as `tokens`, layers, top_k]; [.., 0, 0] where trees carry none."""
+
+    def part(self, begin: int, end: int) -> Contents:
+        """The tokens `begin` .. `end` - 1."""
+        return Contents(self.tokens[begin:end], self.logprobs[begin:end], self.experts[begin:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,8 @@ class Stretches:
     tokens: Ints
     logprobs: Floats
     """nats; 0 for prompts."""
+    experts: ExpertIds
+    """[as long as `tokens`, layers, top_k]; [.., 0, 0] where trees carry none."""
 
     @classmethod
     def of(cls, trees: Sequence[Tree]) -> Stretches:
@@ -112,16 +129,17 @@ class Stretches:
             # An iterator and not an array a node: a third less time.
             tokens=np.fromiter(chain.from_iterable(node.tokens for node in chosen), np.int64, size),
             logprobs=np.fromiter(chain.from_iterable(scores), np.float64, size),
+            experts=ids_of(chosen, length),
         )
 
     @classmethod
-    def arrived(cls, wants: Wants, tokens: Ints, logprobs: Floats) -> Stretches:
+    def arrived(cls, wants: Wants, contents: Contents) -> Stretches:
         """What `wants` names, whose contents lie in that order."""
         order = np.argsort(wants.start, kind="stable")
         at = np.cumsum(wants.length) - wants.length
-        return cls(wants.start[order], wants.length[order], at[order], tokens, logprobs)
+        return cls(wants.start[order], wants.length[order], at[order], *contents)
 
-    def take(self, wants: Wants) -> tuple[Ints, Floats]:
+    def take(self, wants: Wants) -> Contents:
         """Contents of the stretches `wants`, one after the other. Raises StretchMissing."""
         begin, held = self._find(wants.start, wants.length)
         if not held.all():
@@ -131,12 +149,13 @@ class Stretches:
                 "planned the step differently. Do they run the same version with the same configuration?"
             )
         index = ranges(begin, begin + wants.length)
-        return self.tokens[index], self.logprobs[index]
+        return Contents(self.tokens[index], self.logprobs[index], self.experts[index])
 
     def furnish(self, segments: Segments) -> Segments:
         """`segments` with what is held of their tokens; reading others is an IndexError."""
         begin, held = self._find(segments.source, segments.length)
-        return replace(segments, source=np.where(held, begin, ABSENT), tokens=self.tokens, logprobs=self.logprobs)
+        source = np.where(held, begin, ABSENT)
+        return replace(segments, source=source, tokens=self.tokens, logprobs=self.logprobs, experts=self.experts)
 
     def _find(self, start: Ints, length: Ints) -> tuple[Ints, np.ndarray]:
         """Index of each first token in `tokens`, and whether the whole stretch is held. No tokens are held anywhere."""
@@ -150,15 +169,19 @@ class Stretches:
         return np.where(length > 0, begin, 0), held | (length == 0)
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+def _joined(parts: Sequence[Contents]) -> Contents:
+    """The tokens of all parts, one after the other."""
+    if not parts:
+        return Contents(np.zeros(0, np.int64), np.zeros(0), no_experts())
+    tokens = np.concatenate([part.tokens for part in parts])
+    return Contents(tokens, np.concatenate([part.logprobs for part in parts]), joined([part.experts for part in parts]))
 
 
 @dataclass(slots=True)
 class Deliveries:
     """The tokens of all optimizer steps of a rollout: from homes to replicas, one parcel a pair. The same on all ranks.
 
-    A parcel holds, step by step, the stretches of `Wants` in their order: all tokens, then all logprobs.
+    A parcel holds, step by step, the stretches of `Wants` in their order: all tokens, all logprobs, then all experts.
     """
 
     wants: list[Wants]
@@ -173,26 +196,22 @@ class Deliveries:
             sums += np.bincount(pair, of_step.length[sent], replicas * homes).astype(np.int64).reshape(sums.shape)
         return sums
 
-    def contents(self, own: Sequence[Stretches], replica: int, home: int) -> tuple[Ints, Floats]:
-        """The tokens and logprobs of the parcel from `home`, which holds `own` (by step), to `replica`."""
-        parts = [
-            held.take(of_step.of(replica=replica, home=home)) for held, of_step in zip(own, self.wants, strict=True)
-        ]
-        return _joined([tokens for tokens, _ in parts], np.int64), _joined([scores for _, scores in parts], np.float64)
+    def contents(self, own: Sequence[Stretches], replica: int, home: int) -> Contents:
+        """What is in the parcel from `home`, which holds `own` (by step), to `replica`."""
+        steps = zip(own, self.wants, strict=True)
+        return _joined([held.take(of_step.of(replica=replica, home=home)) for held, of_step in steps])
 
-    def assemble(self, replica: int, parcels: dict[int, tuple[Ints, Floats]]) -> list[Stretches]:
+    def assemble(self, replica: int, parcels: dict[int, Contents]) -> list[Stretches]:
         """By step, what `replica` holds once it has the `contents` of every home."""
         at = dict.fromkeys(parcels, 0)
         out = []
         for of_step in self.wants:
             own = of_step.of(replica=replica)
-            tokens = []
-            logprobs = []
+            parts = []
             # Ascending, as the stretches are.
             for home in np.unique(own.home).tolist():
                 begin = at[home]
                 at[home] += int(own.length[own.home == home].sum())
-                tokens.append(parcels[home][0][begin : at[home]])
-                logprobs.append(parcels[home][1][begin : at[home]])
-            out.append(Stretches.arrived(own, _joined(tokens, np.int64), _joined(logprobs, np.float64)))
+                parts.append(parcels[home].part(begin, at[home]))
+            out.append(Stretches.arrived(own, _joined(parts)))
         return out
