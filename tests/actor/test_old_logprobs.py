@@ -43,7 +43,7 @@ class Actor:
         self.updated: list[bool] = []
         self.costs = SimpleNamespace(metrics=dict)
 
-    def logprobs(self, packs: list[Pack], watch: bool = False) -> list[np.ndarray]:
+    def logprobs(self, packs: list[Pack], watch: bool = False, replay: bool = False) -> list[np.ndarray]:
         self.asked.append(len(packs))
         return [np.full(len(pack.target), -3.0) for pack in packs]
 
@@ -54,6 +54,9 @@ class Actor:
         return dict.fromkeys(names, 0.0) | own | {"grad-norm": 1.0, "learning-rate": 1.0}
 
     def head_flips(self) -> dict[str, float]:
+        return {}
+
+    def routing(self, plans: list[StepPlan]) -> dict[str, float]:
         return {}
 
 
@@ -84,6 +87,7 @@ def test_recompute_asks_for_every_mini_batch_and_rollout_for_none():
         ("algo.rollout_rs=sequence",),
         ("algo.rollout_token_veto_threshold=0.01",),
         ("reward.kl_coef=0.1",),
+        ("rollout.routing_replay=old",),
     ],
 )
 def test_a_pass_is_made_where_the_update_cannot_stand_in_for_it(overrides):

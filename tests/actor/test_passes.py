@@ -36,6 +36,9 @@ class Recorder:
     def head_flips(self):
         return {}
 
+    def routing(self, plans):
+        return {}
+
 
 def test_epochs_repeat_the_mini_batches_in_order_and_count_every_step():
     actor = Recorder()

@@ -30,6 +30,7 @@ from treepo_mega.actor.attention_flex import SHAPE_BUCKET
 from treepo_mega.actor.losses import PackLoss, on_device
 from treepo_mega.actor.model import PolicyModel
 from treepo_mega.actor.moe import padding_of, routers, weigh_auxiliary
+from treepo_mega.actor.routing import replaying, tell_routers
 from treepo_mega.config import Config
 from treepo_mega.loss.guard import Sample
 from treepo_mega.loss.head import LossHead
@@ -43,7 +44,7 @@ from treepo_mega.tree.pack import Pack
 Gates = Callable[[Pack, Tensor, Tensor | None, Tensor], Tensor]
 """(pack, logp [n], old logprobs [n] or None for the pack's, rows [n]) -> closed clip gates [n]."""
 
-TOKEN_FIELDS = ("tokens", "position", "subtree_end", "local", "order")
+TOKEN_FIELDS = ("tokens", "position", "subtree_end", "local", "order", "experts")
 """Arrays of a pack with an entry per token; all its other arrays have one per row."""
 
 
@@ -135,6 +136,7 @@ def _forward_step(
     mine = slice(None) if pack.local is None else pack.local
     tokens, position = (on_device(values[mine])[None] for values in (pack.tokens, pack.position))
     policy = unwrap_model(model)
+    tell_routers(policy, pack)
     more = {}
     if any(router.has_losses for router in routers([policy])):
         more["padding_mask"] = padding_of(pack, policy.config, first_stage=policy.pre_process).to(device())
@@ -147,26 +149,29 @@ Watch = Callable[[Sequence[Pack]], Iterator[tuple[int, Pack]]]
 
 
 def _run(
-    chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bool, watch: Watch = enumerate
-) -> list[Any]:
+    chunks: list[Any], packs: list[Pack], last: LastStage, *, gradients: bool, watch: Watch = enumerate,
+    replay: bool = False,
+) -> list[Any]:  # fmt: skip
     """One pass over `packs` through the pipeline. Collective over the model-parallel group.
 
-    Returns what `last` reported of each pack on the last stage, [] elsewhere.
+    `replay`: tokens go to the experts that their packs name. Returns what `last` reported of each pack on the last
+    stage, [] elsewhere.
     """
     # An iterator for each chunk: the schedule advances them apart.
     layouts: dict[int, PackLayout] = {}
     iterators = [watch(packs), *(enumerate(packs) for _ in chunks[1:])]
     try:
-        return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, layouts, last),
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(packs),
-            seq_length=max(len(pack.tokens) for pack in packs),
-            micro_batch_size=1,
-            forward_only=not gradients,
-            collect_non_loss_data=not gradients,
-        )
+        with replaying(chunks, on=replay, gradients=gradients):
+            return get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, layouts, last),
+                data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
+                num_microbatches=len(packs),
+                seq_length=max(len(pack.tokens) for pack in packs),
+                micro_batch_size=1,
+                forward_only=not gradients,
+                collect_non_loss_data=not gradients,
+            )
     finally:
         # Not earlier: recomputation in the last backward pass still asks for its pack's layout.
         PACKS.clear()
@@ -174,16 +179,16 @@ def _run(
 
 def run_schedule(
     chunks: list[Any], packs: list[Pack], head: LossHead, *, loss: PackLoss, gates: Gates | None = None,
-    watch: Watch = enumerate,
+    watch: Watch = enumerate, replay: bool = False,
 ) -> list[Stats]:  # fmt: skip
-    """Loss and gradients of `packs`; the gradients are left in Megatron's buffers.
+    """Loss and gradients of `packs`; the gradients are left in Megatron's buffers. `replay`: as in `_run`.
 
     `watch` sees the packs of the first chunk as they are asked for. With `gates` the guard counts the clip gates that
     FP8 flips. Collective over the model-parallel group, with experts over the ranks that share them, with auxiliary
     losses over all ranks. Returns the statistics of each pack on the last stage, [] elsewhere.
     """
     weigh_auxiliary(chunks, packs)
-    return _run(chunks, packs, partial(_loss_of, head, loss, gates), gradients=True, watch=watch)
+    return _run(chunks, packs, partial(_loss_of, head, loss, gates), gradients=True, watch=watch, replay=replay)
 
 
 def compute_logprobs(
@@ -194,13 +199,15 @@ def compute_logprobs(
     temperature: float | None = None,
     numerics: Numerics | None = None,
     watch: bool = False,
+    replay: bool = False,
 ) -> list[np.ndarray] | None:
     """Logprobs of every pack's rows [N], fp32, without gradients: on last-stage ranks, None elsewhere.
 
     `temperature` and `numerics` None: the head's own. With `watch` the guard's sample is kept in `pack.watched`.
+    `replay`: as in `_run`.
     Collective over the model-parallel group.
     """
-    data = logprob_tensors(chunks, packs, head, temperature=temperature, numerics=numerics, watch=watch)
+    data = logprob_tensors(chunks, packs, head, temperature=temperature, numerics=numerics, watch=watch, replay=replay)
     return [logprobs.cpu().numpy() for logprobs in data] if data else None
 
 
@@ -212,13 +219,15 @@ def logprob_tensors(
     temperature: float | None = None,
     numerics: Numerics | None = None,
     watch: bool = False,
+    replay: bool = False,
 ) -> list[Tensor]:
     """As `compute_logprobs`, left on the device: fp32 [N] of each pack on last-stage ranks, [] elsewhere."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        data = _run(chunks, packs, partial(_logprobs_of, head, temperature, numerics, watch), gradients=False)
+        last = partial(_logprobs_of, head, temperature, numerics, watch)
+        data = _run(chunks, packs, last, gradients=False, replay=replay)
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
     return [of_pack["logprobs"] for of_pack in data]

@@ -14,7 +14,7 @@ With a softmax over E experts of which a token takes k, P_e the mean probability
 tokens that take it, the load-balancing loss is E / k * sum_e f_e P_e: 1 when loads are even (Fedus et al.,
 "Switch Transformers" (2021), eq. 4). The z loss is the mean of squared log-sum-exps (Zoph et al., "ST-MoE" (2022)).
 
-Replay of recorded routing hooks into `PackRouter.routing` through Megatron's own `router_replay`.
+Replay of the engine's routing (`routing.py`) hooks into `PackRouter.routing` through Megatron's own `router_replay`.
 """
 
 from __future__ import annotations

@@ -135,7 +135,8 @@ def first_non_finite(actor: Actor, packs: Sequence[Pack], loss: PackLoss) -> Non
             for chunk in actor.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
-            run_schedule(actor.chunks, [pack], actor.head, loss=_WatchedLoss(loss, watch))
+            replay = actor.cfg.rollout.routing_replay == "all"
+            run_schedule(actor.chunks, [pack], actor.head, loss=_WatchedLoss(loss, watch), replay=replay)
             for name, parameter in model.named_parameters():
                 watch.check("gradients", name, parameter.main_grad)
     except _Found:

@@ -31,7 +31,7 @@ def provide_old_logprobs(actor: Actor, plans: Sequence[StepPlan], cfg: Config) -
                 pack.old_logprobs = pack.rollout_logprobs
         return []
     computed = plans[1:] if first_forward_suffices(cfg, watched=actor.guard.watches) else plans
-    fill_old_logprobs(actor, computed)
+    fill_old_logprobs(actor, computed, replay=cfg.rollout.notes_routing)
     return computed
 
 
@@ -43,6 +43,8 @@ def first_forward_suffices(cfg: Config, *, watched: bool) -> bool:
     algo = cfg.algo
     return (
         algo.old_logprobs == "auto"
+        # The update then routes for itself.
+        and cfg.rollout.routing_replay != "old"
         # A second epoch meets the first mini-batch again, when the weights have moved.
         and cfg.train.ppo_epochs == 1
         and cfg.loss.logprob_precision == cfg.loss.precision
@@ -52,11 +54,15 @@ def first_forward_suffices(cfg: Config, *, watched: bool) -> bool:
     )
 
 
-def fill_old_logprobs(actor: Actor, plans: Sequence[StepPlan]) -> None:
-    """The actor's logprobs before the update into the packs of last-stage ranks; the head's guard watches."""
+def fill_old_logprobs(actor: Actor, plans: Sequence[StepPlan], *, replay: bool = False) -> None:
+    """The actor's logprobs before the update into the packs of last-stage ranks; the head's guard watches.
+
+    `replay`: tokens go to the experts that the packs name.
+    """
     for plan in plans:
         # Not strict: ranks of other stages get None, and take part in the pass all the same.
-        for pack, logprobs in zip(plan.packs, actor.logprobs(plan.packs, watch=True) or (), strict=False):
+        known = actor.logprobs(plan.packs, watch=True, replay=replay)
+        for pack, logprobs in zip(plan.packs, known or (), strict=False):
             pack.old_logprobs = logprobs
 
 
@@ -145,5 +151,5 @@ def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epo
     apart = {name: sum(step[name] for step in stats) for name in stats[0] if name.startswith(MISMATCH)}
     out["rollout/logprob_abs_diff_mean"] = apart[MISMATCH] / max(1.0, apart[ROWS])
     out["rollout/logprob_abs_diff_max"] = max(step["max_mismatch"] for step in stats)
-    out |= mismatch_metrics(apart) | actor.head_flips() | actor.costs.metrics()
+    out |= mismatch_metrics(apart) | actor.head_flips() | actor.routing(plans) | actor.costs.metrics()
     return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}

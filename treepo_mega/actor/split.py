@@ -22,6 +22,7 @@ import torch
 from treepo_mega.actor.forward import TOKEN_FIELDS
 from treepo_mega.errors import TreepoError
 from treepo_mega.tree.pack import Pack
+from treepo_mega.tree.routing import padded
 
 ON_CPU = "DefaultCPUAllocator: can't allocate memory"
 """torch has no exception of its own for the host's memory."""
@@ -76,6 +77,7 @@ def _part(pack: Pack, start: int, end: int, multiple: int) -> Pack:
         position=position,
         subtree_end=subtree_end,
         blocks=[(first - start, last - start) for first, last in pack.blocks if start <= first < end],
+        experts=None if pack.experts is None else padded(pack.experts[start:end], length),
         # The guard's sample names rows of the whole pack.
         watched=None,
     )

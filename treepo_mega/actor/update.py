@@ -33,6 +33,7 @@ from treepo_mega.actor.costs import UpdateCosts
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PackLoss, clip_gates, on_device
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
+from treepo_mega.actor.routing import routing_noted, take_routing, watch_routing
 from treepo_mega.actor.split import PacksTooLarge, is_out_of_memory, split
 from treepo_mega.checkpoint.load import load_from_hf
 from treepo_mega.config import Config
@@ -45,7 +46,7 @@ from treepo_mega.loss.stats import Stats
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import device, has_cuda
-from treepo_mega.tree.pack import Pack, Trajectory, plan_step
+from treepo_mega.tree.pack import Pack, StepPlan, Trajectory, plan_step
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,17 @@ class Policy:
 
     def logprobs(
         self, packs: list[Pack], temperature: float | None = None, *, numerics: Numerics | None = None,
-        watch: bool = False,
+        watch: bool = False, replay: bool = False,
     ) -> list[np.ndarray] | None:  # fmt: skip
         """Logprobs [N] of each pack's rows on last-stage ranks, None elsewhere. Collective over model parallel.
 
         `temperature` None: the sampling temperature, because ratios are of what was sampled. `numerics` None: what the
-        configuration and the guard say. `watch` lets the guard take its sample.
+        configuration and the guard say. `watch` lets the guard take its sample. `replay`: tokens go to the experts
+        that the packs name.
         """
-        return compute_logprobs(self.chunks, packs, self.head, temperature=temperature, numerics=numerics, watch=watch)
+        return compute_logprobs(
+            self.chunks, packs, self.head, temperature=temperature, numerics=numerics, watch=watch, replay=replay
+        )
 
     def weights_changed(self) -> None:
         """Call it after writing new weights: prepared (bf16, fp8) copies of the output matrix are then made anew."""
@@ -136,6 +140,8 @@ class Actor(Policy):
 
     def __init__(self, cfg: Config, hf_dir: str | Path) -> None:
         super().__init__(cfg, hf_dir)
+        if cfg.rollout.notes_routing:
+            watch_routing(self.models)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
@@ -170,6 +176,12 @@ class Actor(Policy):
         drift = self.guard.take_drift()
         sums = dist.sum_over_replicas({"flips": drift.flips, "gates": drift.gates})
         return {"train/head_gate_flips": sums["flips"] / max(sums["gates"], 1.0)}
+
+    def routing(self, plans: Sequence[StepPlan]) -> dict[str, float]:
+        """Metrics of the engine's routing after a rollout's updates over `plans`. Collective over all ranks."""
+        if not self.cfg.rollout.notes_routing:
+            return {}
+        return take_routing(self.models) | {"rollout/routing_noted": routing_noted(plans)}
 
     def watch_head(self) -> tuple[bool, dict[str, float]]:
         """(did the head just fall back to bf16?, metrics) after a watched pass; ({}, when FP8 is not used).
@@ -234,7 +246,8 @@ class Actor(Policy):
         gates = partial(clip_gates, self.cfg.algo)
         try:
             return run_schedule(
-                self.chunks, packs, self.head, loss=loss, gates=gates, watch=self.costs.watch
+                self.chunks, packs, self.head, loss=loss, gates=gates, watch=self.costs.watch,
+                replay=self.cfg.rollout.routing_replay == "all",
             ), packs  # fmt: skip
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -21,6 +21,7 @@ _OPTIMISATION = (
     Metric("train/pg_clipfrac", "share", "0 at the first mini-batch; below 0.2", "tokens at which the clip was active"),
     Metric("train/ppo_kl", "nats/token", "0 at the first mini-batch; below 0.1", "mean of old_logp - logp"),
     Metric("train/ratio_max_diff", "ratio", "0 at the first mini-batch", "largest |exp(logp - old_logp) - 1|"),
+    Metric("train/routing_differs", "share", "below 0.1 in bf16", "choices of experts that are not the engine's"),
     Metric("train/kl_loss", "nats/token", "0 at the first step; below 1", "KL(actor || reference), kl_loss_type"),
     Metric(
         "train/tis_weight",
@@ -135,6 +136,7 @@ _ROLLOUT = (
         "below 1e-4 in fp32, 1e-2 in bf16",
         "mean |engine - actor| logp of what the weights of this step sampled",
     ),
+    Metric("rollout/routing_noted", "share", "1", "sampled tokens whose predicting token has the engine's experts"),
     Metric("rollout/logprob_abs_diff_max", "nats", "below 1e-3 in fp32, 1 in bf16", "the largest of them"),
     Metric("rollout/is_weight_mean", "ratio", "near 1; absent by token", "mean importance weight of the trajectories"),
     Metric(
