@@ -2,6 +2,7 @@
 #
 #   make demo [TP=2 PP=1]   train the tiny model that ships with the project, on this machine, without a GPU
 #   make demo-agent         train a tiny policy that asks a tool over several turns
+#   make demo-moe           the same with a mixture of experts, two of its four experts a rank
 #   make test               the test suite, without the slow lane; says what it skipped and why
 #   make test-versions PYTHON=python3.12  the part of `make test` that another Megatron-Core could break
 #   make test-slow [SHARD=1/3]  the slow lane, or a part of it
@@ -36,7 +37,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-agent test test-versions test-slow test-cuda-profile test-gpu test-matrix test-curves coverage lint docs clean
+.PHONY: help setup demo demo-agent demo-moe test test-versions test-slow test-cuda-profile test-gpu test-matrix test-curves coverage lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -51,6 +52,9 @@ demo: setup
 
 demo-agent: setup
 	$(BIN)/python tools/demo_agent.py $(ARGS)
+
+demo-moe: setup
+	$(BIN)/python tools/demo.py --model moe $(ARGS)
 
 test: setup
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)

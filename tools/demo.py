@@ -1,9 +1,11 @@
 """`make demo`: TreePO on this machine, end to end, in minutes, without a GPU.
 
     python tools/demo.py [--tp 2] [--pp 1] [--dp 1] [--seed 1] [--run-dir runs/demo] [a.b=c ...]
+    python tools/demo.py --model moe [--tp 1] [--dp 2] [--ep 2] [...]              `make demo-moe`
 
 Trains the tiny reasoner that ships under examples/tiny_reasoner with examples/tiny_cpu.yaml: real
-Megatron-Core over gloo under torchrun, a real vLLM engine in each rank. Then it
+Megatron-Core over gloo under torchrun, a real vLLM engine in each rank. `--model moe` first makes a mixture of
+experts of it (tools/make_tiny_moe.py) and trains that with examples/tiny_moe_cpu.yaml. Then it
 
 - loads the exported Hugging Face checkpoint with plain transformers and measures its greedy accuracy,
   which must be what the engine measured;
@@ -24,14 +26,32 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = "examples/tiny_cpu.yaml"
+TINY_MOE = "build/tiny_moe"
 BARS = " ▁▂▃▄▅▆▇█"
 MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a model is trained with, and on how many ranks if nobody says so."""
+
+    config: str
+    run_dir: str
+    tp: int
+    dp: int
+    ep: int
+
+
+DEMOS = {
+    "dense": Demo("examples/tiny_cpu.yaml", "runs/demo", tp=2, dp=1, ep=1),
+    "moe": Demo("examples/tiny_moe_cpu.yaml", "runs/demo_moe", tp=1, dp=2, ep=2),
+}
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -39,26 +59,48 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     p = argparse.ArgumentParser(
         description="The treepo_mega demo", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    p.add_argument("--tp", type=int, default=2, help="tensor-parallel size")
+    p.add_argument("--model", choices=DEMOS, default="dense", help="the tiny reasoner, or one with experts")
+    p.add_argument("--tp", type=int, help="tensor-parallel size (default: 2; with experts 1)")
     p.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
-    p.add_argument("--dp", type=int, default=1, help="data-parallel size")
+    p.add_argument("--dp", type=int, help="data-parallel size (default: 1; with experts 2)")
+    p.add_argument("--ep", type=int, help="expert-parallel size (default with experts: 2)")
     p.add_argument("--seed", type=int, default=1, help="train.seed")
-    p.add_argument("--run-dir", default="runs/demo", help="where the run writes")
+    p.add_argument("--run-dir", help="where the run writes (default: runs/demo; with experts runs/demo_moe)")
     p.add_argument("--timeout", type=float, default=1800, help="deadline of the training, seconds")
-    return p.parse_known_args(argv)
+    args, overrides = p.parse_known_args(argv)
+    for name in ("tp", "dp", "ep", "run_dir"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(DEMOS[args.model], name))
+    if args.model == "dense" and args.ep > 1:
+        p.error(f"--ep {args.ep}: the dense model has no experts (--model moe)")
+    return args, overrides
+
+
+def make_experts() -> None:
+    """Make the model with experts, which does not ship, where it is not there yet."""
+    if not (ROOT / TINY_MOE / "config.json").exists():
+        command = [sys.executable, "tools/make_tiny_moe.py", "--out", TINY_MOE]
+        if subprocess.run(command, cwd=ROOT, timeout=300, check=False).returncode:
+            raise RuntimeError("the model with experts was not made; the message is above")
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Run torchrun and wait for it; RuntimeError when it fails or passes its deadline."""
     ranks = args.tp * args.pp * args.dp
+    experts = []
+    if args.model == "moe":
+        make_experts()
+        experts = [f"parallel.expert_model_parallel_size={args.ep}"]
+        experts += ["parallel.sequence_parallel=true"] if args.tp > 1 else []
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
-        *("-m", "treepo_mega.cli", "train", CONFIG),
+        *("-m", "treepo_mega.cli", "train", DEMOS[args.model].config),
         f"parallel.tensor_model_parallel_size={args.tp}",
         f"parallel.pipeline_model_parallel_size={args.pp}",
         f"logging.run_dir={args.run_dir}",
         f"train.seed={args.seed}",
+        *experts,
         *overrides,
     ]
     env = {
@@ -67,9 +109,9 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
         "HF_HUB_OFFLINE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    print(
-        f"training on {ranks} ranks (TP {args.tp} x PP {args.pp} x DP {args.dp}); this takes a few minutes", flush=True
-    )
+    shared_out = f", EP {args.ep}" if args.ep > 1 else ""
+    layout = f"TP {args.tp} x PP {args.pp} x DP {args.dp}{shared_out}"
+    print(f"training on {ranks} ranks ({layout}); this takes a few minutes", flush=True)
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env})
     try:
         status = process.wait(args.timeout)

@@ -3,8 +3,8 @@
     trees_worker.py DIRECTORY CELLS.json [CASE...]
 
 CELLS is a list of {"layout", "kind", "tied", "recompute", "depth", "split", ...} as test_trees.py makes it.
-Cells of the same layout and model share an actor; those with "twins" are made of gpu_twins.py. Rank 0 writes what it
-measured to DIRECTORY/results.json, one dict a cell, in order; and to updates.json, one dict a CASE of
+Neighbours of the same layout and model share an actor; those with "twins" are made of gpu_twins.py. Rank 0 writes what
+it measured to DIRECTORY/results.json, one dict a cell, in order; and to updates.json, one dict a CASE of
 update_cells.py.
 """
 
@@ -154,12 +154,17 @@ def names(model: PolicyModel) -> dict[str, list[str]]:
     }
 
 
+def actor_of(cell: dict[str, Any]) -> list[Any]:
+    """What of a cell its actor depends on: keys of the loss may differ between cells that share one."""
+    keys = ("layout", "kind", "tied", "recompute", "exact", "twins")
+    return [*(cell.get(key) for key in keys), [key for key in cell.get("overrides", ()) if key.startswith("model.")]]
+
+
 def main() -> None:
     """All cells, in this process."""
     directory, cells = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     results, started = [], time.time()
-    sort = ("layout", "kind", "tied", "recompute", "exact", "twins")
-    for _, group in itertools.groupby(cells, key=lambda c: [c.get(k) for k in sort]):
+    for _, group in itertools.groupby(cells, key=actor_of):
         same = list(group)
         first = same[0]
         hf_dir = directory / f"{first['kind']}_{first['tied']}"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from treepo_mega.config import check, load_config
 from treepo_mega.errors import TreepoError
@@ -59,6 +60,30 @@ def config(*overrides: str, ranks: int = 1) -> Callable[[Path], str]:
     def answer(_: Path) -> str:
         spec = ModelSpec.from_hf(MODEL)
         return refusal(lambda: check(load_config(RECIPE, list(overrides)), ranks, spec))
+
+    return answer
+
+
+def experts(*overrides: str, ranks: int = 32) -> Callable[[Path], str]:
+    """Overrides of the recipe for a mixture of experts, and the rules for `ranks` processes."""
+
+    def answer(_: Path) -> str:
+        spec = ModelSpec.from_hf(REPO / "examples/configs/qwen3_30b_a3b")
+        return refusal(lambda: check(load_config(REPO / "examples/recipes/experts.yaml", list(overrides)), ranks, spec))
+
+    return answer
+
+
+def dispatcher(name: str) -> Callable[[Path], str]:
+    """The recipe for a mixture of experts with this token dispatcher, on a machine without a GPU."""
+
+    def answer(_: Path) -> str:
+        # The only one here that needs torch.
+        from treepo_mega.actor import moe
+
+        cfg = load_config(REPO / "examples/recipes/experts.yaml", [f"model.moe_token_dispatcher_type={name}"])
+        with mock.patch.object(moe, "has_cuda", return_value=False):
+            return refusal(lambda: moe.require_dispatcher(cfg.model))
 
     return answer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.errors.case import BadInput, config, start, yaml
+from tests.errors.case import BadInput, config, dispatcher, experts, start, yaml
 
 A = "Configuration"
 SAMPLING = "Sampling and credit"
@@ -77,6 +77,34 @@ CASES = (
         "world size 3 is not a multiple of tensor_model_parallel_size 2",
         "Start one of the named numbers of processes.",
         config("parallel.tensor_model_parallel_size=2", ranks=3),
+    ),
+    BadInput(
+        A,
+        "`parallel.expert_model_parallel_size=24` for 128 experts",
+        "parallel.expert_model_parallel_size 24 does not divide the model's num_experts 128 (nearest that does: 16)",
+        "Use the nearest size that the message names.",
+        experts("parallel.expert_model_parallel_size=24", ranks=48),
+    ),
+    BadInput(
+        A,
+        "`parallel.expert_model_parallel_size=16` on 8 processes",
+        "the 8 ranks of a pipeline stage … are not a multiple of … expert_model_parallel_size 16",
+        "Start more processes, or share the experts among fewer.",
+        experts("parallel.expert_model_parallel_size=16", ranks=8),
+    ),
+    BadInput(
+        A,
+        "`parallel.expert_model_parallel_size=2` for a model without experts",
+        "parallel.expert_model_parallel_size is set, but … has no experts",
+        "Leave the key out.",
+        config("parallel.expert_model_parallel_size=2", ranks=2),
+    ),
+    BadInput(
+        A,
+        "`model.moe_token_dispatcher_type=flex` without a GPU",
+        "model.moe_token_dispatcher_type=flex cannot run: torch sees no GPU here",
+        "Use `alltoall` or `allgather`.",
+        dispatcher("flex"),
     ),
     BadInput(
         A,

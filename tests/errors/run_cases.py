@@ -53,6 +53,14 @@ def shape(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def other_experts(folder: Path) -> str:
+    """The tiny model with 4 experts a layer, of which its config.json says that they are 8."""
+    command = [sys.executable, str(REPO / "tools/make_tiny_moe.py"), "--out", str(folder / "model")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    key("config.json", num_local_experts=8)(folder / "model")
+    return start("model.hf_checkpoint={here}/model")(folder)
+
+
 def whole(folder: Path) -> str:
     """What is said of `folder`/step_000002 as a checkpoint to go on from."""
     from treepo_mega.checkpoint.mcore import check_complete
@@ -192,6 +200,13 @@ def slow(_: Path) -> str:
 
 
 CASES = (
+    BadInput(
+        A,
+        "`num_local_experts` of another checkpoint in `config.json`",
+        "config.json says 8 experts, and the routers of the weights choose among 4",
+        "Put the `config.json` of these weights there.",
+        other_experts,
+    ),
     BadInput(
         A,
         "a directory that is not there",

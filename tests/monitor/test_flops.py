@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -74,9 +75,15 @@ def test_a_forward_pass_of_transformers_as_torch_counts_it(tied):
     assert counter.get_total_flops() == pytest.approx(UPDATE * counted.total, abs=angles)
 
 
-def test_experts_have_no_count():
-    with pytest.raises(ValueError, match="experts"):
-        forward_flops(ModelSpec("Qwen3MoeForCausalLM", 8, 2, 2, 1, 4, 16, 32, num_experts=4), Work(tokens=1))
+def test_of_experts_those_count_that_a_token_takes():
+    sizes = {"num_experts": 4, "experts_per_token": 2, "expert_intermediate_size": 12}
+    spec = ModelSpec("Qwen3MoeForCausalLM", 8, 3, 2, 1, 4, 16, 32, **sizes)
+    # Queries and the output of 2 heads, keys and values of 1, each of 4; the router; 2 of 4 experts.
+    layer = 8 * 4 * (2 * 2 + 2 * 1) + 4 * 8 + 2 * 3 * 8 * 12
+    assert forward_flops(spec, Work(tokens=5)).layers == 2 * 3 * 5 * layer
+    shared = dataclasses.replace(spec, architecture="Qwen2MoeForCausalLM", shared_expert_intermediate_size=20)
+    layer += 3 * 8 * 20 + 8
+    assert forward_flops(shared, Work(tokens=5)).layers == 2 * 3 * 5 * layer
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def check_against(directory: str | Path, stored: Mapping[str, Stored], spec: Mod
     expected = hf_shapes(spec)
     present = {name for name in stored if not name.endswith(DERIVED)}
     _check_head(directory, stored, spec)
+    _check_experts(directory, stored, spec)
     if spec.tie_word_embeddings:
         present.discard(LM_HEAD)
     if problems := key_problems(set(expected), present):
@@ -242,6 +243,16 @@ def check_against(directory: str | Path, stored: Mapping[str, Stored], spec: Mod
             raise HfCheckpointError(f"{where} has dtype {found.dtype}; expected one of {', '.join(FLOAT_BYTES)}")
         total += math.prod(shape) * FLOAT_BYTES[found.dtype]
     return total
+
+
+def _check_experts(directory: Path, stored: Mapping[str, Stored], spec: ModelSpec) -> None:
+    """The routers choose among as many experts as config.json says: else most tensors would be missing, or too many."""
+    router = stored.get(f"model.layers.0.{spec.names['router']}.weight") if spec.num_experts else None
+    if router is not None and router.shape and router.shape[0] != spec.num_experts:
+        raise HfCheckpointError(
+            f"{directory}: config.json says {spec.num_experts} experts, and the routers of the weights choose among "
+            f"{router.shape[0]}; config.json belongs to another checkpoint"
+        )
 
 
 def _check_head(directory: Path, stored: Mapping[str, Stored], spec: ModelSpec) -> None:

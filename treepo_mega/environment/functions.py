@@ -59,6 +59,7 @@ def _as_method(function: Function) -> Function:
     # What reads a tool's parameters leaves the first one out, and must not look behind this wrapper.
     signature = inspect.signature(function)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
-    del method.__wrapped__  # type: ignore[attr-defined]
+    whole = signature.replace(parameters=[own, *signature.parameters.values()])
+    method.__signature__ = whole  # type: ignore[attr-defined]
+    del method.__wrapped__
     return method

@@ -93,18 +93,27 @@ class Kinds:
 
 
 def forward_flops(spec: ModelSpec, work: Work) -> Flops:
-    """Of one forward pass. Raises ValueError for experts: a config does not say here how many a token takes."""
-    if spec.num_experts:
-        raise ValueError(f"FLOPs of {spec.architecture} are not known: it has experts, and a token takes some of them")
+    """Of one forward pass: of experts, those that a token takes, the shared one, and the router."""
     heads = spec.num_attention_heads
     attention = spec.hidden_size * spec.head_dim * (2 * heads + 2 * spec.num_key_value_heads)
-    matrices = attention + 3 * spec.hidden_size * spec.intermediate_size
+    matrices = attention + mlp_elements(spec)
     return Flops(
         layers=2.0 * spec.num_layers * matrices * work.tokens,
         # A pair's score and its share of the value: `head_dim` products each, in every head.
         attention=4.0 * spec.num_layers * heads * spec.head_dim * work.pairs,
         head=2.0 * spec.hidden_size * spec.vocab_size * work.rows,
     )
+
+
+def mlp_elements(spec: ModelSpec) -> int:
+    """Elements of the matrices of a layer's MLP through which a token goes."""
+    if not spec.num_experts:
+        return 3 * spec.hidden_size * spec.intermediate_size
+    taken = 3 * spec.hidden_size * spec.expert_intermediate_size * spec.experts_per_token
+    shared = (
+        spec.hidden_size * (3 * spec.shared_expert_intermediate_size + 1) if spec.shared_expert_intermediate_size else 0
+    )
+    return spec.num_experts * spec.hidden_size + taken + shared
 
 
 def recomputed_flops(forward: Flops, spec: ModelSpec, parallel: ParallelConfig) -> Flops:

@@ -54,7 +54,7 @@ class Workload:
             prefix = "perf/" if phase == STEP else f"perf/{phase}_"
             out[f"{prefix}unique_tokens_per_s_per_gpu"] = work.unique / seconds / self.gpus
             out[f"{prefix}flat_tokens_per_s_per_gpu"] = work.flat / seconds / self.gpus
-            if phase != STEP and not spec.num_experts:
+            if phase != STEP:
                 out |= self._computing(phase, spec, work, passes, seconds)
         self._done = {}
         return out

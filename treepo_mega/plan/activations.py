@@ -42,7 +42,9 @@ class _Sizes:
     shared: float
     """[s/tp, K] under sequence parallelism, else [s, K]."""
     ffn: float
-    """[s, F/tp]."""
+    """[s, F/tp]; of experts, of all tokens that come to a rank's own, each once for each expert that it takes."""
+    routed: float
+    """[s * k / tp, K]: tokens on their way to the experts that they take, and back; 0 without experts."""
     query: float
     """[s, H/tp * D]."""
     key: float
@@ -68,13 +70,24 @@ class _Sizes:
         return cls(
             whole=own * spec.hidden_size * itemsize,
             shared=own * spec.hidden_size * itemsize / split,
-            ffn=own * spec.intermediate_size * itemsize / layout.tp,
+            # With experts each rank sends its part of the tokens, to k experts each; as many come back in the mean.
+            ffn=(
+                own * spec.experts_per_token * spec.expert_intermediate_size
+                if spec.num_experts
+                else own * spec.intermediate_size
+            )
+            * itemsize
+            / layout.tp,
+            routed=own * spec.experts_per_token * spec.hidden_size * itemsize / split if spec.num_experts else 0.0,
             query=own * spec.num_attention_heads * spec.head_dim * itemsize / layout.tp,
             key=key,
             all_keys=key * layout.cp,
             angles=own * spec.head_dim * FP32,
             log_sum=own * spec.num_attention_heads * FP32 / layout.tp,
-            ffn_weight=spec.hidden_size * spec.intermediate_size * itemsize / layout.tp,
+            ffn_weight=spec.hidden_size
+            * (spec.expert_intermediate_size or spec.intermediate_size)
+            * itemsize
+            / layout.tp,
             head_weight=padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, layout.tp)
             * spec.hidden_size
             / layout.tp,
@@ -93,7 +106,8 @@ class _Sizes:
         attention = 2 * self.query + 2 * self.key + rotated + self.log_sum + gathered
         # Cosines and sines, for queries and for keys, in the dtype of activations.
         rotary = 4 * self.angles * self.itemsize / FP32
-        return norms + attention + rotary + 3 * self.ffn
+        # Sent, received in the order of experts, and what comes back: each is kept for its own backward pass.
+        return norms + attention + rotary + 3 * self.ffn + 3 * self.routed
 
     @property
     def buffer(self) -> float:
@@ -134,7 +148,8 @@ def activation_peak(cfg: Config, spec: ModelSpec, layout: Layout, stage: int, mi
     fullest = max(moments, key=lambda moment: sum(size for _, size in moment))
     # What a stage receives and what it sends lie beside the layer that runs.
     ends = 4 + (stage > 0) + (not last)
-    forward = sizes.buffer + 1.5 * sizes.angles + max(4 * sizes.ffn + ends * sizes.shared, head + 3 * sizes.shared)
+    mlp = 4 * sizes.ffn + 2 * sizes.routed
+    forward = sizes.buffer + 1.5 * sizes.angles + max(mlp + ends * sizes.shared, head + 3 * sizes.shared)
     items = tuple(sorted(((name, size) for name, size in fullest if size), key=lambda item: -item[1]))
     return Peak(forward, sum(size for _, size in items), items)
 
@@ -156,10 +171,10 @@ def _kept(cfg: Config, sizes: _Sizes, layers: int) -> tuple[float, float]:
 def _layer_moment(sizes: _Sizes, again: float) -> list[tuple[str, float]]:
     """The fuller of two moments of an MLP's backward pass: its second matrix, and the activation before it."""
     gathered = sizes.whole if sizes.gathers else 0.0
-    matrix = [("gradients of activations", gathered + sizes.ffn + 2.5 * sizes.shared)]
+    matrix = [("gradients of activations", gathered + sizes.ffn + sizes.routed + 2.5 * sizes.shared)]
     matrix.append(("gradient of a weight", sizes.ffn_weight))
     # The result's gradient, both halves' gradients, and as much again before they are joined.
-    activation = [("gradients of activations", 4 * sizes.ffn + 2.5 * sizes.shared)]
+    activation = [("gradients of activations", 4 * sizes.ffn + 2 * sizes.routed + 2.5 * sizes.shared)]
     fuller = max((matrix, activation), key=lambda moment: sum(size for _, size in moment))
     return [("layers computed again", again), *fuller]
 

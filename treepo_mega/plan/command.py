@@ -113,14 +113,12 @@ class Asked:
         return [f"no layout fits on {self.world_size} ranks, nor on 64 times as many"]
 
 
-def planned_for(cfg: Config, world_size: int, gpu: str | None = None) -> RunPlan | None:
-    """The plan of a start that is being checked; None for a model with experts, which no plan knows.
+def planned_for(cfg: Config, world_size: int, gpu: str | None = None) -> RunPlan:
+    """The plan of a start that is being checked.
 
     Raises DoesNotFit, and HardwareError for a device that is not known.
     """
     spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
-    if spec.num_experts:
-        return None
     device = gpu_of(gpu or default_gpu(cfg))
     cluster = Cluster(device, 8, Rates())
     lengths = Lengths.assumed(cfg, cluster.rates)
@@ -144,18 +142,16 @@ def read(args: argparse.Namespace, cfg: Config, world_size: int) -> Asked:
     """The arguments with defaults, assumptions and measurements filled in. Raises TreepoError for bad ones."""
     cluster = cluster_of(args, cfg)
     spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
-    if spec.num_experts:
-        raise ConfigError(
-            f"{cfg.model.hf_checkpoint}/config.json: {spec.architecture} has experts, of which a token takes some: "
-            "such models cannot be planned yet"
-        )
     notes: tuple[str, ...] = ()
     lengths = Lengths.assumed(cfg, cluster.rates)
     if args.calibrate:
-        found = calibrate(args.calibrate, cluster)
+        # Ranks on a CPU share its cores with each other and with other jobs, which CPU time does not count.
+        found = calibrate(args.calibrate, cluster, clock="cpu_s" if cluster.gpu.is_cpu else "timing_s")
         cluster = dataclasses.replace(cluster, rates=found.rates)
         lengths = found.lengths
         notes = tuple(found.lines())
+        if cluster.gpu.is_cpu:
+            notes = (*notes, "seconds are CPU seconds of a rank: ranks that share a core take as many times as long")
     if args.lengths:
         measured = read_lengths(args.lengths)
         lengths = measured.put(lengths)

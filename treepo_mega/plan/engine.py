@@ -35,6 +35,11 @@ class Engine:
     """What a decode step depends on. Bytes are of one rank of the engine."""
 
     weight_bytes: float
+    """But those of experts."""
+    expert_bytes: float
+    """Of all experts of all layers."""
+    taken: float
+    """Share of the experts that a token takes."""
     kv_bytes: float
     """Of one token."""
     most_running: float
@@ -51,9 +56,12 @@ class Engine:
         itemsize = 1 if engine.quantization else ITEMSIZE[str(engine.dtype)]
         kv = kv_bytes(cfg, spec)
         flops = forward_flops(spec, Work(1, 1, 1))
+        experts = 3 * spec.num_layers * spec.num_experts * spec.hidden_size * spec.expert_intermediate_size
         fits = max(1.0, kv_budget / kv / max(1.0, mean_context))
         return cls(
-            elements(spec) * itemsize / tp_v,
+            (elements(spec) - experts) * itemsize / tp_v,
+            experts * itemsize / tp_v,
+            spec.experts_per_token / max(1, spec.num_experts),
             kv,
             min(float(engine.max_num_seqs), fits),
             flops.layers + flops.head,
@@ -88,7 +96,9 @@ def decode_step_seconds(
     traffic = data * (tp_v - 1) / tp_v / cluster.link(tp_v) if tp_v > 1 else 0.0
     if rates.engine_step_s:
         return rates.engine_step_s * spec.num_layers + computing + traffic
-    memory = (engine.weight_bytes + running * context * engine.kv_bytes) / (gpu.hbm_gb_s * GB * rates.decode_hbm)
+    # Of the experts a step reads those that some token takes; each is taken equally often.
+    weights = engine.weight_bytes + engine.expert_bytes * (1 - (1 - engine.taken) ** running)
+    memory = (weights + running * context * engine.kv_bytes) / (gpu.hbm_gb_s * GB * rates.decode_hbm)
     launches = 0.0 if cfg.rollout.engine.cuda_graphs == "full_and_piecewise" else rates.launch_s * spec.num_layers
     return max(memory, computing, launches) + traffic
 

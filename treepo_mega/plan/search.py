@@ -4,9 +4,9 @@
     found[0].overrides            # ("parallel.tensor_model_parallel_size=8", ...): what makes the config fit
     found[0].plan.step_s
 
-Tried are TP, PP, VPP, CP, recomputation, the engine's TP and its share of the memory, which is the largest that leaves
-room for what stays beside it. Everything else is the configuration's own. A layout counts only if all the rules of a
-start hold for it, and every phase fits.
+Tried are TP, PP, VPP, CP, EP, recomputation, the engine's TP and its share of the memory, which is the largest that
+leaves room for what stays beside it. Everything else is the configuration's own. A layout counts only if all the rules
+of a start hold for it, and every phase fits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from treepo_mega.plan.timing import Cluster
 
 TP = (1, 2, 4, 8, 16)
 VPP = (None, 2, 4)
+EP = (1, 2, 4, 8, 16)
 CP = (1, 2)
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
 NONE: dict[str, Any] = {"granularity": None, "method": None, "num_layers": None}
@@ -91,8 +92,12 @@ def _trainings(cfg: Config, spec: ModelSpec, world_size: int, cluster: Cluster) 
     """Layouts of the trainer that divide model and cluster."""
     stages = [size for size in range(1, spec.num_layers + 1) if spec.num_layers % size == 0 and size <= 32]
     widths = _divisors(spec.num_key_value_heads, min(world_size, cluster.ranks_per_node))
-    for tp, pp, vpp, cp, again in itertools.product(widths, stages, VPP, CP, (NONE, FULL)):
+    widest = EP if spec.num_experts else (1,)
+    etp = cfg.parallel.expert_tensor_parallel_size
+    for tp, pp, vpp, cp, ep, again in itertools.product(widths, stages, VPP, CP, widest, (NONE, FULL)):
         if world_size % (tp * pp * cp):
+            continue
+        if ep > 1 and (world_size // pp % ((etp or tp) * ep) or spec.num_experts % ep):
             continue
         if vpp is not None and (pp == 1 or spec.num_layers % (pp * vpp)):
             continue
@@ -102,6 +107,7 @@ def _trainings(cfg: Config, spec: ModelSpec, world_size: int, cluster: Cluster) 
             "parallel.virtual_pipeline_model_parallel_size": vpp,
             "parallel.context_parallel_size": cp,
             "parallel.sequence_parallel": tp > 1,
+            "parallel.expert_model_parallel_size": ep,
             **{f"parallel.recompute_{name}": value for name, value in again.items()},
         }
 

@@ -76,20 +76,41 @@ def bubble(cfg: Config, layout: Layout, work: Work) -> float:
 def _traffic_seconds(
     cfg: Config, spec: ModelSpec, layout: Layout, cluster: Cluster, work: Work, passes: float
 ) -> float:
-    """Of what ranks exchange in a pass: activations over TP, twice gathered and scattered a layer; keys over CP."""
+    """Of what ranks exchange in a pass: activations over TP, gathered and scattered around attention and an MLP; keys
+    over CP; tokens on their way to experts and back, as if all experts were taken equally often."""
     tokens = work.tokens / layout.dp / layout.cp
     itemsize = ITEMSIZE[cfg.model.params_dtype]
     seconds = 0.0
     if layout.tp > 1:
-        of_layer = 4 * tokens * spec.hidden_size * itemsize * (layout.tp - 1) / layout.tp
+        # Experts alone leave a rank's tokens as sequence parallelism has split them.
+        around = 2 if spec.num_experts and not spec.shared_expert_intermediate_size else 4
+        of_layer = around * tokens * spec.hidden_size * itemsize * (layout.tp - 1) / layout.tp
         seconds += of_layer / cluster.link(layout.tp)
     if layout.cp > 1:
         # Keys and values of the other ranks, which attention gathers.
         of_layer = 2 * tokens * (layout.cp - 1) * spec.num_key_value_heads * spec.head_dim * itemsize / layout.tp
         seconds += of_layer / cluster.link(layout.cp, layout.tp)
+    if spec.num_experts:
+        own = tokens / (layout.tp if cfg.parallel.sequence_parallel else 1)
+        seconds += _dispatch_seconds(cfg, spec, layout, cluster, own * spec.hidden_size * itemsize)
     # A backward pass has about the traffic of a forward pass, where it has twice the products.
     times = 1 if passes <= 1 else passes - 1
     return times * seconds * spec.num_layers / layout.pp
+
+
+def _dispatch_seconds(cfg: Config, spec: ModelSpec, layout: Layout, cluster: Cluster, own: float) -> float:
+    """Of a layer's tokens, `own` bytes of a rank, on their way to experts and back."""
+    sharing = layout.ep * layout.expert_tp
+    if cfg.model.moe_token_dispatcher_type == "allgather":
+        return 2 * own * (sharing - 1) / cluster.link(sharing) if sharing > 1 else 0.0
+    # Each token goes to its experts and comes back; those of the rank's own experts stay.
+    routed = 2 * own * spec.experts_per_token
+    seconds = 0.0
+    if layout.ep > 1:
+        seconds += routed * (layout.ep - 1) / layout.ep / cluster.link(layout.ep, layout.expert_tp)
+    if layout.expert_tp > 1:
+        seconds += routed * (layout.expert_tp - 1) / cluster.link(layout.expert_tp)
+    return seconds
 
 
 def step_end_seconds(cfg: Config, layout: Layout, cluster: Cluster, held: Held) -> float:

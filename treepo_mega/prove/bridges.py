@@ -28,6 +28,7 @@ from treepo_mega.actor import attention, layers, model, update
 from treepo_mega.actor.fusions import fused_operations
 from treepo_mega.config import ParallelConfig
 from treepo_mega.loss.shard import Shard
+from treepo_mega.prove import experts
 from treepo_mega.tree.pack import Pack
 
 
@@ -151,7 +152,9 @@ def _patches(world: FakeWorld) -> Iterator[tuple[Any, str, Any]]:
     # Joins the collectives of buckets into an operation that fake tensors do not know.
     yield param_and_grad_buffer, "_coalescing_manager", _one_by_one
     # Divides by a number of pairs only where it is above 0, which it reads.
-    yield model, "finalize_model_grads", _finalize
+    yield update, "finalize_model_grads", _finalize
+    # Which experts a token takes is not in a fake tensor: each is taken equally often.
+    yield from experts.patches()
     # Stages tell each other the length of a pack in a tensor. Here all packs have one length.
     yield P2PCommunicator, "_communicate_shapes", lambda *args: (list(world.shape), list(world.shape))
 
@@ -177,6 +180,8 @@ def bridged(world: FakeWorld) -> Iterator[None]:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
         )
         stack.callback(parallel_state.destroy_model_parallel)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from treepo_mega.config import Config
+from treepo_mega.config import Config, ConfigError
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.plan.activations import activation_peak
 from treepo_mega.plan.layout import Layout, held_bytes
@@ -70,7 +70,15 @@ def distinct_ranks(layout: Layout) -> list[int]:
 
 
 def prove(cfg: Config, spec: ModelSpec, *, world_size: int, ranks_per_node: int = 8) -> Proof:
-    """Build and run each distinct rank of `cfg`, and compare it with its plan. Needs a process without groups."""
+    """Build and run each distinct rank of `cfg`, and compare it with its plan. Needs a process without groups.
+
+    Raises ConfigError for experts whose dispatcher is not alltoall.
+    """
+    if spec.num_experts and cfg.model.moe_token_dispatcher_type != "alltoall":
+        raise ConfigError(
+            f"--prove: model.moe_token_dispatcher_type={cfg.model.moe_token_dispatcher_type} reads from the router's "
+            "choice, which fake tensors do not hold, how much it gathers: prove the layout with alltoall"
+        )
     layout = Layout.of(cfg, world_size)
     ranks = tuple(
         prove_rank(cfg, spec, rank=rank, world_size=world_size, ranks_per_node=ranks_per_node)
