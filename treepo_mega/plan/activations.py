@@ -22,6 +22,7 @@ LEAST_TILE_ROWS = 128
 WEIGHT_ROWS = 4096
 """Rows of the output matrix that the head widens to fp32 at a time."""
 FP32 = 4
+ROUTER_ITEMSIZE = {"fp32": 4, "fp64": 8, None: 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,64 @@ class Peak:
 
 
 @dataclass(frozen=True, slots=True)
+class _Experts:
+    """Bytes of the tensors of a layer's experts, all 0 without any. Each expert is taken equally often."""
+
+    sent: float
+    """[n, K], n = s/tp * k: a rank's tokens under sequence parallelism, once for each expert that they take."""
+    gathered: float
+    """[n * etp, K]: what comes to a rank's experts, with the tokens of the ranks that share their matrices."""
+    inner: float
+    """[n, F]: the inside of all experts of a rank."""
+    choice: float
+    """fp32 [s/tp, E]."""
+    local: int
+    """Experts that a rank holds."""
+    summed: float
+    """`gathered` in the dtype of the router, in which parts of results are summed; 0 where experts are whole."""
+    cast: bool
+    """Whether that is another dtype than that of activations."""
+
+    @classmethod
+    def of(cls, cfg: Config, spec: ModelSpec, layout: Layout, own: int) -> _Experts:
+        itemsize = ITEMSIZE[cfg.model.params_dtype]
+        summing = ROUTER_ITEMSIZE[cfg.model.moe_router_dtype] or itemsize
+        rows = own * spec.experts_per_token * itemsize
+        split = layout.expert_tp if layout.expert_tp > 1 else 0
+        return cls(
+            float(rows * spec.hidden_size),
+            float(rows * spec.hidden_size * layout.expert_tp),
+            float(rows * spec.expert_intermediate_size),
+            float(own * spec.num_experts * FP32),
+            spec.num_experts // layout.ep,
+            float(own * spec.experts_per_token * spec.hidden_size * summing * split),
+            summing != itemsize,
+        )
+
+    @property
+    def kept(self) -> float:
+        """For the backward pass: tokens in the order of experts, both halves and their product, the router's choice."""
+        return self.gathered + 3 * self.inner + 3 * self.choice
+
+    @property
+    def passing(self) -> float:
+        """At the fullest moment of a forward pass, beside what is kept.
+
+        Tokens before and after they were sent are held until the layer ends. The results of experts lie there one by
+        one and joined, or joined and in the order of ranks: then also cast, as the collective packs them, and summed.
+        """
+        results = (2 if self.local > 1 else 1) * self.gathered
+        if not self.summed:
+            return 2 * self.sent + results
+        return 2 * self.sent + results + (2 if self.cast else 1) * self.summed + self.summed * self.sent / self.gathered
+
+    @property
+    def of_one(self) -> float:
+        """The inside of one expert as its forward or backward pass needs it: halves and product, or their gradients."""
+        return 4 * self.inner / max(1, self.local)
+
+
+@dataclass(frozen=True, slots=True)
 class _Sizes:
     """Bytes of the tensors that a pass is made of. `shared`: those that sequence parallelism splits over TP."""
 
@@ -42,9 +101,8 @@ class _Sizes:
     shared: float
     """[s/tp, K] under sequence parallelism, else [s, K]."""
     ffn: float
-    """[s, F/tp]; of experts, of all tokens that come to a rank's own, each once for each expert that it takes."""
-    routed: float
-    """[s * k / tp, K]: tokens on their way to the experts that they take, and back; 0 without experts."""
+    """[s, F/tp] of a dense MLP or of the shared expert."""
+    experts: _Experts
     query: float
     """[s, H/tp * D]."""
     key: float
@@ -67,27 +125,18 @@ class _Sizes:
         own = padded_tokens(cfg, layout) // layout.cp
         split = layout.tp if cfg.parallel.sequence_parallel else 1
         key = own * spec.num_key_value_heads * spec.head_dim * itemsize / layout.tp
+        width = spec.shared_expert_intermediate_size if spec.num_experts else spec.intermediate_size
         return cls(
             whole=own * spec.hidden_size * itemsize,
             shared=own * spec.hidden_size * itemsize / split,
-            # With experts each rank sends its part of the tokens, to k experts each; as many come back in the mean.
-            ffn=(
-                own * spec.experts_per_token * spec.expert_intermediate_size
-                if spec.num_experts
-                else own * spec.intermediate_size
-            )
-            * itemsize
-            / layout.tp,
-            routed=own * spec.experts_per_token * spec.hidden_size * itemsize / split if spec.num_experts else 0.0,
+            ffn=own * width * itemsize / layout.tp,
+            experts=_Experts.of(cfg, spec, layout, own // split),
             query=own * spec.num_attention_heads * spec.head_dim * itemsize / layout.tp,
             key=key,
             all_keys=key * layout.cp,
             angles=own * spec.head_dim * FP32,
             log_sum=own * spec.num_attention_heads * FP32 / layout.tp,
-            ffn_weight=spec.hidden_size
-            * (spec.expert_intermediate_size or spec.intermediate_size)
-            * itemsize
-            / layout.tp,
+            ffn_weight=spec.hidden_size * (spec.expert_intermediate_size or width) * itemsize / layout.tp,
             head_weight=padded_vocab(spec, cfg.model.make_vocab_size_divisible_by, layout.tp)
             * spec.hidden_size
             / layout.tp,
@@ -106,8 +155,7 @@ class _Sizes:
         attention = 2 * self.query + 2 * self.key + rotated + self.log_sum + gathered
         # Cosines and sines, for queries and for keys, in the dtype of activations.
         rotary = 4 * self.angles * self.itemsize / FP32
-        # Sent, received in the order of experts, and what comes back: each is kept for its own backward pass.
-        return norms + attention + rotary + 3 * self.ffn + 3 * self.routed
+        return norms + attention + rotary + 3 * self.ffn + self.experts.kept
 
     @property
     def buffer(self) -> float:
@@ -148,7 +196,9 @@ def activation_peak(cfg: Config, spec: ModelSpec, layout: Layout, stage: int, mi
     fullest = max(moments, key=lambda moment: sum(size for _, size in moment))
     # What a stage receives and what it sends lie beside the layer that runs.
     ends = 4 + (stage > 0) + (not last)
-    mlp = 4 * sizes.ffn + 2 * sizes.routed
+    experts = sizes.experts
+    routed = experts.gathered + max(experts.passing, 2 * experts.sent + experts.of_one) + experts.choice
+    mlp = max(4 * sizes.ffn, routed)
     forward = sizes.buffer + 1.5 * sizes.angles + max(mlp + ends * sizes.shared, head + 3 * sizes.shared)
     items = tuple(sorted(((name, size) for name, size in fullest if size), key=lambda item: -item[1]))
     return Peak(forward, sum(size for _, size in items), items)
@@ -169,13 +219,18 @@ def _kept(cfg: Config, sizes: _Sizes, layers: int) -> tuple[float, float]:
 
 
 def _layer_moment(sizes: _Sizes, again: float) -> list[tuple[str, float]]:
-    """The fuller of two moments of an MLP's backward pass: its second matrix, and the activation before it."""
+    """The fullest of an MLP's backward pass at its second matrix, at the activation before it, and of experts whose
+    layer is computed again."""
     gathered = sizes.whole if sizes.gathers else 0.0
-    matrix = [("gradients of activations", gathered + sizes.ffn + sizes.routed + 2.5 * sizes.shared)]
+    experts = sizes.experts
+    routed = 3 * experts.gathered
+    matrix = [("gradients of activations", max(gathered + sizes.ffn, routed) + 2.5 * sizes.shared)]
     matrix.append(("gradient of a weight", sizes.ffn_weight))
     # The result's gradient, both halves' gradients, and as much again before they are joined.
-    activation = [("gradients of activations", 4 * sizes.ffn + 2 * sizes.routed + 2.5 * sizes.shared)]
-    fuller = max((matrix, activation), key=lambda moment: sum(size for _, size in moment))
+    inside = max(4 * sizes.ffn, experts.of_one + experts.gathered)
+    activation = [("gradients of activations", inside + 2.5 * sizes.shared)]
+    dispatched = [("tokens on their way to experts and back", experts.passing + 2.5 * sizes.shared)]
+    fuller = max((matrix, activation, dispatched), key=lambda moment: sum(size for _, size in moment))
     return [("layers computed again", again), *fuller]
 
 

@@ -186,7 +186,7 @@ def plan_run(
     if cfg.model.transformer_impl != "local":
         notes.append("activations are those of Megatron's local layers; Transformer Engine's keep about as much")
     if spec.num_experts:
-        notes.append("experts are taken to be asked for equally often; activations of experts are not proven")
+        notes.append("experts are taken to be asked for equally often: a rank whose experts are in demand needs more")
     return RunPlan(
         layout, cluster, lengths, memory, seconds, found, work, cfg.train.num_rollouts,
         micro_batches(cfg, layout, work), bubble(cfg, layout, work), share, price, tuple(notes),
