@@ -176,6 +176,7 @@ def check(got: dict[str, Any], cell: dict[str, Any]) -> None:
     assert got["gradient_diff"] <= 1e-5, "of every parameter, relative"
     assert got["loss_diff"] <= 1e-6 * max(1.0, got["loss_scale"])
     assert got["entropy_diff"] <= 1e-6
+    assert got["noted"] == 0, "dispatchers of experts would keep hidden states of every layer"
     check_corrections(got, " ".join(cell.get("overrides", ())))
     if cell["depth"] == 0:
         assert got["token_ratio"] == 1

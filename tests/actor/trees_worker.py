@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from tests.actor.exact import measure_exact
 from tests.actor.gpu_twins import pretend_gpu
@@ -134,6 +135,7 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
     share = ps.get_data_parallel_world_size() / dist.world_size()
     counts = dist.sum_over_ranks({"real": float(step.real_tokens), "flat": float(step.flat_tokens)})
     return dist.max_over_ranks({"logprob_diff": far, "gradient_diff": worst, "packs": float(len(step.packs))}) | {
+        "noted": float(sum(map(noted, actor.chunks))),
         "loss_diff": abs(stats["loss"] - want["loss"]),
         "corrections": corrections,
         "leaves": sum(len(tree.leaves) for tree in trees),
@@ -143,6 +145,13 @@ def measure(actor: Actor, cfg: Config, cell: dict[str, Any], directory: Path, hf
         "loss_scale": abs(want["loss"]),
         "repeated": counts["real"] * share - sum(t.unique_tokens() + len(t.prompt_tokens) for t in trees),
     }
+
+
+def noted(chunk: torch.nn.Module) -> int:
+    """Tensors of a pack's length that dispatchers of experts still hold, on which a graph may hang."""
+    layers = [module for module in chunk.modules() if isinstance(module, MoELayer)]
+    values = [value for layer in layers for value in vars(layer.token_dispatcher).values()]
+    return sum(isinstance(value, torch.Tensor) and value.numel() > 64 for value in values)
 
 
 def names(model: PolicyModel) -> dict[str, list[str]]:

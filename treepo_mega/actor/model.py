@@ -26,7 +26,7 @@ from torch import Tensor
 
 from treepo_mega.actor.fusions import fused_operations
 from treepo_mega.actor.layers import fuse_weight_gradients, gradient_fusion, layer_spec
-from treepo_mega.actor.moe import expert_fields, gathers_tokens, set_auxiliary
+from treepo_mega.actor.moe import expert_fields, forget_dispatch, gathers_tokens, set_auxiliary
 from treepo_mega.config import Config
 from treepo_mega.loss import te
 from treepo_mega.modelspec.mcore_layout import ModelSpec, padded_vocab
@@ -194,6 +194,7 @@ def build_model(cfg: Config, spec: ModelSpec) -> list[PolicyModel]:
         model.inv_freq, model.unpadded_vocab_size = inv_freq, spec.vocab_size
         mark_tensor_parallel(model)
         set_auxiliary([model], cfg.model)
+        forget_dispatch([model])
         if gradient_fusion(cfg.model) == "transformer_engine":
             fuse_weight_gradients(model)
         chunks.append(model.to(device()))

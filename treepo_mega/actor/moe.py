@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as ps
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ from treepo_mega.tree.pack import Pack
 # Megatron 0.16 asks for this name in every router, and only an import of Transformer Engine gives it.
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
+
+
+_NOTED = ("probs", "routing_map", "local_probs", "local_map", "reversed_local_input_permutation_mapping")
+"""Attributes of Megatron's dispatchers that hold tensors as long as the tokens of a pack."""
 
 
 def expert_fields(cfg: Config, spec: ModelSpec) -> dict[str, Any]:
@@ -147,6 +152,24 @@ def set_auxiliary(chunks: Sequence[nn.Module], model: ModelConfig) -> None:
     for router in routers(chunks):
         router.aux_loss_coeff = model.moe_aux_loss_coeff
         router.z_loss_coeff = model.moe_z_loss_coeff or 0.0
+
+
+def forget_dispatch(chunks: Sequence[nn.Module]) -> None:
+    """Let each layer with experts drop, when its forward pass ends, what its dispatcher noted of the tokens.
+
+    Megatron keeps it until the next pass: the router's choice of all layers. It has a graph, whose first node holds the
+    layer's input and its gradient, long after the backward pass: two hidden states of every layer.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                module.register_forward_hook(_forget)
+
+
+def _forget(layer: MoELayer, *_: Any) -> None:
+    for name in _NOTED:
+        if hasattr(layer.token_dispatcher, name):
+            setattr(layer.token_dispatcher, name, None)
 
 
 def weigh_auxiliary(chunks: Sequence[nn.Module], packs: Sequence[Pack]) -> None:
