@@ -45,7 +45,7 @@ from treepo_mega.loss.operands import Numerics
 from treepo_mega.loss.stats import Stats
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.runtime import dist
-from treepo_mega.runtime.device import device, has_cuda
+from treepo_mega.runtime.device import device, release_cached_memory
 from treepo_mega.tree.pack import Pack, StepPlan, Trajectory, plan_step
 
 logger = logging.getLogger(__name__)
@@ -254,8 +254,7 @@ class Actor(Policy):
                 raise
             told = str(error).splitlines()[0]
         self.costs.dropped()
-        if has_cuda():
-            torch.cuda.empty_cache()
+        release_cached_memory()
         largest = max(len(pack.tokens) for pack in packs)
         # Whoever waits for this rank amid a pass would wait in vain for the one that it began again.
         smaller = split(packs, padding_multiple(self.cfg)) if self._alone and not again else None
