@@ -13,10 +13,13 @@ from collections import Counter
 from pathlib import Path
 
 VARIABLE = "TREEPO_TEST_STARTS"
-GRADERS = tuple(f"-P -m treepo_mega.data.rewards.{name}" for name in ("worker", "flights"))
-"""The pool's processes: for plain verifiers, and for async ones and servers."""
-CEILING = {"python": 138, "grader": 150, "rank-group": 72}
-"""Starts of both lanes together: Python children, the reward pool's light ones, and groups of forked ranks.
+GRADERS = (
+    *(f"-P -m treepo_mega.data.rewards.{name}" for name in ("worker", "flights")),
+    *(f"-P -m treepo_mega.environment.{name}" for name in ("worker", "keeper")),
+)
+"""Light processes without torch: for plain verifiers, for async ones and servers, and for the tools of environments."""
+CEILING = {"python": 220, "grader": 500, "rank-group": 100}
+"""Starts of both lanes together: Python children, the pools' light ones, and groups of forked ranks.
 
 A new test shares what is started already (tests/README.md). Raise a number only with the reason in the commit.
 """
