@@ -223,7 +223,7 @@ def test_a_tool_that_dies_is_an_observation_or_a_lost_leaf(tokenizer, tmp_path, 
 def test_a_tool_that_hangs_costs_its_own_call_and_a_rollout_has_a_deadline(tokenizer, tmp_path):
     path = tmp_path / "broken.py"
     path.write_text(BROKEN.format(fault="time.sleep(3600)"))
-    cfg = configured(f"data.environment={path}:Broken", "environment.timeout_s=0.3", "rollout.timeout_s=1.0")
+    cfg = configured(f"data.environment={path}:Broken", "environment.timeout_s=2", "rollout.timeout_s=1.0")
     with pytest.raises(GenerationTimeout, match=r"rollout\.timeout_s.*while tools ran: lower environment\.timeout_s"):
         grow(cfg, tokenizer)
 

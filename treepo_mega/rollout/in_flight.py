@@ -154,14 +154,14 @@ class TreesInFlight:
 
     def _wait_for_tools(self, turns: TurnsInFlight, late: Callable[[], bool]) -> None:
         """Nothing runs until a tool answers. Raises GenerationTimeout when all the time is gone."""
+        begun = time.monotonic()
+        answered = turns.wait()
+        turns.counts["env_wait_s"] += time.monotonic() - begun
         if late():
             raise GenerationTimeout(
                 f"generation passed its deadline of {self.rollout.timeout_s} s (rollout.timeout_s) while tools ran: "
                 "lower environment.timeout_s, raise environment.num_workers, or rollout.timeout_s"
             )
-        begun = time.monotonic()
-        answered = turns.wait()
-        turns.counts["env_wait_s"] += time.monotonic() - begun
         if self.watcher is not None:
             self.watcher.waited_for_tools()
         self._hear(turns, answered)
