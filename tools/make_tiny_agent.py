@@ -23,6 +23,7 @@ from pathlib import Path
 
 import make_tiny_model as base
 import torch
+from make_tiny_searcher import LR, WARMUP_STEPS, optimizers_of
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -43,8 +44,6 @@ TEMPLATE = (
 )
 """Its tools are what it was warm-started on, so it lists none."""
 BATCH = 64
-LR = 5e-3
-WARMUP_STEPS = 30
 TRAIN_ROWS, EVAL_ROWS = 1024, 512
 
 
@@ -78,14 +77,8 @@ def supervised_batch(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def warm_start(model: torch.nn.Module, steps: int, seed: int) -> float:
     """All supervised steps on `model`; returns the last step's loss, nats a token."""
-    matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
-    inner = [p for name, p in model.named_parameters() if name in matrices]
-    others = [p for name, p in model.named_parameters() if name not in matrices]
-    # As for the searcher (make_tiny_searcher.py): copying a number forms in a third of the steps that AdamW takes.
-    optimizers = [
-        torch.optim.Muon(inner, lr=LR, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
+    # Copying a number forms in a third of the steps that AdamW alone takes.
+    optimizers = optimizers_of(model)
     model.train()
     with base.progress_bar() as bar:
         job = bar.add_task("warm start", total=steps, note="")

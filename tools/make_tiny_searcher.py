@@ -161,15 +161,20 @@ def loss_of(model: torch.nn.Module, batch: list[tuple[list[int], list[int]]]) ->
     return model(tokens, labels=labels).loss
 
 
-def warm_start(model: torch.nn.Module, steps: int, seed: int) -> float:
-    """All supervised steps on `model`; returns the last step's loss, nats a token."""
+def optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the inner matrices, AdamW for embeddings and norms, at LR."""
     matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
     inner = [p for name, p in model.named_parameters() if name in matrices]
     others = [p for name, p in model.named_parameters() if name not in matrices]
-    optimizers = [
+    return [
         torch.optim.Muon(inner, lr=LR, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.98), weight_decay=0.01),
     ]
+
+
+def warm_start(model: torch.nn.Module, steps: int, seed: int) -> float:
+    """All supervised steps on `model`; returns the last step's loss, nats a token."""
+    optimizers = optimizers_of(model)
     model.train()
     with base.progress_bar() as bar:
         job = bar.add_task("warm start", total=steps, note="")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from treepo_mega.text.reward_name import REWARD
+
 if TYPE_CHECKING:
     from treepo_mega.config import Config
-
-REWARD = "environment"
-"""The verifier that takes the environment's own get_reward."""
 
 
 def check_environment(cfg: Config) -> list[str]:

@@ -30,7 +30,6 @@ from itertools import islice
 from typing import Any, NoReturn
 
 from treepo_mega.config import DataConfig, PromptSource
-from treepo_mega.config.rules_environment import REWARD
 from treepo_mega.data.chat import SOLUTION_DROPPED, Renderer, Said, looks_like_messages
 from treepo_mega.data.columns import Columns, reference
 from treepo_mega.data.files import Part, find_parts
@@ -40,6 +39,7 @@ from treepo_mega.data.openings import Opener, sendable, with_opening
 from treepo_mega.data.rewards.verifiers import VerifierError, check_verifier
 from treepo_mega.data.rows import PromptError, Row
 from treepo_mega.data.truths import Truths, truth_text
+from treepo_mega.text.reward_name import REWARD
 from treepo_mega.text.tokenizer import PromptTokenizer
 
 CHUNK_ROWS = 4096

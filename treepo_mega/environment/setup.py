@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treepo_mega.config import Config, EnvironmentConfig
-from treepo_mega.config.rules_environment import REWARD
 from treepo_mega.environment.contract import EnvironmentClassError, Manifest, read_manifest
 from treepo_mega.environment.pool import EnvironmentPool
 from treepo_mega.environment.state import EnvironmentLimits, State
 from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.text.reward_name import REWARD
 
 OPENED_AT_ONCE = 64
 """Rows whose reset is asked at a time."""

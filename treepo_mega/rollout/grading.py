@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from treepo_mega.config import RewardFunction
-from treepo_mega.config.rules_environment import REWARD
 from treepo_mega.data.rewards import RewardItem, RewardPool, RewardResult, Trajectory
 from treepo_mega.data.rewards.weighted import combine, expand
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.idleness import Idleness, Occupancy
 from treepo_mega.rollout.jobs import Job, Rewards
 from treepo_mega.runtime.pulse import pulse
+from treepo_mega.text.reward_name import REWARD
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.regrow import new_leaves
 

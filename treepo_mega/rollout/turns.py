@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config
 from treepo_mega.data.dialogue import Dialogue
@@ -297,11 +297,6 @@ class TurnsInFlight:
         answered = self._answered
         self._answered = []
         return answered
-
-
-def rewards_of(tree: Tree, rewards: dict[int, float | str] | None) -> list[Any]:
-    """In the order of the leaves: a reward, a reason why there is none, or None where no environment was asked."""
-    return [(rewards or {}).get(leaf) for leaf in tree.leaves]
 
 
 def _behind(episode: _Episode, tree: Tree, node_id: int) -> Path:

@@ -62,12 +62,12 @@ def is_written_async(name: str, what: str) -> bool:
     return isinstance(_last_definition(_parse(path, what), function), ast.AsyncFunctionDef)
 
 
-def import_object(name: str, what: str) -> Any:
+def import_object(name: str, what: str, *, may_be_async: bool = True) -> Any:
     """Whatever `name` names, such as a list; its file is run once in this process.
 
     Raises UserCodeError for all that `check_defined` refuses, and for a file whose import raises.
     """
-    check_defined(name, what, may_be_async=True)
+    check_defined(name, what, may_be_async=may_be_async)
     path, attribute = _split(name, what)
     try:
         module = _import(path.resolve(), hashlib.sha256(path.read_bytes()).hexdigest())
@@ -83,8 +83,7 @@ def import_function(name: str, what: str, *, asynchronous: bool = False) -> Call
     Raises UserCodeError for all that `check_defined` refuses, for a file whose import raises, for what is not
     callable, and for what is async where that is not asked for, or the other way round.
     """
-    check_defined(name, what, may_be_async=asynchronous)
-    found = import_object(name, what)
+    found = import_object(name, what, may_be_async=asynchronous)
     _, function = _split(name, what)
     if not callable(found):
         raise UserCodeError(f"{what}: {function!r} is {type(found).__name__}, expected a function")

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from treepo_mega.config.rules_environment import REWARD
 from treepo_mega.data.rewards.items import RewardItem, Trajectory
 from treepo_mega.data.rewards.pool import RewardPool
 from treepo_mega.data.rewards.verifiers import VerifierError
 from treepo_mega.text.function_path import is_function_path
+from treepo_mega.text.reward_name import REWARD
 from treepo_mega.text.server_name import server_of
 
 if TYPE_CHECKING:

@@ -43,6 +43,7 @@ from treepo_mega.runtime.user_code import (
 )
 from treepo_mega.text.boxes import last_box
 from treepo_mega.text.function_path import FORM, is_function_path
+from treepo_mega.text.reward_name import REWARD
 from treepo_mega.text.server_name import FORM as SERVER_FORM
 from treepo_mega.text.server_name import server_of
 
@@ -55,7 +56,7 @@ OPTIONAL_PARAMETERS = ("trajectory", "prompt")
 Kind = Literal["batch", "async", "http"]
 """By what a verifier is run: `worker.py` one answer after the other, or `flights.py` many at a time."""
 
-BUILT_IN = ("math", "boxed", "last_number", "exact", "countdown", "reasoning_gym", "environment")
+BUILT_IN = ("math", "boxed", "last_number", "exact", "countdown", "reasoning_gym", REWARD)
 
 # A sign behind a digit, a letter or a closing bracket is an operator: the last number of `5-3` is 3.
 _NUMBER = re.compile(
@@ -189,8 +190,8 @@ def load_verifier(name: str) -> Verifier:
         return _load_math()
     if name == "reasoning_gym":
         return _load_reasoning_gym()
-    if name == "environment":
-        raise VerifierError("environment: its reward is asked where its state is, never of a grader")
+    if name == REWARD:
+        raise VerifierError(f"{REWARD}: its reward is asked where its state is, never of a grader")
     if name in BUILT_IN:
         return {"boxed": boxed, "last_number": last_number, "exact": exact, "countdown": countdown}[name]
     what = f"verifier {name!r}"
