@@ -20,7 +20,7 @@ from treepo_mega.rollout.dealing import LocalQueue
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.idleness import Occupancy
 from treepo_mega.rollout.in_flight import GenerationTimeout
-from treepo_mega.rollout.jobs import Grown, Job, PromptError
+from treepo_mega.rollout.jobs import Grown, Job, PromptError, Rewards
 from treepo_mega.tree.node import Tree
 
 
@@ -72,7 +72,8 @@ class Told:
         self.steps = 0
         self.first = 0
 
-    def tree_done(self, index: int, tree: Tree) -> None:
+    def tree_done(self, index: int, tree: Tree, rewards: Rewards | None) -> None:
+        assert rewards is None, "no environment"
         self.first = self.first or self.steps
         self.trees.append((index, json.loads(json.dumps(tree.to_dict()))))
 

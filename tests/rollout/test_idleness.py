@@ -26,7 +26,7 @@ def test_what_did_not_run_has_one_cause():
     # Four slots: 20 s of 4, of which 8 + 9 + 2 + 5 segment-seconds ran.
     assert counts == {
         "room_s": 80, "idle_s/tail": 15, "idle_s/memory": 3, "idle_s/refill": 2, "idle_s/graders": 16,
-        "idle_s/engines": 20,
+        "idle_s/tools": 0, "idle_s/engines": 20,
     }  # fmt: skip
     shares = idle_shares(counts)
     assert sum(shares.values()) == pytest.approx(1 - 24 / 80)

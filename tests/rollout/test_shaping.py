@@ -107,7 +107,8 @@ def test_a_verifier_that_asks_is_told_how_the_response_came_about():
         return float(len(kwargs))
 
     told = {**REQUEST, "trajectory": trajectory_of(tree(), 2)}
-    assert told["trajectory"] == {"prompt_id": "p", "tokens": 12, "stop": "length", "segments": 1, "fallback": False}
+    shown = {"prompt_id": "p", "tokens": 12, "stop": "length", "turns": 0, "segments": 1, "fallback": False}
+    assert told["trajectory"] == shown
     assert grade(asks, told) == {"score": 12.5, "extra": {}}
     assert grade(takes_anything, told)["score"] == 4.0, "verl's four arguments and no more"
 

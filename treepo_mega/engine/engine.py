@@ -60,8 +60,6 @@ class Engine:
         self.max_model_len = engine_length(spec, cfg.max_model_len)
         check_files(self.hf_dir)
         self._open: dict[str, SegmentStream] = {}  # by vLLM's id
-        self._names: set[str] = set()
-        """Of `_open`."""
         self._next = 0
         self._broken = "the engine was built without weights" if weights_follow else ""
         with process_left_alone():
@@ -102,7 +100,8 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         self._check_prefix(request.prefix, request.total_tokens, request.name)
-        if request.name in self._names:
+        # Asked of the streams: `extend` gives them other names while they run.
+        if any(stream.name == request.name for stream in self._open.values()):
             raise EngineError(f"request {request.name!r} is already running")
         kind = RequestOutputKind.DELTA if request.looks_at_each_token else RequestOutputKind.FINAL_ONLY
         params = SamplingParams(
@@ -120,7 +119,6 @@ class Engine:
         vllm_id = self._add(request.prefix, params)
         stream = SegmentStream(request, lambda: self._abort(vllm_id))
         self._open[vllm_id] = stream
-        self._names.add(request.name)
         return stream
 
     def step(self) -> list[Finished]:
@@ -149,7 +147,7 @@ class Engine:
             if segment.more:
                 continue
             if output.finished:
-                self._close(vllm_id)
+                del self._open[vllm_id]
             else:
                 # Our own border ended it, of which vLLM knows nothing: it would sample on.
                 self._abort(vllm_id)
@@ -157,10 +155,7 @@ class Engine:
 
     def _abort(self, vllm_id: str) -> None:
         self._llm.llm_engine.abort_request([vllm_id])
-        self._close(vllm_id)
-
-    def _close(self, vllm_id: str) -> None:
-        self._names.discard(self._open.pop(vllm_id).name)
+        del self._open[vllm_id]
 
     def abort(self) -> None:
         """Drop every unfinished request, oldest first."""
