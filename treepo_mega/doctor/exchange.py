@@ -61,10 +61,10 @@ def all_reduce(count: int, rank: int, world: int, device: torch.device) -> tuple
 
 
 def ping(peer: int, count: int, device: torch.device, *, first: bool) -> float:
-    """Seconds of sending [count] fp32 to the rank `peer` and back. Collective over the two."""
+    """Median seconds of sending [count] fp32 to the rank `peer` and back. Collective over the two."""
     mine = pattern(count, device)
     seconds = []
-    for _ in range(2):
+    for _ in range(REPEATS + 1):
         wait_for(device)
         started = time.perf_counter()
         if first:
@@ -75,7 +75,8 @@ def ping(peer: int, count: int, device: torch.device, *, first: bool) -> float:
             dist.send(mine, peer)
         wait_for(device)
         seconds.append(time.perf_counter() - started)
-    return seconds[-1]
+    # As above. One try alone would take a moment in which the host did something else for a slow link.
+    return statistics.median(seconds[1:])
 
 
 def _store(directory: Path, host: str, rank: int, world: int, timeout: timedelta) -> dist.Store:
