@@ -34,7 +34,7 @@ from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import TreeSearch
-from treepo_mega.tree.stop import StopRules
+from treepo_mega.tree.stop import StopRules, TurnRules
 
 if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
@@ -85,6 +85,14 @@ class Generator:
         if name not in self._borders:
             self._borders[name] = border_tokens(self._tokenizer, self.engine.vocab_size, rollout.segment.end)
         return self._borders[name]
+
+    def _stop_rules(self, rollout: RolloutConfig, turns: TurnRules | None) -> StopRules:
+        """When paths end; a path with turns has a segment more for each of them, unless `max_depth` is set."""
+        stop = StopRules.from_config(rollout, self.eos_token_ids, self.decode)
+        if turns is None or (rollout.mode == "tree" and rollout.max_depth is not None):
+            return stop
+        # Each turn may end in the middle of a segment.
+        return replace(stop, max_depth=stop.max_depth + turns.max_turns)
 
     def rollout(
         self,
@@ -150,11 +158,8 @@ class Generator:
         # part of one step: what they branch from is still there.
         if not any(map(grows_in_place, jobs)):
             self.engine.reset_prefix_cache()
-        stop = StopRules.from_config(now, self.eos_token_ids, self.decode)
         turns = None if self.agent is None else self.agent.rules
-        if turns is not None and (now.mode == "sequential" or now.max_depth is None):
-            # Each turn may end in the middle of a segment.
-            stop = replace(stop, max_depth=stop.max_depth + turns.max_turns)
+        stop = self._stop_rules(now, turns)
         known = len(jobs)
 
         def begin(index: int) -> TreeSearch:
