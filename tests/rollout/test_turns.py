@@ -59,7 +59,10 @@ class Policy(FakeEngine):
         )
         tokens = [*(ID[symbol] for symbol in said), EOS][: request.max_tokens]
         ends = "stop" if tokens[-1] == EOS else "length"
-        return Finished(request.name, tokens, [-drawn.random() for _ in tokens], ends, 0)
+        logprobs = [-drawn.random() for _ in tokens]
+        law = sorted((-drawn.random() for _ in range(max(request.peek, request.top))), reverse=True)
+        peek = law[: request.peek] if ends == "length" else []
+        return Finished(request.name, tokens, logprobs, ends, 0, peek, top=list(enumerate(law))[: request.top])
 
 
 class Watch:
@@ -164,7 +167,16 @@ def test_observations_are_what_tools_say_and_rewards_those_of_each_path(tokenize
     assert counts["env_answers"] == calls - sum(tree.counts["tool_errors"] for tree in trees)
 
 
-@pytest.mark.parametrize("overrides", [(), ("rollout.mode=sequential",), ("rollout.fallback.from=none",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("rollout.mode=sequential",),
+        ("rollout.fallback.from=none",),
+        ("rollout.segment.end=turn", "rollout.branching.factor=1", "rollout.branching.after_observation=4"),
+        ("rollout.branching.budget.kind=entropy", "rollout.branching.budget.top_k=3"),
+    ],
+)
 def test_trees_are_the_same_in_any_order_of_segments_and_answers(tokenizer, overrides):
     cfg = configured(*overrides)
     first = grow(cfg, tokenizer, order=1)
@@ -249,6 +261,16 @@ def test_an_opening_stands_in_the_prompt_and_has_to_come_again(tokenizer, tmp_pa
         ("rollout.branching.at=fork", r"rollout\.branching\.at fork: .*set rollout\.branching\.at=border"),
         ("rollout.leaves=adaptive", r"rollout\.leaves adaptive"),
         ("debug.schedule=level", r"debug\.schedule level"),
+        ("rollout.segment.end=turn rollout.token_budget=99", r"token_budget 99 with rollout\.segment\.end turn"),
+        (
+            "rollout.segment.end=turn rollout.fallback.from=none rollout.branching.after_observation=1",
+            r"8 leaves are out of reach .* 2 branches at the prompt and 1 after each of 4 observations give 2",
+        ),
+        ("data.environment=null rollout.segment.end=turn", r"rollout\.segment\.end turn needs data\.environment"),
+        (
+            "data.environment=null rollout.branching.after_observation=3",
+            r"rollout\.branching\.after_observation 3 has no effect without data\.environment",
+        ),
         ("rollout.engine.tensor_parallel_size=2", r"tensor_parallel_size 2: each rank of an engine"),
         ("data.apply_chat_template=false", r"data\.apply_chat_template false"),
         ("data.environment=null", r"reward\.functions\.1\.verifier environment .*set data\.environment"),
@@ -256,7 +278,7 @@ def test_an_opening_stands_in_the_prompt_and_has_to_come_again(tokenizer, tmp_pa
 )
 def test_what_turns_cannot_be_combined_with_is_refused_by_its_key(override, message):
     with pytest.raises(ConfigError, match=message):
-        check(configured(override), 2 if "tensor" in override else 1)
+        check(configured(*override.split()), 2 if "tensor" in override else 1)
 
 
 def test_a_reward_that_the_class_does_not_give_is_refused(tmp_path):

@@ -13,8 +13,9 @@ from tests.properties import examples
 from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.carry import CarriedTreeError
 from treepo_mega.tree.node import Tree
-from treepo_mega.tree.search import CarriedTreeError, Segment, TreeSearch
+from treepo_mega.tree.search import Segment, TreeSearch
 from treepo_mega.tree.stop import StopRules
 
 EOS = 0

@@ -16,12 +16,13 @@ from tests.properties import examples
 from tests.rollouts import rollout_config
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
+from treepo_mega.tree.carry import CarriedTreeError
 from treepo_mega.tree.credit import fold, leaf_weights
 from treepo_mega.tree.descent import descent_shares, fair_leaves
 from treepo_mega.tree.fork import decisions, first_crossings, followers, most_uncertain, open_forks
 from treepo_mega.tree.node import ROOT, Tree
 from treepo_mega.tree.node_advantage import node_advantages
-from treepo_mega.tree.search import CarriedTreeError, Segment, TreeSearch, Want
+from treepo_mega.tree.search import Segment, TreeSearch, Want
 from treepo_mega.tree.segments import Segments
 from treepo_mega.tree.stop import StopRules
 

@@ -33,7 +33,7 @@ def world(turn: list[int]) -> tuple[list[int] | None, bool]:
 
 
 def grow(cfg: RolloutConfig, rules: TurnRules | None = RULES, *, seed: int = 1, order: int | None = None) -> Tree:
-    stop = StopRules.from_config(cfg, [EOS], decode)
+    stop = StopRules.from_config(cfg, [EOS], decode, rules)
     search = TreeSearch("p", PROMPT, cfg, seed=seed, stop=stop, turns=rules)
     shuffler = random.Random(order)
     pending: list[tuple[str, object]] = []
@@ -48,7 +48,9 @@ def grow(cfg: RolloutConfig, rules: TurnRules | None = RULES, *, seed: int = 1, 
             search.observe(what, tokens, lost=lost)
             continue
         tokens = sample(what.prefix, what.seed, what.max_tokens, 0.2, 0.02)
-        search.take(what.node_id, Segment(tokens, [-t / 10 for t in tokens], "length"))
+        law = [-((what.prefix[-1] + k) % 7) / 3 for k in range(max(what.peek, what.top))]
+        top = [(token, logprob) for token, logprob in enumerate(law)][: what.top]
+        search.take(what.node_id, Segment(tokens, [-t / 10 for t in tokens], "length", law[: what.peek], top=top))
     assert not pending and not search.turns_ended()
     return search.tree
 
@@ -62,6 +64,11 @@ configs = st.builds(
     fallback__from=st.sampled_from(["finished", "any", "longest", "none"]),
     mode=st.sampled_from(["tree", "sequential"]),
     branching__transfer=st.sampled_from(["level", "quota"]),
+    segment__end=st.sampled_from(["length", "turn"]),
+    branching__after_observation=st.none() | st.integers(1, 5),
+    branching__budget__kind=st.sampled_from(["equal", "low_prob", "entropy"]),
+    branching__budget__signal=st.sampled_from(["segment", "branch_point"]),
+    branching__budget__top_k=st.integers(1, 3),
 )
 
 
@@ -131,3 +138,66 @@ def test_an_observation_is_no_group_of_its_own():
     for limit in (None, 1):
         got = leaf_advantages(with_answers, "treepo", max_subgroup_depth=limit)
         assert got == pytest.approx(leaf_advantages(without, "treepo", max_subgroup_depth=limit))
+
+
+def test_segments_that_are_turns_end_where_turns_end():
+    cfg = config(n_samples_per_prompt=8, max_response_len=40, segment__end="turn", segment__length=2)
+    trees = [grow(cfg, seed=seed) for seed in range(20)]
+    longest = max(len(node.tokens) for tree in trees for node in tree.nodes[1:] if not node.observation)
+    assert longest > 8, "no length cuts a turn"
+    for tree in trees:
+        for node in tree.nodes[1:]:
+            assert node.observation or node.parent == 0 or tree.nodes[node.parent].observation
+
+
+class Talker:
+    """A search whose every turn is `[5, EOS]` and answered, until `answers` of them are; others talk on without end."""
+
+    def __init__(self, cfg: RolloutConfig, *, answers: int = 9, answered: tuple[int, ...] | None = None) -> None:
+        rules = TurnRules(answers, 100)
+        stop = StopRules.from_config(cfg, [EOS], decode, rules)
+        self.search = TreeSearch("p", PROMPT, cfg, seed=1, stop=stop, turns=rules)
+        self.answered = answered
+        """Children of the prompt whose paths end turns; None: all."""
+
+    def level(self, laws: dict[int, list[float]] | None = None) -> list[int]:
+        """One level of segments; returns the children that each of its paths gets, in path order."""
+        tree = self.search.tree
+        wants = self.search.wants()
+        for want in wants:
+            child = tree.nodes[want.node_id].path[0]
+            ends = self.answered is None or child in self.answered
+            tokens = [5, EOS] if ends else [5] * want.max_tokens
+            self.search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length", [-1.0] * want.peek))
+        for node_id in self.search.turns_ended():
+            self.search.observe(node_id, [6, 7])
+        # Looks behind observations, where the budget asks for them.
+        for want in self.search.wants() if laws is not None else []:
+            assert tree.nodes[want.node_id].observation and want.max_tokens == 1
+            law = (laws or {})[tree.nodes[want.node_id].path[0]]
+            self.search.take(want.node_id, Segment([3], [-1.0], "length", top=list(enumerate(law))))
+        return [len(tree.nodes[tree.below(want.node_id)].children) for want in wants]
+
+
+def test_paths_branch_more_widely_right_after_an_observation():
+    cfg = config(n_samples_per_prompt=16, max_response_len=40, branching__factor=1, branching__initial=[2, 2])
+    wide = cfg.replace({"branching.after_observation": 4})
+    assert Talker(cfg, answered=(0,)).level() == [1, 1]
+    for transfer in ("level", "quota"):
+        talker = Talker(wide.replace({"branching.transfer": transfer}), answered=(0,))
+        assert talker.level() == [4, 1], "in the middle of a turn it goes on alone"
+    narrow = cfg.replace({"branching.factor": 3, "branching.after_observation": 1})
+    assert Talker(narrow, answered=(0,)).level() == [1, 3]
+
+
+def test_a_budget_by_entropy_looks_behind_observations():
+    cfg = config(n_samples_per_prompt=16, max_response_len=40, branching__initial=[2, 2], segment__end="turn")
+    by_entropy = cfg.replace({"branching.budget.kind": "entropy", "branching.budget.top_k": 2})
+    sure = [-0.001, -7.0]
+    torn = [-0.7, -0.7]
+    assert Talker(by_entropy).level({0: sure, 1: torn}) == [1, 3]
+    talker = Talker(by_entropy)
+    assert talker.level({0: torn, 1: sure}) == [3, 1]
+    assert talker.search.tree.counts["peeked_tokens"] == 2
+    with pytest.raises(ValueError, match="needs the likeliest tokens"):
+        Talker(by_entropy).level({0: [], 1: []})

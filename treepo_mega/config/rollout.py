@@ -64,11 +64,12 @@ class SegmentConfig(Section):
     """The tokens that are sampled between two branch points."""
 
     length: int = Field(512, ge=1)
-    """Tokens of a segment (the paper's l). With another `end` than length: the most tokens of one."""
-    end: Literal["length", "newline", "sentence"] | list[str] = "length"
+    """Tokens of a segment (the paper's l). With an `end` at a text: the most tokens of one."""
+    end: Literal["length", "newline", "sentence", "turn"] | list[str] = "length"
     """Where a segment ends. length: after `length` tokens. newline: at a token that holds a newline. sentence: at a
     token that ends a sentence. A list of strings: at a token that holds one of them. Such a segment is a step of
-    reasoning. It has at least `min_length` and at most `length` tokens."""
+    reasoning. It has at least `min_length` and at most `length` tokens. turn: where the policy's turn ends, however
+    long it is (data.environment)."""
     min_length: int = Field(1, ge=1)
     """Tokens of the shortest segment when `end` is not length."""
 
@@ -152,6 +153,8 @@ class BranchingConfig(Section):
     Then branches start where the model was uncertain, at any token, until the tree has its leaves."""
     factor: int = Field(2, ge=1)
     """Children of a node while the budget lasts (the paper's N)."""
+    after_observation: int | None = Field(None, ge=1)
+    """Children right after an observation while the budget lasts (data.environment). None: `factor`."""
     initial: tuple[int, int] | None = None
     """[lo, hi]: children of the root, drawn per prompt. None: `factor`; with `at: fork` a quarter of the leaves."""
     fork: ForkConfig = Field(default_factory=ForkConfig)
@@ -165,6 +168,10 @@ class BranchingConfig(Section):
     itself. quota: every node has a quota of leaves that its children share. They start when their parent ends. Fallback
     spends what paths that stopped early leave over, once nothing of the tree is running."""
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
+
+    def width(self, *, observed: bool) -> int:
+        """Children of a node while the budget lasts; `observed`: they start right after an observation."""
+        return self.after_observation if observed and self.after_observation is not None else self.factor
 
 
 class FallbackConfig(Section):
@@ -277,7 +284,10 @@ class RolloutConfig(Section):
         # A fork cuts segments in two anywhere: the length limit alone ends a path.
         if self.forks:
             return self.max_response_len
-        shortest = self.segment.length if self.segment.end == "length" else self.segment.min_length
+        # Turns come on top, as many as the environment answers.
+        if self.segment.end == "turn":
+            return self.max_depth or 1
+        shortest = self.segment.min_length if self.ends_at_text else self.segment.length
         return self.max_depth or math.ceil(self.max_response_len / shortest)
 
     @property
@@ -298,8 +308,14 @@ class RolloutConfig(Section):
 
     @property
     def segment_tokens(self) -> int:
-        """Tokens allowed in one segment: the whole response in sequential mode."""
-        return self.max_response_len if self.mode == "sequential" else self.segment.length
+        """Tokens allowed in one segment: the whole response in sequential mode, and where segments are turns."""
+        whole = self.mode == "sequential" or self.segment.end == "turn"
+        return self.max_response_len if whole else self.segment.length
+
+    @property
+    def ends_at_text(self) -> bool:
+        """Whether certain tokens end a segment, which may then be as short as `segment.min_length`."""
+        return self.mode == "tree" and self.segment.end not in ("length", "turn")
 
     @property
     def alignment(self) -> int:

@@ -207,12 +207,14 @@ def _check_tree(rollout: RolloutConfig) -> list[str]:
                 f"rollout.branching.initial {[low, first]} exceeds rollout.n_samples_per_prompt {width}: a tree with "
                 f"{width} leaves cannot begin with more branches than that"
             )
-    if rollout.forks:
+    # Of turns: rules_environment.py.
+    if rollout.forks or rollout.segment.end == "turn":
         return bad
     # A path ends by its length, whatever max_depth allows.
     depth = min(rollout.depth_limit, -(-rollout.max_response_len // rollout.segment.length))
     # Bounded exponent: past 2**64 leaves the answer is the same, and a depth of 10,000 would make a huge integer.
-    reachable = first * rollout.branching.factor ** min(depth - 1, 64)
+    widest_branch = max(rollout.branching.factor, rollout.branching.after_observation or 0)
+    reachable = first * widest_branch ** min(depth - 1, 64)
     widest = rollout.leaves_at_most
     if rollout.fallback.from_ == "none" and reachable < widest:
         key = "n_samples_per_prompt" if rollout.leaves == "fixed" else "most_leaves"
@@ -358,7 +360,7 @@ def _check_segments(r: RolloutConfig) -> list[str]:
     """Segments can be as long as they are told to be, and enough of them fit on a path."""
     bad = []
     shortest = r.segment.length
-    if r.segment.end != "length":
+    if r.ends_at_text:
         shortest = r.segment.min_length
         if r.debug.segment_alignment == "kv_block":
             bad.append("debug.segment_alignment kv_block needs rollout.segment.end length: steps end where they end")
@@ -368,6 +370,8 @@ def _check_segments(r: RolloutConfig) -> list[str]:
             bad.append(
                 f"rollout.segment.min_length {shortest} exceeds rollout.segment.length {r.segment.length}, the longest"
             )
+    if r.segment.end == "turn":
+        return bad
     if r.depth_limit * r.segment.length < r.max_response_len:
         bad.append(
             f"rollout.max_depth {r.depth_limit} x rollout.segment.length {r.segment.length} is less than "

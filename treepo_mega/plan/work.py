@@ -56,7 +56,7 @@ class TreeShape:
         alive = tuple(leaves * alive_at(depth) for depth in depths)
         fan = [_fan(cfg, depth) for depth in depths]
         paths = tuple(min(width, living) if living >= 1 else living for width, living in zip(fan, alive, strict=True))
-        segment = longest if cfg.rollout.mode == "sequential" else cfg.rollout.segment.length
+        segment = cfg.rollout.segment_tokens
         return cls(leaves, prompt, sum(alive) * stretch / leaves, stretch, paths, alive, float(segment))
 
     @property
@@ -110,7 +110,7 @@ def _fan(cfg: Config, depth: float) -> float:
     # Forks start anywhere: half of what they share is shared, in the mean.
     if rollout.forks:
         return (min(leaves, (low + high) / 2) + leaves) / 2
-    level = int(depth // rollout.segment.length)
+    level = int(depth // rollout.segment_tokens)
     return min(leaves, (low + high) / 2 * float(branching.factor) ** min(level, 64))
 
 

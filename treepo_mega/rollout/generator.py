@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config, RolloutConfig
@@ -34,7 +33,7 @@ from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import TreeSearch
-from treepo_mega.tree.stop import StopRules, TurnRules
+from treepo_mega.tree.stop import StopRules
 
 if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
@@ -78,21 +77,13 @@ class Generator:
 
     def borders(self, rollout: RolloutConfig) -> frozenset[int]:
         """Token ids that end a segment under `rollout.segment.end`. Raises EngineError when there are none."""
-        if rollout.segment.end == "length" or rollout.mode == "sequential":
+        if not rollout.ends_at_text:
             return frozenset()
         name = repr(rollout.segment.end)
         # Reading the whole vocabulary takes a while, and training and evaluation may differ in their rule.
         if name not in self._borders:
             self._borders[name] = border_tokens(self._tokenizer, self.engine.vocab_size, rollout.segment.end)
         return self._borders[name]
-
-    def _stop_rules(self, rollout: RolloutConfig, turns: TurnRules | None) -> StopRules:
-        """When paths end; a path with turns has a segment more for each of them, unless `max_depth` is set."""
-        stop = StopRules.from_config(rollout, self.eos_token_ids, self.decode)
-        if turns is None or (rollout.mode == "tree" and rollout.max_depth is not None):
-            return stop
-        # Each turn may end in the middle of a segment.
-        return replace(stop, max_depth=stop.max_depth + turns.max_turns)
 
     def rollout(
         self,
@@ -159,7 +150,7 @@ class Generator:
         if not any(map(grows_in_place, jobs)):
             self.engine.reset_prefix_cache()
         turns = None if self.agent is None else self.agent.rules
-        stop = self._stop_rules(now, turns)
+        stop = StopRules.from_config(now, self.eos_token_ids, self.decode, turns)
         known = len(jobs)
 
         def begin(index: int) -> TreeSearch:

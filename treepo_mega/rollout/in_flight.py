@@ -239,7 +239,8 @@ class TreesInFlight:
         lengths = [len(tree.nodes[i].tokens) for i in tree.ancestry(node.parent)]
         # A run that nothing can end early is one request of the engine; it books its whole length at once.
         whole = want.run if want.run and not (self.streams or self.borders) else want.max_tokens + (want.peek > 0)
-        self.room.want(rank, node.path, lengths, whole)
+        # A look behind an observation, of which the engine has nothing yet, is booked under its name.
+        self.room.want(rank, node.path, lengths, len(node.tokens) + whole)
         self.wants[rank, node.path] = want
 
     def _submit(self) -> None:

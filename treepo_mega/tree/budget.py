@@ -17,6 +17,10 @@ so the branches of paths that stopped go to their living siblings, and a tree ne
 The first is what the paper calls the last tokens when fallback is aligned to segments (section 4.4). The others look
 at the distribution that the children's first tokens are drawn from. `standings` and `budget_weights` say how
 `budget.scale` makes weights of them.
+
+Right after an observation a path may ask for another number of children than N (`branching.after_observation`). The
+level's budget adds up what its paths ask for. What a path gets beyond its one child is in proportion to what it asks
+for beyond one, times its weight.
 """
 
 from __future__ import annotations
@@ -54,6 +58,36 @@ def split_equally(total: int, paths: int, rng: random.Random) -> list[int]:
     # Drawn by the tree's own generator: a fixed choice would favour paths for their position.
     lucky = set(rng.sample(range(paths), extra))
     return [base + (i in lucky) for i in range(paths)]
+
+
+def split_by_width(total: int, widths: Sequence[int], rng: random.Random) -> list[int]:
+    """`total` children over paths that ask for `widths`: one each, the rest in proportion to what each asks beyond one.
+
+    Paths that all ask for the same are split equally. They come in path order; `rng` decides between equals.
+
+    >>> split_by_width(6, [1, 4, 1], random.Random(0)), split_by_width(8, [1, 4, 1], random.Random(0))
+    ([1, 4, 1], [1, 6, 1])
+    """
+    if len(set(widths)) <= 1:
+        return split_equally(total, len(widths), rng)
+    order = rng.sample(range(len(widths)), len(widths))
+    equal = [1 / len(widths)] * len(widths)
+    shares = split_by_weight(total, beyond_one(equal, [widths[index] for index in order]))
+    return [shares[order.index(index)] for index in range(len(widths))]
+
+
+def beyond_one(weights: Sequence[float], widths: Sequence[int] | None) -> list[float]:
+    """`weights` (sum 1) times what each path asks for beyond one child, sum 1; as they are where all ask for the same.
+
+    >>> beyond_one([0.5, 0.5], [2, 4]), beyond_one([0.25, 0.75], [3, 3])
+    ([0.25, 0.75], [0.25, 0.75])
+    """
+    if widths is None or len(set(widths)) <= 1:
+        return list(weights)
+    asked = [weight * (width - 1) for weight, width in zip(weights, widths, strict=True)]
+    total = math.fsum(asked)
+    # A path that asks for more may have weight 0.
+    return [value / total for value in asked] if total > 0 else list(weights)
 
 
 def mean_logprob(logprobs: Sequence[float]) -> float:
@@ -174,12 +208,20 @@ Split = Callable[[int, Sequence[Node], RolloutConfig], list[int]]
 """A plug-in that says who gets how many of a total, in the place of certainties."""
 
 
-def split_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:
-    """`total` leaves or children over living nodes, in their order, at least one each, for every budget but `equal`."""
-    return split_by_weight(total, budget_weights(_certainties(living, rollout), rollout.branching.budget))
+def split_by_certainty(
+    total: int, living: Sequence[Node], rollout: RolloutConfig, widths: Sequence[int] | None = None
+) -> list[int]:
+    """`total` leaves or children over living nodes, in their order, at least one each, for every budget but `equal`.
+
+    `widths`: how many children each asks for; None: all the same.
+    """
+    weights = budget_weights(_certainties(living, rollout), rollout.branching.budget)
+    return split_by_weight(total, beyond_one(weights, widths))
 
 
-def children_by_certainty(total: int, living: Sequence[Node], rollout: RolloutConfig) -> list[int]:
+def children_by_certainty(
+    total: int, living: Sequence[Node], rollout: RolloutConfig, widths: Sequence[int] | None = None
+) -> list[int]:
     """Children of living nodes, in their order: `split_by_certainty` over those that reach the floor, one for the rest.
 
     They are `total` together, or one each where no node reaches the floor.
@@ -193,8 +235,10 @@ def children_by_certainty(total: int, living: Sequence[Node], rollout: RolloutCo
         weights = budget_weights(certainties, budget)
         # Above 0: the highest weight is among the chosen, because weights and standings rise together.
         sum_of_chosen = math.fsum(weights[index] for index in chosen)
+        of_chosen = [weights[index] / sum_of_chosen for index in chosen]
+        asked = None if widths is None else [widths[index] for index in chosen]
         held = len(living) - len(chosen)
-        shares = split_by_weight(total - held, [weights[index] / sum_of_chosen for index in chosen])
+        shares = split_by_weight(total - held, beyond_one(of_chosen, asked))
         for index, share in zip(chosen, shares, strict=True):
             children[index] = share
     return children

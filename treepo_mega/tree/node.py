@@ -256,11 +256,14 @@ class Tree:
         """The prompt's token ids."""
         return self.nodes[ROOT].tokens
 
+    def answered(self, node_id: int) -> bool:
+        """Whether a turn ended at `node_id` that the environment has answered: its path goes on after what it said."""
+        children = self.nodes[node_id].children
+        return len(children) == 1 and self.nodes[children[0]].observation
+
     def below(self, node_id: int) -> int:
         """Where a path goes on that reached `node_id`: after the observation, if its turn was answered."""
-        children = self.nodes[node_id].children
-        answered = len(children) == 1 and self.nodes[children[0]].observation
-        return children[0] if answered else node_id
+        return self.nodes[node_id].children[0] if self.answered(node_id) else node_id
 
     def sampled_depth(self, node_id: int) -> int:
         """Sampled segments from the root to this node; observations are left out."""

@@ -24,9 +24,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from treepo_mega.config import RolloutConfig
-from treepo_mega.errors import TreepoError
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.budget import Split
+from treepo_mega.tree.carry import check_rule, generator_state, set_generator
 from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.fork import Fork, decisions, followers, open_forks, weigh_branches
 from treepo_mega.tree.look_alikes import Families
@@ -34,7 +34,7 @@ from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.regrow import ungraded
 from treepo_mega.tree.stop import StopRules, TurnRules
 from treepo_mega.tree.transfer import ForkTransfer, make_transfer
-from treepo_mega.tree.turns import Turns
+from treepo_mega.tree.turns import Turns, look, looked
 from treepo_mega.tree.wants import Segment, Want, check_segment
 
 COUNTS = (
@@ -53,10 +53,6 @@ COUNTS = (
     "budget_divergence",
 )
 """Names in `tree.counts`."""
-
-
-class CarriedTreeError(TreepoError):
-    """A carried-over tree cannot go on under the configuration of now; the message says which key differs."""
 
 
 class TreeSearch:
@@ -162,7 +158,9 @@ class TreeSearch:
         check_segment(segment, most, where, entropies=self._cfg.entropy_top_k > 0, experts=self._cfg.notes_routing)
         del self._running[node_id]
         node = self.tree.nodes[node_id]
-        if isinstance(self._transfer, ForkTransfer) and self._transfer.draws_at(node_id):
+        if node.observation:
+            self._arrived(looked(self.tree, node, segment), None)
+        elif isinstance(self._transfer, ForkTransfer) and self._transfer.draws_at(node_id):
             for branch, token in self._transfer.draw(node_id, segment, self._seed_of(node)):
                 self.tree.nodes[branch].policy_version = node.policy_version
                 self._receive(self.tree.nodes[branch], token, None)
@@ -183,7 +181,13 @@ class TreeSearch:
 
         `lost`: the trajectory has no reward. Raises ValueError for a node that waits for no answer, or an empty one.
         """
-        self._arrived(self._turns.answer(self.tree, node_id, tokens, lost=lost), None)
+        node = self._turns.answer(self.tree, node_id, tokens, lost=lost)
+        if node.stop is None and self._cfg.peek and not (self._transfer.full or self._goes_on_alone(node)):
+            want = look(self.tree, node, self._cfg.peek, self._seed_of(self.tree.nodes[self.tree.below(node_id)]))
+            self._running[want.node_id] = 1
+            self._ask(want)
+            return
+        self._arrived(node, None)
         if self.done:
             self._come_to_rest()
 
@@ -206,14 +210,12 @@ class TreeSearch:
         """
         if not self.paused:
             raise ValueError(f"prompt {self.tree.prompt_id!r}: only a paused tree can be carried over")
-        # JSON has no tuples: the generator's state goes out as lists and comes back as tuples.
-        version, internal, gauss = self._rng.getstate()
         return {
             "tree": self.tree.to_dict(),
             "seed": self.seed,
             "align": self._align,
             "step": self._step,
-            "rng": [version, list(internal), gauss],
+            "rng": generator_state(self._rng),
             "running": list(self._running.items()),
             "beyond_reach": [asdict(want) for want in self._beyond_reach],
             "families": self._families.state_dict(),
@@ -225,16 +227,8 @@ class TreeSearch:
 
         Raises CarriedTreeError when the state was written under another rule.
         """
-        saved = state["transfer"]["kind"]
-        if saved != self._rule:
-            key = "rollout.branching.at" if "fork" in (saved, self._rule) else "rollout.branching.transfer"
-            raise CarriedTreeError(
-                f"prompt {state['tree']['prompt_id']!r} was carried over under another {key} "
-                f"({saved}) than {self._rule!r}: finish the run with the old one, or start from a "
-                "checkpoint without carried-over trees"
-            )
-        version, internal, gauss = state["rng"]
-        self._rng.setstate((version, tuple(internal), gauss))
+        check_rule(state["tree"]["prompt_id"], state["transfer"]["kind"], self._rule)
+        set_generator(self._rng, state["rng"])
         self.tree = Tree.from_dict(state["tree"])
         # A tree of an older version lacks the counts that came later.
         self.tree.counts = dict.fromkeys(COUNTS, 0) | self.tree.counts
@@ -300,7 +294,7 @@ class TreeSearch:
         # No decision needs what comes after the last token of a path.
         ends = size == room or depth >= self._stop.max_depth
         peek = 0 if ends or self._transfer.full else self._cfg.peek
-        shortest = self._cfg.segment_tokens if self._cfg.segment.end == "length" else self._cfg.segment.min_length
+        shortest = self._cfg.segment.min_length if self._cfg.ends_at_text else self._cfg.segment_tokens
         entropy = self._cfg.entropy_top_k
         new = []
         for _ in range(children):
@@ -442,7 +436,8 @@ class TreeSearch:
         cuts = [cut(tree, leaf, self._cfg.fallback.cut, self._rng) for leaf in candidates]
         # Candidates in turn until the budget is spent; without a candidate, start over from the prompt.
         for node_id in cuts or [ROOT]:
-            children = min(self._cfg.branching.factor, left)
+            observed = tree.nodes[tree.below(node_id)].observation
+            children = min(self._cfg.branching.width(observed=observed), left)
             if children == 0:
                 break
             made += self._branch(node_id, children, fallback_level=level)

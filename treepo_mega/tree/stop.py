@@ -79,17 +79,27 @@ class StopRules:
 
     @classmethod
     def from_config(
-        cls, rollout: RolloutConfig, eos_token_ids: Sequence[int], decode: Callable[[list[int]], str]
+        cls,
+        rollout: RolloutConfig,
+        eos_token_ids: Sequence[int],
+        decode: Callable[[list[int]], str],
+        turns: TurnRules | None = None,
     ) -> StopRules:
-        """The rules of a `rollout` section. Raises ValueError without any EOS id: no path could end by itself."""
+        """The rules of a `rollout` section; a path with `turns` has a segment more for each of them.
+
+        `rollout.max_depth` limits a tree's segments all the same. Raises ValueError without any EOS id: no path could
+        end by itself.
+        """
         if not eos_token_ids:
             raise ValueError("stop rules need at least one EOS token id, got none (rollout.stop.eos_token_ids)")
         stop = rollout.stop
+        # Each turn may end in the middle of a segment.
+        more = 0 if turns is None or (rollout.mode == "tree" and rollout.max_depth is not None) else turns.max_turns
         return cls(
             frozenset(eos_token_ids),
             decode,
             rollout.max_response_len,
-            rollout.depth_limit,
+            rollout.depth_limit + more,
             stop.answer_box,
             stop.repetition_window,
             stop.repetition_count,

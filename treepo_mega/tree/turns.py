@@ -6,6 +6,9 @@ a node without loss below the turn (`Node.observation`), and the path goes on be
     turns.ends(tree, node)                  # asked when a segment has arrived
     for node_id in turns.take_ended(): ...  # the driver asks the environment
     turns.answer(tree, node_id, tokens)     # and says what came of it
+
+A budget that looks at the next token (`rollout.peek`) cannot see it with the turn: what comes next stands behind the
+answer. So one token is wanted there, of which the law alone is kept (`look`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 
 from treepo_mega.tree.node import Node, Tree
 from treepo_mega.tree.stop import StopRules, TurnRules, Verdict
-from treepo_mega.tree.wants import Segment
+from treepo_mega.tree.wants import Segment, Want
 
 TURN_COUNTS = ("turns", "observation_tokens")
 """Names in `tree.counts` where an environment answers."""
@@ -88,3 +91,22 @@ class Turns:
         if node.stop is not None:
             tree.leaves.append(node_id)
         return node
+
+
+def look(tree: Tree, turn: Node, likeliest: int, seed: int) -> Want:
+    """One token after the observation below `turn`, for the logprobs of the `likeliest` ones in its place."""
+    observation = tree.below(turn.id)
+    return Want(observation, tree.prefix(observation), 1, seed, top=likeliest)
+
+
+def looked(tree: Tree, observation: Node, law: Segment) -> Node:
+    """The turn above `observation`, which knows now what may come next; the drawn token is dropped.
+
+    Raises ValueError when the driver did not bring the likeliest tokens.
+    """
+    if not law.top:
+        raise ValueError(f"node {observation.id}: a look behind an observation needs the likeliest tokens, got none")
+    turn = tree.nodes[observation.parent]
+    turn.peek = [logprob for _, logprob in law.top]
+    tree.counts["peeked_tokens"] += 1
+    return turn

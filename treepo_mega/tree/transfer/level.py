@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from treepo_mega.config import RolloutConfig
-from treepo_mega.tree.budget import Split, children_by_certainty, count_decision, level_budget, split_equally
+from treepo_mega.tree.budget import Split, children_by_certainty, count_decision, level_budget, split_by_width
 from treepo_mega.tree.node import Node, Tree
 
 
@@ -72,23 +72,29 @@ class LevelTransfer:
             return []
         width = self.rollout.n_samples_per_prompt
         just_finished = len(level) - len(living)
-        factor = self.rollout.branching.factor
-        total = level_budget(len(living), len(tree.leaves), just_finished, width, factor, self._kept)
+        branching = self.rollout.branching
+        widths = [branching.width(observed=tree.answered(arrived.id)) for arrived in living]
+        # What is asked for right after observations comes on top of what earlier levels left over.
+        more = sum(widths) - branching.factor * len(living)
+        total = level_budget(len(living), len(tree.leaves), just_finished, width, branching.factor, self._kept + more)
         # Living paths are finished whatever the token budget says: cutting them would favour short responses.
         total = max(len(living), self._affordable(total))
-        shares = self._split(total, living)
+        shares = self._split(total, living, widths)
         count_decision(tree.counts, shares, total)
         self._kept = total - sum(shares)
         self.full = sum(shares) + len(tree.leaves) == width
         return list(zip(living, shares, strict=True))
 
-    def _split(self, total: int, living: Sequence[Node]) -> list[int]:
-        """At most `total` children over the living paths of a level, by `rollout.branching.budget`."""
+    def _split(self, total: int, living: Sequence[Node], widths: Sequence[int]) -> list[int]:
+        """At most `total` children over the living paths of a level, by `rollout.branching.budget`.
+
+        `widths`: what each asks for.
+        """
         if self.rollout.branching.budget.kind == "equal":
-            return split_equally(total, len(living), self._rng)
+            return split_by_width(total, widths, self._rng)
         if self._plugin is not None:
             return self._plugin(total, living, self.rollout)
-        return children_by_certainty(total, living, self.rollout)
+        return children_by_certainty(total, living, self.rollout, widths)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-safe state; `load_state_dict` is its inverse."""

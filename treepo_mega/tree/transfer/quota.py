@@ -85,15 +85,20 @@ class QuotaTransfer:
 
     def arrived(self, node: Node, tree: Tree) -> list[tuple[Node, int]]:
         """The nodes that branch now, each with its number of children."""
-        branching = self._quotas_known_by(node)
+        branching = self._quotas_known_by(node, tree)
         self._branching |= {parent.id: quota for parent, quota in branching}
-        factor = self.rollout.branching.factor
         branches = self._reach_floor(branching)
         # What a node under the floor has beyond its one child is kept for later.
         spent = [quota if does else 1 for (_, quota), does in zip(branching, branches, strict=True)]
         if branching:
             count_decision(tree.counts, spent, sum(quota for _, quota in branching))
-        return [(parent, min(factor, most)) for (parent, _), most in zip(branching, spent, strict=True)]
+        return [
+            (parent, min(self._width(parent, tree), most)) for (parent, _), most in zip(branching, spent, strict=True)
+        ]
+
+    def _width(self, node: Node, tree: Tree) -> int:
+        """Children of `node` if its quota allows them."""
+        return self.rollout.branching.width(observed=tree.answered(node.id))
 
     def _reach_floor(self, branching: list[tuple[Node, int]]) -> list[bool]:
         """Whether each of these nodes, which were decided together, branches if its quota allows it."""
@@ -103,7 +108,7 @@ class QuotaTransfer:
             return [True] * len(branching)
         return reach_floor([certainty(parent, self.rollout) for parent, _ in branching], budget)
 
-    def _quotas_known_by(self, node: Node) -> list[tuple[Node, int]]:
+    def _quotas_known_by(self, node: Node, tree: Tree) -> list[tuple[Node, int]]:
         """The living nodes whose quotas are settled by the arrival of `node`, with their quotas."""
         if node.id in self._quota:
             quota = self._quota.pop(node.id)
@@ -118,8 +123,12 @@ class QuotaTransfer:
         if family.waiting or not family.living:
             return []
         living = sorted(family.living, key=lambda member: member.path)
-        divide = self._plugin or split_by_certainty
-        return list(zip(living, divide(family.quota, living, self.rollout), strict=True))
+        if self._plugin is not None:
+            shares = self._plugin(family.quota, living, self.rollout)
+        else:
+            widths = [self._width(member, tree) for member in living]
+            shares = split_by_certainty(family.quota, living, self.rollout, widths)
+        return list(zip(living, shares, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-safe state; `load_state_dict` is its inverse."""
