@@ -98,7 +98,8 @@ def _check_turn_segments(cfg: Config) -> list[str]:
     if rollout.fallback.from_ == "none" and reachable < rollout.leaves_at_most:
         bad.append(
             f"rollout.n_samples_per_prompt: {rollout.leaves_at_most} leaves are out of reach with "
-            f"rollout.fallback.from none and rollout.segment.end turn: {first} branches at the prompt and {branching.width(observed=True)} "
-            f"after each of {answered} observations give {reachable}; raise rollout.branching.after_observation"
+            f"rollout.fallback.from none and rollout.segment.end turn: {first} branches at the prompt and "
+            f"{branching.width(observed=True)} after each of {answered} observations give {reachable}; raise "
+            "rollout.branching.after_observation"
         )
     return bad
