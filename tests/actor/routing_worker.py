@@ -1,9 +1,11 @@
 """Ranks of test_routing.py. `routing_worker.py engine DIRECTORY`: a real engine's routing in the actor, on one rank.
-`routing_worker.py layouts DIRECTORY`: any routing, in layouts of this many ranks.
+`routing_worker.py layouts DIRECTORY`: any routing, in layouts of this many ranks. `routing_worker.py turns DIRECTORY`:
+an engine over these ranks that reads observations between turns, and an actor with the experts shared out among them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +29,10 @@ from treepo_mega.engine.routing import RoutingNotes
 from treepo_mega.engine.stream import EngineError
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime import dist
+from treepo_mega.tree.node import Tree
 from treepo_mega.tree.pack import Pack, StepPlan, plan_step
 from treepo_mega.tree.routing import unnoted
+from treepo_mega.tree.stop import TurnRules
 
 RECOMPUTED = [
     "parallel.recompute_granularity=full",
@@ -75,6 +79,42 @@ def with_engine(directory: Path) -> dict[str, object]:
         "update": {name: metrics[name] for name in ("train/routing_differs", "rollout/routing_noted")},
         "update_mismatch": metrics["rollout/logprob_abs_diff_mean"],
         "refused": refused,
+    }
+
+
+def over_turns(directory: Path) -> dict[str, object]:
+    """Trees over turns, sampled by one engine over all ranks, in fp32: actor and engine should choose alike."""
+    hf_dir = directory / "model"
+    size = int(os.environ["WORLD_SIZE"])
+    cfg = configuration(
+        hf_dir,
+        "fp32",
+        "data.max_prompt_len=200",
+        f"rollout.engine.tensor_parallel_size={size}",
+        f"parallel.expert_model_parallel_size={size}",
+    )
+    dist.initialize(cfg)
+    if dist.is_main():
+        write_model(hf_dir, layers=3, experts=8, top_k=2)
+    dist.barrier("the checkpoint", 60)
+    engine = Engine(hf_dir, cfg, seed=0)
+
+    def answer(tree: Tree, node_id: int) -> list[int]:
+        """Longer than a block of the cache at times, and another for each path."""
+        rng = np.random.default_rng(list(tree.nodes[node_id].path))
+        return rng.integers(3, engine.vocab_size, int(rng.integers(5, 40))).tolist()
+
+    # A sixth of the vocabulary ends a turn. The window of a prompt has room for what is observed.
+    ends = range(0, engine.vocab_size, 6)
+    trees = sample(engine, cfg, 4, ends=ends, turns=TurnRules(3, 120), answer=answer)
+    on_ranks = dist.gather_objects([[node.experts.ids.tolist() for node in tree.nodes] for tree in trees])
+    observed = [node for tree in trees for node in tree.nodes if node.observation and node.children]
+    found = measure(trees, Actor(cfg, hf_dir), cfg)
+    return found | {
+        "ranks_differ": sum(told != on_ranks[0] for told in on_ranks),
+        "observations": len(observed),
+        "observed_tokens": sum(len(node.tokens) for node in observed),
+        "observed_unnoted": sum(len(node.tokens) - len(node.experts) for node in observed),
     }
 
 
@@ -153,10 +193,10 @@ def in_layout(overrides: list[str], directory: Path) -> dict[str, float]:
 
 def main() -> None:
     kind, directory = sys.argv[1], Path(sys.argv[2])
-    if kind == "engine":
-        report_found(with_engine(directory))
+    if kind == "layouts":
+        report_found({name: in_layout(overrides, directory) for name, overrides in LAYOUTS.items()})
         return
-    report_found({name: in_layout(overrides, directory) for name, overrides in LAYOUTS.items()})
+    report_found({"engine": with_engine, "turns": over_turns}[kind](directory))
 
 
 if __name__ == "__main__":

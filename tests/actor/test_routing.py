@@ -36,3 +36,16 @@ def test_every_layout_replays_its_own_tokens_and_layers(tmp_path):
         assert counts["differs"] == 0, layout
         assert counts["compared"] > 500 and counts["left"] > 50, layout
         assert counts["routers_unmoved"] == 0, f"{layout}: gradients reach the routers"
+
+
+@pytest.mark.slow
+def test_observations_and_an_engine_over_two_ranks_are_replayed(tmp_path):
+    found = found_by(run_ranks(2, WORKER, "turns", tmp_path))
+    assert found["observations"] > 10 and found["observed_tokens"] > 200
+    assert found["observed_unnoted"] == 0, "what others go on from was read by the engine, to its last token"
+    assert found["ranks_differ"] == 0, "both ranks of the engine note all of its routing"
+    assert found["routings"] > 1000
+    # In fp32 the actor chooses as the engine did, without being told: so what is noted is of the right tokens.
+    assert found["off"]["routing_differs"] < 0.005
+    assert found["all"]["routing_differs"] == 0
+    assert found["all"]["mismatch"] < 1e-4

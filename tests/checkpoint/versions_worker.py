@@ -1,7 +1,8 @@
 """Two ranks of test_versions.py: `versions_worker.py write|read DIRECTORY`.
 
 `write` trains four steps with TP 2 and saves after two; `read` loads that with TP 2 and with PP 2 and takes the other
-two. `read` is launched with the other version of megatron-core, and prints how far its steps and weights are off.
+two. A mixture of experts is saved with EP 2, and read with EP 2 and with TP 2. `read` is launched with the other
+version of megatron-core, and prints how far its steps and weights are off.
 """
 
 from __future__ import annotations
@@ -22,31 +23,41 @@ from treepo_mega.runtime import dist
 TRAINER = {"step": 2, "cursor": {"taken": 32}}
 
 
+READERS = {"tp2": ("tp2", "pp2"), "experts_ep2": ("experts_ep2", "experts_tp2")}
+"""Layout that saves -> layouts that load it."""
+
+
 def write(directory: Path) -> dict[str, object]:
-    """The run that is saved in its middle; its last steps and weights lie beside the checkpoint."""
-    cfg, actor = begin(directory, "tp2")
-    steps(cfg, actor, range(2))
-    checkpoint.save_training(directory / "step_000002", actor.models, actor.optimizer, actor.scheduler, TRAINER, 60)
-    rows = steps(cfg, actor, range(2, 4))
-    whole = weights(cfg, actor)
-    if dist.is_main():
-        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, directory / "whole.safetensors")
-        (directory / "steps.json").write_text(json.dumps(rows))
+    """The runs that are saved in their middle; their last steps and weights lie beside the checkpoints."""
+    rows = {}
+    for layout in READERS:
+        cfg, actor = begin(directory, layout)
+        steps(cfg, actor, range(2))
+        where = directory / layout / "step_000002"
+        checkpoint.save_training(where, actor.models, actor.optimizer, actor.scheduler, TRAINER, 60)
+        rows[layout] = steps(cfg, actor, range(2, 4))
+        whole = weights(cfg, actor)
+        if dist.is_main():
+            kept = {name: tensor.contiguous() for name, tensor in whole.items()}
+            save_file(kept, directory / f"{layout}.safetensors")
+            (directory / f"{layout}.json").write_text(json.dumps(rows[layout]))
     return {"steps": rows}
 
 
 def read(directory: Path) -> dict[str, object]:
     """Per layout: was the trainer's state as saved, and how far are losses, gradient norms and weights off."""
-    want = torch.tensor(json.loads((directory / "steps.json").read_text()), dtype=torch.float64)
-    whole = load_file(directory / "whole.safetensors")
     found: dict[str, object] = {}
-    for layout in ("tp2", "pp2"):
-        cfg, actor = begin(directory, layout)
-        back = checkpoint.load_training(directory / "step_000002", actor.models, actor.optimizer, actor.scheduler)
-        rows = torch.tensor(steps(cfg, actor, range(2, 4)), dtype=torch.float64)
-        off = float(((rows - want) / want).abs().max())
-        far = difference(weights(cfg, actor), whole) / cfg.train.lr
-        found[layout] = {"trainer": back == TRAINER, "steps_off": off, "weights_off": far}
+    for saved, layouts in READERS.items():
+        want = torch.tensor(json.loads((directory / f"{saved}.json").read_text()), dtype=torch.float64)
+        whole = load_file(directory / f"{saved}.safetensors")
+        for layout in layouts:
+            cfg, actor = begin(directory, layout)
+            where = directory / saved / "step_000002"
+            back = checkpoint.load_training(where, actor.models, actor.optimizer, actor.scheduler)
+            rows = torch.tensor(steps(cfg, actor, range(2, 4)), dtype=torch.float64)
+            off = float(((rows - want) / want).abs().max())
+            far = difference(weights(cfg, actor), whole) / cfg.train.lr
+            found[layout] = {"trainer": back == TRAINER, "steps_off": off, "weights_off": far}
     return found
 
 

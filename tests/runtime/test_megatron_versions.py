@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from treepo_mega.runtime import megatron_versions
-from treepo_mega.runtime.megatron_versions import PINS, environment_problems, mark_shard
+from treepo_mega.runtime.megatron_versions import PINS, environment_problems, mark_shard, mlp_submodules
 
 REPO = Path(__file__).parents[2]
 HOME = REPO / "treepo_mega" / "runtime" / "megatron_versions.py"
@@ -111,3 +111,13 @@ def test_a_shard_is_marked_on_the_earlier_version_and_found_marked_on_the_later(
     mark_shard(weight, dim=1)
     with pytest.raises(RuntimeError, match=r"shard along 0 as .* \(True, 1\)"):
         mark_shard(weight, dim=0)
+
+
+@pytest.mark.parametrize("experts", [None, 4])
+def test_the_modules_of_an_mlp_are_found_in_the_spec_of_a_layer(experts):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    layer = get_gpt_layer_local_spec(num_experts=experts)
+    of_mlp = mlp_submodules(layer)
+    assert hasattr(of_mlp, "router" if experts else "linear_fc1")
+    assert mlp_submodules(layer) is of_mlp, "what is changed there stays"

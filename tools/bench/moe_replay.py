@@ -21,13 +21,14 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from megatron.core import parallel_state as ps
 
 from treepo_mega.monitor.progress import quieten_libraries
 
@@ -48,7 +49,7 @@ from treepo_mega.tree.pack import Batch, Pack, plan_step  # noqa: E402
 from treepo_mega.tree.routing import unnoted  # noqa: E402
 from treepo_mega.tree.search import TreeSearch  # noqa: E402
 from treepo_mega.tree.segments import Segments  # noqa: E402
-from treepo_mega.tree.stop import StopRules  # noqa: E402
+from treepo_mega.tree.stop import StopRules, TurnRules  # noqa: E402
 from treepo_mega.tree.wants import Segment  # noqa: E402
 
 EOS = 2
@@ -93,16 +94,27 @@ def configuration(hf_dir: Path, dtype: str, *overrides: str) -> Config:
     )
 
 
-def sample(engine: Engine, cfg: Config, count: int) -> list[Tree]:
-    """`count` whole trees of random prompts, as a generator samples them, one after the other."""
+def sample(
+    engine: Engine,
+    cfg: Config,
+    count: int,
+    *,
+    ends: Sequence[int] = (EOS,),
+    turns: TurnRules | None = None,
+    answer: Callable[[Tree, int], list[int]] | None = None,
+) -> list[Tree]:
+    """`count` whole trees of random prompts, as a generator samples them, one after the other.
+
+    `ends`: ids that end a path; with `turns` a turn, to which `answer` says the tokens of the observation.
+    """
     rollout = cfg.rollout
     stop = StopRules(
-        frozenset({EOS}), lambda tokens: "", rollout.max_response_len, rollout.depth_limit, repetition_window=0
+        frozenset(ends), lambda tokens: "", rollout.max_response_len, rollout.depth_limit, repetition_window=0
     )
     trees = []
     for number in range(count):
         prompt = np.random.default_rng(number).integers(3, engine.vocab_size, PROMPT).tolist()
-        search = TreeSearch(f"p{number}", prompt, rollout, seed=derive_seed(number), stop=stop)
+        search = TreeSearch(f"p{number}", prompt, rollout, seed=derive_seed(number), stop=stop, turns=turns)
         while not search.done:
             asked = {}
             for want in search.wants():
@@ -111,7 +123,7 @@ def sample(engine: Engine, cfg: Config, count: int) -> list[Tree]:
                 engine.submit(
                     SegmentRequest(
                         name=f"{want.node_id}", prefix=want.prefix, max_tokens=want.max_tokens, seed=want.seed,
-                        temperature=rollout.temperature, stop_token_ids=[EOS], noted=noted,
+                        temperature=rollout.temperature, stop_token_ids=list(ends), noted=noted,
                     )
                 )  # fmt: skip
             arrived = []
@@ -122,6 +134,8 @@ def sample(engine: Engine, cfg: Config, count: int) -> list[Tree]:
                     done.tokens, done.logprobs, done.finish_reason, experts=done.experts, experts_from=done.experts_from
                 )
                 search.take(asked[done.request_id], segment)
+            for node_id in search.turns_ended():
+                search.observe(node_id, None if answer is None else answer(search.tree, node_id))
         trees.append(search.tree)
     return trees
 
@@ -186,8 +200,9 @@ def mismatch(packs: Sequence[Pack], known: Sequence[np.ndarray]) -> tuple[float,
 
 
 def measure(trees: Sequence[Tree], actor: Actor, cfg: Config) -> dict[str, Any]:
-    """The three modes on the packs of `trees`; the weights stay as they are."""
-    packs = plan_step(batch_of(trees), dp_size=1, dp_rank=0, max_tokens=cfg.train.max_tokens_per_gpu).packs
+    """The three modes on the packs of `trees`, which all ranks hold; the weights stay as they are. Collective."""
+    replica = {"dp_size": ps.get_data_parallel_world_size(), "dp_rank": ps.get_data_parallel_rank()}
+    packs = plan_step(batch_of(trees), **replica, max_tokens=cfg.train.max_tokens_per_gpu).packs
     found: dict[str, Any] = {}
     for mode in MODES:
         known = compute_logprobs(actor.chunks, packs, actor.head, replay=mode != "off")
@@ -201,8 +216,13 @@ def measure(trees: Sequence[Tree], actor: Actor, cfg: Config) -> dict[str, Any]:
         with routed(actor) as seen:
             run_schedule(actor.chunks, packs, actor.head, loss=PolicyLoss(cfg.algo), replay=mode == "all")
         differs, compared = other_ways(packs, seen)
-        found[mode] = {"mismatch": total / max(1, tokens), "routing_differs": differs / max(1, compared)}
-        found |= {"routings": compared, "tokens": tokens}
+        counted = {"total": total, "tokens": tokens, "differs": differs, "routings": compared}
+        sums = dist.sum_over_ranks({name: float(value) for name, value in counted.items()})
+        found[mode] = {
+            "mismatch": sums["total"] / max(1.0, sums["tokens"]),
+            "routing_differs": sums["differs"] / max(1.0, sums["routings"]),
+        }
+        found |= {name: int(sums[name]) for name in ("routings", "tokens")}
     return found | {"factor": found["off"]["mismatch"] / max(found["all"]["mismatch"], 1e-12)}
 
 

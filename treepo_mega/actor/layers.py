@@ -36,6 +36,7 @@ from treepo_mega.actor.moe import PackRouter
 from treepo_mega.config import ConfigError, ModelConfig
 from treepo_mega.loss import te
 from treepo_mega.runtime.device import has_cuda
+from treepo_mega.runtime.megatron_versions import mlp_submodules
 
 APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
 
@@ -67,7 +68,7 @@ def layer_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | No
     # No module of Transformer Engine knows what a tree's token sees.
     layer.submodules.self_attention.submodules.core_attention = PackAttention
     if config.num_moe_experts:
-        layer.submodules.mlp.submodules.router = PackRouter
+        mlp_submodules(layer).router = PackRouter
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=layer.module, submodules=layer.submodules) for _ in range(count)],

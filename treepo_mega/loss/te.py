@@ -22,6 +22,7 @@ from torch import Tensor
 
 from treepo_mega.config import ConfigError, ModelConfig
 from treepo_mega.runtime.device import has_cuda
+from treepo_mega.runtime.megatron_versions import mlp_submodules
 
 PROBES = {
     "delayed": "is_fp8_available",
@@ -83,7 +84,7 @@ def use_te_linears(layer: Any) -> None:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     attention = layer.submodules.self_attention.submodules
-    mlp = layer.submodules.mlp.submodules
+    mlp = mlp_submodules(layer)
     attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
 

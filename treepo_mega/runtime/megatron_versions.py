@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,13 @@ def mark_shard(weight: Tensor, dim: int) -> None:
     marks = [getattr(weight, name, None) for name in ("tensor_model_parallel", "partition_dim")]
     if marks != [True, dim]:
         raise RuntimeError(f"megatron-core marked a shard along {dim} as (parallel, dim) {tuple(marks)}")
+
+
+def mlp_submodules(layer: Any) -> Any:
+    """The modules of the MLP in the spec of a layer, dense or with experts; changed in place, the spec has others."""
+    # 0.16.1 has a ModuleSpec there, as in all places of a layer. 0.19.2 has a partial of the MLP's class.
+    mlp = layer.submodules.mlp
+    return mlp.keywords["submodules"] if _is_later() else mlp.submodules
 
 
 def own_async_writer() -> dict[str, str]:
