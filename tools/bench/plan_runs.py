@@ -62,13 +62,14 @@ def _sized(steps: int, prompts: int, leaves: int, response: int, tokens: int) ->
 
 
 RUNS = {
-    "tiny": Run("", 1, _sized(10, 8, 8, 64, 512)),
-    "tiny, 24 prompts": Run("", 1, _sized(6, 24, 8, 64, 2048)),
-    "tiny, 2 ranks": Run("", 2, _sized(6, 24, 8, 64, 1024)),
+    # So many steps that they end together, and long enough that a machine's moods come to a mean.
+    "tiny": Run("", 1, _sized(60, 8, 8, 64, 512)),
+    "tiny, 24 prompts": Run("", 1, _sized(30, 24, 8, 64, 2048)),
+    "tiny, 2 ranks": Run("", 2, _sized(40, 24, 8, 64, 1024)),
     "22M": Run("22M", 1, _sized(5, 4, 8, 64, 1024)),
     "22M, 96 tokens": Run("22M", 1, _sized(4, 6, 8, 96, 1536)),
-    "135M": Run("135M", 1, _sized(4, 2, 4, 32, 256)),
-    "135M, 48 tokens": Run("135M", 1, _sized(3, 3, 6, 48, 512)),
+    "135M": Run("135M", 1, _sized(6, 2, 4, 32, 256)),
+    "135M, 48 tokens": Run("135M", 1, _sized(4, 3, 6, 48, 512)),
 }
 PAIRS = {
     "tiny, 8 to 24 prompts": ("tiny", "tiny, 24 prompts"),

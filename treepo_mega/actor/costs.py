@@ -7,6 +7,7 @@
     costs.metrics()                      # of all rollouts since the second one, and for a start of the first one
 
 A rollout's update has few micro-batches, so that the fit goes on over a run; the first rollout warms up and drops out.
+They are nearly of one size, too: what noise hides is shared between a micro-batch and its tokens.
 Without a pipeline a micro-batch's forward and backward pass lie between two packs that Megatron asks for. With one,
 micro-batches overlap, and all of an optimizer step count as one.
 """
@@ -66,7 +67,7 @@ class UpdateCosts:
         sums = self._costs.sums()
         out = {"perf/micro_batches": float(self._count)}
         for clock in CLOCKS:
-            found = fitted(COLUMNS, sums, clock)
+            found = fitted(COLUMNS, sums, clock, shared=True)
             out |= {f"perf/update_{name}{SUFFIX[clock]}": seconds for name, seconds in found.items()}
         if not self._warm:
             self._costs = Costs(COLUMNS, self._clocks)

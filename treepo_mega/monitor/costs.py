@@ -23,6 +23,9 @@ CLOCKS: Mapping[str, Callable[[], float]] = MappingProxyType({"wall": time.perf_
 """By name: seconds; cpu: of this process, all threads."""
 SUM = "cost/"
 """Prefix of the sums' names."""
+COUNT = f"{SUM}steps"
+ERR_TOGETHER = 8
+"""A machine's speed drifts: the errors of so many steps in a row count as one."""
 
 
 class Costs:
@@ -31,8 +34,10 @@ class Costs:
     def __init__(self, columns: Sequence[str], clocks: Mapping[str, Callable[[], float]] = CLOCKS) -> None:
         self.columns = tuple(columns)
         self._clocks = clocks
+        self._count = 0
         self._gram = np.zeros((len(self.columns), len(self.columns)))
         self._seconds = {name: np.zeros(len(self.columns)) for name in clocks}
+        self._squares = dict.fromkeys(clocks, 0.0)
         self._last: dict[str, float] = {}
         self.restart()
 
@@ -43,25 +48,33 @@ class Costs:
     def add(self, *counts: float) -> None:
         """A step ended that held `counts`, one a column; the next one begins."""
         row = np.array(counts, float)
+        self._count += 1
         self._gram += np.outer(row, row)
         for name, clock in self._clocks.items():
             now = clock()
             self._seconds[name] += (now - self._last[name]) * row
+            self._squares[name] += (now - self._last[name]) ** 2
             self._last[name] = now
 
     def sums(self) -> dict[str, float]:
-        """Additive: products of columns, and of columns with seconds."""
-        out = {
+        """Additive: how many steps, products of columns, of columns with seconds, and of seconds with themselves."""
+        out = {COUNT: float(self._count)}
+        out |= {
             f"{SUM}{self.columns[left]}*{self.columns[right]}": float(self._gram[left, right])
             for left, right in itertools.combinations_with_replacement(range(len(self.columns)), 2)
         }
         for clock, seconds in self._seconds.items():
             out |= {f"{SUM}{name}*{clock}": float(value) for name, value in zip(self.columns, seconds, strict=True)}
+            out[f"{SUM}{clock}*{clock}"] = self._squares[clock]
         return out
 
 
-def fitted(columns: Sequence[str], sums: Mapping[str, float], clock: str) -> dict[str, float]:
+def fitted(columns: Sequence[str], sums: Mapping[str, float], clock: str, *, shared: bool = False) -> dict[str, float]:
     """Seconds of one of each of `columns`, none negative, by least squares over all steps; all 0 without a step.
+
+    `shared`: what steps cannot tell apart for noise is shared between columns, more so the larger the noise and the
+    more alike the columns are. This is ridge regression whose penalty is the noise that plain least squares leaves, in
+    parts of what the columns explain. Without noise both are the same.
 
     >>> costs = Costs(("step", "token"))
     >>> fitted(("step", "token"), costs.sums(), "cpu")
@@ -73,19 +86,32 @@ def fitted(columns: Sequence[str], sums: Mapping[str, float], clock: str) -> dic
     scale = np.sqrt(np.where(np.diag(gram) > 0, np.diag(gram), 1.0))
     gram = gram / np.outer(scale, scale)
     seconds = seconds / scale
+    best = _least_squares(gram, seconds)
+    squares = sums.get(f"{SUM}{clock}*{clock}", 0.0)
+    if shared and squares > 0:
+        left = max(0.0, squares + float(best @ gram @ best - 2 * best @ seconds))
+        # Columns of length 1 that are all alike would have squares / size^2 each: that is how large a cost is expected.
+        penalty = left * size**2 / squares * ERR_TOGETHER / sums[COUNT]
+        best = _least_squares(gram + penalty * np.eye(size), seconds)
+    return {name: float(value) for name, value in zip(columns, best / scale, strict=True)}
+
+
+def _least_squares(gram: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """The x of no negative entry with the least x gram x - 2 x products."""
+    size = len(products)
     best = np.zeros(size)
     least = 0.0
     # Few columns: every choice of those that cost something is tried.
     for count in range(size, 0, -1):
         for chosen in map(list, itertools.combinations(range(size), count)):
             # Where steps hold the same in two columns, their cost is shared between the two.
-            found = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], seconds[chosen], rcond=1e-9)[0]
-            left = found @ gram[np.ix_(chosen, chosen)] @ found - 2 * found @ seconds[chosen]
+            found = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], products[chosen], rcond=1e-9)[0]
+            left = found @ gram[np.ix_(chosen, chosen)] @ found - 2 * found @ products[chosen]
             if (found >= 0).all() and left < least - 1e-12 * abs(least):
                 least = float(left)
                 best = np.zeros(size)
                 best[chosen] = found
-    return {name: float(value) for name, value in zip(columns, best / scale, strict=True)}
+    return best
 
 
 def _product(sums: Mapping[str, float], left: str, right: str) -> float:
