@@ -109,8 +109,10 @@ class BranchCache(KVConnectorBase_V1):
         assert self._pool is not None
         if request.skip_reading_prefix_cache or not self.enabled:
             return 0, False
-        found = self._left_whole(request, num_computed_tokens) or max(
-            self._candidates(request, num_computed_tokens), key=lambda c: c[0], default=None
+        found = (
+            self._left_whole(request, num_computed_tokens)
+            or self._running_whole(request, num_computed_tokens)
+            or max(self._candidates(request, num_computed_tokens), key=lambda c: c[0], default=None)
         )
         if found is None or not found[0]:
             return 0, False
@@ -130,6 +132,24 @@ class BranchCache(KVConnectorBase_V1):
         if not wanted or block_id is None or not self._left[block_id].valid:
             return None
         return len(wanted), self._left[block_id].block
+
+    def _running_whole(self, request: Request, start: int) -> tuple[int, KVCacheBlock] | None:
+        """As the best of `_candidates`, where a running request holds all that is wanted: what a sibling's does."""
+        k = start // self.block_size
+        end = min(start + self.block_size, request.num_tokens - 1)
+        wanted = list(request.all_token_ids[start:end])
+        parent: bytes = request.block_hashes[k - 1] if k else b""
+        for name, other in self._running.items():
+            # Compared as a whole: most of those that run belong to other trees, and part at once.
+            if (
+                other.num_computed_tokens >= end > start
+                and list(other.all_token_ids[start:end]) == wanted
+                and name not in self._new
+                and (not k or other.block_hashes[k - 1] == parent)
+            ):
+                assert self._kv_cache_manager is not None
+                return end - start, self._kv_cache_manager.get_blocks(name).blocks[GROUP][k]
+        return None
 
     def _candidates(self, request: Request, start: int) -> Iterator[tuple[int, KVCacheBlock]]:
         """(tokens in common, block) of all blocks behind the request's first `start` tokens."""
