@@ -44,25 +44,25 @@ def test_nothing_costs_less_than_nothing_and_the_total_is_kept():
     assert fitted(costs.columns, costs.sums(), "wall") == pytest.approx({"step": 4.0, "token": 0.0})
 
 
-def test_what_noise_hides_is_shared_and_what_steps_tell_apart_is_not():
+def test_what_noise_hides_is_as_expected_and_what_steps_tell_apart_is_not():
     clock = Clock()
     rng = random.Random(3)
 
-    def found(spread: int, noise: float, shared: bool) -> float:
-        """The share of a step that is found to be fixed, of 0.5 in truth."""
+    def found(spread: int, noise: float, expected: float) -> float:
+        """The fixed part of a step, 1 in truth."""
         costs = Costs(("step", "token"), clock.clocks)
         for _ in range(40):
             tokens = 1000 + rng.randrange(-spread, spread + 1)
             clock.now += (1.0 + 0.001 * tokens) * rng.uniform(1 - noise, 1 + noise)
             costs.add(1, tokens)
-        return fitted(costs.columns, costs.sums(), "wall", shared=shared)["step"] / 2
+        return fitted(costs.columns, costs.sums(), "wall", {"step": expected} if expected else {})["step"]
 
-    plain = [abs(found(50, 0.2, shared=False) - 0.5) for _ in range(40)]
-    shared = [abs(found(50, 0.2, shared=True) - 0.5) for _ in range(40)]
-    assert sum(plain) > 4 * sum(shared)
+    plain = [abs(found(50, 0.2, 0.0) - 1) for _ in range(40)]
+    helped = [abs(found(50, 0.2, 0.7) - 1) for _ in range(40)]
+    assert sum(plain) > 2 * sum(helped)
     # Sizes that differ much say themselves what is fixed, and so do seconds without noise.
-    assert found(900, 0.02, shared=True) == pytest.approx(0.5, abs=0.05)
-    assert found(50, 0.0, shared=True) == pytest.approx(0.5, abs=1e-6)
+    assert found(900, 0.02, 0.1) == pytest.approx(1, abs=0.1)
+    assert found(50, 0.0, 0.1) == pytest.approx(1, abs=1e-6)
 
 
 def test_an_engine_is_charged_for_prompts_once_and_not_for_waits():

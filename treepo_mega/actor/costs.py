@@ -1,13 +1,13 @@
 """What an update costs on this rank: seconds an optimizer step, a micro-batch and a token of it.
 
-    costs = UpdateCosts(pipelined=False)
+    costs = UpdateCosts(pipelined=False, expected=expected_seconds("cpu", layers=4, parameter_bytes=1 << 20))
     run_schedule(..., watch=costs.watch)
     costs.passed()                       # the passes are over
     costs.stepped()                      # the optimizer's step too
     costs.metrics()                      # of all rollouts since the second one, and for a start of the first one
 
 A rollout's update has few micro-batches, so that the fit goes on over a run; the first rollout warms up and drops out.
-They are nearly of one size, too: what noise hides is shared between a micro-batch and its tokens.
+They are nearly of one size, too: where noise hides what a micro-batch costs beside its tokens, `expected_seconds` says.
 Without a pipeline a micro-batch's forward and backward pass lie between two packs that Megatron asks for. With one,
 micro-batches overlap, and all of an optimizer step count as one.
 """
@@ -15,6 +15,7 @@ micro-batches overlap, and all of an optimizer step count as one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from treepo_mega.monitor.costs import CLOCKS, Costs, fitted
 from treepo_mega.tree.pack import Pack
@@ -23,11 +24,31 @@ COLUMNS = ("step", "micro_batch", "token")
 SUFFIX = {"wall": "_s", "cpu": "_cpu_s"}
 
 
-class UpdateCosts:
-    """See the module docstring. `pipelined`: whether there is more than one pipeline stage."""
+LAYER_S = MappingProxyType({"cpu": 3e-3, "cuda": 1e-3})
+"""Of launching a layer's kernels forward and backward, by device; cpu: measured on the demo's model."""
+BYTES_S = MappingProxyType({"cpu": 1e10, "cuda": 2e12})
+"""Bytes/s of memory, by device: orders of magnitude, as far as an expectation needs them."""
+MOVED = 4
+"""A micro-batch reads its weights forward and backward, and reads and writes their gradients."""
 
-    def __init__(self, *, pipelined: bool, clocks: Mapping[str, Callable[[], float]] = CLOCKS) -> None:
+
+def expected_seconds(device: str, layers: int, parameter_bytes: int) -> dict[str, float]:
+    """`expected` of this rank's stage: what a micro-batch costs whatever its tokens, in seconds."""
+    return {"micro_batch": layers * LAYER_S[device] + MOVED * parameter_bytes / BYTES_S[device]}
+
+
+class UpdateCosts:
+    """See the module docstring. `pipelined`: whether there is more than one pipeline stage. `expected`: see there."""
+
+    def __init__(
+        self,
+        *,
+        pipelined: bool,
+        expected: Mapping[str, float] = MappingProxyType({}),
+        clocks: Mapping[str, Callable[[], float]] = CLOCKS,
+    ) -> None:
         self._pipelined = pipelined
+        self._expected = expected
         self._clocks = clocks
         self._costs = Costs(COLUMNS, clocks)
         self._count = 0
@@ -67,7 +88,7 @@ class UpdateCosts:
         sums = self._costs.sums()
         out = {"perf/micro_batches": float(self._count)}
         for clock in CLOCKS:
-            found = fitted(COLUMNS, sums, clock, shared=True)
+            found = fitted(COLUMNS, sums, clock, expected=self._expected)
             out |= {f"perf/update_{name}{SUFFIX[clock]}": seconds for name, seconds in found.items()}
         if not self._warm:
             self._costs = Costs(COLUMNS, self._clocks)

@@ -29,7 +29,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from treepo_mega.actor.costs import UpdateCosts
+from treepo_mega.actor.costs import UpdateCosts, expected_seconds
 from treepo_mega.actor.forward import compute_logprobs, count_multiple, padding_multiple, run_schedule
 from treepo_mega.actor.losses import PackLoss, clip_gates, on_device
 from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
@@ -167,7 +167,10 @@ class Actor(Policy):
             # Megatron takes a list for virtual stages and a function for one chunk.
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.skipped_in_a_row = 0
-        self.costs = UpdateCosts(pipelined=cfg.parallel.pipeline_model_parallel_size > 1)
+        stages = cfg.parallel.pipeline_model_parallel_size
+        parameter_bytes = sum(one.nbytes for chunk in self.chunks for one in chunk.parameters())
+        expected = expected_seconds(device().type, config.num_layers // stages, parameter_bytes)
+        self.costs = UpdateCosts(pipelined=stages > 1, expected=expected)
 
     def head_flips(self) -> dict[str, float]:
         """Metrics of the guard after a rollout's updates. Collective over all ranks."""

@@ -69,12 +69,14 @@ class Costs:
         return out
 
 
-def fitted(columns: Sequence[str], sums: Mapping[str, float], clock: str, *, shared: bool = False) -> dict[str, float]:
+def fitted(
+    columns: Sequence[str], sums: Mapping[str, float], clock: str, expected: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, float]:
     """Seconds of one of each of `columns`, none negative, by least squares over all steps; all 0 without a step.
 
-    `shared`: what steps cannot tell apart for noise is shared between columns, more so the larger the noise and the
-    more alike the columns are. This is ridge regression whose penalty is the noise that plain least squares leaves, in
-    parts of what the columns explain. Without noise both are the same.
+    `expected`: seconds of some columns before anything was measured, known to a factor of about two. Steps of nearly
+    one size cannot tell such a column from others when they are noisy; then it stays near what is expected. This is
+    the mean of a normal posterior, with the noise that plain least squares leaves. Without noise both are the same.
 
     >>> costs = Costs(("step", "token"))
     >>> fitted(("step", "token"), costs.sums(), "cpu")
@@ -87,12 +89,12 @@ def fitted(columns: Sequence[str], sums: Mapping[str, float], clock: str, *, sha
     gram = gram / np.outer(scale, scale)
     seconds = seconds / scale
     best = _least_squares(gram, seconds)
-    squares = sums.get(f"{SUM}{clock}*{clock}", 0.0)
-    if shared and squares > 0:
-        left = max(0.0, squares + float(best @ gram @ best - 2 * best @ seconds))
-        # Columns of length 1 that are all alike would have squares / size^2 each: that is how large a cost is expected.
-        penalty = left * size**2 / squares * ERR_TOGETHER / sums[COUNT]
-        best = _least_squares(gram + penalty * np.eye(size), seconds)
+    if expected and sums[COUNT]:
+        left = sums[f"{SUM}{clock}*{clock}"] + float(best @ gram @ best - 2 * best @ seconds)
+        noise = max(0.0, left) / sums[COUNT] * ERR_TOGETHER
+        prior = scale * np.array([expected.get(name, 0.0) for name in columns])
+        weight = np.array([noise / one**2 if one else 0.0 for one in prior])
+        best = _least_squares(gram + np.diag(weight), seconds + weight * prior)
     return {name: float(value) for name, value in zip(columns, best / scale, strict=True)}
 
 
