@@ -109,6 +109,8 @@ class Engine:
             max_tokens=request.total_tokens,
             seed=request.seed if request.temperature > 0 else None,
             logprobs=request.reported,
+            # Lists of numbers: an object for each token would keep the garbage collector busy.
+            flat_logprobs=True,
             stop_token_ids=list(request.stop_token_ids),
             ignore_eos=True,  # our own list is the whole truth about EOS
             detokenize=False,

@@ -12,7 +12,7 @@ Nothing here knows vLLM beyond the fields that its outputs have.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -98,11 +98,26 @@ class Finished:
     experts_from: int = 0
 
 
-class TokenLogprob(Protocol):
-    """vLLM's logprob of one token."""
+class Reported(Protocol):
+    """vLLM's `FlatLogprobs`: a position has a range of places in `token_ids` and `logprobs`, its sampled token's first.
+
+    An object for each position would keep the garbage collector busy.
+    """
 
     @property
-    def logprob(self) -> float:
+    def start_indices(self) -> Sequence[int]:
+        """Where a position's range begins."""
+
+    @property
+    def end_indices(self) -> Sequence[int]:
+        """Where it ends, exclusive."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The sampled id, and the likeliest where they were asked for."""
+
+    @property
+    def logprobs(self) -> Sequence[float]:
         """Nats."""
 
 
@@ -114,8 +129,8 @@ class Sampled(Protocol):
         """The sampled ids."""
 
     @property
-    def logprobs(self) -> Sequence[Mapping[int, TokenLogprob]] | None:
-        """A position's logprobs by token id: of the sampled one, and of the likeliest where they were asked for."""
+    def logprobs(self) -> Reported | None:
+        """None before the first token."""
 
 
 class SegmentEngine(Protocol):
@@ -163,17 +178,21 @@ class SegmentStream:
 
     def add(self, sampled: Sampled) -> None:
         """Take the tokens that vLLM reports: new ones when it looks at each token, else all at the end."""
-        entries = sampled.logprobs or []
-        for token, entry in zip(sampled.token_ids, entries, strict=True):
-            self._tokens.append(token)
-            self._logprobs.append(entry[token].logprob)
-            if self._request.entropy:
-                law = ranked(entry)[: self._request.entropy]
+        reported = sampled.logprobs
+        if not sampled.token_ids or reported is None:
+            return
+        if [reported.token_ids[start] for start in reported.start_indices] != list(sampled.token_ids):
+            raise EngineError(f"request {self.name!r}: the engine's logprobs are of other tokens than it sampled")
+        self._tokens += sampled.token_ids
+        self._logprobs += [reported.logprobs[start] for start in reported.start_indices]
+        if self._request.entropy:
+            for position in range(len(sampled.token_ids)):
+                law = ranked(reported, position)[: self._request.entropy]
                 self._entropies.append(top_k_entropy([logprob for _, logprob in law]))
-        if self._request.peek and entries:
-            self._likeliest = [logprob for _, logprob in ranked(entries[-1])[: self._request.peek]]
-        if self._request.top and entries:
-            self._top = ranked(entries[-1])[: self._request.top]
+        if self._request.peek:
+            self._likeliest = [logprob for _, logprob in ranked(reported, -1)[: self._request.peek]]
+        if self._request.top:
+            self._top = ranked(reported, -1)[: self._request.top]
 
     def next_segment(self, reason: str | None, cached_tokens: int, vocab_size: int) -> Finished | None:
         """The segment that has just ended, None while it goes on. `reason`: vLLM's, None while it samples.
@@ -254,9 +273,12 @@ class SegmentStream:
         return len(self._tokens), reason
 
 
-def ranked(entry: Mapping[int, TokenLogprob]) -> list[tuple[int, float]]:
+def ranked(reported: Reported, position: int) -> list[tuple[int, float]]:
     """(id, logprob in nats) of the tokens that vLLM reports for a position, likeliest first.
 
     vLLM adds the sampled token to the likeliest ones: there may be one more than was asked for.
     """
-    return sorted(((token, found.logprob) for token, found in entry.items()), key=lambda one: (-one[1], one[0]))
+    range_of = slice(reported.start_indices[position], reported.end_indices[position])
+    # Sampled and likely, it is reported twice.
+    found = dict(zip(reported.token_ids[range_of], reported.logprobs[range_of], strict=True))
+    return sorted(found.items(), key=lambda one: (-one[1], one[0]))
