@@ -54,7 +54,7 @@ class Run:
 
 def _sized(steps: int, prompts: int, leaves: int, response: int, tokens: int) -> tuple[str, ...]:
     return (
-        f"train.num_rollouts={steps}", "eval.interval=0", "logging.trees_interval=2",
+        f"train.num_rollouts={steps}", "eval.interval=0", "checkpoint.enabled=false", "logging.trees_interval=2",
         f"rollout.rollout_batch_size={prompts}",
         f"rollout.n_samples_per_prompt={leaves}", f"rollout.max_response_len={response}",
         f"train.max_tokens_per_gpu={tokens}",

@@ -45,6 +45,9 @@ LEAST_SPREAD = 0.03
 MOST_FIXED = 0.9
 """Of a phase's seconds: noise could say that tokens cost nothing."""
 
+USUAL = 0.9
+"""Of the steps: their most resident memory counts, that of the others may be a moment's."""
+
 
 class CalibrationError(TreepoError):
     """A run does not say what a plan needs; the message names the run and the metric."""
@@ -119,7 +122,7 @@ def calibrate_rows(
     lengths = _lengths(at, mean, tail)
     rates = _engine_rates(at, lengths, mean, clock)
     rates = _training_rates(at.at(rates), lengths, steps, clock)
-    resident = max((row.get("host/rss_gib_max") or 0.0 for row in steps), default=0.0)
+    resident = _usual_most([row["host/rss_gib_max"] for row in steps if row.get("host/rss_gib_max")])
     if cluster.gpu.is_cpu and resident > 0:
         peak = plan_memory(cfg, spec, at.layout, dataclasses.replace(cluster, rates=rates)).peak / GIB
         rates = rates.replace(runtime_gib=max(0.1, rates.runtime_gib + resident - peak))
@@ -180,6 +183,14 @@ def fixed_seconds(points: Sequence[tuple[float, float]]) -> float:
         return 0.0
     slope = sum((tokens - mean_tokens) * (seconds - mean_seconds) for tokens, seconds in points) / spread
     return min(max(0.0, mean_seconds - slope * mean_tokens), MOST_FIXED * mean_seconds)
+
+
+def _usual_most(values: Sequence[float]) -> float:
+    """The value that USUAL of the values do not exceed; 0 of none.
+
+    A checkpoint's writer is forked: for a moment its parent's pages are counted twice, though nobody holds them twice.
+    """
+    return sorted(values)[math.ceil(USUAL * (len(values) - 1))] if values else 0.0
 
 
 def _lengths(at: _Measured, mean: Mean, tail: tuple[float, ...]) -> Lengths:
