@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ranks": (
         *(
             "checkpoint/test_mcore.py",
+            "checkpoint/test_megatron_lm.py",
             "checkpoint/test_versions.py",
             "checkpoint/test_load.py",
             "convert",

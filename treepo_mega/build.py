@@ -9,7 +9,7 @@ from typing import Any
 
 from treepo_mega.actor.perplexity import describe_references, reference_texts
 from treepo_mega.actor.update import Actor, Policy
-from treepo_mega.checkpoint import mcore as checkpoint
+from treepo_mega.checkpoint.megatron_lm import load_initial_weights
 from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.end_tokens import find_eos_token_ids
@@ -75,7 +75,7 @@ def build_actor(cfg: Config) -> Actor:
     """The policy that learns, with the weights of model.load if that is set. Collective over all ranks."""
     actor = Actor(cfg, cfg.model.hf_checkpoint)
     if cfg.model.load:
-        checkpoint.load_model_weights(actor.models, cfg.model.load)
+        load_initial_weights(actor.models, actor.spec, cfg.model.load)
         actor.weights_changed()
         # In bf16 the optimizer holds fp32 copies of the initial weights: its first step would write these back.
         actor.optimizer.reload_model_params()
@@ -88,7 +88,7 @@ def build_reference(cfg: Config, actor: Actor) -> Policy | None:
         return None
     reference = Policy(cfg, cfg.model.hf_checkpoint, actor.guard)
     if cfg.model.load:
-        checkpoint.load_model_weights(reference.models, cfg.model.load)
+        load_initial_weights(reference.models, reference.spec, cfg.model.load)
         reference.weights_changed()
     for model in reference.models:
         model.requires_grad_(False)

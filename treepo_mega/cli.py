@@ -43,12 +43,15 @@ from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.progress import quieten_libraries
 from treepo_mega.plan.command import add_arguments, planned_for
 from treepo_mega.runtime.environment import check_environment
+from treepo_mega.runtime.kin import end_with_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's); returns the exit status."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    # Here, not where a run begins: imports take long enough to lose a launcher meanwhile.
+    end_with_launcher()
     # argparse hands back overrides that follow an option; anything else left over is a mistake.
     if rest and (args.command not in ("train", "eval", "plan", "doctor") or any(r.startswith("-") for r in rest)):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")

@@ -32,6 +32,7 @@ from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.rotary import check_rotary
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.sinks import check_sinks
+from treepo_mega.plan.disk import expected_journals
 from treepo_mega.plugins import check_plugins
 
 LARGEST_SEED = 2**32 - 1
@@ -72,8 +73,10 @@ def preflight(
     if spec is not None:
         model = spec
         attempt(lambda: check_rotary(model, cfg.max_model_len, f"{hf_dir}/config.json"))
-        problems += [] if elsewhere else check_space(cfg, spec)
-        notes += describe_space(cfg, spec)
+        # Assumed lengths need a configuration that holds: its problems are told above.
+        trees = {} if problems else expected_journals(cfg, spec)
+        problems += [] if elsewhere else check_space(cfg, spec, trees)
+        notes += describe_space(cfg, spec, trees)
     problems += check_directories(cfg) + check_plugins(cfg) + check_sinks(cfg, starting=starting)
     problems += check_stop_file(cfg) if starting else []
     attempt(lambda: check_verifier(cfg.data.verifier))

@@ -120,7 +120,7 @@ def test_a_disk_that_takes_no_file_and_a_small_one(tmp_path, monkeypatch):
     # Root may write anywhere but into a file system that has no files.
     found = failed(node.check_disks(cfg.replace({"checkpoint.save": "/proc/run"}), spec))[0]
     assert found.found.startswith("/proc: ") and "logging.run_dir" in found.remedy
-    monkeypatch.setattr(node, "check_space", lambda cfg, spec: ["the run needs 3 TiB"])
+    monkeypatch.setattr(node, "check_space", lambda cfg, spec, beside: ["the run needs 3 TiB"])
     assert [each.found for each in failed(node.check_disks(cfg, spec))] == ["the run needs 3 TiB"]
 
 

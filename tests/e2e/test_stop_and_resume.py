@@ -21,9 +21,14 @@ from safetensors.torch import load_file
 
 from tests.ranks import CLI, finish, run_ranks, start_ranks
 from treepo_mega.checkpoint.mcore import check_complete
+from treepo_mega.config import load_config
 from treepo_mega.journal import folder
+from treepo_mega.journal.contents import to_tree
+from treepo_mega.journal.file import framed, read_records
+from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.metrics import read_metrics
 from treepo_mega.monitor.registry import depends_on_time
+from treepo_mega.plan.disk import record_bytes
 
 STEPS = 12
 
@@ -72,6 +77,24 @@ def kill_amid_a_rollout(process: subprocess.Popen[str], run_dir: Path, step: int
     finish(process, 60)
 
 
+def records_of(run_dir: Path, step: int) -> tuple[float, int]:
+    """(planned, real) bytes of the finished trees of a step."""
+    cfg = load_config(str(run_dir / "config.yaml"), [])
+    spec = ModelSpec.from_hf(cfg.model.hf_checkpoint)
+    planned, real = 0.0, 0
+    for record in (each for path in folder.files_of(run_dir, step) for each in read_records(path).records):
+        if "tree" not in record:
+            continue
+        root, *nodes = to_tree(record["tree"]).nodes
+        tokens = sum(len(node.tokens) for node in nodes)
+        leaves = sum(not node.children for node in nodes)
+        planned += record_bytes(
+            cfg, spec, tokens=tokens, prompt=len(root.tokens), segments=1 + len(nodes), leaves=leaves
+        )
+        real += len(framed(record))
+    return planned, real
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_stopped_and_a_killed_run_go_on_as_if_nothing_had_happened(tmp_path):
@@ -99,6 +122,8 @@ def test_a_stopped_and_a_killed_run_go_on_as_if_nothing_had_happened(tmp_path):
     assert len(in_part) == 1, "the kill came amid the write"
     assert check_complete(saved)["step"] == done and len(list((stopped / "checkpoints").iterdir())) == 2
     kept = len(folder.steps_kept(stopped))
+    planned, on_disk = records_of(stopped, folder.steps_kept(stopped)[0])
+    assert 0.7 < on_disk / planned < 1.2, "bytes of a step's trees, as a plan of the disk counts them"
     resumed = run_ranks(2, CLI, *command(stopped), timeout=280)
     assert "resumed from" in resumed and f"next step {done}" in resumed
     after = metrics.read_text().splitlines()

@@ -85,6 +85,31 @@ def damaged(folder: Path) -> str:
     return whole(folder)
 
 
+def megatron_lm(*names: str, tracker: str = "100", backend: str | None = None) -> Callable[[Path], str]:
+    """What is said of a directory of Megatron-LM as initial weights. `names`: what is in it."""
+
+    def answer(folder: Path) -> str:
+        from treepo_mega.checkpoint.megatron_lm import check_initial
+
+        (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            if backend is not None:
+                (folder / name / "metadata.json").write_text(json.dumps({"sharded_backend": backend}))
+        return refusal(lambda: check_initial(folder))
+
+    return answer
+
+
+def would_run(folder: Path) -> str:
+    """A description of a checkpoint that would run a program."""
+    from treepo_mega.checkpoint.description import read_description
+
+    # Protocol 0, as text: call os.system.
+    (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    return refusal(lambda: read_description(folder))
+
+
 def other_prompts(folder: Path) -> str:
     """The state of a cursor over other prompts."""
     from treepo_mega.data.cursor import PromptCursor
@@ -206,6 +231,34 @@ CASES = (
         "config.json says 8 experts, and the routers of the weights choose among 4",
         "Put the `config.json` of these weights there.",
         other_experts,
+    ),
+    BadInput(
+        A,
+        "`model.load` of Megatron-LM without the iteration that its tracker names",
+        "iter_0000100: no such iteration, although latest_checkpointed_iteration.txt says 100; there are: iter_0000050",
+        "Name an iteration that is there, or copy the missing one.",
+        megatron_lm("iter_0000050"),
+    ),
+    BadInput(
+        A,
+        "`model.load` of Megatron-LM in its old format",
+        "has mp_rank_00: Megatron-LM's old format (--ckpt-format torch)",
+        "Let Megatron-LM write it as `torch_dist`, as the message says.",
+        megatron_lm("iter_0000100/mp_rank_00"),
+    ),
+    BadInput(
+        A,
+        "`model.load` of Megatron-LM in another distributed format",
+        "the format is 'zarr', and only 'torch_dist' is read",
+        "Let Megatron-LM write it as `torch_dist`, as the message says.",
+        megatron_lm("iter_0000100", backend="zarr"),
+    ),
+    BadInput(
+        A,
+        "a checkpoint whose `.metadata` would run a program",
+        ".metadata: names os.system, which the description of no checkpoint needs",
+        "Take the checkpoint from a source that you trust.",
+        would_run,
     ),
     BadInput(
         A,

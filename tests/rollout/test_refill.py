@@ -33,6 +33,8 @@ from tests.world import run_world
 from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.data.rewards.weighted import used_functions
+from treepo_mega.journal import folder
+from treepo_mega.journal.file import read_records
 from treepo_mega.monitor.timers import Timers
 from treepo_mega.rollout.adaptive import LeafBudget
 from treepo_mega.rollout.collect import Collector, Forest
@@ -266,7 +268,10 @@ def test_steps_are_equal_in_any_order_of_ends_and_after_a_kill_amid_a_rollout(ke
 
 
 def test_steps_are_equal_on_one_two_and_four_ranks_and_after_all_are_killed_amid_a_rollout(tmp_path: Path):
-    """Engines of one rank and of two. Four ranks are killed in their last step, and two go on later."""
+    """Engines of one rank and of two. Four ranks are killed in their last step, and two go on later.
+
+    What engines had finished then, their own prompts and stolen ones, is on disk and is not sampled again.
+    """
     carry = {"n_samples_per_prompt": 4, "oversample": 1.5, "surplus": "carry"}
     keys = [PARTIAL | carry, FORKS | carry]
     whole = [said(collected(fake_config(**each), 0, 0.5, 3)) for each in keys]
@@ -280,11 +285,14 @@ def test_steps_are_equal_on_one_two_and_four_ranks_and_after_all_are_killed_amid
     assert code != 0 and len(json.loads((four / "1.1.json").read_text())) == 2, "what the last step began is lost"
     for name in ("1.1.json", "1.1.state.json"):
         shutil.copy(four / name, two)
+    shutil.copytree(four / "1.1.run", two / "1.1.run")
+    finished = sum(len(read_records(path).records) for path in folder.files_of(two / "1.1.run", 2))
     run_ranks(2, WORKER, two, 3, json.dumps(keys), "whole", timeout=120)
     made = [four / name for name in ("0.2.json", "0.1.json", "1.2.json")]
     made += [two / name for name in ("0.2.json", "0.1.json", "1.2.json", "1.1.json")]
     for path in made:
         assert json.loads(path.read_text()) == whole[int(path.name[0])], path
+    assert json.loads((two / "1.1.restored.json").read_text()) == [finished] and finished > 0, "of four ranks' files"
 
 
 def test_what_is_left_over_trains_first_in_the_next_step_and_is_marked():

@@ -9,6 +9,9 @@ import sys
 import time
 
 import psutil
+import pytest
+
+from treepo_mega.runtime import kin
 
 PARENT = """
 import os, subprocess, sys, time
@@ -21,6 +24,16 @@ import os, time
 from treepo_mega.runtime.kin import end_with_launcher
 end_with_launcher()
 print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+ORPHAN = """
+import os, time
+launcher = os.getppid()
+print(os.getpid(), flush=True)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+from treepo_mega.runtime.kin import end_with_launcher
+end_with_launcher()
 time.sleep(60)
 """
 WRITER = """
@@ -64,6 +77,11 @@ def test_a_rank_ends_with_its_torchrun_and_not_with_a_shell():
         assert not has_ended(alone, within_s=1.0)
     finally:
         alone.kill()
+
+
+@pytest.mark.skipif(kin._runs_python(1), reason="the first process here is Python, as a container's torchrun may be")
+def test_a_rank_whose_torchrun_was_killed_while_it_imported_ends_too():
+    assert has_ended(kill_parent_of(ORPHAN, TORCHELASTIC_RUN_ID="job"))
 
 
 def test_megatrons_writer_process_ends_with_the_rank():

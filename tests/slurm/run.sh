@@ -4,7 +4,7 @@
 #
 #   bash tests/slurm/run.sh            TP2 x DP2 and PP2 x DP2
 #   bash tests/slurm/run.sh --quick    TP2 x DP2 alone
-#   bash tests/slurm/run.sh --only 'PP2 x DP2'
+#   bash tests/slurm/run.sh --only 'PP2 x DP2'      or 'lost node', 'stop file'
 #
 # Exit status: 0 all equal, 1 a difference or a fault, 3 this machine cannot run Slurm (it says why).
 set -euo pipefail

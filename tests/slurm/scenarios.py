@@ -1,6 +1,6 @@
 """Jobs on a real Slurm: one that nobody disturbs, and one that meets a time limit, a dead node and a full disk.
 
-    bash tests/slurm/run.sh [--quick] [--only LAYOUT] [--keep DIR]
+    bash tests/slurm/run.sh [--quick] [--only LAYOUT|'lost node'|'stop file'] [--keep DIR]
 
 Jobs of two nodes x two ranks on three nodes (`cluster.sh` boots them on this machine), `slurm/treepo_cpu.sh` as users
 submit it, and the real trainer. The disturbed job gets, one after the other:
@@ -13,10 +13,11 @@ submit it, and the real trainer. The disturbed job gets, one after the other:
 Afterwards every metric of every step must be bit-equal to those of the undisturbed job, but for those that depend on
 time, and no process may be left on the nodes. Another job loses a rank on the same node twice: the requeue must leave
 that node out. It is then cancelled in the middle of its start, and must leave no process either. Without --quick there
-is a second layout, and a job that is ended by `touch RUN/stop`. --only runs one layout and none of the other jobs.
+is a second layout, and a job that is ended by `touch RUN/stop`. --only runs one layout, or one of these two jobs, and
+nothing else.
 
 Last line, JSON: {"layouts": [{"name", "steps", "restarts", "bit_equal", "seconds"}], "left_out": "node2", "left": n}.
-"left_out" is null with --only.
+"left_out" is null where no job lost a node.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ LAYOUTS = {
     "TP2 x DP2": ["parallel.tensor_model_parallel_size=2"],
     "PP2 x DP2": ["parallel.pipeline_model_parallel_size=2"],
 }
+LOST_NODE, STOP_FILE = "lost node", "stop file"
+"""Jobs beside those of the layouts."""
 DISK_MB = 64
 MET = ("2 nodes see one directory, have one set of versions", "all-reduce")
 TOLD = "a checkpoint could not be written: [Errno 28] No space left on device"
@@ -306,7 +309,7 @@ def main() -> int:
     """Boot, run, compare, end; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="TP2 x DP2 alone, no stop by a file")
-    parser.add_argument("--only", choices=list(LAYOUTS), help="this layout, and no other job")
+    parser.add_argument("--only", choices=[*LAYOUTS, LOST_NODE, STOP_FILE], help="this layout or job, and no other")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR, and keep logs and metrics there")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="treepo-slurm-")) if arguments.keep is None else arguments.keep.resolve()
@@ -318,16 +321,16 @@ def main() -> int:
     os.environ["TREEPO_PYTHON"] = sys.executable
     # The nodes are this machine: what they wait for is a free core.
     os.environ["TREEPO_MAX_FAILURES"] = "8"
-    names = ["TP2 x DP2"] if arguments.quick else list(LAYOUTS)
+    names = ["TP2 x DP2", LOST_NODE] if arguments.quick else [*LAYOUTS, LOST_NODE, STOP_FILE]
     if arguments.only:
         names = [arguments.only]
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "treepo-disk", str(disk)], check=True)
     try:
         # After the disk is there: hosts see the mounts of the time at which they were started.
         with Cluster(directory / "cluster", 3) as cluster:
-            rows = [compare(name, LAYOUTS[name], cluster, disk, directory) for name in names]
-            left_out = None if arguments.only else lose_a_node_twice(cluster, directory)
-            if not (arguments.quick or arguments.only):
+            rows = [compare(name, LAYOUTS[name], cluster, disk, directory) for name in names if name in LAYOUTS]
+            left_out = lose_a_node_twice(cluster, directory) if LOST_NODE in names else None
+            if STOP_FILE in names:
                 stop_by_file(cluster, directory)
     except Failed as failed:
         print(f"FAILED: {failed}", file=sys.stderr)

@@ -14,8 +14,10 @@ holds for its run. A checkpoint is lost when one that was there at the kill is n
 prompt is lost (twice) when the killed run trained it less (more) often than the other one.
 
 Ranks are forked from a process that has imported everything (warm_launcher.py), so that a kill costs seconds;
---torchrun starts them by the real torchrun. --phases and --who: kill in these phases alone, and these processes.
-Results are added to the file of --results, one line a kill. --quick: one run with two kills.
+--torchrun starts them by the real torchrun. --slow-rewards: grading goes on after sampling, so that a kill wanted in
+the reward phase meets it and not the exchange behind it; give such runs a --work of their own. --phases and --who: kill
+in these phases alone, and these processes. Results are added to the file of --results, one line a kill. --quick: one
+run with two kills.
 
 Last line, JSON: {"kills": n, "bit_equal": n, "checkpoints_lost": n, "prompts_lost": n, "prompts_twice": n,
 "left_running": n, "by_phase": {phase: kills}}. Exit status 1 when anything was lost, left, or differs.
@@ -45,6 +47,7 @@ from treepo_mega.monitor.registry import depends_on_time
 from warm_launcher import ROOT, WarmServer
 
 RANK = Path(__file__).with_name("chaos_rank.py")
+SLOW = "tools/bench/slow_reward.py"
 STEPS = 6
 MARKER = "TREEPO_CHAOS_RUN"
 """Environment variable by which processes of a run are found."""
@@ -123,14 +126,17 @@ class Kill:
 class Runs:
     """Starts runs of the recipe, warm or by torchrun, and waits for their ends."""
 
-    def __init__(self, warm: WarmServer | None) -> None:
+    def __init__(self, warm: WarmServer | None, more: list[str]) -> None:
+        """`more`: overrides beside RECIPE."""
         self._warm = warm
+        self._more = more
         self.by = "torchrun" if warm is None else "warm"
 
     def start(self, layout: str, run_dir: Path, kill: dict[str, Any] | None = None) -> Launch:
         """The run of `layout` in `run_dir`, begun or resumed, with a kill."""
         ranks, overrides = LAYOUTS[layout]
-        arguments = ["train", "examples/tiny_cpu.yaml", *RECIPE, *overrides, f"logging.run_dir={run_dir}"]
+        arguments = ["train", "examples/tiny_cpu.yaml", *RECIPE, *self._more, *overrides]
+        arguments.append(f"logging.run_dir={run_dir}")
         run_dir.mkdir(parents=True, exist_ok=True)
         environment = {MARKER: str(run_dir), "TREEPO_CHAOS": json.dumps(kill), "PYTHONUNBUFFERED": "1"}
         log = run_dir / "log.txt"
@@ -350,6 +356,7 @@ def main() -> int:
     p.add_argument("--torchrun", action="store_true", help="start ranks by torchrun, imports and all")
     p.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     p.add_argument("--who", nargs="+", choices=WHO, default=list(WHO))
+    p.add_argument("--slow-rewards", action="store_true", help="graders take 0.1 s an answer, so that kills meet them")
     p.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     p.add_argument("--work", type=Path, help="where runs go and stay (default: a temporary directory)")
     args = p.parse_args()
@@ -359,7 +366,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos")))
         warm = None if args.torchrun else stack.enter_context(WarmServer())
-        chaos = Chaos(Runs(warm), work, random.Random(args.seed), args.phases, args.who)
+        more = [f"data.verifier={SLOW}:compute_score"] if args.slow_rewards else []
+        chaos = Chaos(Runs(warm, more), work, random.Random(args.seed), args.phases, args.who)
         number = 0
         while totals["kills"] < wanted:
             layout = args.layouts[number % len(args.layouts)]

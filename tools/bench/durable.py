@@ -1,11 +1,12 @@
 """What does a kill amid a rollout cost, with and without durable rollouts?
 
-    python tools/bench/durable.py [--quick] [--ranks 1]
+    python tools/bench/durable.py [--quick] [--heavy] [--ranks 1]
 
 A recipe of one long rollout is killed (SIGKILL of every process) once a share of its trees is on disk. Then the same
 run directory goes on twice, in turns which goes first: as it is, and without what `rollout.durable` kept there. The
 second is also the run that was never killed: no step had ended before. Seconds are those of the rollout: *lost* is what
-the rollout took until the kill and after it, less what an uninterrupted one takes. --quick: one kill.
+the rollout took until the kill and after it, less what an uninterrupted one takes. --quick: one kill. --heavy: one
+kill of a rollout of 400 trees with 32 leaves each, which takes minutes.
 
 Tokens sampled twice are those of trees that were finished at the kill; with durable rollouts there are none. What was
 in flight is sampled again by both.
@@ -38,15 +39,16 @@ from treepo_mega.journal.file import RecordFile, read_records
 from treepo_mega.monitor.status import status_path
 
 SHARES = (0.25, 0.5, 0.75, 0.95)
-DEADLINE_S = 300
+HEAVY_SHARES = (0.75,)
+DEADLINE_S = 900
 
 
-def overrides(ranks: int, prompts: int) -> list[str]:
+def overrides(ranks: int, prompts: int, leaves: int) -> list[str]:
     """One step whose rollout is nearly all of it; few paths run at once, so that trees end one after the other."""
     return [
         "train.num_rollouts=1",
         f"rollout.rollout_batch_size={prompts}",
-        "rollout.n_samples_per_prompt=16",
+        f"rollout.n_samples_per_prompt={leaves}",
         "rollout.dynamic_sampling=false",
         "rollout.engine.max_num_seqs=32",
         "train.max_tokens_per_gpu=8192",
@@ -66,10 +68,14 @@ def kill_at(run_dir: Path, ranks: int, keys: list[str], trees: int) -> float:
     log = run_dir / "log.txt"
     process = start(ranks, run_dir, keys, log)
     deadline = time.monotonic() + DEADLINE_S
-    while len(on_disk(run_dir)) < trees:
+    while True:
+        looked_at = time.monotonic()
+        if len(on_disk(run_dir)) >= trees:
+            break
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{trees} trees did not come within {DEADLINE_S} s:\n{tail(log)}")
-        time.sleep(0.01)
+        # Reading takes longer the more there are: it must not take the core that samples.
+        time.sleep(max(0.01, 10 * (time.monotonic() - looked_at)))
     killed_at = time.time()
     status = json.loads(status_path(run_dir, 0).read_text(encoding="utf-8"))
     kill(process)
@@ -78,9 +84,9 @@ def kill_at(run_dir: Path, ranks: int, keys: list[str], trees: int) -> float:
     return killed_at - float(status["since"])
 
 
-def measure(where: Path, ranks: int, prompts: int, share: float, number: int) -> dict[str, Any]:
+def measure(where: Path, ranks: int, prompts: int, leaves: int, share: float, number: int) -> dict[str, Any]:
     """A kill at a share of the trees, and both ways to go on."""
-    keys = overrides(ranks, prompts)
+    keys = overrides(ranks, prompts, leaves)
     killed = where / f"killed_{number}"
     until = kill_at(killed, ranks, keys, round(share * prompts))
     kept = len(on_disk(killed))
@@ -130,13 +136,16 @@ def main() -> int:
     """Kill, go on both ways, compare; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one kill, 24 prompts")
+    parser.add_argument("--heavy", action="store_true", help="one kill, 400 prompts of 32 leaves")
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks, each with an engine")
     args = parser.parse_args()
-    prompts = 24 if args.quick else 96
+    prompts = 24 if args.quick else 400 if args.heavy else 96
+    leaves = 32 if args.heavy else 16
+    shares = (0.6,) if args.quick else HEAVY_SHARES if args.heavy else SHARES
     kills = []
     with tempfile.TemporaryDirectory() as tmp:
-        for number, share in enumerate((0.6,) if args.quick else SHARES):
-            one = measure(Path(tmp), args.ranks, prompts, share, number)
+        for number, share in enumerate(shares):
+            one = measure(Path(tmp), args.ranks, prompts, leaves, share, number)
             kills.append(one)
             print(
                 f"killed after {one['seconds_until_kill']} s with {one['trees_on_disk']} of {prompts} trees on disk: "

@@ -27,7 +27,8 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from treepo_mega.checkpoint.mcore import CheckpointError, of_all_ranks, seal, writes_told
+from treepo_mega.checkpoint.mcore import CheckpointError, of_all_ranks, seal
+from treepo_mega.checkpoint.refused import writes_told
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.files import publish
 from treepo_mega.runtime.megatron_versions import complete_checkpoint, own_async_writer

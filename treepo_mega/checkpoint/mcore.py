@@ -14,12 +14,9 @@ size against the one it was saved with: rows of padding may differ, and Megatron
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,11 +26,10 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch.distributed.checkpoint.api import CheckpointException
 
-from treepo_mega.checkpoint.space import in_units
-from treepo_mega.config.surroundings import nearest_existing
-from treepo_mega.errors import TreepoError, nearest
+from treepo_mega.checkpoint.description import CheckpointError, read_description
+from treepo_mega.checkpoint.refused import writes_told
+from treepo_mega.errors import nearest
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
 from treepo_mega.runtime.files import atomic_file
@@ -44,12 +40,6 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
 MAIN_STATE = "main_state"
 """What rank 0 alone knew when it was saved; every rank reads it."""
-PROBE_BYTES = 1 << 16
-"""Of the file by which a refused write is told from a fault of another kind."""
-
-
-class CheckpointError(TreepoError):
-    """A checkpoint is missing, incomplete or does not fit; the message names the directory and what to do."""
 
 
 class ModelChunk(Protocol):
@@ -66,12 +56,13 @@ class ModelChunk(Protocol):
         """Fill the parameters, in place."""
 
 
-def _model_state(models: Sequence[ModelChunk], metadata: dict[str, Any]) -> dict[str, Any]:
+def sharded_weights(models: Sequence[ModelChunk], metadata: dict[str, Any]) -> dict[str, Any]:
     """Sharded state of all chunks of this rank; keys are global names, so the chunk count may differ on load."""
     return {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
 
 
-def _metadata() -> dict[str, Any]:
+def sharding() -> dict[str, Any]:
+    """Megatron's metadata of a sharded state."""
     return {
         # Megatron 0.16's dp_reshardable loads only under another DP size; this one under any TP, PP and DP.
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -141,7 +132,7 @@ def _separate_steps(optimizer: Any) -> None:
 def write_model_weights(models: Sequence[ModelChunk], directory: Path, timeout_s: float) -> None:
     """Write weights only (for converters) into an empty directory that the caller publishes. Collective over all
     ranks, within the block of a `dist.shared_directory`."""
-    state = _model_state(models, _metadata())
+    state = sharded_weights(models, sharding())
     _write(state, directory, {"kind": "weights", "vocab_size": _vocab_size(models)}, timeout_s)
 
 
@@ -152,10 +143,10 @@ def load_model_weights(models: Sequence[ModelChunk], directory: str | Path) -> N
     that are not the model's.
     """
     directory = Path(directory)
-    state = _model_state(models, _metadata())
+    state = sharded_weights(models, sharding())
     manifest = check_complete(directory)
     check_digests(directory, manifest)
-    _check_tensors(directory, manifest, state, models)
+    check_tensors(read_description(directory).tensors, directory, manifest, state, models)
     loaded = dist_checkpointing.load(state, str(directory))
     for i, model in enumerate(models):
         model.load_state_dict(loaded[f"model{i}"], strict=True)
@@ -188,12 +179,12 @@ def training_state(
     of_main: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `save_training` writes, as Megatron's sharded state, and what its manifest says of it."""
-    metadata = _metadata()
+    metadata = sharding()
     for inner in filter(_uses_torch_adam, _inner_optimizers(optimizer)):
         _give_state(inner)
-    state = _model_state(models, metadata)
-    model_state = _merged(state)
-    state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
+    state = sharded_weights(models, metadata)
+    weights = _merged(state)
+    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
     # Plain JSON text: Megatron would unpickle anything else on load.
     state[TRAINER_STATE] = json.dumps({"trainer": trainer, "scheduler": scheduler.state_dict()})
     state[MAIN_STATE] = json.dumps(of_main or {})
@@ -210,10 +201,10 @@ def load_training(
     manifest = check_complete(directory)
     if not known_whole:
         check_digests(directory, manifest)
-    metadata = _metadata()
+    metadata = sharding()
     _prepare_optimizer_for_load(optimizer)
-    state = _model_state(models, metadata)
-    _check_tensors(directory, manifest, state, models)
+    state = sharded_weights(models, metadata)
+    check_tensors(read_description(directory).tensors, directory, manifest, state, models)
     _check_chain(directory, manifest)
     state["optimizer"] = optimizer.sharded_state_dict(_merged(state), is_loading=True, metadata=metadata)
     loaded = dist_checkpointing.load(state, str(directory))
@@ -250,32 +241,6 @@ def _write(state: dict[str, Any], directory: Path, note: dict[str, Any], timeout
     seal(directory, note, timeout_s)
 
 
-@contextlib.contextmanager
-def writes_told(directory: Path) -> Iterator[None]:
-    """Raise CheckpointError, with what is free, for a write into `directory` that the file system refuses."""
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointException) as error:
-        # Torch's writer tells a full disk as "unexpected pos 64 vs 0", and Megatron's as a text: so the disk is asked.
-        refusal = str(error if isinstance(error, OSError) else _refusal(directory) or _told(error))
-        if isinstance(error, RuntimeError) and "[Errno" not in refusal:
-            raise
-        free = in_units(shutil.disk_usage(nearest_existing(directory)).free)
-        raise CheckpointError(
-            f"{directory.parent}: a checkpoint could not be written: {refusal} ({free} are free there). "
-            "Earlier checkpoints are whole, and the run resumes from the newest: make room, or set checkpoint.save to "
-            "another disk or a lower checkpoint.keep_last"
-        ) from error
-
-
-def _told(error: BaseException) -> str:
-    """What `error` says. Torch's own, which is no Exception, is raised on all ranks and has the reasons on one."""
-    failures = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    reasons = "; ".join(sorted(set(map(str, failures))))
-    found = re.search(r"\[Errno \d+\][^;\n]*", reasons)
-    return found[0] if found else reasons or "another rank says why"
-
-
 def seal(directory: Path, note: dict[str, Any], timeout_s: float) -> None:
     """The manifest of what is in `directory`, with digests. Collective over all ranks."""
     # Every rank lists the directory to find its share: a file that another rank still writes would be missing.
@@ -290,22 +255,6 @@ def seal(directory: Path, note: dict[str, Any], timeout_s: float) -> None:
 def of_all_ranks(common: dict[str, Any]) -> dict[str, Any]:
     """What must be equal on all ranks of a checkpoint's common state."""
     return {name: value for name, value in common.items() if name != MAIN_STATE}
-
-
-def _refusal(directory: Path) -> OSError | None:
-    """Why `directory` takes no small file; None when it does."""
-    probe = directory / f".probe_{dist.rank()}"
-    try:
-        with probe.open("wb") as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-    return None
 
 
 def _files(directory: Path) -> list[str]:
@@ -387,17 +336,21 @@ def _sharded(state: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _check_tensors(
-    directory: Path, manifest: dict[str, Any], state: dict[str, Any], models: Sequence[ModelChunk]
+def check_tensors(
+    described: Mapping[str, list[int]],
+    directory: Path,
+    manifest: dict[str, Any],
+    state: dict[str, Any],
+    models: Sequence[ModelChunk],
 ) -> None:
-    """Hold the stored tensors against the model's, by name and global shape, without reading them.
+    """Hold the stored tensors, as `described`, against the model's by name and global shape.
 
     Layers are stacked in Megatron's global tensors, so another number of layers shows in their first dimension. Only
     the rows that pad a vocabulary may differ. Raises CheckpointError on every rank. Collective over all ranks.
     """
     stored = {
-        name: list(tensor.global_shape)
-        for name, tensor in dist_checkpointing.load_tensors_metadata(str(directory)).items()
+        name: shape
+        for name, shape in described.items()
         # With expert parallelism there are two optimizers, chained_0.optimizer and chained_1.optimizer.
         if not re.match(r"(chained_\d+\.)?optimizer\.", name)
     }

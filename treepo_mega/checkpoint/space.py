@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from treepo_mega.config import Config
 from treepo_mega.config.run import CheckpointConfig
@@ -23,6 +25,7 @@ from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes, padded_voca
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 MOMENT_BYTES = 8
 MASTER_BYTES = 4
+NOTHING: Mapping[Path, int] = MappingProxyType({})
 
 
 def checkpoint_bytes(cfg: Config, spec: ModelSpec) -> int:
@@ -63,10 +66,13 @@ def _for_good(settings: CheckpointConfig, steps: int) -> list[int]:
     return [step for step in saved[: -settings.keep_last] if step % settings.keep_every == 0]
 
 
-def check_space(cfg: Config, spec: ModelSpec) -> list[str]:
-    """A sentence for each file system that has less room than the run needs there."""
+def check_space(cfg: Config, spec: ModelSpec, beside: Mapping[Path, int] = NOTHING) -> list[str]:
+    """A sentence for each file system that has less room than the run needs there.
+
+    `beside`: directory -> bytes of what is no checkpoint (`plan/disk.py`).
+    """
     needs: dict[int, dict[Path, int]] = {}
-    for directory, size in planned_bytes(cfg, spec).items():
+    for directory, size in {**planned_bytes(cfg, spec), **beside}.items():
         # By device, not by directory: two directories on one disk share its room.
         needs.setdefault(nearest_existing(directory).stat().st_dev, {})[directory] = size
     bad = []
@@ -78,14 +84,15 @@ def check_space(cfg: Config, spec: ModelSpec) -> list[str]:
                 f"the run needs {what}; {in_units(free)} are free there: a checkpoint has "
                 f"{in_units(checkpoint_bytes(cfg, spec))}, and checkpoint.keep_last + 1 of them stand together; set "
                 "checkpoint.save and logging.run_dir to a larger disk, or lower checkpoint.keep_last"
+                f"{' or checkpoint.save_interval' if beside else ''}"
             )
     return bad
 
 
-def describe_space(cfg: Config, spec: ModelSpec) -> list[str]:
+def describe_space(cfg: Config, spec: ModelSpec, beside: Mapping[Path, int] = NOTHING) -> list[str]:
     """One line a directory: what the run will write there and what is free; empty where it saves nothing."""
     lines = []
-    for directory, size in planned_bytes(cfg, spec).items():
+    for directory, size in {**planned_bytes(cfg, spec), **beside}.items():
         free = shutil.disk_usage(nearest_existing(directory)).free
         lines.append(f"disk: up to {in_units(size)} in {directory}, {in_units(free)} free")
     return lines

@@ -16,7 +16,9 @@ class ModelConfig(Section):
     hf_checkpoint: str
     """Directory with config.json, *.safetensors and the tokenizer (docs/guides/models.md lists architectures)."""
     load: str | None = None
-    """Megatron checkpoint with the initial weights (from treepo-mega convert to-mcore); None: read hf_checkpoint."""
+    """Megatron checkpoint with the initial weights; None: read hf_checkpoint. One of this project (treepo-mega convert
+    to-mcore), or of Megatron-LM in the format torch_dist: the directory with latest_checkpointed_iteration.txt, or one
+    iter_0000100 in it."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     """Parameter and activation dtype of actor and reference. Optimizer state is always fp32."""
     make_vocab_size_divisible_by: int = Field(128, ge=1)

@@ -28,7 +28,8 @@ from treepo_mega.actor.model import DTYPES, PolicyModel, build_model
 from treepo_mega.checkpoint.export import write_hf
 from treepo_mega.checkpoint.hf import HfReader, copy_companions
 from treepo_mega.checkpoint.load import load_from_hf
-from treepo_mega.checkpoint.mcore import CheckpointError, check_complete, load_model_weights, write_model_weights
+from treepo_mega.checkpoint.mcore import CheckpointError, write_model_weights
+from treepo_mega.checkpoint.megatron_lm import check_initial, load_initial_weights
 from treepo_mega.config import Config, ConfigError, parse_config
 from treepo_mega.convert import LOGITS_TOLERANCE
 from treepo_mega.convert.verify import (
@@ -185,10 +186,10 @@ def mcore_to_hf(
 def _loader(load: str | Path, cfg: Config, spec: ModelSpec) -> Callable[[Models], dict[str, int]]:
     """The step that reads Megatron checkpoint `load`. Raises CheckpointError at once when it is not complete."""
     # Here, not in `fill`: an incomplete checkpoint is found before a process group and a model exist.
-    check_complete(Path(load))
+    check_initial(load)
 
     def fill(models: Models) -> dict[str, int]:
-        load_model_weights([*models], load)
+        load_initial_weights([*models], spec, load)
         return {"of": parameter_count(spec) * DTYPES[cfg.model.params_dtype].itemsize}
 
     return fill

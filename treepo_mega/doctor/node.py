@@ -21,6 +21,7 @@ from treepo_mega.config.surroundings import nearest_existing
 from treepo_mega.doctor.finding import Finding, State
 from treepo_mega.errors import nearest
 from treepo_mega.modelspec.spec import ModelSpec
+from treepo_mega.plan.disk import expected_journals
 from treepo_mega.runtime.environment import check_environment
 
 OPEN_FILES = 4096
@@ -128,7 +129,7 @@ def check_limits(ranks: int, gpus: int, shm: Path = Path("/dev/shm")) -> list[Fi
 
 
 def check_disks(cfg: Config, spec: ModelSpec) -> list[Finding]:
-    """Directories that the run writes to take files, and have room for its checkpoints."""
+    """Directories that the run writes to take files, and have room for its checkpoints and durable trees."""
     directories = [Path(cfg.logging.run_dir)]
     if cfg.checkpoint.enabled and cfg.checkpoint.save:
         directories.append(Path(cfg.checkpoint.save))
@@ -136,9 +137,11 @@ def check_disks(cfg: Config, spec: ModelSpec) -> list[Finding]:
     # Two keys may name places below one directory: one probe says it of both.
     for place in dict.fromkeys(nearest_existing(directory) for directory in directories):
         findings.append(_writable(place))
-    findings += [Finding("disk room", State.FAIL, problem) for problem in check_space(cfg, spec)]
+    trees = expected_journals(cfg, spec)
+    findings += [Finding("disk room", State.FAIL, problem) for problem in check_space(cfg, spec, trees)]
     if findings[-1].check != "disk room":
-        findings += [Finding("disk room", State.OK, line.removeprefix("disk: ")) for line in describe_space(cfg, spec)]
+        lines = describe_space(cfg, spec, trees)
+        findings += [Finding("disk room", State.OK, line.removeprefix("disk: ")) for line in lines]
     return findings
 
 

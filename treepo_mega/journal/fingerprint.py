@@ -20,6 +20,8 @@ LEFT_OUT = (
     "debug.fault",
 )
 """Sections and keys that may differ between the run that was killed and the one that goes on."""
+SUFFIXES = (".safetensors", ".json", ".distcp", ".txt")
+"""Of files that hold weights, or say which ones."""
 
 
 def fingerprint(cfg: Config, sources: Mapping[str, str], origin: str) -> str:
@@ -37,6 +39,9 @@ def fingerprint(cfg: Config, sources: Mapping[str, str], origin: str) -> str:
         # Not `pop`: a key that was renamed would silently count.
         del section[name]
     said = {"keys": values, "sources": dict(sources), "origin": origin, "weights": _files(cfg.model.hf_checkpoint)}
+    if cfg.model.load is not None:
+        # Another run may write there, and the newest of its iterations is what a start takes.
+        said["load"] = _files(cfg.model.load)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -45,5 +50,5 @@ def _files(directory: str) -> list[list[str | int]]:
     return sorted(
         [path.name, path.stat().st_size, path.stat().st_mtime_ns]
         for path in Path(directory).glob("*")
-        if path.suffix in (".safetensors", ".json") and path.is_file()
+        if path.suffix in SUFFIXES and path.is_file()
     )

@@ -14,6 +14,7 @@ from treepo_mega.config import Config
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.monitor.flops import UPDATE, Work, forward_flops, mfu
 from treepo_mega.monitor.workload import kinds_of
+from treepo_mega.plan.disk import DiskPlan, plan_disk
 from treepo_mega.plan.hardware import GIB, Rates
 from treepo_mega.plan.layout import Layout
 from treepo_mega.plan.lengths import Lengths
@@ -41,6 +42,7 @@ class RunPlan:
     micro_batches: int
     bubble: float
     update_mfu: float | None
+    disk: DiskPlan
     price: float | None = None
     notes: tuple[str, ...] = ()
 
@@ -59,6 +61,7 @@ class RunPlan:
         return [
             *self._head(),
             *self._memory(),
+            *self.disk.lines(),
             *self._time(),
             *self._run(),
             *(self.refit.lines() if self.refit else []),
@@ -132,6 +135,7 @@ class RunPlan:
             "rate_sources": Rates.sources(),
             "lengths": asdict(self.lengths),
             "memory": self.memory.to_dict(),
+            "disk": asdict(self.disk),
             "seconds": self.seconds | {"step": self.step_s},
             "micro_batches": self.micro_batches,
             "bubble": self.bubble,
@@ -174,7 +178,8 @@ def plan_run(
     seconds = phase_seconds(
         cfg, spec, layout, cluster, lengths, held=memory.held, kv_budget=max(1.0, memory.kv_budget), refit_s=refit_s
     )
-    work = lengths.trained * training_work(cfg, tree_shape(cfg, lengths))
+    shape = tree_shape(cfg, lengths)
+    work = lengths.trained * training_work(cfg, shape)
     share = mfu(
         UPDATE * cfg.train.ppo_epochs * forward_flops(spec, work),
         seconds=seconds["update"],
@@ -189,5 +194,6 @@ def plan_run(
         notes.append("experts are taken to be asked for equally often: a rank whose experts are in demand needs more")
     return RunPlan(
         layout, cluster, lengths, memory, seconds, found, work, cfg.train.num_rollouts,
-        micro_batches(cfg, layout, work), bubble(cfg, layout, work), share, price, tuple(notes),
+        micro_batches(cfg, layout, work), bubble(cfg, layout, work), share,
+        plan_disk(cfg, spec, shape, lengths.kept), price, tuple(notes),
     )  # fmt: skip

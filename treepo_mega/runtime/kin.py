@@ -8,11 +8,13 @@ signal does it, so that it holds for SIGKILL too.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
@@ -32,8 +34,22 @@ def end_with_launcher() -> None:
     """Let this rank end when its torchrun does. Nothing under another launcher or none."""
     # A torchrun that is killed leaves its ranks running: they would write into the directory of the run that resumes.
     # A shell, which starts a single rank, may go before it on purpose (nohup), and srun's daemon ends its tasks itself.
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(os.getppid())
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    # Killed before this line, it has left the rank to the system's first process, which is no torchrun.
+    if launcher == 1 and not _runs_python(launcher):
+        os._exit(1)
+    end_with_parent(launcher)
+
+
+def _runs_python(pid: int) -> bool:
+    """Whether the process `pid` is an interpreter; in a container torchrun may be the first process itself."""
+    with contextlib.suppress(OSError):
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+        return b"python" in os.path.basename(program)
+    # It cannot be told: the rank goes on.
+    return True
 
 
 def own_writer_process() -> None:
