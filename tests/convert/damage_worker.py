@@ -64,6 +64,11 @@ def second_shard(directory: Path) -> Path:
     return sorted(directory.glob("model-*.safetensors"))[1]
 
 
+def last_part(directory: Path) -> Path:
+    """The last data file of a Megatron checkpoint: versions of Megatron-Core write different numbers of them."""
+    return sorted(directory.glob("*.distcp"))[-1]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -111,8 +116,8 @@ FROM_HF: dict[str, tuple[int, Callable[[Path], None]]] = {
 FROM_MEGATRON: dict[str, Callable[[Path], object]] = {
     "flipped bit": lambda d: flip(d / "__0_0.distcp"),
     "flipped bit in the metadata": lambda d: flip(d / ".metadata"),
-    "truncated": lambda d: truncate(d / "__0_1.distcp"),
-    "missing file": lambda d: (d / "__0_1.distcp").unlink(),
+    "truncated": lambda d: truncate(last_part(d)),
+    "missing file": lambda d: last_part(d).unlink(),
     "renamed": rename_in_megatron,
     "one layer more": lambda d: config(d, num_hidden_layers=5),
     "another vocabulary, padded alike": lambda d: config(d, vocab_size=300),

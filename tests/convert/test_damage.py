@@ -24,8 +24,8 @@ WORDS = {
     ],
     "flipped bit": ["__0_0.distcp: SHA-256 is", "changed or damaged"],
     "flipped bit in the metadata": [".metadata: SHA-256 is"],
-    "truncated": ["__0_1.distcp: expected", "is damaged"],
-    "missing file": ["__0_1.distcp: expected", "found nothing"],
+    "truncated": [".distcp: expected", "is damaged"],
+    "missing file": [".distcp: expected", "found nothing"],
     "renamed": ["decoder.final_layernorm.weight [32] is missing (did you mean 'decoder.final_norm.weight'?)"],
     "one layer more": ["has shape [4, 32]; expected [5, 32]"],
     "another vocabulary, padded alike": [

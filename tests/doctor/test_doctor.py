@@ -112,6 +112,16 @@ def test_pins_are_those_of_the_project(monkeypatch):
     assert len(words) == 2
 
 
+def test_torch_decides_about_the_triton_that_it_brings(monkeypatch):
+    asked = {"treepo-mega": ['pydantic==1.0; extra == "cpu"'], "torch": []}
+    monkeypatch.setattr(node.metadata, "requires", asked.get)
+    monkeypatch.setattr(node, "check_environment", lambda try_imports: [])
+    monkeypatch.setattr(node, "_version", lambda name: None if name == "vllm" else "2.0")
+    assert [each.found for each in node.check_packages()] == ["pydantic 2.0, expected ==1.0"]
+    asked["torch"] = ['pydantic==2.0; python_version >= "3"', "pydantic==9; python_version < '3'"]
+    assert [each.state for each in node.check_packages()] == [State.OK]
+
+
 def test_a_disk_that_takes_no_file_and_a_small_one(tmp_path, monkeypatch):
     spec = ModelSpec.from_hf("examples/tiny_reasoner")
     cfg = load_config("examples/tiny_cpu.yaml", [f"logging.run_dir={tmp_path / 'run'}"])

@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core import parallel_state as ps
 
 from treepo_mega.monitor.progress import quieten_libraries
 
 quieten_libraries()  # before the imports below: most libraries warn while being imported
+
+from megatron.core import parallel_state as ps  # noqa: E402
 
 from treepo_mega.actor.forward import compute_logprobs, run_schedule  # noqa: E402
 from treepo_mega.actor.losses import PolicyLoss  # noqa: E402
