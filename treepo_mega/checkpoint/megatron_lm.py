@@ -102,8 +102,8 @@ def find_iteration(path: Path) -> Path:
                 f"{path / found[-1]}"
             )
         if not path.is_dir():
-            there = _iterations(path.parent)
-            more = f"; there are {', '.join(there)}{nearest(path.name, there)}" if there else ""
+            beside = _iterations(path.parent)
+            more = f"; there are {', '.join(beside)}{nearest(path.name, beside)}" if beside else ""
             raise CheckpointError(f"{path}: no such iteration{more}")
         return path
     said = tracker.read_text(encoding="utf-8", errors="replace").strip()
