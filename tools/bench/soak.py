@@ -10,7 +10,9 @@ after that hundred, at the same point of every period of 50 steps.
 
 --minutes M: the run is ended after so long; what was seen until then counts, and "steps" says how many there were.
 --where STEP: each rank writes what Python has allocated since step 100, the largest first, to DIR/tracemalloc_N.txt at
-that step (slow). --quick: 40 steps, the first ten left out; its slope says little.
+that step (slow). --trim N: every N steps each rank has glibc give back what is free in its heaps; what resident memory
+is afterwards, and its slope, are printed: growth that this takes away was free memory. --quick: 40 steps, the first ten
+left out; its slope says little. The growth by kind of mapping is printed too.
 
 Last line, JSON: {"steps": n, "rss_growth_per_1000_steps": bytes, "fds": [least, most], "threads": [least, most],
 "rss": [[step, bytes], ...]}. The latter of the rank that grew most, at 50 points.
@@ -63,7 +65,9 @@ class Look:
     children: int
 
 
-def start(ranks: int, steps: int, period: int, run_dir: Path, where: int | None) -> subprocess.Popen[bytes]:
+def start(
+    ranks: int, steps: int, period: int, run_dir: Path, where: int | None, trim: int | None
+) -> subprocess.Popen[bytes]:
     """The run, under torchrun; its output goes to log.txt."""
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [
@@ -75,6 +79,8 @@ def start(ranks: int, steps: int, period: int, run_dir: Path, where: int | None)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     if where is not None:
         env["TREEPO_SOAK_WHERE"] = f"{FIRST} {where} {run_dir}"
+    if trim is not None:
+        env["TREEPO_SOAK_TRIM"] = f"{trim} {run_dir}"
     with (run_dir / "log.txt").open("ab") as out:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
 
@@ -86,12 +92,28 @@ def look_at(rank: psutil.Process, step: int) -> Look:
         return Look(step, rank.memory_info().rss, rank.num_fds(), rank.num_threads(), children)
 
 
+def kinds_of_memory(pid: int) -> dict[str, int]:
+    """Resident bytes of a process by kind of mapping."""
+    found: dict[str, int] = {}
+    kind = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
+        name = line.split()
+        if "-" in name[0] and not name[0].endswith(":"):
+            path = name[5] if len(name) > 5 else ""
+            kind = path if path.startswith("[") else "anonymous" if not path else "files"
+            kind = "shared" if path.startswith("/dev/shm") or "(deleted)" in line else kind
+        elif name[0] == "Rss:":
+            found[kind] = found.get(kind, 0) + 1024 * int(name[1])
+    return found
+
+
 def watch(process: subprocess.Popen[bytes], run_dir: Path, limit_s: float | None = None) -> dict[int, list[Look]]:
     """Looks by process id of the rank, one a step that was seen, until the run ends or `limit_s` seconds have passed.
 
     Raises RuntimeError when the run fails.
     """
     looks: dict[int, list[Look]] = {}
+    kinds: dict[int, dict[str, int]] = {}
     launcher = psutil.Process(process.pid)
     started = time.monotonic()
     deadline = started + DEADLINE_S
@@ -119,6 +141,12 @@ def watch(process: subprocess.Popen[bytes], run_dir: Path, limit_s: float | None
             try:
                 for rank in launcher.children():
                     looks.setdefault(rank.pid, []).append(look_at(rank, step))
+                    if step >= FIRST and step % PERIOD == 0:
+                        now = kinds_of_memory(rank.pid)
+                        since = kinds.setdefault(rank.pid, now)
+                        grown = {kind: (size - since.get(kind, 0)) / 2**20 for kind, size in now.items()}
+                        text = ", ".join(f"{kind} {mib:+.1f}" for kind, mib in sorted(grown.items()) if abs(mib) > 0.05)
+                        print(f"step {step}, process {rank.pid}: MiB since {FIRST}: {text or 'none'}", flush=True)
             except psutil.NoSuchProcess:
                 break
     if process.wait(120):
@@ -161,15 +189,22 @@ def main() -> int:
     p.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
     p.add_argument("--run-dir", type=Path, help="default: a temporary directory")
     p.add_argument("--where", type=int, metavar="STEP", help="say then what Python allocated after step 100")
+    p.add_argument("--trim", type=int, metavar="N", help="have glibc give back what is free every N steps")
     args = p.parse_args()
     limit_s = None if args.minutes is None else 60 * args.minutes
     steps, first, period = (40, 10, 10) if args.quick else (args.steps, FIRST, PERIOD)
     with tempfile.TemporaryDirectory(prefix="soak") as tmp:
         run_dir = args.run_dir or Path(tmp) / "run"
-        looks = watch(start(args.ranks, steps, period, run_dir, args.where), run_dir, limit_s)
+        looks = watch(start(args.ranks, steps, period, run_dir, args.where, args.trim), run_dir, limit_s)
         done = int(metrics(run_dir)[-1]["step"])
+        trimmed = [path.read_text(encoding="utf-8") for path in sorted(run_dir.glob("trim_*.txt"))]
     if done < first + 2 * period:
         raise SystemExit(f"{done} steps are too few for a slope: it needs {first + 2 * period}")
+    for number, text in enumerate(trimmed):
+        rows = np.array([line.split() for line in text.splitlines()], np.float64)
+        rows = rows[rows[:, 0] > first]
+        slope = np.polyfit(rows[:, 0], rows[:, 2], 1)[0] * 1000 / 2**20 if len(rows) > 2 else float("nan")
+        print(f"rank {number}, after giving back: {slope:.1f} MiB per 1,000 steps; readings {rows[:, 2] / 2**20}")
     found = summary(looks, done, first=first, period=period)
     print(json.dumps(found))
     return 0
