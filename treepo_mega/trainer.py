@@ -161,12 +161,12 @@ class Trainer:
         """The actor's logprobs before the update, where the update does not give them itself; metrics of the head."""
         computed = provide_old_logprobs(self.actor, plans, self.cfg)
         self.workload.add("old_logprobs", self.actor.spec, work_of(computed))
+        if not computed:
+            # The guard takes its sample in the update.
+            return {}
         fell_back, metrics = self.actor.watch_head()
         if fell_back:  # once: the steps that follow begin in bf16
-            self.progress.say(
-                f"the FP8 head is {metrics['train/head_logp_abs_diff']:.3f} nats from bf16, more than "
-                f"loss.guard.max_abs_diff {self.cfg.loss.guard.max_abs_diff}: bf16 until it is near again"
-            )
+            self._say_fell_back(metrics)
             computed = provide_old_logprobs(self.actor, plans, self.cfg)
             self.workload.add("old_logprobs", self.actor.spec, work_of(computed))
             self.actor.guard.take_drift()
@@ -200,10 +200,20 @@ class Trainer:
         loss = PolicyLoss(self.cfg.algo, self.actor.head.backend)
         epochs = self.cfg.train.ppo_epochs
         self.workload.add("update", self.actor.spec, epochs * work_of(plans), passes=UPDATE)
+        fallen = self.actor.guard.fallen
         try:
-            return optimizer_steps(self.actor, plans, loss, epochs)
+            metrics = optimizer_steps(self.actor, plans, loss, epochs)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}. {self._dump(error)}") from None
+        if self.actor.guard.fallen and not fallen:
+            self._say_fell_back(metrics)
+        return metrics
+
+    def _say_fell_back(self, metrics: dict[str, float]) -> None:
+        self.progress.say(
+            f"the FP8 head is {metrics['train/head_logp_abs_diff']:.3f} nats from bf16, more than "
+            f"loss.guard.max_abs_diff {self.cfg.loss.guard.max_abs_diff}: bf16 until it is near again"
+        )
 
     def _dump(self, error: TrainingDiverged) -> str:
         """Write the step that was skipped last; what to say of it."""

@@ -38,7 +38,6 @@ class Actor:
     """Counts its passes; logprobs of a pass are -3."""
 
     def __init__(self) -> None:
-        self.guard = SimpleNamespace(watches=False)
         self.asked: list[int] = []
         self.updated: list[bool] = []
         self.costs = SimpleNamespace(metrics=dict)
@@ -53,7 +52,7 @@ class Actor:
         own = {"mismatch": 2.0, "mismatch_rows": 4.0, "max_mismatch": 0.75, "skipped_steps": 0.0, "ranks_split": 0.0}
         return dict.fromkeys(names, 0.0) | own | {"grad-norm": 1.0, "learning-rate": 1.0}
 
-    def head_flips(self) -> dict[str, float]:
+    def head_metrics(self) -> dict[str, float]:
         return {}
 
     def routing(self, plans: list[StepPlan]) -> dict[str, float]:
@@ -66,6 +65,17 @@ def test_the_first_mini_batch_needs_no_pass():
     assert len(actor.asked) == 1, "the second mini-batch alone"
     assert all(pack.old_logprobs is None and pack.on_policy for pack in plans[0].packs)
     assert all((pack.old_logprobs == -3).all() and not pack.on_policy for pack in plans[1].packs)
+
+
+def test_the_guard_samples_the_first_update_where_no_pass_came_before_it():
+    def unseen(plans: list[StepPlan], *overrides: str) -> list[bool]:
+        provide_old_logprobs(Actor(), plans, config(*overrides))
+        return [pack.unseen for one in plans for pack in one.packs]
+
+    assert unseen([plan(0)]) == [True]
+    assert unseen([plan(0), plan(1)]) == [False, False], "the second mini-batch's pass is watched"
+    assert unseen([plan(0)], "algo.old_logprobs=recompute") == [False]
+    assert unseen([plan(0), plan(1)], "algo.old_logprobs=rollout", "algo.use_tis=false") == [True, False]
 
 
 def test_recompute_asks_for_every_mini_batch_and_rollout_for_none():
@@ -91,9 +101,8 @@ def test_recompute_asks_for_every_mini_batch_and_rollout_for_none():
     ],
 )
 def test_a_pass_is_made_where_the_update_cannot_stand_in_for_it(overrides):
-    assert first_forward_suffices(config(), watched=False)
-    assert not first_forward_suffices(config(*overrides), watched=False)
-    assert not first_forward_suffices(config(), watched=True), "the FP8 guard takes its sample from the pass"
+    assert first_forward_suffices(config())
+    assert not first_forward_suffices(config(*overrides))
 
 
 def loss_of(pack: Pack, logp: torch.Tensor, *overrides: str) -> tuple[torch.Tensor, Stats]:

@@ -33,7 +33,7 @@ class Recorder:
             "learning-rate": number / 100,
         }
 
-    def head_flips(self):
+    def head_metrics(self):
         return {}
 
     def routing(self, plans):

@@ -49,3 +49,10 @@ def test_a_step_beyond_the_limit_runs_in_bf16_and_is_counted(results):
 def test_logprobs_and_update_may_have_precisions_of_their_own(results):
     assert results["apart"]["train/head_fallback"] == 0
     assert results["apart"]["train/head_logp_abs_diff"] == pytest.approx(results["fp8"]["train/head_logp_abs_diff"])
+
+
+def test_an_update_without_a_pass_before_it_takes_the_sample_and_falls_back_before_it_steps(results):
+    near, far = results["unseen"]["near"], results["unseen"]["far"]
+    assert near["metrics"]["train/head_logp_abs_diff"] == pytest.approx(results["fp8"]["train/head_logp_abs_diff"])
+    assert near["metrics"]["train/head_fallback"] == 0 and far["metrics"]["train/head_fallback"] == 1
+    assert far["norm"] == results["unseen"]["bf16"]["norm"] != near["norm"]

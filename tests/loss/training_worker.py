@@ -47,7 +47,15 @@ def train(actor: Actor, packs: list[Pack], steps: int = 2) -> tuple[dict[str, fl
                 break
     loss = PolicyLoss(actor.cfg.algo, actor.head.backend)
     stats = [actor.update(packs, loss) for _ in range(steps)]
-    return metrics | actor.head_flips(), stats
+    return metrics | actor.head_metrics(), stats
+
+
+def train_unseen(actor: Actor, packs: list[Pack]) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The same of a rollout that no pass goes over before its one update."""
+    for pack in packs:
+        pack.on_policy = pack.unseen = True
+    stats = [actor.update(packs, PolicyLoss(actor.cfg.algo, actor.head.backend))]
+    return actor.head_metrics(), stats
 
 
 def kept_is_fresh(actor: Actor, packs: list[Pack]) -> bool:
@@ -78,6 +86,14 @@ def main() -> None:
     norms["fallen"] = [s["grad-norm"] for s in stats]
     actor, packs = begin(directory, "loss.precision=fp8", "loss.logprob_precision=bf16")
     out["apart"], _ = train(actor, packs)
+    unseen: dict[str, Any] = {}
+    for name, limit in (("near", 1), ("far", 1e-6)):
+        actor, packs = begin(directory, "loss.precision=fp8", f"loss.guard.max_abs_diff={limit}")
+        metrics, stats = train_unseen(actor, packs)
+        unseen[name] = {"metrics": metrics, "norm": stats[0]["grad-norm"]}
+    actor, packs = begin(directory, "loss.precision=bf16")
+    unseen["bf16"] = {"norm": train_unseen(actor, packs)[1][0]["grad-norm"]}
+    out["unseen"] = unseen
     if dist.is_main():
         (directory / "results.json").write_text(json.dumps(out))
     dist.barrier("the end", 60)

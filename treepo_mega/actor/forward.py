@@ -111,6 +111,8 @@ def _loss_of(
     total, stats = head.loss(rows, target, of_rows, whole=loss.needs_whole_packs)
     if gates is not None:
         head.count_flips(cast("Sample | None", pack.watched), rows, target, partial(gates, pack))
+    if pack.unseen:
+        head.watch(rows.detach(), target)
     # Megatron scales `total` in place; the statistics are separate tensors.
     # `full` writes on the device; `tensor` would copy a number from the host, and wait for it.
     return total.clone(), torch.full((), pack.pairs, dtype=torch.int, device=total.device), stats
@@ -184,8 +186,9 @@ def run_schedule(
     """Loss and gradients of `packs`; the gradients are left in Megatron's buffers. `replay`: as in `_run`.
 
     `watch` sees the packs of the first chunk as they are asked for. With `gates` the guard counts the clip gates that
-    FP8 flips. Collective over the model-parallel group, with experts over the ranks that share them, with auxiliary
-    losses over all ranks. Returns the statistics of each pack on the last stage, [] elsewhere.
+    FP8 flips, and it takes its sample of packs that no pass has seen. Collective over the model-parallel group, with
+    experts over the ranks that share them, with auxiliary losses over all ranks. Returns the statistics of each pack on
+    the last stage, [] elsewhere.
     """
     weigh_auxiliary(chunks, packs)
     return _run(chunks, packs, partial(_loss_of, head, loss, gates), gradients=True, watch=watch, replay=replay)

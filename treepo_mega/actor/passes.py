@@ -19,27 +19,27 @@ from treepo_mega.tree.pack import StepPlan
 
 
 def provide_old_logprobs(actor: Actor, plans: Sequence[StepPlan], cfg: Config) -> Sequence[StepPlan]:
-    """What `algo.old_logprobs` says into the packs of last-stage ranks; the head's guard watches a pass.
+    """What `algo.old_logprobs` says into the packs of last-stage ranks; the head's guard watches the passes.
 
-    Returns the plans that went through the model for it.
+    Returns the plans that went through the model for it. Without one, the guard takes its sample in the first update.
     """
+    suffices = first_forward_suffices(cfg)
+    from_rollout = cfg.algo.old_logprobs == "rollout"
     for pack in plans[0].packs:
         pack.on_policy = True
-    if cfg.algo.old_logprobs == "rollout":
+        pack.unseen = from_rollout or (suffices and len(plans) == 1)
+    if from_rollout:
         for plan in plans:
             for pack in plan.packs:
                 pack.old_logprobs = pack.rollout_logprobs
         return []
-    computed = plans[1:] if first_forward_suffices(cfg, watched=actor.guard.watches) else plans
+    computed = plans[1:] if suffices else plans
     fill_old_logprobs(actor, computed, replay=cfg.rollout.notes_routing)
     return computed
 
 
-def first_forward_suffices(cfg: Config, *, watched: bool) -> bool:
-    """Whether the first mini-batch needs no pass of its own: its update's forward pass gives the same logprobs.
-
-    `watched`: whether the FP8 guard takes its sample from the pass.
-    """
+def first_forward_suffices(cfg: Config) -> bool:
+    """Whether the first mini-batch needs no pass of its own: its update's forward pass gives the same logprobs."""
     algo = cfg.algo
     return (
         algo.old_logprobs == "auto"
@@ -48,7 +48,6 @@ def first_forward_suffices(cfg: Config, *, watched: bool) -> bool:
         # A second epoch meets the first mini-batch again, when the weights have moved.
         and cfg.train.ppo_epochs == 1
         and cfg.loss.logprob_precision == cfg.loss.precision
-        and not watched
         # These look at whole trajectories before the first update.
         and not (algo.weighs_leaves or algo.rejects_leaves or cfg.reward.kl_coef)
     )
@@ -144,6 +143,7 @@ def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epo
             # The weights have moved: what a later epoch's forward pass gives is no longer from before the update.
             for pack in plan.packs:
                 pack.on_policy = False
+                pack.unseen = False
     out = {f"train/{name}": sum(step[name] for step in stats) for name in ("skipped_steps", "ranks_split")}
     for name in ("loss", "pg_loss", "kl_loss", "entropy", "pg_clipfrac", "ppo_kl", "tis_weight"):
         out[f"train/{name}"] = sum(step[name] for step in stats) / len(stats)
@@ -151,5 +151,5 @@ def optimizer_steps(actor: Actor, plans: Sequence[StepPlan], loss: PackLoss, epo
     apart = {name: sum(step[name] for step in stats) for name in stats[0] if name.startswith(MISMATCH)}
     out["rollout/logprob_abs_diff_mean"] = apart[MISMATCH] / max(1.0, apart[ROWS])
     out["rollout/logprob_abs_diff_max"] = max(step["max_mismatch"] for step in stats)
-    out |= mismatch_metrics(apart) | actor.head_flips() | actor.routing(plans) | actor.costs.metrics()
+    out |= mismatch_metrics(apart) | actor.head_metrics() | actor.routing(plans) | actor.costs.metrics()
     return out | {"grad-norm": stats[-1]["grad-norm"], "learning-rate": stats[-1]["learning-rate"]}

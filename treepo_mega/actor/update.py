@@ -167,18 +167,21 @@ class Actor(Policy):
             # Megatron takes a list for virtual stages and a function for one chunk.
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.skipped_in_a_row = 0
+        self._judged: dict[str, float] = {}
+        """What the guard said of the running rollout's first update, until its metrics are taken."""
         stages = cfg.parallel.pipeline_model_parallel_size
         parameter_bytes = sum(one.nbytes for chunk in self.chunks for one in chunk.parameters())
         expected = expected_seconds(device().type, config.num_layers // stages, parameter_bytes)
         self.costs = UpdateCosts(pipelined=stages > 1, expected=expected)
 
-    def head_flips(self) -> dict[str, float]:
+    def head_metrics(self) -> dict[str, float]:
         """Metrics of the guard after a rollout's updates. Collective over all ranks."""
         if not self.guard.watches:
             return {}
+        judged, self._judged = self._judged, {}
         drift = self.guard.take_drift()
         sums = dist.sum_over_replicas({"flips": drift.flips, "gates": drift.gates})
-        return {"train/head_gate_flips": sums["flips"] / max(sums["gates"], 1.0)}
+        return judged | {"train/head_gate_flips": sums["flips"] / max(sums["gates"], 1.0)}
 
     def routing(self, plans: Sequence[StepPlan]) -> dict[str, float]:
         """Metrics of the engine's routing after a rollout's updates over `plans`. Collective over all ranks."""
@@ -207,18 +210,20 @@ class Actor(Policy):
     def update(self, packs: list[Pack], loss: PackLoss) -> dict[str, float]:
         """One optimizer step over this rank's packs; returns global statistics, the same on every rank.
 
+        Where no pass has seen the packs, the guard judges the sample of this one before anything moves. If FP8 is too
+        far from bf16, the passes are made once more in bf16.
+
         Collective over all ranks. Keys: the loss's sums divided by the pairs of the step, `grad-norm`,
         `learning-rate`, `skipped_steps`, `ranks_split`. Raises TrainingDiverged after too many skipped steps in a row,
         PacksTooLarge when memory is short and smaller packs are not to be had.
         """
-        data, smaller = self._passes(packs, loss)
-        split_packs = data is None
-        if data is None:
-            # Not in an except clause: its traceback would hold the activations.
-            packs = smaller
-            data, _ = self._passes(packs, loss, again=True)
-        assert data is not None, "the second attempt returns or raises"
-        self.costs.passed()
+        data, packs, split_packs = self._gradients(packs, loss)
+        # The same on every rank: each has packs of the step, and all of them or none are unseen.
+        if any(pack.unseen for pack in packs):
+            fell, self._judged = self.watch_head()
+            if fell:
+                data, packs, split_packs = self._gradients(packs, loss)
+                self.guard.take_drift()
         # Read before the step: the scheduler then moves on.
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._apply_gradients()
@@ -232,6 +237,18 @@ class Actor(Policy):
             "learning-rate": float(lr),
             "skipped_steps": float(skipped),
         }
+
+    def _gradients(self, packs: list[Pack], loss: PackLoss) -> tuple[list[Stats], list[Pack], bool]:
+        """(statistics, the packs that they are of, whether these were split for want of memory)."""
+        data, smaller = self._passes(packs, loss)
+        split_packs = data is None
+        if data is None:
+            # Not in an except clause: its traceback would hold the activations.
+            packs = smaller
+            data, _ = self._passes(packs, loss, again=True)
+        assert data is not None, "the second attempt returns or raises"
+        self.costs.passed()
+        return data, packs, split_packs
 
     def _passes(
         self, packs: list[Pack], loss: PackLoss, *, again: bool = False

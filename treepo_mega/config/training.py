@@ -114,7 +114,8 @@ class GuardConfig(Section):
     """Is the FP8 head still near bf16? Asked of a sample of rows in every step."""
 
     sample_rows: int = Field(256, ge=0)
-    """Rows per micro-batch of the old-logprob pass that are computed in fp8 and in bf16. 0: never ask."""
+    """Rows per micro-batch of the old-logprob pass that are computed in fp8 and in bf16; of the first update where no
+    such pass is made. 0: never ask."""
     max_abs_diff: float = Field(0.03, gt=0)
     """Largest acceptable mean |logp_fp8 - logp_bf16|, nats. Beyond it the step runs in bf16, counted in
     train/head_fallback; fp8 comes back with the first step whose sample is within it."""

@@ -2,9 +2,10 @@
 
 FP8 moves logprobs by a few hundredths of a nat; against a clip range of 0.2 that matters. How far depends on the
 model's activations, and is not known beforehand. So every step measures: the old-logprob pass computes a sample of
-each micro-batch's rows in fp8 and in bf16. If the mean difference over all ranks exceeds `loss.guard.max_abs_diff`,
-the step runs in bf16 and is counted. Its old logprobs are computed again, so that ratios compare like with like. The
-following steps run in bf16 and still measure, until the sample is within the limit again.
+each micro-batch's rows in fp8 and in bf16, or the first update where there is no such pass. If the mean difference over
+all ranks exceeds `loss.guard.max_abs_diff`, the step runs in bf16 and is counted. Its old logprobs, or its gradients,
+are computed again: ratios compare like with like. The following steps run in bf16 and still measure, until the sample
+is within the limit again.
 
 On the same rows, the update counts the clip decisions on which FP8 and bf16 disagree. Such flips are most of what FP8
 does to the gradient.

@@ -144,7 +144,6 @@ def old_share(cfg: Config) -> float:
         algo.old_logprobs == "auto"
         and cfg.train.ppo_epochs == 1
         and cfg.loss.logprob_precision == cfg.loss.precision
-        and not (cfg.loss.logprob_precision == "fp8" and cfg.loss.guard.sample_rows)
         and not (algo.weighs_leaves or algo.rejects_leaves or cfg.reward.kl_coef)
     )
     steps = cfg.train.num_steps_per_rollout

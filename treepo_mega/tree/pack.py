@@ -104,6 +104,9 @@ class Pack:
     ends of paths); None: the trees carry none."""
     watched: object | None = None
     """The rows that the FP8 guard sampled in the old-logprob pass (`loss/guard.py: Sample`), for the update."""
+    unseen: bool = False
+    """Whether no pass over the rollout came before its first update, which is this pack's: the FP8 guard then takes its
+    sample in the update."""
 
     @property
     def pairs(self) -> int:
