@@ -366,7 +366,9 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos")))
         warm = None if args.torchrun else stack.enter_context(WarmServer())
-        more = [f"data.verifier={SLOW}:compute_score"] if args.slow_rewards else []
+        # An engine that may replace prompts waits for graders itself, in the rollout.
+        slow = [f"data.verifier={SLOW}:compute_score", "rollout.dynamic_sampling=false"]
+        more = slow if args.slow_rewards else []
         chaos = Chaos(Runs(warm, more), work, random.Random(args.seed), args.phases, args.who)
         number = 0
         while totals["kills"] < wanted:
