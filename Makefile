@@ -60,7 +60,7 @@ test: setup
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
 # What another Megatron-Core could break, for a second lane: `make test-versions PYTHON=python3.12`.
-VERSION_TESTS = tests/runtime/test_megatron_versions.py tests/test_setup.py tests/checkpoint/test_versions.py tests/engine/test_engine.py
+VERSION_TESTS = tests/runtime/test_megatron_versions.py tests/test_setup.py tests/checkpoint/test_versions.py tests/checkpoint/test_megatron_lm.py tests/engine/test_engine.py
 test-versions: setup
 	$(PYTEST) $(VERSION_TESTS) -m "not slow and not matrix" $(ARGS)
 
