@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from treepo_mega.environment.setup import Environment, open_environment
 from treepo_mega.rollout.dealing import LocalQueue
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.in_flight import GenerationTimeout
-from treepo_mega.rollout.jobs import Job, Rewards
+from treepo_mega.rollout.jobs import Job, Rewards, job_of, stored
+from treepo_mega.tree.advantage import set_rewards
 from treepo_mega.tree.node import Tree
+from treepo_mega.tree.regrow import new_leaves
 
 ROOT = Path(__file__).parents[2]
 AGENT = ROOT / "examples" / "tiny_agent"
@@ -38,6 +42,13 @@ def configured(*overrides: str):
     """The shipped recipe, of four prompts a step."""
     few = [f"data.train=[{{path: '{AGENT}/train.jsonl@[0:8]'}}]", "rollout.rollout_batch_size=4"]
     return load_config(ROOT / "examples" / "agent_cpu.yaml", [*few, *overrides])
+
+
+def allowed(*overrides: str):
+    """As `configured`, and its rules hold."""
+    cfg = configured(*overrides)
+    assert check(cfg, 1)
+    return cfg
 
 
 class Policy(FakeEngine):
@@ -62,7 +73,8 @@ class Policy(FakeEngine):
         logprobs = [-drawn.random() for _ in tokens]
         law = sorted((-drawn.random() for _ in range(max(request.peek, request.top))), reverse=True)
         peek = law[: request.peek] if ends == "length" else []
-        return Finished(request.name, tokens, logprobs, ends, 0, peek, top=list(enumerate(law))[: request.top])
+        entropies = [drawn.random() for _ in tokens] if request.entropy else []
+        return Finished(request.name, tokens, logprobs, ends, 0, peek, entropies, list(enumerate(law))[: request.top])
 
 
 class Watch:
@@ -70,13 +82,14 @@ class Watch:
 
     def __init__(self) -> None:
         self.rewards: dict[int, Rewards | None] = {}
+        self.paused: list[int] = []
 
     def tree_done(self, index: int, tree: Tree, rewards: Rewards | None) -> None:
         assert index not in self.rewards
         self.rewards[index] = rewards
 
     def tree_paused(self, index: int, state: dict[str, Any]) -> None:
-        raise AssertionError("no tree is carried over")
+        self.paused.append(index)
 
     def step_done(self, occupancy: Any) -> None: ...
 
@@ -107,18 +120,40 @@ def opened(cfg, tokenizer) -> tuple[Environment, list[Prompt]]:
     return environment, list(prompts)[: cfg.rollout.rollout_batch_size]
 
 
-def grow(cfg, tokenizer, order: int = 0) -> tuple[list[Tree], list[Rewards], dict[str, float]]:
-    """A step's trees with an engine whose requests end in the order `order`."""
+def grow(
+    cfg, tokenizer, order: int = 0, jobs: list[Job] | None = None
+) -> tuple[list[Tree], list[Rewards], dict[str, float]]:
+    """A step's trees with an engine whose requests end in the order `order`; those that pause go on in later steps.
+
+    Each step has workers of its own, as after a restart. `jobs`: in place of new trees of the prompts.
+    """
     environment, prompts = opened(cfg, tokenizer)
-    try:
-        generator = Generator(Policy(random.Random(order)), cfg, tokenizer, environment=environment)
-        watch = Watch()
-        grown = generator.grow([Job(p) for p in prompts], LocalQueue(range(len(prompts))), step=1, watcher=watch)
-        assert environment.pool.wait() == {} and environment.pool.alive == 0, "all states are freed"
-        trees = [grown.trees[index] for index in range(len(prompts))]
-        return trees, [watch.rewards[index] or {} for index in range(len(prompts))], generator.counts
-    finally:
-        environment.close()
+    environment.close()
+    jobs = [Job(prompt) for prompt in prompts] if jobs is None else jobs
+    trees: dict[int, Tree] = {}
+    rewards: dict[int, Rewards] = {}
+    counts: dict[str, float] = {"steps": 0}
+    while len(trees) < len(jobs):
+        left = [index for index in range(len(jobs)) if index not in trees]
+        counts["steps"] += 1
+        environment = open_environment(cfg)
+        assert environment is not None
+        try:
+            generator = Generator(Policy(random.Random(order)), cfg, tokenizer, environment=environment)
+            watch = Watch()
+            these = [jobs[index] for index in left]
+            grown = generator.grow(these, LocalQueue(range(len(left))), step=int(counts["steps"]), watcher=watch)
+            assert environment.pool.wait() == {} and environment.pool.alive == 0, "all states are freed"
+        finally:
+            environment.close()
+        assert set(watch.rewards) == set(grown.trees) and sorted(watch.paused) == sorted(grown.paused)
+        trees |= {left[index]: tree for index, tree in grown.trees.items()}
+        rewards |= {left[index]: found or {} for index, found in watch.rewards.items()}
+        for index, state in grown.paused.items():
+            written = json.dumps(stored(replace(these[index], state=state)))
+            jobs[left[index]] = job_of(json.loads(written))
+        counts |= {name: counts.get(name, 0) + value for name, value in generator.counts.items()}
+    return [trees[index] for index in range(len(jobs))], [rewards[index] for index in range(len(jobs))], counts
 
 
 def said(tree: Tree, node_id: int) -> list[str]:
@@ -126,18 +161,24 @@ def said(tree: Tree, node_id: int) -> list[str]:
     return [task.SYMBOLS[token] for token in tree.prefix(node_id)]
 
 
+def asked(tree: Tree, turn: int) -> list[int]:
+    """The numbers that a turn asks about: forks may put two calls into one, and one that is none spoils both."""
+    said = "".join(task.SYMBOLS[token] for token in tree.turn(turn))
+    calls = re.findall(f"{re.escape(task.CALL)}(.*?){re.escape(task.CALL_END)}", said)
+    return [int(call) for call in calls] if all(call.isdigit() for call in calls) else []
+
+
 def by_definition(tree: Tree, leaf: int, secret: int) -> float:
     """What a trajectory earned, from what it says: each call that could be made costs."""
-    calls = 0
+    # Those whose answers did not fit were made all the same.
+    calls = len(asked(tree, leaf)) if tree.nodes[leaf].stop == "context" else 0
     for node in (tree.nodes[each] for each in tree.ancestry(leaf)):
         if node.observation:
-            answer = [task.SYMBOLS[token] for token in node.tokens][1]
-            up = said(tree, node.parent)
-            if answer in task.ANSWERS:
-                assert up[-4] == task.CALL and answer == task.compare(secret, int(up[-3]))
-                calls += 1
-            else:
-                assert answer == "<unk>" and up[-3] == "?", "an error, in words that this policy has no tokens for"
+            words = [task.SYMBOLS[token] for token in node.tokens]
+            numbers = asked(tree, node.parent)
+            assert [word for word in words if word in task.ANSWERS] == [task.compare(secret, each) for each in numbers]
+            assert numbers or "<unk>" in words, "an error, in words that this policy has no tokens for"
+            calls += len(numbers)
     return -0.05 * calls
 
 
@@ -193,6 +234,44 @@ def test_states_beyond_the_limit_are_rebuilt_and_change_nothing(tokenizer):
     assert tight[2]["env_replays"] > 0 == plain[2]["env_replays"]
 
 
+def names(tree: Tree) -> list[tuple]:
+    """All that was said and earned, without whose weights said it."""
+    return [(node.path, node.tokens, node.stop, node.observation) for node in tree.nodes]
+
+
+@pytest.mark.parametrize("shape", [(), ("rollout.branching.at=fork",)])
+def test_trees_that_go_on_in_later_steps_are_those_of_one_step(tokenizer, shape):
+    whole = grow(configured(*shape, "debug.continue_paths=never"), tokenizer)
+    cfg = allowed(*shape, "rollout.partial_rollout=4")
+    carried = grow(cfg, tokenizer, order=3)
+    assert carried[2]["steps"] > 1 and carried[2]["env_replays"] > 0 == whole[2]["env_replays"]
+    assert [names(tree) for tree in carried[0]] == [names(tree) for tree in whole[0]]
+    assert carried[1] == whole[1]
+    for tree, other in zip(carried[0], whole[0], strict=True):
+        assert {name: tree.counts[name] for name in ("tool_calls", "tool_errors", "turns")} == {
+            name: other.counts[name] for name in ("tool_calls", "tool_errors", "turns")
+        }
+
+
+@pytest.mark.parametrize("shape", [(), ("rollout.branching.at=fork",)])
+def test_trees_that_get_more_leaves_make_the_calls_again_that_these_build_on(tokenizer, shape):
+    cfg = allowed(*shape, "rollout.leaves=adaptive", "rollout.first_leaves=4")
+    _, prompts = opened(cfg, tokenizer)
+    first, earned, _ = grow(cfg, tokenizer, jobs=[Job(prompt, leaves=4) for prompt in prompts])
+    for tree, rewards in zip(first, earned, strict=True):
+        set_rewards(tree, [float(rewards[leaf]) for leaf in tree.leaves])
+    jobs = [Job(prompt, leaves=12, begun=tree) for prompt, tree in zip(prompts, first, strict=True)]
+    trees, rewards, counts = grow(cfg, tokenizer, jobs=jobs)
+    again, _, _ = grow(cfg, tokenizer, order=4, jobs=jobs)
+    assert [names(tree) for tree in again] == [names(tree) for tree in trees]
+    assert counts["env_replays"] > 0
+    secrets = [row["secret"] for row in map(json.loads, (AGENT / "train.jsonl").read_text().splitlines()[:4])]
+    for tree, of_leaf, begun, secret in zip(trees, rewards, first, secrets, strict=True):
+        assert set(of_leaf) == set(new_leaves(tree, begun).leaves) and len(of_leaf) == 8
+        for leaf, reward in of_leaf.items():
+            assert reward == pytest.approx(by_definition(tree, leaf, secret))
+
+
 BROKEN = """
 import os, time
 
@@ -240,6 +319,18 @@ def test_a_tool_that_hangs_costs_its_own_call_and_a_rollout_has_a_deadline(token
         grow(cfg, tokenizer)
 
 
+def test_a_replay_that_differs_loses_its_trajectory_and_says_where(tokenizer, tmp_path):
+    path = tmp_path / "fickle.py"
+    path.write_text(BROKEN.format(fault="pass").replace('return "more"', 'return "<=>"[time.time_ns() % 3]'))
+    cfg = configured(f"data.environment={path}:Broken", "rollout.partial_rollout=4")
+    trees, rewards, counts = grow(cfg, tokenizer)
+    assert counts["env_replays"] > 0
+    said = {value for of_tree in rewards for value in of_tree.values() if isinstance(value, str)}
+    assert any("a replay differs: ask answered otherwise" in reason for reason in said)
+    lost = {leaf for tree in trees for leaf in tree.leaves if tree.nodes[leaf].stop == "lost"}
+    assert lost, "a path that was to go on behind it does not"
+
+
 def test_an_opening_stands_in_the_prompt_and_has_to_come_again(tokenizer, tmp_path):
     path = tmp_path / "opens.py"
     body = BROKEN.format(fault="pass").replace("self.secret = secret", "self.secret = secret\n        return {text}")
@@ -257,9 +348,10 @@ def test_an_opening_stands_in_the_prompt_and_has_to_come_again(tokenizer, tmp_pa
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("rollout.partial_rollout=8", r"rollout\.partial_rollout 8: a state of an environment does not outlive"),
-        ("rollout.branching.at=fork", r"rollout\.branching\.at fork: .*set rollout\.branching\.at=border"),
-        ("rollout.leaves=adaptive", r"rollout\.leaves adaptive"),
+        (
+            "rollout.branching.at=fork rollout.branching.after_observation=3",
+            r"rollout\.branching\.after_observation 3 has no effect with rollout\.branching\.at fork",
+        ),
         ("debug.schedule=level", r"debug\.schedule level"),
         ("rollout.segment.end=turn rollout.token_budget=99", r"token_budget 99 with rollout\.segment\.end turn"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -37,7 +38,16 @@ def grow(cfg: RolloutConfig, rules: TurnRules | None = RULES, *, seed: int = 1, 
     search = TreeSearch("p", PROMPT, cfg, seed=seed, stop=stop, turns=rules)
     shuffler = random.Random(order)
     pending: list[tuple[str, object]] = []
+    version = 0
     while not search.done:
+        if search.paused:
+            assert not pending
+            version += 1
+            state = json.loads(json.dumps(search.state_dict()))
+            search = TreeSearch("p", PROMPT, cfg, seed=seed + 1, stop=stop, turns=rules)
+            search.load_state_dict(state)
+            search.resume(version, cfg)
+            continue
         pending += [("want", want) for want in search.wants()]
         pending += [("turn", node_id) for node_id in search.turns_ended()]
         if order is not None:
@@ -50,7 +60,9 @@ def grow(cfg: RolloutConfig, rules: TurnRules | None = RULES, *, seed: int = 1, 
         tokens = sample(what.prefix, what.seed, what.max_tokens, 0.2, 0.02)
         law = [-((what.prefix[-1] + k) % 7) / 3 for k in range(max(what.peek, what.top))]
         top = [(token, logprob) for token, logprob in enumerate(law)][: what.top]
-        search.take(what.node_id, Segment(tokens, [-t / 10 for t in tokens], "length", law[: what.peek], top=top))
+        entropies = [(token % 5) / 4 for token in tokens] if what.entropy else []
+        segment = Segment(tokens, [-t / 10 for t in tokens], "length", law[: what.peek], entropies, top)
+        search.take(what.node_id, segment)
     assert not pending and not search.turns_ended()
     return search.tree
 
@@ -69,6 +81,10 @@ configs = st.builds(
     branching__budget__kind=st.sampled_from(["equal", "low_prob", "entropy"]),
     branching__budget__signal=st.sampled_from(["segment", "branch_point"]),
     branching__budget__top_k=st.integers(1, 3),
+    branching__at=st.sampled_from(["border", "fork"]),
+    branching__fork__draw=st.sampled_from(["again", "other"]),
+    branching__fork__distance=st.integers(1, 4),
+    partial_rollout=st.none() | st.integers(1, 20),
 )
 
 
@@ -84,14 +100,16 @@ def test_order_of_answers_does_not_matter_and_every_path_is_a_dialogue(cfg, seed
             assert (node.tokens, False) == world(tree.turn(above.id)), "it answers the turn above it"
             assert above.tokens[-1] == EOS and above.children == [node.id] and node.children
             continue
+        assert EOS not in node.tokens[:-1]
+        assert (node.stop is None) == bool(node.children)
+        if cfg.forks:
+            continue
         # What it was sampled after: the prompt, turns with their EOS, and what was said between them.
         prefix = tree.prefix(node.parent)
         assert len(prefix) == len(PROMPT) + tree.response_length(above.id) + tree.observed_length(above.id)
         room = min(cfg.segment_tokens, cfg.max_response_len - tree.response_length(above.id))
         again = sample(prefix, derive_seed(seed, *node.path), room, 0.2, 0.02)
         assert node.tokens == again[: len(node.tokens)]
-        assert EOS not in node.tokens[:-1]
-        assert (node.stop is None) == bool(node.children)
     for leaf in tree.leaves:
         assert tree.nodes[leaf].stop in STOP_REASONS + TURN_STOP_REASONS
         assert tree.response_length(leaf) <= cfg.max_response_len
@@ -138,6 +156,31 @@ def test_an_observation_is_no_group_of_its_own():
     for limit in (None, 1):
         got = leaf_advantages(with_answers, "treepo", max_subgroup_depth=limit)
         assert got == pytest.approx(leaf_advantages(without, "treepo", max_subgroup_depth=limit))
+
+
+def test_where_steps_end_changes_nothing_but_whose_weights_sampled():
+    for seed in range(30):
+        whole = grow(config(n_samples_per_prompt=6), seed=seed)
+        in_steps = grow(config(n_samples_per_prompt=6, partial_rollout=3), seed=seed, order=seed)
+        assert [(node.path, node.tokens, node.stop) for node in in_steps.nodes] == [
+            (node.path, node.tokens, node.stop) for node in whole.nodes
+        ]
+        assert in_steps.leaves == whole.leaves and in_steps.counts == whole.counts
+
+
+def test_forks_start_after_observations_and_never_within_one():
+    cfg = config(n_samples_per_prompt=12, max_response_len=40, branching__at="fork", branching__fork__distance=1)
+    behind = 0
+    for seed in range(20):
+        trees = [grow(cfg, seed=seed), grow(cfg.replace({"segment.end": "turn"}), seed=seed)]
+        for tree in trees:
+            for node in tree.nodes[1:]:
+                branches = len(node.children) > 1
+                behind += branches and node.observation
+                assert not (branches and tree.answered(node.id))
+        for node in trees[1].nodes[1:]:
+            assert len(node.children) < 2 or node.observation, "segments that are turns fork between turns alone"
+    assert behind > 20
 
 
 def test_segments_that_are_turns_end_where_turns_end():

@@ -23,18 +23,6 @@ def check_environment(cfg: Config) -> list[str]:
             bad.append(f"data.environment with {key} {value}: {why}; set {key}={instead}")
 
     refuse(
-        rollout.partial_rollout is not None, "rollout.partial_rollout", rollout.partial_rollout, "null",
-        "a state of an environment does not outlive its step",
-    )  # fmt: skip
-    refuse(
-        rollout.leaves == "adaptive", "rollout.leaves", "adaptive", "fixed",
-        "trees grow on after their states are gone",
-    )  # fmt: skip
-    refuse(
-        rollout.forks, "rollout.branching.at", rollout.branching.at, "border",
-        "branches begin within turns whose end their tools were asked for",
-    )  # fmt: skip
-    refuse(
         rollout.engine.tensor_parallel_size > 1, "rollout.engine.tensor_parallel_size",
         rollout.engine.tensor_parallel_size, "1", "each rank of an engine would ask tools of its own",
     )  # fmt: skip
@@ -80,9 +68,15 @@ def _check_turns_are_wanted(rollout: RolloutConfig) -> list[str]:
 def _check_turn_segments(cfg: Config) -> list[str]:
     """Segments that are turns have no length of their own, and enough of them fit on a path."""
     rollout = cfg.rollout
-    if rollout.segment.end != "turn":
-        return []
     bad = []
+    if rollout.forks and rollout.branching.after_observation is not None:
+        bad.append(
+            f"rollout.branching.after_observation {rollout.branching.after_observation} has no effect with "
+            "rollout.branching.at fork: branches start where the model was uncertain; leave it out, or set "
+            "rollout.segment.end=turn to fork after observations only"
+        )
+    if rollout.segment.end != "turn":
+        return bad
     if rollout.token_budget is not None:
         bad.append(
             f"rollout.token_budget {rollout.token_budget} with rollout.segment.end turn: nobody knows what the next "
@@ -95,7 +89,7 @@ def _check_turn_segments(cfg: Config) -> list[str]:
     answered = cfg.environment.max_turns if rollout.max_depth is None else rollout.max_depth - 1
     # Bounded exponent: past 2**64 leaves the answer is the same.
     reachable = first * branching.width(observed=True) ** min(answered, 64)
-    if rollout.fallback.from_ == "none" and reachable < rollout.leaves_at_most:
+    if rollout.fallback.from_ == "none" and reachable < rollout.leaves_at_most and not rollout.forks:
         bad.append(
             f"rollout.n_samples_per_prompt: {rollout.leaves_at_most} leaves are out of reach with "
             f"rollout.fallback.from none and rollout.segment.end turn: {first} branches at the prompt and "

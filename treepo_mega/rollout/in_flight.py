@@ -24,6 +24,7 @@ from treepo_mega.rollout.jobs import Grown, Job, Watcher, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.rollout.turns import COUNTS as TURN_COUNTS
 from treepo_mega.rollout.turns import Agent, Answered, TurnsInFlight
+from treepo_mega.tree.regrow import new_leaves
 from treepo_mega.tree.search import TreeSearch
 from treepo_mega.tree.wants import Segment, Want
 
@@ -57,7 +58,7 @@ class TreesInFlight:
         self.temperature = temperature
         self.begin = begin
         self.watcher = watcher
-        self.turns = TurnsInFlight(agent) if agent is not None else None
+        self.turns = TurnsInFlight(agent, forks=rollout.forks) if agent is not None else None
         self.borders = generator.borders(rollout)
         self.room = Admission(self.engine.kv_blocks, rollout.engine.block_size, rollout.engine.max_num_seqs)
         # By rank: the order in which they were begun. `taken` maps a rank to the index of its job.
@@ -198,8 +199,8 @@ class TreesInFlight:
             # A carried-over tree brings what it cost in earlier steps.
             search.tree.counts.setdefault(name, 0)
         if self.turns is not None:
-            search.tree.counts |= dict.fromkeys(TURN_COUNTS, 0)
-            self.turns.begin(len(self.searches), self.jobs[index].prompt, search.seed)
+            search.tree.counts = dict.fromkeys(TURN_COUNTS, 0) | search.tree.counts
+            self.turns.begin(len(self.searches), self.jobs[index].prompt, search.seed, search.tree)
         self.searches.append(search)
         self.taken.append(index)
         self.rests.append(0)
@@ -215,8 +216,12 @@ class TreesInFlight:
             self.room.settle(rank)
         if self.rollout.forks and (self.rests[rank] != search.rests or search.done or search.paused):
             self._hold(rank)
+        if search.paused and self.turns is not None:
+            self.turns.pause(rank)
         if search.done and self.turns is not None:
-            self.turns.grade(rank, search.tree)
+            begun = self.jobs[self.taken[rank]].begun
+            grown = search.tree if begun is None else new_leaves(search.tree, begun)
+            self.turns.grade(rank, search.tree, grown.leaves)
         elif search.done and self.watcher is not None:
             self.watcher.tree_done(self.taken[rank], search.tree, None)
         elif search.paused and self.watcher is not None:

@@ -2,18 +2,22 @@
 
     agent = Agent(environment, cfg, tokenizer, eos_token_ids)      # proves the chat template, once a run
     turns = TurnsInFlight(agent)                                   # once a rollout
-    turns.begin(rank, prompt, seed)
+    turns.begin(rank, prompt, seed, tree)
     turns.ask(rank, tree, node_id)                   # a turn has ended: read its calls, and make them
     for answered in turns.poll(): ...                # what tools answered, by tree and node
-    turns.grade(rank, tree)                          # a tree is complete: what its leaves earned
+    turns.grade(rank, tree, leaves)                  # a tree is complete: what these leaves earned
     for rank, rewards in turns.take_graded(): ...
 
 Nothing here blocks but `wait`. While tools run, the engine goes on with all other paths.
 
 States. A tree's first state is opened when it is first needed. A turn acts on a copy of the state behind the last
 observation above it, and the copy becomes the state behind the new observation. So siblings never share one, and a
-fallback can branch behind any observation of the tree. States are freed when the tree has its rewards. How a copy is
-made, and when a state is rebuilt, is the pool's matter (`environment/pool.py`).
+fallback or a fork can branch behind any observation of the tree. States are freed when the tree has its rewards, or
+waits for another step. How a copy is made, and when a state is rebuilt, is the pool's matter (`environment/pool.py`).
+
+Trees that go on (`rollout.leaves: adaptive`, `rollout.partial_rollout`, a run that was killed) have turns whose states
+are gone. Where one is needed, the calls of its path are made again, and what they answer is compared with the tokens
+that the tree has. A replay that differs loses the trajectory, and says where.
 
 Determinism. What a tool draws is seeded by the run, the prompt and the path of the turn. So trees are the same in any
 order of answers, on any number of ranks, and after a restart.
@@ -21,8 +25,8 @@ order of answers, on any number of ranks, and after a restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config
@@ -30,6 +34,7 @@ from treepo_mega.data.dialogue import Dialogue
 from treepo_mega.engine.tool_calls import Malformed, ToolCallReader
 from treepo_mega.environment import Reply, State, ToolCall
 from treepo_mega.environment.setup import Environment
+from treepo_mega.rollout.episodes import FIRST, Episode, Name, name_of
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
@@ -37,8 +42,6 @@ from treepo_mega.tree.stop import TurnRules
 
 if TYPE_CHECKING:
     from treepo_mega.data.prompts import Prompt
-
-Path = tuple[int, ...]
 
 COUNTS = ("tool_calls", "tool_errors")
 """What is counted in a tree's `counts`: calls, and those that were answered with an error."""
@@ -96,79 +99,92 @@ class _Turn:
 
 
 @dataclass(slots=True)
-class _Episode:
-    """The states of one tree, by the path of the observation that they stand behind; () is the first one."""
+class _Replay:
+    """A turn of an earlier round or step that is made again. `seen`: what the tree has; None: it did not fit."""
 
-    rank: int
-    prompt: Prompt
-    seed: int
-    states: dict[Path, State] = field(default_factory=dict)
-    opening: int | None = None
-    """The ticket of the first state, while its reset is not answered."""
-    failed: str | None = None
-    """Why the first state cannot be had."""
-    wanting: list[Callable[[], None]] = field(default_factory=list)
-    """What waits for the first state."""
-    missing: int = 0
-    rewards: dict[int, float | str] | None = None
-    """Leaf -> its reward, or why it has none; None until they are asked for."""
+    turn: _Turn
+    name: Name
+    seen: list[int] | None
+    state: State
 
 
 class TurnsInFlight:
     """The turns of one rollout on one engine. See the module docstring."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, *, forks: bool = False) -> None:
+        """`forks`: branches start anywhere, so that paths of nodes change (rollout.branching.at)."""
         self.agent = agent
+        self._forks = forks
         self.counts: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         self._pool = agent.environment.pool
         self._before = dict(self._pool.counts)
-        self._episodes: dict[int, _Episode] = {}
+        self._episodes: dict[int, Episode] = {}
         self._turns: dict[int, _Turn] = {}
         self._openings: dict[int, int] = {}
         self._gradings: dict[int, tuple[int, list[int]]] = {}
+        self._replays: dict[int, _Replay] = {}
+        self._replayed = 0
         self._answered: list[Answered] = []
         self._graded: list[int] = []
 
     @property
     def waiting(self) -> bool:
         """Whether anything is asked that is not answered, or answered and not taken."""
-        return bool(self._turns or self._openings or self._gradings or self._answered or self._graded)
+        asked = self._turns or self._openings or self._gradings or self._replays
+        return bool(asked or self._answered or self._graded)
 
-    def begin(self, rank: int, prompt: Prompt, seed: int) -> None:
-        """A tree begins; nothing is opened yet. `seed`: of the tree."""
-        self._episodes[rank] = _Episode(rank, prompt, seed)
+    def begin(self, rank: int, prompt: Prompt, seed: int, tree: Tree) -> None:
+        """A tree begins, or goes on; nothing is opened yet. `seed`: of the tree."""
+        had_turns = any(node.observation or node.stop == "context" for node in tree.nodes)
+        self._episodes[rank] = Episode(rank, prompt, seed, goes_on=had_turns)
+
+    def pause(self, rank: int) -> None:
+        """The tree goes on in another step: its states are freed. Nothing of it may be unanswered."""
+        for state in self._episodes.pop(rank).states.values():
+            self._pool.free(state)
 
     def ask(self, rank: int, tree: Tree, node_id: int) -> bool:
         """Read the calls of the turn that ended at `node_id`, and make them. False: it has none, and is the last."""
-        node = tree.nodes[node_id]
-        read = self.agent.calls(tree.turn(node_id))
-        if not read:
-            return False
-        said = [f"Error: {call.reason}" if isinstance(call, Malformed) else None for call in read]
-        calls = [call for call in read if isinstance(call, ToolCall)]
-        tree.counts["tool_calls"] += len(read)
-        tree.counts["tool_errors"] += len(read) - len(calls)
         episode = self._episodes[rank]
-        seed = derive_seed(episode.seed, "tools", *node.path)
-        turn = _Turn(rank, tree, node_id, seed, calls, said)
-        if calls:
-            self._with_first_state(episode, lambda: self._act(turn))
+        turn = self._read(episode, tree, node_id)
+        if not turn.said:
+            return False
+        tree.counts["tool_calls"] += len(turn.said)
+        tree.counts["tool_errors"] += len(turn.said) - len(turn.calls)
+        if turn.calls:
+            self._with_state(episode, tree, node_id, lambda: self._act(turn))
         else:
+            episode.stateless.add(name_of(tree, node_id))
             self._answer(turn, [])
         return True
 
-    def grade(self, rank: int, tree: Tree) -> None:
-        """Ask what the leaves of a complete tree earned; `take_graded` names it when all have answered.
+    def grade(self, rank: int, tree: Tree, leaves: Collection[int] | None = None) -> None:
+        """Ask what leaves of a complete tree earned; `take_graded` names it when all have answered.
 
-        Without get_reward there is nothing to ask, and its states are freed at once.
+        `leaves`: those that are asked about; None: all. Without get_reward there is nothing to ask, and its states are
+        freed at once.
         """
         episode = self._episodes[rank]
-        episode.rewards = {leaf: "the environment lost it" for leaf in tree.leaves if tree.nodes[leaf].stop == "lost"}
-        asked = [leaf for leaf in tree.leaves if leaf not in episode.rewards]
-        if asked and self.agent.environment.manifest.has_reward:
-            self._with_first_state(episode, lambda: self._grade(episode, tree, asked))
-        else:
+        wanted = tree.leaves if leaves is None else leaves
+        episode.rewards = {
+            leaf: episode.broken.get(name_of(tree, leaf), "the environment lost it")
+            for leaf in wanted
+            if tree.nodes[leaf].stop == "lost"
+        }
+        asked = [leaf for leaf in wanted if leaf not in episode.rewards]
+        if not asked or not self.agent.environment.manifest.has_reward:
             self._graded.append(rank)
+            return
+        # All states before the first question: nothing can be replayed from a state that is being asked.
+        left = set(asked)
+
+        def found(leaf: int) -> None:
+            left.discard(leaf)
+            if not left:
+                self._grade(episode, tree, asked)
+
+        for leaf in asked:
+            self._with_state(episode, tree, leaf, lambda leaf=leaf: found(leaf))  # type: ignore[misc]
 
     def take_graded(self) -> list[tuple[int, dict[int, float | str]]]:
         """(rank, leaf -> reward or the reason why there is none) of trees whose leaves are all graded; each once."""
@@ -198,7 +214,7 @@ class TurnsInFlight:
         """SUMS of this rollout; additive over engines."""
         for name in OF_POOL:
             self.counts[f"env_{name}"] = self._pool.counts[name] - self._before[name]
-        return dict(self.counts)
+        return self.counts | {"env_replays": self.counts["env_replays"] + self._replayed}
 
     def end(self) -> None:
         """Free the states of trees that did not come to their end: after an error."""
@@ -207,36 +223,87 @@ class TurnsInFlight:
                 self._pool.free(state)
         self._pool.wait()
 
-    def _with_first_state(self, episode: _Episode, act: Callable[[], None]) -> None:
-        """Call `act` once the tree's first state can be used, or cannot be had."""
-        if () in episode.states and episode.opening is None:
+    def _read(self, episode: Episode, tree: Tree, node_id: int) -> _Turn:
+        """The calls of the turn that ended at `node_id`, not made yet."""
+        read = self.agent.calls(tree.turn(node_id))
+        said = [f"Error: {call.reason}" if isinstance(call, Malformed) else None for call in read]
+        path = name_of(tree, node_id) if self._forks else tree.nodes[node_id].path
+        seed = derive_seed(episode.seed, "tools", *path)
+        return _Turn(episode.rank, tree, node_id, seed, [call for call in read if isinstance(call, ToolCall)], said)
+
+    def _with_state(self, episode: Episode, tree: Tree, node_id: int, act: Callable[[], None]) -> None:
+        """Call `act` once the state behind the path of a node can be used, or cannot be had."""
+        if FIRST not in episode.states or episode.opening is not None:
+            episode.wanting.append(lambda: self._with_state(episode, tree, node_id, act))
+            if episode.opening is None:
+                state, ticket = self.agent.environment.open(episode.prompt.row or {}, episode.prompt.id)
+                episode.states[FIRST] = state
+                episode.opening = ticket
+                self._openings[ticket] = episode.rank
+            return
+        gone = episode.first_gone(tree, node_id)
+        if gone is None or episode.why_broken(tree, node_id) is not None:
             act()
             return
-        episode.wanting.append(act)
-        if episode.opening is None:
-            state, ticket = self.agent.environment.open(episode.prompt.row or {}, episode.prompt.id)
-            episode.states[()] = state
-            episode.opening = ticket
-            self._openings[ticket] = episode.rank
+        self._replay(episode, tree, gone, lambda: self._with_state(episode, tree, node_id, act))
+
+    def _replay(self, episode: Episode, tree: Tree, node_id: int, then: Callable[[], None]) -> None:
+        """Make the calls of an earlier turn again, whose path is there up to it; `then` goes on."""
+        name = name_of(tree, node_id)
+        if name in episode.replaying:
+            episode.replaying[name].append(then)
+            return
+        turn = self._read(episode, tree, node_id)
+        if not turn.calls:
+            episode.stateless.add(name)
+            then()
+            return
+        self._replayed += 1
+        episode.replaying[name] = [then]
+        seen = None if tree.nodes[node_id].stop == "context" else tree.nodes[tree.below(node_id)].tokens
+        above = tree.nodes[node_id].parent
+        state = self._pool.branch(episode.states[episode.name_behind(tree, above)])
+        self._replays[self._pool.act(state, turn.calls, seed=turn.seed)] = _Replay(turn, name, seen, state)
+
+    def _replied_again(self, replay: _Replay, reply: Reply) -> None:
+        episode = self._episodes[replay.turn.rank]
+        episode.states[replay.name] = replay.state
+        if reply.lost:
+            episode.broken[replay.name] = f"its calls cannot be made again: {reply.error}"
+        elif replay.seen is not None and self._tokens(replay.turn, reply.texts) != replay.seen:
+            called = ", ".join(call.name for call in replay.turn.calls)
+            episode.broken[replay.name] = (
+                f"a replay differs: {called} answered otherwise than when turn {replay.name} was sampled, now "
+                f"{' | '.join(reply.texts)!r:.80}. Draw random numbers from `random` or numpy.random, which are seeded"
+            )
+        for then in episode.replaying.pop(replay.name):
+            then()
 
     def _act(self, turn: _Turn) -> None:
         episode = self._episodes[turn.rank]
-        if episode.failed is not None:
-            self._answered.append(Answered(turn.rank, turn.node_id, None, lost=True))
+        broken = episode.why_broken(turn.tree, turn.node_id)
+        if broken is not None:
+            self._lose(episode, turn, broken)
             return
-        turn.state = self._pool.branch(episode.states[_behind(episode, turn.tree, turn.node_id)])
+        turn.state = self._pool.branch(episode.states[episode.name_behind(turn.tree, turn.node_id)])
         self._turns[self._pool.act(turn.state, turn.calls, seed=turn.seed)] = turn
 
-    def _grade(self, episode: _Episode, tree: Tree, leaves: list[int]) -> None:
+    def _lose(self, episode: Episode, turn: _Turn, why: str) -> None:
+        episode.broken[name_of(turn.tree, turn.node_id)] = why
+        self._answered.append(Answered(turn.rank, turn.node_id, None, lost=True))
+
+    def _grade(self, episode: Episode, tree: Tree, leaves: list[int]) -> None:
         assert episode.rewards is not None
-        if episode.failed is not None:
-            episode.rewards |= dict.fromkeys(leaves, episode.failed)
-            self._graded.append(episode.rank)
-            return
-        by_state: dict[Path, list[int]] = {}
+        by_state: dict[Name, list[int]] = {}
         for leaf in leaves:
-            by_state.setdefault(_behind(episode, tree, leaf), []).append(leaf)
+            broken = episode.why_broken(tree, leaf)
+            if broken is not None:
+                episode.rewards[leaf] = broken
+            else:
+                by_state.setdefault(episode.name_behind(tree, leaf), []).append(leaf)
         episode.missing = len(by_state)
+        if not by_state:
+            self._graded.append(episode.rank)
         for base, earned in by_state.items():
             seed = derive_seed(episode.seed, "reward", *base)
             self._gradings[self._pool.grade(episode.states[base], seed=seed)] = (episode.rank, earned)
@@ -253,6 +320,8 @@ class TurnsInFlight:
         for ticket, reply in replies.items():
             if ticket in self._openings:
                 self._opened(self._openings.pop(ticket), reply)
+            elif ticket in self._replays:
+                self._replied_again(self._replays.pop(ticket), reply)
             elif ticket in self._gradings:
                 rank, leaves = self._gradings.pop(ticket)
                 score = reply.score
@@ -280,30 +349,23 @@ class TurnsInFlight:
         self.counts["env_s"] += reply.seconds
         turn.tree.counts["tool_errors"] += reply.failed_calls
         assert turn.state is not None
-        # By the path that the observation below the turn will have.
-        self._episodes[turn.rank].states[*turn.tree.nodes[turn.node_id].path, 0] = turn.state
+        episode = self._episodes[turn.rank]
+        episode.states[name_of(turn.tree, turn.node_id)] = turn.state
         if reply.lost:
-            self._answered.append(Answered(turn.rank, turn.node_id, None, lost=True))
+            self._lose(episode, turn, str(reply.error))
         else:
             self._answer(turn, reply.texts)
 
     def _answer(self, turn: _Turn, texts: Sequence[str]) -> None:
+        self._answered.append(Answered(turn.rank, turn.node_id, self._tokens(turn, texts)))
+
+    def _tokens(self, turn: _Turn, texts: Sequence[str]) -> list[int]:
+        """The observation of a turn whose calls answered `texts`; those that could not be read say why."""
         made = iter(texts)
         every = [next(made) if said is None else said for said in turn.said]
-        tokens = self.agent.dialogue.answer(every)
-        self._answered.append(Answered(turn.rank, turn.node_id, tokens))
+        return self.agent.dialogue.answer(every)
 
     def _hand_over(self) -> list[Answered]:
         answered = self._answered
         self._answered = []
         return answered
-
-
-def _behind(episode: _Episode, tree: Tree, node_id: int) -> Path:
-    """The key of the state that the path of a node has come to.
-
-    Observations that no tool made have no state of their own. A leaf whose observation was too long has one.
-    """
-    path = tree.nodes[node_id].path
-    keys = [(*path, 0), *(path[:size] for size in range(len(path), 0, -1))]
-    return next((key for key in keys if key in episode.states), ())

@@ -89,6 +89,10 @@ class _Field:
             starts = np.zeros_like(self.open)
             starts[self.begin[1:]] = True
             self.open &= starts
+        for node in tree.nodes[1:]:
+            # Nobody drew what an environment said. The token after it may fork.
+            if node.observation:
+                self.open[self.begin[node.id] : self.end[node.id]] = False
         self._close_near_branches()
 
     def take_best(self) -> int:

@@ -109,6 +109,8 @@ class Tree:
         node.observation = True
         node.tokens = list(tokens)
         node.logprobs = [0.0] * len(tokens)
+        # Nothing was drawn there: it is as sure as can be, where that is noted.
+        node.entropies = [0.0] * len(tokens) if up.entropies else []
         return node
 
     def add_child(

@@ -119,7 +119,8 @@ class TreeSearch:
     @property
     def paused(self) -> bool:
         """True when nothing is running and all that is left lies beyond this step's reach (partial_rollout)."""
-        return bool(self._beyond_reach) and len(self._beyond_reach) == len(self._running)
+        waits = bool(self._turns.unanswered) or len(self._beyond_reach) < len(self._running)
+        return bool(self._beyond_reach) and not waits
 
     def resume(self, policy_version: int, rollout: RolloutConfig) -> None:
         """Begin another step of a carried-over tree: its paths may grow on, sampled by the weights of now.
@@ -335,7 +336,7 @@ class TreeSearch:
     def _ask(self, want: Want) -> None:
         """Want a segment now, or in a later step when its path has grown enough in this one."""
         reach = self._cfg.partial_rollout
-        grown = len(want.prefix) - len(self.tree.prompt_tokens)
+        grown = self.tree.response_length(self.tree.nodes[want.node_id].parent)
         within_reach = reach is None or grown < reach * self._step
         (self._new if within_reach else self._beyond_reach).append(want)
 

@@ -55,7 +55,7 @@ class ForkTransfer:
         None only when fallback is off and the threshold has no forks left.
         """
         fork = self.rollout.branching.fork
-        borders_only = self.rollout.ends_at_text
+        borders_only = self.rollout.segment.end != "length"
         if fork.threshold is not None:
             found = first_crossings(
                 tree,
