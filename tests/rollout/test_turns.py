@@ -322,7 +322,7 @@ def test_a_tool_that_hangs_costs_its_own_call_and_a_rollout_has_a_deadline(token
 def test_a_replay_that_differs_loses_its_trajectory_and_says_where(tokenizer, tmp_path):
     path = tmp_path / "fickle.py"
     path.write_text(BROKEN.format(fault="pass").replace('return "more"', 'return "<=>"[time.time_ns() % 3]'))
-    cfg = configured(f"data.environment={path}:Broken", "rollout.partial_rollout=4")
+    cfg = configured(f"data.environment={path}:Broken", "rollout.partial_rollout=8", "rollout.rollout_batch_size=2")
     trees, rewards, counts = grow(cfg, tokenizer)
     assert counts["env_replays"] > 0
     said = {value for of_tree in rewards for value in of_tree.values() if isinstance(value, str)}
