@@ -18,6 +18,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnBackend
@@ -95,6 +96,9 @@ def write(directory: Path, folder: str, layout: str) -> tuple[Config, Actor]:
         target.mkdir(parents=True)
     dist.barrier("the directory", 60)
     weights_of_model = plain_model(cfg, actor, like).sharded_state_dict()
+    if folder == "untied":
+        # As wrappers around the model leave it.
+        add_prefix_for_sharding(weights_of_model, "module.")
     of_optimizer = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),

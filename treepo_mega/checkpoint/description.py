@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from treepo_mega.errors import TreepoError
+from treepo_mega.checkpoint.error import CheckpointError
 
 DESCRIPTION = ".metadata"
 _NAMED: dict[str, frozenset[str]] = {
@@ -41,10 +41,6 @@ _NAMED: dict[str, frozenset[str]] = {
     "builtins": frozenset({"set", "frozenset"}),
 }
 """Module -> what a description may name of it, beside the types of tensors' elements."""
-
-
-class CheckpointError(TreepoError):
-    """A checkpoint is missing, incomplete or does not fit; the message names the directory and what to do."""
 
 
 class _Refused(Exception):

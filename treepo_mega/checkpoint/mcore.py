@@ -27,7 +27,9 @@ from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from treepo_mega.checkpoint.description import CheckpointError, read_description
+from treepo_mega.checkpoint.description import read_description
+from treepo_mega.checkpoint.error import CheckpointError
+from treepo_mega.checkpoint.iterations import MANIFEST
 from treepo_mega.checkpoint.refused import writes_told
 from treepo_mega.errors import nearest
 from treepo_mega.runtime import dist
@@ -36,7 +38,6 @@ from treepo_mega.runtime.files import atomic_file
 from treepo_mega.runtime.kin import own_writer_process
 from treepo_mega.runtime.megatron_versions import complete_checkpoint
 
-MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
 MAIN_STATE = "main_state"
 """What rank 0 alone knew when it was saved; every rank reads it."""

@@ -6,8 +6,7 @@
     load_initial_weights(models, spec, path)   # DIR or DIR/iter_0000100, or a checkpoint of this project
 
 The tensors have the names of `GPTModel.sharded_state_dict`, so Megatron's own resharding fits them to this layout.
-Optimizer,
-random states and Transformer Engine's extra states are not read.
+Optimizer, random states and Transformer Engine's extra states are not read.
 
 Nothing of the checkpoint is run: the description is read by `description.py`, tensors and Megatron's arguments by
 `torch.load(weights_only=True)`. The arguments are held against the model's configuration, since a base of rotary angles
@@ -16,7 +15,6 @@ or a number of heads does not show in any shape. The files have no checksums: on
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from argparse import Namespace
@@ -31,9 +29,10 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from treepo_mega.checkpoint.description import DESCRIPTION, CheckpointError, read_description
+from treepo_mega.checkpoint.description import read_description
+from treepo_mega.checkpoint.error import CheckpointError
+from treepo_mega.checkpoint.iterations import find_iteration, is_megatron_lm
 from treepo_mega.checkpoint.mcore import (
-    MANIFEST,
     ModelChunk,
     check_complete,
     check_tensors,
@@ -41,21 +40,12 @@ from treepo_mega.checkpoint.mcore import (
     sharded_weights,
     sharding,
 )
-from treepo_mega.errors import nearest
 from treepo_mega.modelspec.spec import ModelSpec
 from treepo_mega.runtime import dist
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-FORMAT = "torch_dist"
 COMMON = "common.pt"
 PREFIXES = ("", "model.", "module.")
 """Before the names of all tensors; which one, the embedding's name says."""
-CONVERT = (
-    "let Megatron-LM write it as torch_dist: its own training command with --ckpt-convert-format torch_dist "
-    "--ckpt-convert-save DIR"
-)
-_ITERATION = re.compile(r"iter_\d{7,}")
 
 
 def check_initial(path: str | Path) -> Path:
@@ -67,9 +57,7 @@ def check_initial(path: str | Path) -> Path:
     if not is_megatron_lm(path):
         check_complete(path)
         return path
-    directory = find_iteration(path)
-    _check_format(directory)
-    return directory
+    return find_iteration(path)
 
 
 def load_initial_weights(models: Sequence[ModelChunk], spec: ModelSpec, path: str | Path) -> None:
@@ -82,67 +70,6 @@ def load_initial_weights(models: Sequence[ModelChunk], spec: ModelSpec, path: st
         load_megatron_lm(models, spec, _agreed(path))
     else:
         load_model_weights(models, path)
-
-
-def is_megatron_lm(path: Path) -> bool:
-    """Whether `path` is meant as a directory of Megatron-LM, and not as a checkpoint of this project."""
-    if (path / MANIFEST).is_file():
-        return False
-    names = _ITERATION.fullmatch(path.name) is not None or path.name == RELEASE
-    return names or (path / TRACKER).is_file() or (path / DESCRIPTION).is_file() or bool(_iterations(path))
-
-
-def find_iteration(path: Path) -> Path:
-    """The directory of one iteration: `path` itself, or the one that its tracker file names. Raises CheckpointError."""
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        if found := _iterations(path):
-            raise CheckpointError(
-                f"{path}: no {TRACKER}, so nothing says which iteration is the last whole one; name one of them, as "
-                f"{path / found[-1]}"
-            )
-        if not path.is_dir():
-            beside = _iterations(path.parent)
-            more = f"; there are {', '.join(beside)}{nearest(path.name, beside)}" if beside else ""
-            raise CheckpointError(f"{path}: no such iteration{more}")
-        return path
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if said != RELEASE and not said.isdecimal():
-        raise CheckpointError(f"{tracker}: says {said[:40]!r}; expected a number of iterations, or {RELEASE}")
-    directory = path / (said if said == RELEASE else f"iter_{int(said):07d}")
-    if not directory.is_dir():
-        there = ", ".join(_iterations(path)) or "none"
-        raise CheckpointError(
-            f"{directory}: no such iteration, although {TRACKER} says {said}; there are: {there}. Name one of them, or "
-            "copy the missing one"
-        )
-    return directory
-
-
-def _iterations(path: Path) -> list[str]:
-    """Names of the iterations below a directory, oldest first."""
-    return sorted(each.name for each in path.glob("iter_*") if _ITERATION.fullmatch(each.name) and each.is_dir())
-
-
-def _check_format(directory: Path) -> None:
-    """Raise CheckpointError for what is no checkpoint in the format torch_dist."""
-    if ranks := sorted(each.name for each in directory.glob("mp_rank_*")):
-        raise CheckpointError(
-            f"{directory}: has {ranks[0]}: Megatron-LM's old format (--ckpt-format torch), which is a pickle a rank "
-            f"and fits one layout alone. It is not read: {CONVERT}"
-        )
-    path = directory / "metadata.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file: not a {FORMAT} checkpoint of Megatron-LM, or its writing was cut short. "
-            f"Use another iteration; of another format, {CONVERT}"
-        )
-    try:
-        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path}: expected a JSON object with sharded_backend; use another iteration") from None
-    if backend != FORMAT:
-        raise CheckpointError(f"{path}: the format is {backend!r}, and only {FORMAT!r} is read: {CONVERT}")
 
 
 def _agreed(path: Path) -> Path:

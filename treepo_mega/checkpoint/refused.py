@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from treepo_mega.checkpoint.description import CheckpointError
+from treepo_mega.checkpoint.error import CheckpointError
 from treepo_mega.checkpoint.space import in_units
 from treepo_mega.config.surroundings import nearest_existing
 from treepo_mega.runtime import dist
