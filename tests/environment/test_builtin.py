@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
+import reasoning_gym
 from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo_mega.environment.builtin.calculator import Calculator, evaluate
+from treepo_mega.environment.builtin.game import Game
 from treepo_mega.environment.builtin.guess import Guess
 from treepo_mega.environment.builtin.python import Python
 from treepo_mega.environment.builtin.search import Search, make_corpus
@@ -96,11 +100,57 @@ def test_guess_discounts_later_tries() -> None:
     assert world.get_reward() == pytest.approx(0.9)
 
 
-def test_guess_grades_games_by_their_own_rules() -> None:
-    import reasoning_gym
+def gym(name: str, **params: Any) -> dict[str, Any]:
+    """A row as a source of reasoning-gym gives it to reset: through JSON."""
+    item = reasoning_gym.create_dataset(name, size=3, seed=5, **params)[2]
+    named = {"name": name, "params": params, "seed": 5, "size": 3, "index": 2}
+    row = {"prompt": item["question"], "answer": item["answer"], "extra_info": {"reasoning_gym": named, "entry": item}}
+    return json.loads(json.dumps(row, default=str))
 
+
+def test_guess_grades_games_by_their_own_rules() -> None:
     item = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)[0]
-    world = Guess()
-    world.reset(**item)
-    world.answer(item["answer"])
+    row = gym("countdown")
+    for wanted, right in ((item, item["answer"]), (row, f"({row['answer']})")):
+        world = Guess()
+        world.reset(**wanted)
+        assert "Tries left" in world.answer("1")
+        other = world.fork()
+        assert world.answer(right) == "Right.", "another form of the answer is as good"
+        assert world.get_reward() == pytest.approx(0.9) and other.get_reward() < 0.1
+    row["extra_info"]["entry"]["question"] = "another"
+    with pytest.raises(ValueError, match="another question now"):
+        Guess().reset(**row)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "apart", "wrong", "why"),
+    [
+        (
+            "sokoban",
+            {"max_w": 7, "max_h": 7, "min_boxes": 3, "max_boxes": 5},
+            "",
+            "X",
+            "is no step; expected L, U, R or D",
+        ),
+        ("tower_of_hanoi", {"max_disks": 3}, "\n", "Move disk 3 from Peg 1 to Peg 2", "is not on top of peg"),
+    ],
+)
+def test_games_are_played_move_by_move(name: str, params: dict[str, Any], apart: str, wrong: str, why: str) -> None:
+    row = gym(name, **params)
+    world = Game()
+    assert "move" in world.reset(**row)
+    assert why in world.move(wrong) and world.get_reward() == 0.0
+    moves = row["answer"].split(apart) if apart else list(row["answer"])
+    boards = [world.move(move) for move in moves[:-1]]
+    assert len(set(boards)) > 1 and not any(board.startswith(("Solved", "Not")) for board in boards)
+    before = world.fork()
+    assert world.move(moves[-1]).startswith("Solved.")
     assert world.get_reward() == 1.0
+    assert before.get_reward() < 1.0, "the branch has a board of its own"
+    assert before.move(moves[-1]).startswith("Solved.")
+
+
+def test_a_game_is_told_what_it_can_play() -> None:
+    with pytest.raises(ValueError, match=r"sokoban or tower_of_hanoi, found chain_sum; data\.environment guess"):
+        Game().reset(**gym("chain_sum"))

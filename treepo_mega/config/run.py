@@ -69,7 +69,7 @@ class DataConfig(Section):
     """Text appended to every prompt before the template, such as an answer-format instruction."""
     environment: str | None = None
     """What answers turns of the policy: path/to/file.py:Class, a function or a list of functions there, or calculator,
-    python, search or guess. The section environment bounds it. null: a response is one turn."""
+    python, search, guess or game. The section environment bounds it. null: a response is one turn."""
     verifier: str = "math"
     """math | boxed | last_number | exact | countdown | reasoning_gym | path/to/file.py:function (verl's compute_score,
     which may be async) | http:NAME of reward.servers | environment (its own get_reward).

@@ -48,6 +48,7 @@ BUILT_IN = {
         ("python", "python", "Python"),
         ("search", "search", "Search"),
         ("guess", "guess", "Guess"),
+        ("game", "game", "Game"),
     )
 }
 """Environments that come with the project, by the name that people write."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from treepo_mega.environment.builtin.gym_rows import GymRow, gym_row
+
 MAX_TRIES = 4
 DISCOUNT = 0.1
 
@@ -16,14 +18,16 @@ class Guess:
     """One tool; the state is what has been tried."""
 
     def __init__(self) -> None:
-        self._row: dict[str, Any] = {}
+        self._answer = ""
+        self._item: GymRow | None = None
         self._scores: list[float] = []
 
     def reset(self, **row: Any) -> str:
         """Begin with a row that has an answer, or one of reasoning-gym."""
-        self._row = row
         if "answer" not in row:
             raise ValueError("the row has no answer")
+        self._answer = str(row["answer"]).strip()
+        self._item = gym_row(row)
         return f"You have {MAX_TRIES} tries."
 
     def answer(self, text: str) -> str:
@@ -48,11 +52,13 @@ class Guess:
         worth = [score * (1 - DISCOUNT * number) for number, score in enumerate(self._scores)]
         return max(worth, default=0.0)
 
-    def _score(self, text: str) -> float:
-        source = (self._row.get("metadata") or {}).get("source_dataset")
-        if source is None:
-            return float(text == str(self._row["answer"]).strip())
-        import reasoning_gym
+    def fork(self) -> Guess:
+        """The same row, with tries of its own."""
+        other = Guess()
+        other._answer = self._answer
+        other._item = self._item
+        other._scores = list(self._scores)
+        return other
 
-        grade = reasoning_gym.get_score_answer_fn(source)
-        return float(grade(text, {"answer": self._row["answer"], "metadata": self._row["metadata"]}))
+    def _score(self, text: str) -> float:
+        return float(text == self._answer) if self._item is None else self._item.score(text)
