@@ -238,7 +238,7 @@ def _runs(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("calculater", "expected path/to/file.py:Class, or one of calculator, python, search, guess (did you mean"),
+        ("calculater", "expected path/to/file.py:Class, or one of calculator, python, search, guess, game (did"),
         (world("Countr"), "(did you mean 'Counter'?)"),
         (str(WORLDS.with_name("world.py")) + ":Counter", "cannot read"),
         (world("NeedsArguments"), "__init__ needs size; expected no arguments"),
