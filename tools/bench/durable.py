@@ -6,7 +6,7 @@ A recipe of one long rollout is killed (SIGKILL of every process) once a share o
 run directory goes on twice, in turns which goes first: as it is, and without what `rollout.durable` kept there. The
 second is also the run that was never killed: no step had ended before. Seconds are those of the rollout: *lost* is what
 the rollout took until the kill and after it, less what an uninterrupted one takes. --quick: one kill. --heavy: one
-kill of a rollout of 800 trees with 32 leaves each, which takes minutes.
+kill of a rollout of 600 trees with 32 leaves each, which takes minutes.
 
 Tokens sampled twice are those of trees that were finished at the kill; with durable rollouts there are none. What was
 in flight is sampled again by both.
@@ -147,10 +147,10 @@ def main() -> int:
     """Kill, go on both ways, compare; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one kill, 24 prompts")
-    parser.add_argument("--heavy", action="store_true", help="one kill, 800 prompts of 32 leaves")
+    parser.add_argument("--heavy", action="store_true", help="one kill, 600 prompts of 32 leaves")
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks, each with an engine")
     args = parser.parse_args()
-    prompts = 24 if args.quick else 800 if args.heavy else 96
+    prompts = 24 if args.quick else 600 if args.heavy else 96
     leaves = 32 if args.heavy else 16
     shares = (0.6,) if args.quick else HEAVY_SHARES if args.heavy else SHARES
     kills = []
