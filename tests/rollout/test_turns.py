@@ -331,6 +331,24 @@ def test_a_replay_that_differs_loses_its_trajectory_and_says_where(tokenizer, tm
     assert lost, "a path that was to go on behind it does not"
 
 
+def test_a_rollout_that_is_stopped_leaves_no_state(tokenizer):
+    cfg = configured()
+    environment, prompts = opened(cfg, tokenizer)
+    try:
+        engine = Policy(random.Random(0))
+
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        engine.at_step = (12, stop)
+        generator = Generator(engine, cfg, tokenizer, environment=environment)
+        with pytest.raises(KeyboardInterrupt):
+            generator.grow([Job(prompt) for prompt in prompts], LocalQueue(range(len(prompts))), step=1)
+        assert environment.pool.counts["calls"] > 0 and environment.pool.alive == 0
+    finally:
+        environment.close()
+
+
 def test_an_opening_stands_in_the_prompt_and_has_to_come_again(tokenizer, tmp_path):
     path = tmp_path / "opens.py"
     body = BROKEN.format(fault="pass").replace("self.secret = secret", "self.secret = secret\n        return {text}")

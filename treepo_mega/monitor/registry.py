@@ -262,7 +262,7 @@ _ENVIRONMENT = (
     Metric("env/latency_s", "s", "below a segment's time", "from a turn's calls to their answers, mean"),
     Metric("env/wait_share", "share", "near 0: other paths go on meanwhile", "sampling time with nothing but tools"),
     Metric("env/state_copies", "count", "near the turns of the step", "states that branches copied"),
-    Metric("env/state_replays", "count", "0 with fork() or deepcopy", "states rebuilt from their calls"),
+    Metric("env/state_replays", "count", "0 but for trees that go on", "states rebuilt from their calls"),
     Metric("env/worker_restarts", "count", "0", "worker processes that hung, died or filled their memory"),
     Metric("env/lost", "count", "0", "requests after which a trajectory could not go on, or had no reward"),
 )

@@ -218,9 +218,13 @@ class TurnsInFlight:
 
     def end(self) -> None:
         """Free the states of trees that did not come to their end: after an error."""
-        for episode in self._episodes.values():
-            for state in episode.states.values():
-                self._pool.free(state)
+        # What is being made is a state like others once it is there.
+        self._pool.wait()
+        states = [state for episode in self._episodes.values() for state in episode.states.values()]
+        states += [turn.state for turn in self._turns.values() if turn.state is not None]
+        states += [replay.state for replay in self._replays.values()]
+        for state in states:
+            self._pool.free(state)
         self._pool.wait()
 
     def _read(self, episode: Episode, tree: Tree, node_id: int) -> _Turn:
