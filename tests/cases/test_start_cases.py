@@ -73,6 +73,13 @@ def test_words_for_null_are_null_where_a_key_can_be_null(load, word):
     assert load("", "rollout.fallback.from=none").rollout.fallback.from_ == "none"
 
 
+@pytest.mark.parametrize("word", ["off", "'off'", "old"])
+def test_a_word_that_is_false_to_yaml_is_the_choice_that_it_names(load, word):
+    asked = [load("", f"rollout.routing_replay={word}"), load(f"rollout: {{routing_replay: {word}}}")]
+    assert [cfg.rollout.routing_replay for cfg in asked] == [word.strip("'")] * 2
+    assert load("", "checkpoint.save_hf=off").checkpoint.save_hf is False, "a key that is true or false"
+
+
 def test_null_for_a_key_that_cannot_be_null_is_refused_and_quotes_mean_the_word(load):
     with pytest.raises(ConfigError, match=r"data\.prompt_suffix cannot be null.*quote it"):
         load("", "data.prompt_suffix=None")

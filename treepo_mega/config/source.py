@@ -11,7 +11,7 @@ import os
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator
@@ -52,11 +52,19 @@ def scalar_is_text(annotation: Any) -> bool:
     return allowed - {type(None)} == {str}
 
 
+def choices(annotation: Any) -> list[Any]:
+    """The values that the key names one by one.
+
+    >>> choices(Literal["off", "all"] | None)
+    ['off', 'all']
+    """
+    literals = [member for member in members(annotation) if typing.get_origin(member) is Literal]
+    return [choice for member in literals for choice in typing.get_args(member)]
+
+
 def may_be_null(annotation: Any) -> bool:
     """Whether the key can be null, and the word `none` is not one of its choices."""
-    allowed = members(annotation)
-    choices = [choice for member in allowed for choice in typing.get_args(member)]
-    return type(None) in allowed and "none" not in choices
+    return type(None) in members(annotation) and "none" not in choices(annotation)
 
 
 def annotation_at(root: type[Section], path: tuple[Any, ...]) -> Any:
@@ -135,7 +143,8 @@ def _as_written(node: yaml.Node, data: Any, root: type[Section], path: tuple[Any
         return _plain_text(node.value, annotation, _dotted(path), source) if is_plain else node.value
     if is_plain and may_be_null(annotation) and node.value in NULL_WORDS:
         return None
-    return data
+    # `off` is false to YAML, and the word of a key that has it among its choices.
+    return node.value if is_plain and node.value in choices(annotation) else data
 
 
 def _entries(node: yaml.MappingNode, path: tuple[Any, ...], source: str) -> Iterator[tuple[str, yaml.Node]]:
