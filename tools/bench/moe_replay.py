@@ -202,8 +202,12 @@ def mismatch(packs: Sequence[Pack], known: Sequence[np.ndarray]) -> tuple[float,
 
 def measure(trees: Sequence[Tree], actor: Actor, cfg: Config) -> dict[str, Any]:
     """The three modes on the packs of `trees`, which all ranks hold; the weights stay as they are. Collective."""
-    replica = {"dp_size": ps.get_data_parallel_world_size(), "dp_rank": ps.get_data_parallel_rank()}
-    packs = plan_step(batch_of(trees), **replica, max_tokens=cfg.train.max_tokens_per_gpu).packs
+    packs = plan_step(
+        batch_of(trees),
+        dp_size=ps.get_data_parallel_world_size(),
+        dp_rank=ps.get_data_parallel_rank(),
+        max_tokens=cfg.train.max_tokens_per_gpu,
+    ).packs
     found: dict[str, Any] = {}
     for mode in MODES:
         known = compute_logprobs(actor.chunks, packs, actor.head, replay=mode != "off")
