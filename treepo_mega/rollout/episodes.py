@@ -78,6 +78,8 @@ class Episode:
 
     def why_broken(self, tree: Tree, node_id: int) -> str | None:
         """Why no state can be had behind the path of a node; None: it can."""
+        if not self.broken:
+            return self.failed
         names = [name_of(tree, turn) for turn in answered_turns(tree, node_id)]
         return next((self.broken[name] for name in names if name in self.broken), self.failed)
 
