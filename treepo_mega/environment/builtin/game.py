@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,7 +86,10 @@ class TowerOfHanoi:
         return "\n".join(f"Peg {peg}: {' '.join(map(str, disks)) or '-'}" for peg, disks in self._pegs.items())
 
 
-GAMES = {"sokoban": (Sokoban, ""), "tower_of_hanoi": (TowerOfHanoi, "\n")}
+GAMES: dict[str, tuple[Callable[[GymRow], Board], str]] = {
+    "sokoban": (Sokoban, ""),
+    "tower_of_hanoi": (TowerOfHanoi, "\n"),
+}
 """By the name of the task: its rules, and what stands between the moves of an answer."""
 
 
@@ -106,10 +110,11 @@ class Game:
                 f"expected a row of reasoning-gym's {' or '.join(GAMES)}, found {found}; data.environment guess takes "
                 "any row with an answer"
             )
+        board = GAMES[item.name][0](item)
         self._item = item
-        self._board = GAMES[item.name][0](item)
+        self._board = board
         self._moves = []
-        return f"\n\nMake your moves one by one with the tool `move`. A move is {self._board.how}."
+        return f"\n\nMake your moves one by one with the tool `move`. A move is {board.how}."
 
     def move(self, text: str) -> str:
         """Make a move and see the board.
