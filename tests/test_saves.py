@@ -76,6 +76,14 @@ def test_a_path_is_that_checkpoint_and_null_is_none(tmp_path: Path):
     assert checkpoint_to_resume(cfg.replace({"checkpoint.load": None})) is None
 
 
+@pytest.mark.parametrize("named", ["pretrain", "pretrain/iter_0000100"])
+def test_a_checkpoint_of_megatron_lm_is_told_to_be_initial_weights(named: str, tmp_path: Path):
+    (tmp_path / "pretrain/iter_0000100").mkdir(parents=True)
+    cfg = fake_config().replace({"checkpoint.load": str(tmp_path / named), "checkpoint.save": str(tmp_path / "saves")})
+    with pytest.raises(CheckpointError, match=f"Begin from its weights: model.load={tmp_path / named}, and leave"):
+        checkpoint_to_resume(cfg)
+
+
 def test_checkpoints_at_multiples_stay_for_good(tmp_path: Path):
     empty_checkpoints(tmp_path, 10, 20, 30, 40, 50)
     (tmp_path / ".step_000060.partial").mkdir()

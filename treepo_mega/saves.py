@@ -17,6 +17,7 @@ from treepo_mega.actor.update import Actor
 from treepo_mega.checkpoint import directories
 from treepo_mega.checkpoint import mcore as checkpoint
 from treepo_mega.checkpoint.background import BackgroundSave
+from treepo_mega.checkpoint.iterations import is_megatron_lm
 from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
 from treepo_mega.monitor.progress import Progress
@@ -156,6 +157,11 @@ def checkpoint_to_resume(cfg: Config) -> Path | None:
         return None
     if settings.load == "auto":
         return directories.find_latest(settings.directory) if settings.enabled and settings.save else None
+    if settings.load != "latest" and is_megatron_lm(Path(settings.load)):
+        raise checkpoint.CheckpointError(
+            f"checkpoint.load {settings.load}: a checkpoint of Megatron-LM, which no run of this project goes on from. "
+            f"Begin from its weights: model.load={settings.load}, and leave checkpoint.load out"
+        )
     if _is_checkpoint(settings.load):
         return Path(settings.load)
     parent = settings.directory if settings.load == "latest" else Path(settings.load)
