@@ -80,7 +80,9 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_load_and_save(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", required=True, help="Megatron checkpoint directory")
+    parser.add_argument(
+        "--load", required=True, help="Megatron checkpoint directory; also one of Megatron-LM (torch_dist)"
+    )
     parser.add_argument("--save", required=True, help="directory to create")
     parser.add_argument("--hf", help="directory with config.json and the tokenizer; default: LOAD/hf")
 
