@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from treepo_mega.actor.perplexity import describe_references, reference_texts
 from treepo_mega.actor.update import Actor, Policy
+from treepo_mega.checkpoint.iterations import check_stays
 from treepo_mega.checkpoint.megatron_lm import load_initial_weights
 from treepo_mega.config import Config
 from treepo_mega.data.cursor import PromptCursor
@@ -88,6 +90,7 @@ def build_reference(cfg: Config, actor: Actor) -> Policy | None:
         return None
     reference = Policy(cfg, cfg.model.hf_checkpoint, actor.guard)
     if cfg.model.load:
+        check_stays(Path(cfg.model.load), for_reference=True)
         load_initial_weights(reference.models, reference.spec, cfg.model.load)
         reference.weights_changed()
     for model in reference.models:

@@ -20,7 +20,7 @@ from treepo_mega.checkpoint.headers import (
     missing_index_note,
     stored_tensors,
 )
-from treepo_mega.checkpoint.iterations import find_iteration, is_megatron_lm
+from treepo_mega.checkpoint.iterations import check_stays, find_iteration, is_megatron_lm
 from treepo_mega.checkpoint.space import check_space, describe_space
 from treepo_mega.config import Config, PromptSource, check
 from treepo_mega.config.servers import missing_tokens
@@ -81,6 +81,7 @@ def preflight(
     load = cfg.model.load
     if load is not None and not elsewhere and is_megatron_lm(Path(load)):
         attempt(lambda: find_iteration(Path(load)))
+        attempt(lambda: check_stays(Path(load), for_reference=cfg.needs_reference))
     problems += check_directories(cfg) + check_plugins(cfg) + check_sinks(cfg, starting=starting)
     problems += check_stop_file(cfg) if starting else []
     attempt(lambda: check_verifier(cfg.data.verifier))

@@ -85,7 +85,9 @@ def damaged(folder: Path) -> str:
     return whole(folder)
 
 
-def megatron_lm(*names: str, tracker: str = "100", backend: str | None = None) -> Callable[[Path], str]:
+def megatron_lm(
+    *names: str, tracker: str = "100", backend: str | None = None, overrides: tuple[str, ...] = ()
+) -> Callable[[Path], str]:
     """What is said of a directory of Megatron-LM as initial weights. `names`: what is in it."""
 
     def answer(folder: Path) -> str:
@@ -94,7 +96,7 @@ def megatron_lm(*names: str, tracker: str = "100", backend: str | None = None) -
             (folder / name).mkdir(parents=True)
             if backend is not None:
                 (folder / name / "metadata.json").write_text(json.dumps({"sharded_backend": backend}))
-        return start(f"model.load={folder}")(folder)
+        return start(f"model.load={folder}", *overrides)(folder)
 
     return answer
 
@@ -250,6 +252,13 @@ CASES = (
         "the format is 'zarr', and only 'torch_dist' is read",
         "Let Megatron-LM write it as `torch_dist`, as the message says.",
         megatron_lm("iter_0000100", backend="zarr"),
+    ),
+    BadInput(
+        A,
+        "a reference whose `model.load` follows the tracker of Megatron-LM",
+        "The frozen reference (algo.kl_loss_coef, reward.kl_coef) loads it again at every restart and would change",
+        "Name the iteration, as the message does.",
+        megatron_lm("iter_0000100", backend="torch_dist", overrides=("algo.kl_loss_coef=0.01",)),
     ),
     BadInput(
         A,
