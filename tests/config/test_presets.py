@@ -42,6 +42,14 @@ def test_the_paper_s_preset_is_the_published_recipe():
         assert value_of(recipe, key) == value, key
 
 
+def test_the_preset_of_the_evidence_is_the_arm_that_was_measured():
+    arms = yaml.safe_load((ROOT / "tools" / "bench" / "learning.yaml").read_text())["arms"]
+    recipe = load_config(ROOT / "examples" / "tiny_cpu.yaml", arms["entropy4-carry24"])
+    assert recipe.rollout.rollout_batch_size == 24, "half more prompts than the demo"
+    for key, value in keys_set(PRESETS["entropy_trees"]):
+        assert value_of(recipe, key) == value, key
+
+
 def test_written_keys_win_and_the_rest_of_their_section_stays():
     cfg = parse_config(BASE | {"preset": "treepo_paper", "rollout": {"segment": {"length": 128}, "max_depth": 7}})
     assert (cfg.rollout.segment.length, cfg.rollout.max_depth, cfg.rollout.max_refills) == (128, 7, 9)

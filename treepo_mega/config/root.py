@@ -28,7 +28,7 @@ from treepo_mega.config.training import AlgoConfig, LossConfig, TrainConfig
 class Config(Section):
     """A run."""
 
-    preset: Literal["treepo_paper", "fair_trees"] | None = None
+    preset: Literal["treepo_paper", "fair_trees", "entropy_trees"] | None = None
     """Named setting of sampling, credit and training (docs/guides/algorithms.md). A key that is written wins."""
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
