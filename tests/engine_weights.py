@@ -13,11 +13,17 @@ from treepo_mega.modelspec.vllm_layout import vllm_layout
 
 
 def write_weights(
-    engine: Engine, directory: Path, *, tp: int = 1, tp_rank: int = 0, without: Collection[str] = ()
+    engine: Engine,
+    directory: Path,
+    *,
+    tp: int = 1,
+    tp_rank: int = 0,
+    expert_parallel: bool = False,
+    without: Collection[str] = (),
 ) -> None:
     """Write the single-file checkpoint at `directory` into `engine`, but for the engine's parameters in `without`."""
     tensors = load_file(directory / "model.safetensors")
-    layout = vllm_layout(ModelSpec.from_hf(directory), tp, tp_rank)
+    layout = vllm_layout(ModelSpec.from_hf(directory), tp, tp_rank, expert_parallel=expert_parallel)
     target = engine.weight_target()
     target.init_weight_transfer(layout)
 

@@ -19,7 +19,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     # Ranks that compare layouts: the longest worlds.
     "layouts": ("actor/test_trees.py", "actor/test_layers.py"),
     # Other engines inside ranks.
-    "refits": ("sync/test_refit.py", "rollout/test_ranks.py", "engine/test_moe_engine.py", "actor/test_routing.py"),
+    "refits": (
+        *("sync/test_refit.py", "sync/test_expert_parallel.py", "rollout/test_ranks.py"),
+        *("engine/test_moe_engine.py", "actor/test_routing.py"),
+    ),
     # Engines in the test process. One after the other: each keeps its cache until the process ends.
     "engine": (
         *("rollout/test_generator.py", "rollout/test_eval.py"),

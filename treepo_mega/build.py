@@ -22,7 +22,7 @@ from treepo_mega.engine.engine import Engine
 from treepo_mega.environment.setup import Environment
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.monitor.progress import Progress
-from treepo_mega.reshard.sides import vllm_side
+from treepo_mega.reshard.sides import engine_side
 from treepo_mega.runtime import dist
 from treepo_mega.sync.actor_memory import handover_backend
 from treepo_mega.sync.handover import DeviceMemory, Handover
@@ -115,7 +115,7 @@ def build_engine(cfg: Config, actor: Actor) -> tuple[Engine, Handover]:
 
 def engine_bytes(cfg: Config, spec: ModelSpec) -> dict[str, int]:
     """Bytes of this rank's part of the engine: "weights" before packing, "kv_cache" as it is on a CPU."""
-    wanted = vllm_side(spec, cfg.rollout.engine.tensor_parallel_size, dist.world_size()).of(dist.rank())[0]
+    wanted = engine_side(cfg, spec, dist.world_size()).of(dist.rank())[0]
     itemsize = 4 if cfg.rollout.engine.dtype == "fp32" else 2
     return {
         "weights": sum(math.prod(param.shape) for param in wanted.values()) * itemsize,

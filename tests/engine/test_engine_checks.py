@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from treepo_mega.checkpoint.hf import HfCheckpointError
 from treepo_mega.config import Config, EngineConfig, parse_config
 from treepo_mega.data.end_tokens import EndTokenError, find_eos_token_ids
-from treepo_mega.engine import cuda_profile, vllm_setup
+from treepo_mega.engine import cuda_profile, expert_parallel, vllm_setup
 from treepo_mega.engine.engine import Engine, EngineError
+from treepo_mega.engine.expert_parallel import check_expert_parallel, local_choices
 from treepo_mega.engine.routing import check_routing
 from treepo_mega.engine.vllm_setup import Execution, choose_execution
 from treepo_mega.modelspec.spec import ModelSpec, ModelSpecError
@@ -178,3 +181,30 @@ def test_routing_that_cannot_be_read_is_refused(tiny_llama, keys, says):
     with pytest.raises(EngineError, match=f"rollout.routing_replay=all.*{says}"):
         check_routing(cfg, spec, **execution)
     check_routing(configuration(tiny_llama), spec, async_scheduling=True, model_runner="v2")
+
+
+@pytest.mark.parametrize(
+    ("experts", "engine", "says"),
+    [
+        (0, {}, "needs a model with experts, and LlamaForCausalLM has none: leave the key out"),
+        (8, {"tensor_parallel_size": 1}, r"needs rollout.engine.tensor_parallel_size > 1 \(nearest: 2\)"),
+        (9, {}, "tensor_parallel_size 2 does not divide num_experts 9"),
+        (8, {"quantization": "fp8_per_channel"}, "cannot run on this CPU with rollout.engine.quantization fp8_per_ch"),
+    ],
+)
+def test_experts_that_an_engine_cannot_share_out_are_refused(tiny_llama, experts, engine, says, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "has_cuda", lambda: False)
+    spec = dataclasses.replace(ModelSpec.from_hf(tiny_llama), num_experts=experts)
+    keys = {"enable_expert_parallel": True, "tensor_parallel_size": 2} | engine
+    with pytest.raises(EngineError, match=f"rollout.engine.enable_expert_parallel.*{says}"):
+        check_expert_parallel(configuration(tiny_llama, engine=keys), spec)
+    check_expert_parallel(configuration(tiny_llama, engine={**keys, "enable_expert_parallel": False}), spec)
+
+
+def test_a_rank_computes_its_own_experts_and_adds_nothing_for_others():
+    chosen = torch.tensor([[5, 0], [3, 4], [1, 2]], dtype=torch.int32)
+    weights = torch.tensor([[0.7, math.inf], [0.5, 0.25], [0.9, 0.1]])
+    here = torch.tensor([-1, -1, -1, 0, 1, 2], dtype=torch.int32)
+    kept, local = local_choices(weights, chosen, here)
+    assert local.tolist() == [[2, 0], [0, 1], [0, 0]] and local.dtype == torch.int32
+    assert torch.equal(kept, torch.tensor([[0.7, 0.0], [0.5, 0.25], [0.0, 0.0]]))

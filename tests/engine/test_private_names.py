@@ -31,6 +31,10 @@ FUNCTIONS = {
     "vllm.platforms.cpu.CpuPlatform.check_and_update_config": ["vllm_config"],
     "vllm.inputs.engine.tokens_input": ["prompt_token_ids"],
     "vllm.model_executor.layers.fused_moe.router.base_router.BaseRouter.set_capture_fn": ["self", "capture_fn"],
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe.CPUUnquantizedExperts.apply": [
+        *("self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation"),
+        *("global_num_experts", "expert_map"),
+    ],
     "vllm.forward_context.get_forward_context": [],
     "vllm.v1.worker.block_table.BlockTable.get_numpy_array": ["self"],
 }
@@ -49,6 +53,9 @@ ATTRIBUTES = {
     "vllm.v1.core.sched.scheduler.Scheduler.__init__": "bind_kv_cache_manager",
     f"{RELOAD}.layerwise._place_kernel_tensors": "kernel_tensors",
     "vllm.model_executor.layers.fused_moe.router.base_router.BaseRouter._select_experts": "self.capture_fn(topk_ids)",
+    "vllm.model_executor.layers.fused_moe.modular_kernel.FusedMoEKernelModularImpl._fused_experts": (
+        "expert_map=expert_map,"
+    ),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model": "slot_mapping=slot_mappings",
     "vllm.v1.worker.gpu_input_batch.InputBatch.__init__": "self.req_id_to_index",
     "vllm.v1.engine.core_client.InprocClient.__init__": "self.engine_core",

@@ -101,6 +101,30 @@ CASES = (
     ),
     BadInput(
         A,
+        "`rollout.engine.enable_expert_parallel=true` over 12 ranks an engine, for 128 experts",
+        "rollout.engine.tensor_parallel_size 12 does not divide the model's num_experts 128, which "
+        "rollout.engine.enable_expert_parallel shares out (nearest that does: 8)",
+        "Use the nearest size that the message names.",
+        experts(
+            "rollout.engine.enable_expert_parallel=true",
+            "rollout.engine.tensor_parallel_size=12",
+            "parallel.expert_model_parallel_size=4",
+            ranks=48,
+        ),
+    ),
+    BadInput(
+        A,
+        "`rollout.engine.enable_expert_parallel=true` with an engine on each rank",
+        "rollout.engine.enable_expert_parallel needs rollout.engine.tensor_parallel_size > 1",
+        "Let ranks share an engine, or leave the key out.",
+        experts(
+            "rollout.engine.enable_expert_parallel=true",
+            "rollout.engine.tensor_parallel_size=1",
+            ranks=32,
+        ),
+    ),
+    BadInput(
+        A,
         "`model.moe_token_dispatcher_type=flex` without a GPU",
         "model.moe_token_dispatcher_type=flex cannot run: torch sees no GPU here",
         "Use `alltoall` or `allgather`.",

@@ -14,6 +14,8 @@ from treepo_mega.plan.activations import activation_peak
 from treepo_mega.plan.engine import Engine, decode_step_seconds
 from treepo_mega.plan.hardware import Rates, gpu_of
 from treepo_mega.plan.layout import Layout, held_bytes
+from treepo_mega.plan.memory import engine_weights
+from treepo_mega.plan.refit import plan_refit
 from treepo_mega.plan.timing import Cluster, pass_seconds
 
 MODEL = {
@@ -95,6 +97,19 @@ def test_a_decode_step_reads_the_experts_that_its_tokens_take(model):
     read = 3350e9 * cluster.rates.decode_hbm
     assert one == pytest.approx((engine.weight_bytes + engine.expert_bytes / 4) / read, rel=0.01)
     assert many == pytest.approx((engine.weight_bytes + engine.expert_bytes) / read, rel=0.01)
+
+
+def test_an_engine_with_whole_experts_is_as_large_and_is_sent_fewer_bytes(model):
+    cfg, spec = model
+    layout = {"rollout.engine.tensor_parallel_size": 2, "parallel.expert_model_parallel_size": 2}
+    alone = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
+    cfg = cfg.replace(layout | {f"parallel.{name}": size for name, size in alone.items()})
+    sliced, whole = (cfg.replace({"rollout.engine.enable_expert_parallel": on}) for on in (False, True))
+    assert engine_weights(whole, spec, 2) == engine_weights(sliced, spec, 2)
+    plans = [plan_refit(each, spec, world_size=4, ranks_per_node=4) for each in (sliced, whole)]
+    # A rank holds half of the experts whole. Of slices it lacks those of the other half; of whole ones nothing.
+    assert plans[0].traffic.moved == 4 * 2 * (4 * 16 * 3 * 256 * 128) // 4 and plans[1].traffic.moved == 0
+    assert "TP_v 2 with whole experts, bf16" in plans[1].title
 
 
 def test_activations_hold_a_token_for_each_of_its_experts(model):

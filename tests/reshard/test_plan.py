@@ -39,10 +39,11 @@ def missing_elements(spec, plan, source, target):
 
 
 @examples(60)
-@given(reshards(), st.sampled_from([40, 400, 100_000]))
-def test_every_element_arrives_once_at_the_lower_bound(case, bucket):
+@given(reshards(), st.sampled_from([40, 400, 100_000]), st.booleans())
+def test_every_element_arrives_once_at_the_lower_bound(case, bucket, whole):
     spec, grid, tp_v, cluster = case
-    source, target = mcore_side(spec, grid, cluster.world_size), vllm_side(spec, tp_v, cluster.world_size)
+    source = mcore_side(spec, grid, cluster.world_size)
+    target = vllm_side(spec, tp_v, cluster.world_size, expert_parallel=whole and spec.num_experts > 0)
     try:
         plan = plan_reshard(source, target, cluster, itemsize=2, bucket_bytes=bucket)
     except PlanError:  # rows that do not fit; its words have a test of their own
@@ -63,6 +64,27 @@ def test_every_element_arrives_once_at_the_lower_bound(case, bucket):
     rounds = [plan.for_rank(r) for r in range(cluster.world_size)]
     held = [2 * (sum(p.numel for p in x.sends) + sum(p.numel for p in x.receives)) for rank in rounds for x in rank]
     assert max(held) == t.buffer_max <= bucket
+
+
+def test_whole_experts_go_to_the_rank_of_the_engine_that_holds_them():
+    spec = model("Qwen3MoeForCausalLM", num_experts=8)
+    source, target = mcore_side(spec, Grid(ep=4), 4), vllm_side(spec, 2, 4, expert_parallel=True)
+    plan = plan_reshard(source, target, Cluster(4, 4), itemsize=2)
+    sent = {
+        (copy.hf_name.split(".experts.")[1].partition(".")[0], rank % 2)
+        for rank in range(4)
+        for one in plan.for_rank(rank)
+        for parcel in one.receives
+        for copy in parcel.copies
+    }
+    assert sent == {(str(expert), expert // 4) for expert in range(8)}, "nothing else moves: all ranks hold attention"
+    # A rank's engine wants four experts and its actor holds two, which are among them on the first and the last rank.
+    of_expert = 3 * spec.num_layers * spec.hidden_size * spec.expert_intermediate_size
+    assert plan.traffic().moved == plan.traffic().bound == 2 * of_expert * (2 + 4 + 4 + 2)
+    with pytest.raises(LayoutError, match=r"size 3 does not divide the model's num_experts 8 \(nearest that does: 2\)"):
+        vllm_side(model("Qwen3MoeForCausalLM", num_experts=8, num_attention_heads=12), 3, 6, expert_parallel=True)
+    with pytest.raises(LayoutError, match="Qwen2ForCausalLM has no experts"):
+        vllm_side(model(), 2, 4, expert_parallel=True)
 
 
 @examples(30)

@@ -7,7 +7,8 @@
   transformers and plain autograd on the flat trajectories, as in tests/actor/test_trees.py: the worst logprob of a
   token, and the worst relative gradient of a parameter.
 - replay: what tools/bench/moe_replay.py measures of recorded routing; null where that bench is not there.
-- refit: models of random weights go from expert-parallel layouts into vLLM workers' parameters, on four ranks. Bytes
+- refit: models of random weights go from expert-parallel layouts into vLLM workers' parameters, on four ranks; `whole`
+  where the engine's ranks hold whole experts (rollout.engine.enable_expert_parallel), not slices of all. Bytes
   are counted as they arrive and divided by the least that must arrive: what a rank's engine wants and its actor lacks.
   Every element is compared with a slice of the whole tensor, bit by bit.
 
@@ -73,24 +74,29 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 512, "vocab_size": 4096, "num_experts": 16, "experts_per_token": 4,
     "expert_intermediate_size": 256,
 }  # fmt: skip
-REFITS: tuple[tuple[str, str, dict[str, int], int], ...] = (
-    ("EP4 -> TP_v 1", "Qwen3MoeForCausalLM", {"ep": 4}, 1),
-    ("EP4 -> TP_v 4", "Qwen3MoeForCausalLM", {"ep": 4}, 4),
-    ("EP2 DP2 -> TP_v 2", "MixtralForCausalLM", {"ep": 2}, 2),
-    ("TP2 EP2 -> TP_v 2", "Qwen2MoeForCausalLM", {"tp": 2, "ep": 2}, 2),
-    ("TP2 EP4 ETP1 -> TP_v 2", "Qwen3MoeForCausalLM", {"tp": 2, "ep": 4, "etp": 1}, 2),
-    ("PP2 EP2 -> TP_v 2", "Qwen2MoeForCausalLM", {"pp": 2, "ep": 2}, 2),
-    ("TP2 PP2 EP2 ETP1 -> TP_v 4", "MixtralForCausalLM", {"tp": 2, "pp": 2, "ep": 2, "etp": 1}, 4),
+REFITS: tuple[tuple[str, str, dict[str, int], int, bool], ...] = (
+    ("EP4 -> TP_v 1", "Qwen3MoeForCausalLM", {"ep": 4}, 1, False),
+    ("EP4 -> TP_v 4", "Qwen3MoeForCausalLM", {"ep": 4}, 4, False),
+    ("EP2 DP2 -> TP_v 2, whole", "Qwen3MoeForCausalLM", {"ep": 2}, 2, True),
+    ("EP2 DP2 -> TP_v 2", "MixtralForCausalLM", {"ep": 2}, 2, False),
+    ("TP2 EP2 -> TP_v 2", "Qwen2MoeForCausalLM", {"tp": 2, "ep": 2}, 2, False),
+    ("TP2 EP2 -> TP_v 2, whole", "Qwen2MoeForCausalLM", {"tp": 2, "ep": 2}, 2, True),
+    ("TP2 EP4 ETP1 -> TP_v 2", "Qwen3MoeForCausalLM", {"tp": 2, "ep": 4, "etp": 1}, 2, False),
+    ("TP2 EP4 ETP1 -> TP_v 2, whole", "Qwen3MoeForCausalLM", {"tp": 2, "ep": 4, "etp": 1}, 2, True),
+    ("PP2 EP2 -> TP_v 2", "Qwen2MoeForCausalLM", {"pp": 2, "ep": 2}, 2, False),
+    ("TP2 PP2 EP2 ETP1 -> TP_v 4", "MixtralForCausalLM", {"tp": 2, "pp": 2, "ep": 2, "etp": 1}, 4, False),
+    ("TP2 PP2 EP2 ETP1 -> TP_v 4, whole", "MixtralForCausalLM", {"tp": 2, "pp": 2, "ep": 2, "etp": 1}, 4, True),
 )
-"""(name, architecture, Megatron's sizes, the engine's tensor-parallel size) on four ranks."""
-QUICK_REFITS = 2
+"""(name, architecture, Megatron's sizes, the engine's tensor-parallel size, whether its ranks hold whole experts) on
+four ranks."""
+QUICK_REFITS = 3
 RANKS = 4
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true", help="few layouts and two refits, less than a minute")
+    p.add_argument("--quick", action="store_true", help="few layouts and three refits, less than a minute")
     p.add_argument("--refit-worker", help=argparse.SUPPRESS)
     return p.parse_args()
 
@@ -206,7 +212,7 @@ def refit_worker(directory: Path, quick: bool) -> None:
     dist.leave()
 
 
-def refit_case(name: str, architecture: str, sizes: dict[str, int], tp_v: int) -> dict[str, Any]:
+def refit_case(name: str, architecture: str, sizes: dict[str, int], tp_v: int, whole: bool) -> dict[str, Any]:
     """Move a model once, check every element of this rank, and count the bytes of all ranks."""
     import torch
 
@@ -226,7 +232,7 @@ def refit_case(name: str, architecture: str, sizes: dict[str, int], tp_v: int) -
     )
     dtype = torch.bfloat16
     source = mcore_side(spec, Grid(**sizes), dist.world_size())
-    wanted = vllm_side(spec, tp_v, dist.world_size())
+    wanted = vllm_side(spec, tp_v, dist.world_size(), expert_parallel=whole)
     generator = torch.Generator().manual_seed(0)
     full = {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in hf_shapes(spec).items()}
 

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from treepo_mega.config import load_config
 from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
-from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
+from treepo_mega.reshard.sides import engine_side, grid_of, mcore_side
 from treepo_mega.sync.handover import HostBlocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,7 +208,7 @@ def by_plan(recipe: str, ranks: int) -> dict[str, Any]:
     spec = ModelSpec.from_hf(ROOT / cfg.model.hf_checkpoint)
     grid = grid_of(cfg)
     actor = mcore_side(spec, grid, ranks)
-    engine = vllm_side(spec, cfg.rollout.engine.tensor_parallel_size, ranks)
+    engine = engine_side(cfg, spec, ranks)
     whole = BF16 * sum(math.prod(shape) for shape in hf_shapes(spec).values())
     replicas = grid.replicas(ranks)
 

@@ -19,6 +19,8 @@ class EngineConfig(Section):
 
     tensor_parallel_size: int = Field(1, ge=1)
     """Ranks that share one engine (TP_v). 1: an engine a rank."""
+    enable_expert_parallel: bool = False
+    """Each rank of an engine holds num_experts / TP_v whole experts, not a slice of every one. Needs TP_v > 1."""
     dtype: Literal["fp32", "bf16"] | None = None
     """None: model.params_dtype."""
     quantization: Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"] | None = None

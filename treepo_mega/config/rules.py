@@ -147,6 +147,11 @@ def check_sampling(cfg: Config, world_size: int) -> list[str]:
             f"world size {world_size} is not a multiple of rollout.engine.tensor_parallel_size "
             f"{rollout.engine.tensor_parallel_size}"
         )
+    if rollout.engine.enable_expert_parallel and rollout.engine.tensor_parallel_size == 1:
+        bad.append(
+            "rollout.engine.enable_expert_parallel needs rollout.engine.tensor_parallel_size > 1: the ranks of an "
+            "engine share its experts out (nearest: 2)"
+        )
     bad += _check_tree(rollout)
     bad += _check_leaves(rollout)
     if rollout.engine.max_num_batched_tokens < cfg.max_model_len:

@@ -68,6 +68,7 @@ def _check_experts(cfg: Config, spec: ModelSpec) -> list[str]:
             "model.moe_z_loss_coeff": model.moe_z_loss_coeff is not None,
             "model.moe_router_dtype": model.moe_router_dtype is not None,
             "rollout.routing_replay": cfg.rollout.routing_replay != "off",
+            "rollout.engine.enable_expert_parallel": cfg.rollout.engine.enable_expert_parallel,
         }
         return [
             f"{key} is set, but {spec.architecture} has no experts: leave the key out"
@@ -84,6 +85,15 @@ def _check_experts(cfg: Config, spec: ModelSpec) -> list[str]:
         if count % size:
             near = max(divisor for divisor in range(1, size + 1) if count % divisor == 0)
             bad.append(f"parallel.{key} {size} does not divide the model's {name} {count} (nearest that does: {near})")
+    engine = cfg.rollout.engine
+    tp_v = engine.tensor_parallel_size
+    if engine.enable_expert_parallel and spec.num_experts % tp_v:
+        near = max(divisor for divisor in range(1, tp_v + 1) if spec.num_experts % divisor == 0)
+        fix = f"nearest that does: {near}" if near > 1 else "no smaller one does: leave that key out"
+        bad.append(
+            f"rollout.engine.tensor_parallel_size {tp_v} does not divide the model's num_experts {spec.num_experts}, "
+            f"which rollout.engine.enable_expert_parallel shares out ({fix})"
+        )
     # Measured with Megatron-Core 0.16.1: gradients of experts are then not summed over the ranks that hold copies.
     if ep == 1 and parallel.expert_tensor_size != parallel.tensor_model_parallel_size:
         bad.append(

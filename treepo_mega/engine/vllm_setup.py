@@ -37,6 +37,7 @@ import torch.distributed as dist
 from treepo_mega.config import Config, EngineConfig
 from treepo_mega.engine import cuda_profile
 from treepo_mega.engine.cpu_segments import private_segments
+from treepo_mega.engine.expert_parallel import check_expert_parallel, serve_local_experts
 from treepo_mega.engine.routing import RoutingNotes, check_routing
 from treepo_mega.engine.stream import EngineError
 from treepo_mega.engine.vllm_target import VllmTarget
@@ -92,6 +93,7 @@ def check_model(hf_dir: Path, spec: ModelSpec, cfg: Config) -> None:
     execution = choose_execution(cfg.rollout.engine)
     check_routing(cfg, spec, async_scheduling=execution.async_scheduling, model_runner=execution.model_runner)
     _check_quantization(cfg.rollout.engine.quantization)
+    check_expert_parallel(cfg, spec)
     window, tp = spec.max_position_embeddings, cfg.rollout.engine.tensor_parallel_size
     if window and cfg.max_model_len > window:
         raise EngineError(
@@ -212,6 +214,8 @@ def build(
 
     if not has_cuda():
         _count_ranks_eagerly()
+        if cfg.rollout.engine.enable_expert_parallel:
+            serve_local_experts()
     with private_segments() if launched() and not has_cuda() else contextlib.nullcontext():
         llm = LLM(
             str(hf_dir),
@@ -231,6 +235,7 @@ def engine_arguments(cfg: Config, execution: Execution, max_model_len: int) -> d
     arguments: dict[str, Any] = {
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[engine.dtype or cfg.model.params_dtype],
         "tensor_parallel_size": engine.tensor_parallel_size,
+        "enable_expert_parallel": engine.enable_expert_parallel,
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": max(engine.max_num_batched_tokens, max_model_len),
         "block_size": engine.block_size,

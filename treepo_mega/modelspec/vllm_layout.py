@@ -8,6 +8,8 @@ Shapes and names are those that vLLM 0.32 gives its modules before it packs or q
   heads, each head is held by tp / heads ranks.
 - `gate_up_proj` is this rank's part of gate above its part of up; experts are stacked, `w13_weight` [E, 2 I/tp, H]
   and `w2_weight` [E, H, I/tp], every rank holding its part of every expert; a shared one is split as a dense MLP.
+- With expert parallelism a rank holds E/tp neighbouring experts whole: `w13_weight` [E/tp, 2 I, H], `w2_weight`
+  [E/tp, H, I]. That is vLLM's linear placement. Router and shared expert are as without it.
 - Embedding and output rows are those of the vocabulary padded to a multiple of 64, split evenly; rows beyond the
   true vocabulary have no block and are zero.
 - Tied embeddings: the output layer is the embedding's parameter; there is none of its own.
@@ -33,9 +35,12 @@ VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of this."""
 
 
-def check_engine_parallel(spec: ModelSpec, tp: int) -> None:
+def check_engine_parallel(spec: ModelSpec, tp: int, *, expert_parallel: bool = False) -> None:
     """Raise LayoutError unless a vLLM engine can split the model over `tp` ranks."""
-    widths = ("expert_intermediate_size", "shared_expert_intermediate_size")
+    if expert_parallel and not spec.num_experts:
+        raise LayoutError(f"{spec.architecture} has no experts for an engine with expert parallelism")
+    of_experts = "num_experts" if expert_parallel else "expert_intermediate_size"
+    widths = (of_experts, "shared_expert_intermediate_size")
     for name in ("num_attention_heads", *(widths if spec.num_experts else ("intermediate_size",))):
         size = getattr(spec, name)
         if tp < 1 or size % tp:
@@ -54,17 +59,21 @@ def check_engine_parallel(spec: ModelSpec, tp: int) -> None:
         raise LayoutError(f"engine tensor-parallel size {tp} does not divide the padded vocabulary {padded}")
 
 
-def vllm_layout(spec: ModelSpec, tp: int = 1, tp_rank: int = 0) -> dict[str, ParamLayout]:
+def vllm_layout(
+    spec: ModelSpec, tp: int = 1, tp_rank: int = 0, *, expert_parallel: bool = False
+) -> dict[str, ParamLayout]:
     """Layout of worker `tp_rank` of an engine over `tp` ranks, by vLLM's parameter names, in the model's order.
 
-    Raises LayoutError when the model does not divide, or the rank is out of range.
+    `expert_parallel`: each rank holds whole experts. Raises LayoutError when the model does not divide, or the rank is
+    out of range.
     """
-    check_engine_parallel(spec, tp)
+    check_engine_parallel(spec, tp, expert_parallel=expert_parallel)
     if not 0 <= tp_rank < tp:
         raise LayoutError(f"tp_rank is {tp_rank}; expected 0 to {tp - 1}")
     params = {EMBEDDING: _vocab_rows(spec, EMBEDDING, tp, tp_rank)}
     for layer in range(spec.num_layers):
-        params |= {f"model.layers.{layer}.{name}": param for name, param in _layer(spec, layer, tp, tp_rank).items()}
+        inside = _layer(spec, layer, tp, tp_rank, expert_parallel)
+        params |= {f"model.layers.{layer}.{name}": param for name, param in inside.items()}
     params[FINAL_NORM] = _whole(FINAL_NORM, spec.hidden_size)
     if not spec.tie_word_embeddings:
         params[LM_HEAD] = _vocab_rows(spec, LM_HEAD, tp, tp_rank)
@@ -125,7 +134,7 @@ def _columns(hf_name: str, rows: int, columns: tuple[int, int]) -> ParamLayout:
     return ParamLayout((rows, width), (Block(hf_name, ((0, rows), (start, stop)), ((0, rows), (0, width))),))
 
 
-def _layer(spec: ModelSpec, layer: int, tp: int, tp_rank: int) -> dict[str, ParamLayout]:
+def _layer(spec: ModelSpec, layer: int, tp: int, tp_rank: int, expert_parallel: bool) -> dict[str, ParamLayout]:
     """Parameters of one layer, by vLLM's names inside it."""
     short = spec.names
     hidden = spec.hidden_size
@@ -146,7 +155,12 @@ def _layer(spec: ModelSpec, layer: int, tp: int, tp_rank: int) -> dict[str, Para
         params[f"{attention}.k_norm.weight"] = _whole(f"{names['k_norm']}.weight", spec.head_dim)
     if spec.num_experts:
         params[f"{mlp}.gate.weight"] = _whole(f"{names['router']}.weight", spec.num_experts, hidden)
-        return params | _shared_expert(spec, names, tp, tp_rank) | _experts(spec, names, mlp, tp, tp_rank)
+        experts = range(spec.num_experts)
+        part = _part(spec.expert_intermediate_size, tp, tp_rank)
+        if expert_parallel:
+            experts = range(*_part(spec.num_experts, tp, tp_rank))
+            part = (0, spec.expert_intermediate_size)
+        return params | _shared_expert(spec, names, tp, tp_rank) | _experts(spec, names, mlp, experts, part)
     start, stop = _part(spec.intermediate_size, tp, tp_rank)
     gate_up = [(f"{names[role]}.weight", start, stop) for role in ("gate", "up")]
     params[f"{mlp}.gate_up_proj.weight"] = _stacked(gate_up, ((0, hidden),))
@@ -169,21 +183,23 @@ def _shared_expert(spec: ModelSpec, names: dict[str, str], tp: int, tp_rank: int
     }
 
 
-def _experts(spec: ModelSpec, names: dict[str, str], mlp: str, tp: int, tp_rank: int) -> dict[str, ParamLayout]:
-    """The two stacked parameters of all experts of a layer."""
-    start, stop = _part(spec.expert_intermediate_size, tp, tp_rank)
+def _experts(
+    spec: ModelSpec, names: dict[str, str], mlp: str, experts: range, part: tuple[int, int]
+) -> dict[str, ParamLayout]:
+    """The two stacked parameters of a layer's `experts`, of each the columns [start, stop) of its inside."""
+    start, stop = part
     width = stop - start
     hidden = (0, spec.hidden_size)
     w13 = []
     w2 = []
-    for expert in range(spec.num_experts):
-        here = (expert, expert + 1)
+    for place, expert in enumerate(experts):
+        here = (place, place + 1)
         gate, up, down = (names[f"expert_{role}"].format(e=expert) + ".weight" for role in ("gate", "up", "down"))
         w13.append(Block(gate, ((start, stop), hidden), (here, (0, width), hidden)))
         w13.append(Block(up, ((start, stop), hidden), (here, (width, 2 * width), hidden)))
         w2.append(Block(down, (hidden, (start, stop)), (here, hidden, (0, width))))
     prefix = f"{mlp}.experts.routed_experts"
     return {
-        f"{prefix}.w13_weight": ParamLayout((spec.num_experts, 2 * width, spec.hidden_size), tuple(w13)),
-        f"{prefix}.w2_weight": ParamLayout((spec.num_experts, spec.hidden_size, width), tuple(w2)),
+        f"{prefix}.w13_weight": ParamLayout((len(experts), 2 * width, spec.hidden_size), tuple(w13)),
+        f"{prefix}.w2_weight": ParamLayout((len(experts), spec.hidden_size, width), tuple(w2)),
     }

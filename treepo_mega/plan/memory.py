@@ -159,14 +159,14 @@ def engine_weights(cfg: Config, spec: ModelSpec, tp_v: int) -> float:
     """Bytes of a rank's part of the engine's weights: matrices of layers in FP8 where the engine is quantised."""
     engine = cfg.rollout.engine
     wide = ITEMSIZE[str(engine.dtype)]
-    matrices, others = _engine_elements(spec, tp_v)
+    matrices, others = _engine_elements(spec, tp_v, engine.enable_expert_parallel)
     return float(matrices * (1 if engine.quantization else wide) + others * wide)
 
 
 @functools.lru_cache(maxsize=256)
-def _engine_elements(spec: ModelSpec, tp_v: int) -> tuple[int, int]:
+def _engine_elements(spec: ModelSpec, tp_v: int, expert_parallel: bool) -> tuple[int, int]:
     """(in matrices of layers, elsewhere) of a rank's part of the engine."""
     counts = [0, 0]
-    for name, param in vllm_layout(spec, tp=tp_v, tp_rank=0).items():
+    for name, param in vllm_layout(spec, tp=tp_v, tp_rank=0, expert_parallel=expert_parallel).items():
         counts[not (".layers." in name and len(param.shape) > 1)] += math.prod(param.shape)
     return counts[0], counts[1]

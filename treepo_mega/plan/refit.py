@@ -19,7 +19,7 @@ from treepo_mega.modelspec.mcore_layout import ModelSpec, hf_shapes
 from treepo_mega.plan.timing import Cluster
 from treepo_mega.reshard.plan import LINKS, Traffic, plan_reshard
 from treepo_mega.reshard.plan import Cluster as Nodes
-from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
+from treepo_mega.reshard.sides import engine_side, grid_of, mcore_side
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 
@@ -129,7 +129,7 @@ def plan_refit(
     dtype = min(cfg.model.params_dtype, cfg.rollout.engine.dtype or cfg.model.params_dtype, key=ITEMSIZE.__getitem__)
     plan = plan_reshard(
         mcore_side(spec, grid_of(cfg), world_size),
-        vllm_side(spec, tp_v, world_size),
+        engine_side(cfg, spec, world_size),
         Nodes(world_size, ranks_per_node),
         itemsize=ITEMSIZE[dtype],
         bucket_bytes=cfg.reshard.bucket_mb << 20,
@@ -138,8 +138,10 @@ def plan_refit(
     shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     tp = parallel.tensor_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
+    whole = " with whole experts" if cfg.rollout.engine.enable_expert_parallel else ""
     title = (
-        f"Megatron TP {tp} x PP {pp} x DP {world_size // shards} -> {world_size // tp_v} engines x TP_v {tp_v}, {dtype}"
+        f"Megatron TP {tp} x PP {pp} x DP {world_size // shards} -> {world_size // tp_v} engines x TP_v {tp_v}{whole}, "
+        f"{dtype}"
     )
     return RefitPlan(
         title, world_size, ranks_per_node, shards, elements * ITEMSIZE[dtype], plan.traffic(), speeds or LinkSpeeds()

@@ -130,12 +130,22 @@ def mcore_side(spec: ModelSpec, grid: Grid, world_size: int) -> Side:
     return Side(tuple(layouts), ranks // size * period + ranks % size % period)
 
 
-def vllm_side(spec: ModelSpec, tp: int, world_size: int) -> Side:
-    """Workers of vLLM engines over `tp` ranks each; coordinate tp_rank. Raises LayoutError for impossible sizes."""
+def vllm_side(spec: ModelSpec, tp: int, world_size: int, *, expert_parallel: bool = False) -> Side:
+    """Workers of vLLM engines over `tp` ranks each; coordinate tp_rank. Raises LayoutError for impossible sizes.
+
+    `expert_parallel`: each of them holds whole experts.
+    """
     if world_size % tp:
         raise LayoutError(f"world size {world_size} is not a multiple of the engine's tensor-parallel size {tp}")
-    layouts = tuple([vllm_layout(spec, tp, tp_rank)] for tp_rank in range(tp))
+    layouts = tuple([vllm_layout(spec, tp, tp_rank, expert_parallel=expert_parallel)] for tp_rank in range(tp))
     return Side(layouts, np.arange(world_size) % tp)
+
+
+def engine_side(cfg: Config, spec: ModelSpec, world_size: int) -> Side:
+    """The engines of a configuration. Raises LayoutError for impossible sizes."""
+    engine = cfg.rollout.engine
+    expert_parallel = engine.enable_expert_parallel
+    return vllm_side(spec, engine.tensor_parallel_size, world_size, expert_parallel=expert_parallel)
 
 
 def files_side(spec: ModelSpec, world_size: int, writers: int | None = None) -> Side:

@@ -32,7 +32,7 @@ from treepo_mega.errors import TreepoError
 from treepo_mega.modelspec.mcore_layout import ModelSpec
 from treepo_mega.reshard.checksums import differing_groups
 from treepo_mega.reshard.execute import Resharder, ReshardStats
-from treepo_mega.reshard.sides import grid_of, mcore_side, vllm_side
+from treepo_mega.reshard.sides import engine_side, grid_of, mcore_side
 from treepo_mega.runtime import dist
 from treepo_mega.runtime.device import has_cuda
 from treepo_mega.runtime.seeding import derive_seed
@@ -102,7 +102,7 @@ class Refit:
         self.score = score
         world = dist.world_size()
         self.source = mcore_side(spec, grid_of(cfg), world)
-        self.wanted = vllm_side(spec, cfg.rollout.engine.tensor_parallel_size, world)
+        self.wanted = engine_side(cfg, spec, world)
         self.target = engine.weight_target()
         self.target.init_weight_transfer(self.wanted.of(dist.rank())[0])
         self.resharder = Resharder.between(
