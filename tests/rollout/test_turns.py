@@ -120,6 +120,15 @@ def opened(cfg, tokenizer) -> tuple[Environment, list[Prompt]]:
     return environment, list(prompts)[: cfg.rollout.rollout_batch_size]
 
 
+def prompts_of(cfg, tokenizer, known: dict[str, list[Prompt]] = {}) -> list[Prompt]:  # noqa: B006 - kept on purpose
+    """The prompts alone: what the first states say is the same in every test, and a worker is a process."""
+    key = f"{cfg.data.model_dump_json()} {cfg.rollout.rollout_batch_size} {cfg.environment.model_dump_json()}"
+    if key not in known:
+        environment, known[key] = opened(cfg, tokenizer)
+        environment.close()
+    return known[key]
+
+
 def grow(
     cfg, tokenizer, order: int = 0, jobs: list[Job] | None = None
 ) -> tuple[list[Tree], list[Rewards], dict[str, float]]:
@@ -127,8 +136,7 @@ def grow(
 
     Each step has workers of its own, as after a restart. `jobs`: in place of new trees of the prompts.
     """
-    environment, prompts = opened(cfg, tokenizer)
-    environment.close()
+    prompts = prompts_of(cfg, tokenizer)
     jobs = [Job(prompt) for prompt in prompts] if jobs is None else jobs
     trees: dict[int, Tree] = {}
     rewards: dict[int, Rewards] = {}
@@ -256,7 +264,7 @@ def test_trees_that_go_on_in_later_steps_are_those_of_one_step(tokenizer, shape)
 @pytest.mark.parametrize("shape", [(), ("rollout.branching.at=fork",)])
 def test_trees_that_get_more_leaves_make_the_calls_again_that_these_build_on(tokenizer, shape):
     cfg = allowed(*shape, "rollout.leaves=adaptive", "rollout.first_leaves=4")
-    _, prompts = opened(cfg, tokenizer)
+    prompts = prompts_of(cfg, tokenizer)
     first, earned, _ = grow(cfg, tokenizer, jobs=[Job(prompt, leaves=4) for prompt in prompts])
     for tree, rewards in zip(first, earned, strict=True):
         set_rewards(tree, [float(rewards[leaf]) for leaf in tree.leaves])
