@@ -45,12 +45,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from exchange_job import BYTES_PER_TOKEN, Layout, Meter, configuration, join, on_ranks, plan  # noqa: E402
 from exchange_waiting import measured_waiting, waiting_by_count  # noqa: E402
 from synthetic import synthetic_tree  # noqa: E402
-from treepo_mega.actor.fetch import contents_of, deliver, hop  # noqa: E402
+from treepo_mega.actor.fetch import Layout as Parcel  # noqa: E402
+from treepo_mega.actor.fetch import deliver, hop  # noqa: E402
 from treepo_mega.rollout.report import complete, heard, told  # noqa: E402
 from treepo_mega.runtime import dist, parcels  # noqa: E402
 from treepo_mega.runtime.packed import pack, unpack  # noqa: E402
 from treepo_mega.tree.deal import Dealt  # noqa: E402
 from treepo_mega.tree.node import Tree  # noqa: E402
+from treepo_mega.tree.routing import no_experts  # noqa: E402
 from treepo_mega.tree.segments import Segments  # noqa: E402
 from treepo_mega.tree.stretches import Stretches  # noqa: E402
 
@@ -163,14 +165,16 @@ def work(rank: int, layout: Layout, port: int, answers: Any) -> None:
     needed = int(sizes[replica].sum() - sizes[replica, rank])
     trained = trained_tokens(dealt, segments, replica)
 
+    # As an engine's trees without experts travel.
+    parcel = Parcel(np.dtype("<f4"), no_experts(0))
+
     def encode() -> None:
         """Columns and parcels of this rank's trees."""
         if own_rows:
             pack(told(own_rows))
             again = [Stretches.of([trees[prompt] for prompt in chosen]) for chosen in steps]
             for to in np.flatnonzero(sizes[:, rank]).tolist():
-                tokens, logprobs = deliveries.contents(again, to, rank)
-                parcels.seal(tokens.astype(np.int32), logprobs.astype(np.float32))
+                parcels.seal(*parcel.arrays(deliveries.contents(again, to, rank)))
 
     packed = {home: pack(of_home) for home, of_home in reports.items() if home != rank}
     homes = [home for home in np.flatnonzero(sizes[replica]).tolist() if home != rank]
@@ -183,7 +187,7 @@ def work(rank: int, layout: Layout, port: int, answers: Any) -> None:
             heard(unpack(data), jobs, home=home)
         for body in bodies.values():
             zlib.crc32(body)
-        contents = {home: contents_of(body, np.dtype("<f4")) for home, body in bodies.items()}
+        contents = {home: parcel.contents(body) for home, body in bodies.items()}
         deliveries.assemble(replica, contents | at_home)
 
     spent = best_of(encode) + best_of(decode)
