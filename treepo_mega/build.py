@@ -90,7 +90,7 @@ def build_reference(cfg: Config, actor: Actor) -> Policy | None:
         return None
     reference = Policy(cfg, cfg.model.hf_checkpoint, actor.guard)
     if cfg.model.load:
-        check_stays(Path(cfg.model.load), for_reference=True)
+        check_stays(Path(cfg.model.load))
         load_initial_weights(reference.models, reference.spec, cfg.model.load)
         reference.weights_changed()
     for model in reference.models:

@@ -81,7 +81,8 @@ def preflight(
     load = cfg.model.load
     if load is not None and not elsewhere and is_megatron_lm(Path(load)):
         attempt(lambda: find_iteration(Path(load)))
-        attempt(lambda: check_stays(Path(load), for_reference=cfg.needs_reference))
+        if cfg.needs_reference:
+            attempt(lambda: check_stays(Path(load)))
     problems += check_directories(cfg) + check_plugins(cfg) + check_sinks(cfg, starting=starting)
     problems += check_stop_file(cfg) if starting else []
     attempt(lambda: check_verifier(cfg.data.verifier))

@@ -120,13 +120,17 @@ def opened(cfg, tokenizer) -> tuple[Environment, list[Prompt]]:
     return environment, list(prompts)[: cfg.rollout.rollout_batch_size]
 
 
-def prompts_of(cfg, tokenizer, known: dict[str, list[Prompt]] = {}) -> list[Prompt]:  # noqa: B006 - kept on purpose
+OPENED: dict[str, list[Prompt]] = {}
+"""What `prompts_of` has opened."""
+
+
+def prompts_of(cfg, tokenizer) -> list[Prompt]:
     """The prompts alone: what the first states say is the same in every test, and a worker is a process."""
     key = f"{cfg.data.model_dump_json()} {cfg.rollout.rollout_batch_size} {cfg.environment.model_dump_json()}"
-    if key not in known:
-        environment, known[key] = opened(cfg, tokenizer)
+    if key not in OPENED:
+        environment, OPENED[key] = opened(cfg, tokenizer)
         environment.close()
-    return known[key]
+    return OPENED[key]
 
 
 def grow(

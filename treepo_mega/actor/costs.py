@@ -33,12 +33,12 @@ MOVED = 4
 
 
 def expected_seconds(device: str, layers: int, parameter_bytes: int) -> dict[str, float]:
-    """`expected` of this rank's stage: what a micro-batch costs whatever its tokens, in seconds."""
+    """What a micro-batch of this rank's stage costs whatever its tokens, in seconds, by its column."""
     return {"micro_batch": layers * LAYER_S[device] + MOVED * parameter_bytes / BYTES_S[device]}
 
 
 class UpdateCosts:
-    """See the module docstring. `pipelined`: whether there is more than one pipeline stage. `expected`: see there."""
+    """See the module docstring. `pipelined`: whether there are several pipeline stages. `expected`: as of `fitted`."""
 
     def __init__(
         self,

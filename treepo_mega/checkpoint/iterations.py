@@ -46,12 +46,12 @@ def find_iteration(path: Path) -> Path:
     return directory
 
 
-def check_stays(path: Path, *, for_reference: bool) -> None:
-    """Raise CheckpointError where weights that a run must read again later are named by a file that may move on.
+def check_stays(path: Path) -> None:
+    """Raise CheckpointError where the weights of a frozen reference are named by a file that may move on.
 
-    `for_reference`: a frozen reference has them, so that every restart loads them again.
+    Every restart loads them again.
     """
-    if for_reference and is_megatron_lm(path) and (path / TRACKER).is_file():
+    if is_megatron_lm(path) and (path / TRACKER).is_file():
         raise CheckpointError(
             f"model.load {path}: {TRACKER} names the iteration, and a training that goes on there moves it. The frozen "
             "reference (algo.kl_loss_coef, reward.kl_coef) loads it again at every restart and would change: name one, "

@@ -29,7 +29,6 @@ from treepo_mega.rollout.dealing import CostModel, LocalQueue, Queue, deal_by_co
 from treepo_mega.rollout.in_flight import TreesInFlight
 from treepo_mega.rollout.jobs import Grown, Job, Watcher, check_jobs, grows_in_place, leaves_of, state_of
 from treepo_mega.rollout.turns import Agent
-from treepo_mega.runtime.garbage import collection_rarer
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
 from treepo_mega.tree.node import Tree
@@ -183,8 +182,7 @@ class Generator:
             self, jobs, queue, now, now.temperature if temperature is None else temperature, begin, watcher, self.agent
         )
         try:
-            with collection_rarer():
-                run.to_its_end()
+            run.to_its_end()
         # Also KeyboardInterrupt: requests left behind would be sampled on, and answer the next call.
         except BaseException:
             self.engine.abort()

@@ -24,6 +24,7 @@ from treepo_mega.rollout.jobs import Grown, Job, Watcher, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
 from treepo_mega.rollout.turns import COUNTS as TURN_COUNTS
 from treepo_mega.rollout.turns import Agent, Answered, TurnsInFlight
+from treepo_mega.runtime.garbage import collection_rarer
 from treepo_mega.tree.regrow import new_leaves
 from treepo_mega.tree.search import TreeSearch
 from treepo_mega.tree.wants import Segment, Want
@@ -76,6 +77,8 @@ class TreesInFlight:
         self.spent = EngineCosts()
         self.leaves = 0
 
+    # Segments live as long as their tree: a search for cycles among them finds none.
+    @collection_rarer()
     def to_its_end(self) -> None:
         """Drive all trees until they are done or paused, those that replace others, too.
 
