@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.actor.oracle import VOCAB
 from tests.actor.tree_oracle import fill_in, flat_step, forest, prefixes_of_rows
+from tests.tree.forests import contexts
 from treepo_mega.actor.batch import lesson_of, plan_batch
 from treepo_mega.actor.forward import run_schedule
 from treepo_mega.actor.losses import PolicyLoss
@@ -94,6 +95,24 @@ def alike(leaves: int) -> Tree:
     return tree
 
 
+def rewritten(leaves: int) -> Tree:
+    """Turns of which later ones see less: each observation hides the end of its path, and restates two tokens of it."""
+    rng, tree = random.Random(leaves), Tree.start("p", [3, 1, 4, 1, 5])
+    ends = [0]
+    while len(ends) < leaves:
+        at = ends.pop(0)
+        for hidden in (0, 3, 7):
+            turn = tree.add_child(at)
+            turn.tokens, turn.logprobs = [rng.randrange(VOCAB) for _ in range(4)], [0.0] * 4
+            ends.append(tree.observe(turn.id, [rng.randrange(2) for _ in range(3)], hidden=hidden, restated=2).id)
+    for at in ends:
+        last = tree.add_child(at)
+        last.tokens, last.logprobs = [rng.randrange(VOCAB) for _ in range(2)], [0.0] * 2
+        tree.leaves.append(last.id)
+    tree.rewards = [0.0] * len(ends)
+    return tree
+
+
 SHAPES: dict[str, list[Tree]] = {
     "a single path": [chain(1, 9)],
     "one leaf, 28 segments": [chain(28, 3)],
@@ -102,6 +121,7 @@ SHAPES: dict[str, list[Tree]] = {
     "depth 28, a leaf at each": [comb(28)],
     "a long prompt": [forest(2, 7)[0], star(3), comb(5)],
     "siblings alike": [alike(24), alike(9)],
+    "history rewritten": [rewritten(7), rewritten(2)],
 }
 EXAMPLES = 20
 CORRECTIONS: dict[str, dict[str, Any]] = {
@@ -142,7 +162,7 @@ def double(policy: Policy) -> None:
 def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int) -> dict[str, Any]:
     """Loss, gradients and logprobs of one pass in the given layout, in fp64."""
     s = Segments.from_trees(trees, range(len(trees)), "tree" if sharing == "content" else sharing)
-    g = np.random.default_rng(len(s.leaf_number))
+    g = np.random.default_rng(s.leaf_count)
     lesson = lesson_of(s, [g.normal(size=len(tree.leaves)) for tree in trees], trees, cfg)
     if sharing == "content":
         lesson = replace(lesson, merged=merge(s))
@@ -179,7 +199,7 @@ def step(policy: Policy, cfg: Config, trees: list[Tree], sharing: str, most: int
 def compare(policy: Policy, cfg: Config, trees: list[Tree], room: int = 9) -> dict[str, float]:
     """Worst differences from flat of trees whole, cut to `room` tokens above their longest trajectory, and cut after
     equal tokens were merged; and the tokens of each."""
-    longest = max(len(t.prefix(leaf)) for t in trees for leaf in t.leaves)
+    longest = max(len(context) for t in trees for leaf in t.leaves for context in contexts(t, leaf))
     flat = step(policy, cfg, trees, "none", 4 * longest)
     out = {"loss": 0.0, "grads": 0.0, "logprobs": 0.0, "entropy": 0.0}
     packs = []

@@ -27,7 +27,7 @@ def test_fold_is_masses_per_node(trees, data):
     """Per node: the sums of the positive and of the negative advantages of the leaves below it, and their number."""
     per_tree = [[data.draw(st.floats(-3, 3)) for _ in t.leaves] for t in trees]
     s = Segments.from_trees(trees, range(len(trees)))
-    c = fold(s, np.concatenate(per_tree), np.ones(len(s.leaf_number)))
+    c = fold(s, np.concatenate(per_tree), np.ones(s.leaf_count))
     base, want = 0, {}
     for t, a in zip(trees, per_tree, strict=True):
         for i, leaf in enumerate(t.leaves):
@@ -35,7 +35,7 @@ def test_fold_is_masses_per_node(trees, data):
                 pos, neg, count = want.get(base + node, (0.0, 0.0, 0))
                 want[base + node] = (pos + max(a[i], 0), neg + min(a[i], 0), count + 1)
         base += len(t.nodes)
-    assert sorted(s.node.tolist()) == sorted(want), "nodes without a leaf are left out"
+    assert sorted(set(s.node.tolist())) == sorted(want), "nodes without a leaf are left out"
     for i, node in enumerate(s.node.tolist()):
         got = (c.A_pos[i], c.A_neg[i], c.count[i])
         assert got == pytest.approx(want[node], rel=1e-12, abs=1e-12)

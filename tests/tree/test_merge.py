@@ -57,12 +57,13 @@ def test_every_prefix_is_there_once_with_all_the_credit_that_passed_it(trees, sy
     if data.draw(st.booleans(), label="advantages by node"):
         nodes = sum(len(tree.nodes) for tree in trees)
         values = np.array(data.draw(st.lists(number, min_size=nodes, max_size=nodes)))
-        credit = fold_nodes(s, values, np.ones(len(s.leaf_number)))
+        credit = fold_nodes(s, values, np.ones(s.leaf_count))
     else:
-        leaves = len(s.leaf_number)
+        leaves = s.leaf_count
         values = np.array(data.draw(st.lists(number, min_size=leaves, max_size=leaves)))
         credit = fold(s, values, np.linspace(1, 2, leaves))
-    got, summed = merge_equal(s, credit)
+    merged = merge.merge(s)
+    got, summed = merged.segments, merged.credit(credit)
 
     want: dict[tuple, np.ndarray] = {}
     trained = {}
@@ -84,7 +85,7 @@ def test_every_prefix_is_there_once_with_all_the_credit_that_passed_it(trees, sy
     # By the caller's numbers: the order of leaves in the forest may change, the trajectories may not.
     paths = {int(s.leaf_number[leaf]): path_of_leaf(s, leaf) for leaf in range(len(s.leaf_number))}
     assert {int(got.leaf_number[leaf]): path_of_leaf(got, leaf) for leaf in range(len(got.leaf_number))} == paths
-    assert got.flat_lengths().tolist() == s.flat_lengths().tolist()
+    assert merged.leaf_sums(np.where(got.trained, got.length, 0)).tolist() == s.flat_lengths().tolist()
     # What the packs rely on: subtrees and leaves are intervals in pre-order.
     for i in range(len(got)):
         inside = [j for j in range(len(got)) if i in _ancestry(got, j)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties import examples
-from tests.tree.forests import forests
+from tests.tree.forests import contexts, forests, spoken
 from treepo_mega.config import ConfigError
 from treepo_mega.tree.credit import fold, fold_nodes, leaf_weights
 from treepo_mega.tree.node import Tree
@@ -52,7 +52,8 @@ def rows_by_context(packs):
 )  # fmt: skip
 def test_every_token_of_every_trajectory(trees, sharing, mode, dp_size, extra, multiple, data):
     paths = [(t, leaf) for t in trees for leaf in t.leaves]
-    longest = max(len(t.prefix(leaf)) for t, leaf in paths)
+    flat = [context for t, leaf in paths for context in contexts(t, leaf)]
+    longest = max(map(len, flat))
     advantages = [data.draw(st.floats(-3, 3)) for _ in paths]
     batch = batch_of(trees, sharing, mode, advantages)
     plans = [
@@ -63,21 +64,17 @@ def test_every_token_of_every_trajectory(trees, sharing, mode, dp_size, extra, m
     assert len({len(plan.packs) for plan in plans}) == 1
     assert all(len(p.tokens) % multiple == 0 for p in packs)
     assert all(b <= longest + extra for p in packs for _, b in p.blocks), "caps are kept"
-    assert sum(plan.flat_tokens for plan in plans) == sum(len(t.prefix(leaf)) for t, leaf in paths)
+    assert sum(plan.flat_tokens for plan in plans) == sum(map(len, flat))
 
     lengths = [t.response_length(leaf) for t, leaf in paths]
-    observed = {token for t in trees for n in t.nodes if n.observation for token in n.tokens}
     pairs, count = sum(lengths), sum(1 for x in lengths if x)
     want: dict[tuple[int, ...], list[float]] = {}
     for (t, leaf), a, size in zip(paths, advantages, lengths, strict=True):
         w = {"token-mean": 1.0, "seq-mean-token-mean": pairs / max(1, count * size),
              "seq-mean-token-sum": pairs / max(1, count)}[mode]  # fmt: skip
-        whole, start = t.prefix(leaf), len(t.prompt_tokens)
-        for i in range(start, len(whole)):
-            # Seen, and not predicted.
-            if whole[i] in observed:
-                continue
-            cell = want.setdefault(tuple(whole[: i + 1]), [0.0, 0.0, 0.0, 0])
+        # Observations are seen, and not predicted.
+        for seen, token in spoken(t, leaf):
+            cell = want.setdefault((*seen, token), [0.0, 0.0, 0.0, 0])
             cell[0] += w * max(a, 0)
             cell[1] += w * min(a, 0)
             cell[2] += w
@@ -114,7 +111,7 @@ def test_a_tree_in_one_pack_holds_every_token_once(trees, data):
 @given(forests(), st.sampled_from([2, 3]), st.integers(0, 40))
 def test_context_parallel_ranks_share_rows_and_tokens(trees, cp_size, extra):
     batch = batch_of(trees, "tree", "token-mean", [0.5] * sum(len(t.leaves) for t in trees))
-    most = max(len(t.prefix(leaf)) for t in trees for leaf in t.leaves) + extra
+    most = max(len(c) for t in trees for leaf in t.leaves for c in contexts(t, leaf)) + extra
     whole = plan_step(batch, dp_size=1, dp_rank=0, max_tokens=most)
     parts = [
         plan_step(batch, dp_size=1, dp_rank=0, max_tokens=most, cp_size=cp_size, cp_rank=r).packs

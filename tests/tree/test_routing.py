@@ -47,7 +47,7 @@ def note(tree: Tree, dtype: np.dtype) -> None:
 
 def batch_of(trees: list[Tree]) -> Batch:
     segments = Segments.from_trees(trees, range(len(trees)))
-    leaves = len(segments.leaf_number)
+    leaves = segments.leaf_count
     return Batch(segments, fold(segments, np.linspace(-2, 1.7, leaves), np.ones(leaves)))
 
 

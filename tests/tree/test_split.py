@@ -5,50 +5,59 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.properties import examples
-from tests.tree.forests import forests
+from tests.tree.forests import contexts, forests
 from treepo_mega.config import ConfigError
 from treepo_mega.tree.segments import Segments
 from treepo_mega.tree.split import cut, pieces
 
 
-def held(tree, leaves):
-    """Tokens of the given leaves and their ancestors, each once."""
-    nodes = {n for leaf in leaves for n in tree.ancestry(leaf)}
-    return sum(len(tree.nodes[n].tokens) for n in nodes)
+def held(paths):
+    """Tokens of some contexts, those that they have in common once: no two tokens of a forest have one id."""
+    return len({token for path in paths for token in path})
 
 
-def depth_first(tree):
-    """Leaves in pre-order."""
-    rank = {n.id: i for i, n in enumerate(sorted(tree.nodes, key=lambda n: n.path))}
-    return sorted(tree.leaves, key=rank.__getitem__)
+def ends_of(s):
+    """The context of every end of the forest, in depth-first order."""
+    out = []
+    for segment in s.leaf_segment.tolist():
+        path = []
+        while segment >= 0:
+            path = [*s.tokens[s.source[segment] : s.source[segment] + s.length[segment]].tolist(), *path]
+            segment = int(s.parent[segment])
+        out.append(path)
+    return out
 
 
 @examples(100)
 @given(forests(max_trees=3, max_nodes=9), st.integers(0, 25))
 def test_no_cut_repeats_less(trees, extra):
     s = Segments.from_trees(trees, range(len(trees)))
-    most = max(len(t.prefix(leaf)) for t in trees for leaf in t.leaves) + extra
+    ends = ends_of(s)
+    every = {tuple(c) for t in trees for leaf in t.leaves for c in contexts(t, leaf)}
+    assert {tuple(end) for end in ends} <= every
+    assert all(any(tuple(end[: len(c)]) == c for end in ends) for c in every), "each context is one, or a part of one"
+    most = max(map(len, ends)) + extra
     got = pieces(s, most).tolist()
     assert [(lo, hi) for _, lo, hi in got] == list(itertools.pairwise([lo for _, lo, _ in got] + [got[-1][2]]))
-    base = 0
-    for g, tree in enumerate(trees):
-        order = depth_first(tree)
-        mine = [(lo - base, hi - base) for k, lo, hi in got if k == g]
-        sizes = [held(tree, order[a:b]) for a, b in mine]
+    for g in range(len(trees)):
+        mine = [(lo, hi) for k, lo, hi in got if k == g]
+        order = ends[mine[0][0] : mine[-1][1]]
+        sizes = [held(ends[lo:hi]) for lo, hi in mine]
         assert max(sizes) <= most
+        # There are 2 to the power of ends ways to cut.
+        assume(len(order) <= 12)
         best = min(
             sum(parts)
             for k in range(len(order))
             for borders in itertools.combinations(range(1, len(order)), k)
-            if max(parts := [held(tree, order[a:b]) for a, b in itertools.pairwise([0, *borders, len(order)])]) <= most
+            if max(parts := [held(order[a:b]) for a, b in itertools.pairwise([0, *borders, len(order)])]) <= most
         )
         assert sum(sizes) == best
-        base += len(order)
-    assert base == got[-1][2]
+    assert got[-1][2] == len(ends)
 
 
 def test_cuts_fall_where_little_is_shared():

@@ -23,7 +23,7 @@ from treepo_mega.tree.stretches import Deliveries, Stretches, StretchMissing, Wa
 
 def batch_of(trees: list[Tree], sharing: str, *, alike: bool = False) -> Batch:
     segments = Segments.from_trees(trees, range(len(trees)), "tree" if sharing == "content" else sharing)
-    leaves = len(segments.leaf_number)
+    leaves = segments.leaf_count
     credit = fold(segments, np.linspace(-2, 1.7, leaves), leaf_weights("token-mean", segments.flat_lengths()))
     if sharing != "content":
         return Batch(segments, credit)

@@ -230,7 +230,7 @@ def plan_rollout(
     if version is not None:
         for plan, draft in zip(plans, drafts, strict=True):
             _mark_fresh(plan, draft.trees, version)
-    chosen_leaves = float(sum(len(lesson.segments.leaf_number) for lesson in lessons))
+    chosen_leaves = float(sum(lesson.segments.leaf_count for lesson in lessons))
     return plans, _credit_metrics(depth) | _tokens(plans) | {"tree/leaves_chosen": chosen_leaves}
 
 
@@ -269,7 +269,7 @@ def charge_kl(plans: list[StepPlan], trees: list[Tree], cfg: Config) -> dict[str
     for plan, chosen in zip(plans, _steps(trees, cfg), strict=True):
         assert plan.lesson is not None, "plan_rollout gives every plan its lesson"
         segments = plan.lesson.laid_out
-        kl = segments.leaf_sums(dist.sum_array_over_replicas(gather_kl(plan.packs, len(segments))))
+        kl = plan.lesson.leaf_sums(dist.sum_array_over_replicas(gather_kl(plan.packs, len(segments))))
         charge([trees[i] for i in chosen], kl, coef)
         every_kl.append(kl)
     # After all steps are charged: whitening is over the whole rollout.

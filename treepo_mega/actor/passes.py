@@ -107,7 +107,7 @@ def correct_leaves(plans: Sequence[StepPlan], algo: AlgoConfig) -> tuple[list[St
         segments = plan.lesson.laid_out
         mine = gather_evidence(plan.packs, len(segments), algo)
         # All ranks judge by the same sums, and so leave out the same plans: an optimizer step is collective.
-        verdict = judge(segments, dist.sum_array_over_replicas(mine), algo)
+        verdict = judge(plan.lesson, dist.sum_array_over_replicas(mine), algo)
         credit = plan.lesson.row_credit(verdict.factors, verdict.kept)
         for pack in plan.packs:
             pack.relearn(credit)

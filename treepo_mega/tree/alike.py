@@ -14,11 +14,12 @@ class Alike:
     """What `tree/merge.py` needs of a tree or a forest whose tokens are elsewhere.
 
     An *atom* is a run of a node's tokens that equal paths have in common as a whole. Nodes in the order of the tree,
-    and the atoms of a node one after the other. Nodes without a leaf below them have none.
+    and the atoms of a node one after the other. Nodes without a leaf below them have none. Where a context ends within
+    a node, the parts of nodes are meant (`tree/history.py`).
     """
 
     atoms: npt.NDArray[np.int64]
-    """[nodes] how many each has."""
+    """[nodes, or their parts] how many each has."""
     length: npt.NDArray[np.int64]
     """[A] tokens of each atom."""
     name: npt.NDArray[np.int64]

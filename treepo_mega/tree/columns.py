@@ -18,6 +18,7 @@ import numpy as np
 from treepo_mega.errors import TreepoError
 from treepo_mega.tree.alike import Alike
 from treepo_mega.tree.elsewhere import Elsewhere
+from treepo_mega.tree.history import count_parts
 from treepo_mega.tree.node import ForkRule, Node, Tree
 
 FORKS: tuple[ForkRule | None, ...] = (None, "rank", "threshold")
@@ -58,6 +59,9 @@ def to_columns(trees: Sequence[Tree]) -> dict[str, Any]:
         columns["weight"] = np.array([node.weight for node in nodes])
     if any(node.observation for node in nodes):
         columns["observation"] = _ints(node.observation for node in nodes)
+    if any(node.hidden for node in nodes):
+        columns["hidden"] = _ints(node.hidden for node in nodes)
+        columns["restated"] = _ints(node.restated for node in nodes)
     if all(tree.alike is not None for tree in trees):
         alike = [tree.alike for tree in trees if tree.alike is not None]
         columns["alike"] = {
@@ -77,7 +81,6 @@ def from_columns(columns: dict[str, Any], prompt_ids: Sequence[str]) -> list[Tre
     rewards = iter(_rows(columns["rewards"]))
     verdicts = iter(_rows(columns["verdicts"]))
     counts = iter(_counts_of(columns["counts"], len(prompt_ids)))
-    alike = iter(_alike(columns["alike"], columns["nodes"])) if "alike" in columns else None
     trees = []
     first_node = first_leaf = 0
     for index, prompt_id in enumerate(prompt_ids):
@@ -90,11 +93,13 @@ def from_columns(columns: dict[str, Any], prompt_ids: Sequence[str]) -> list[Tre
                 columns["shortfalls"].get(str(index)),
                 next(counts),
                 next(verdicts),
-                alike=None if alike is None else next(alike),
             )
         )
         first_node = end_of_tree[index]
         first_leaf = end_of_leaves[index]
+    if "alike" in columns:
+        for tree, alike in zip(trees, _alike(columns["alike"], list(map(count_parts, trees))), strict=True):
+            tree.alike = alike
     return trees
 
 
@@ -102,7 +107,10 @@ def _nodes(columns: dict[str, Any]) -> list[Node]:
     """The nodes of all trees."""
     stops = [*columns["stops"], None]  # the last one is that of NO_STOP
     weights = columns["weight"].tolist() if "weight" in columns else [1.0] * len(columns["parent"])
-    observed = columns["observation"].tolist() if "observation" in columns else [0] * len(columns["parent"])
+    none = [0] * len(columns["parent"])
+    observed = columns["observation"].tolist() if "observation" in columns else none
+    hidden_tokens = columns["hidden"].tolist() if "hidden" in columns else none
+    restated_tokens = columns["restated"].tolist() if "restated" in columns else none
     nodes: list[Node] = []
     first = 0
     rows = zip(
@@ -116,9 +124,11 @@ def _nodes(columns: dict[str, Any]) -> list[Node]:
         columns["level"].tolist(),
         weights,
         observed,
+        hidden_tokens,
+        restated_tokens,
         strict=True,
     )
-    for parent, place, length, stop, fallback, fork, version, level, weight, observation in rows:
+    for parent, place, length, stop, fallback, fork, version, level, weight, observation, hidden, restated in rows:
         contents = Elsewhere.of(length)
         if parent < 0:
             first = len(nodes)
@@ -144,6 +154,8 @@ def _nodes(columns: dict[str, Any]) -> list[Node]:
                 FORKS[fork],
                 weight,
                 bool(observation),
+                hidden=hidden,
+                restated=restated,
             )
         )
     return nodes
@@ -216,15 +228,15 @@ def _counts_of(table: dict[str, Any], trees: int) -> list[dict[str, float]]:
     return [dict(compress(zip(names, row, strict=True), has)) for row, has in rows]
 
 
-def _alike(columns: dict[str, np.ndarray], nodes_of_tree: np.ndarray) -> list[Alike]:
+def _alike(columns: dict[str, np.ndarray], parts_of_tree: Sequence[int]) -> list[Alike]:
     """What was compared of each tree."""
     atoms = columns["atoms"].astype(np.int64)
-    end_of_tree = np.cumsum(nodes_of_tree, dtype=np.int64)
+    end_of_tree = np.cumsum(parts_of_tree, dtype=np.int64)
     atoms_before = np.concatenate([[0], np.cumsum(atoms)])
     length = columns["length"].astype(np.int64)
     name = columns["name"].astype(np.int64)
     found = []
-    for begin, end in zip((end_of_tree - nodes_of_tree).tolist(), end_of_tree.tolist(), strict=True):
+    for begin, end in zip((end_of_tree - parts_of_tree).tolist(), end_of_tree.tolist(), strict=True):
         own = slice(int(atoms_before[begin]), int(atoms_before[end]))
         found.append(Alike(atoms[begin:end], length[own], name[own]))
     return found

@@ -1,7 +1,7 @@
 """What a trajectory counts because the engine sampled it from another policy than the trainer's. Pure NumPy.
 
     evidence = gather_evidence(packs, segments, algo)       # of this rank's rows; summed over ranks by the caller
-    verdict = judge(lesson.laid_out, evidence, algo)
+    verdict = judge(lesson, evidence, algo)
     credit = lesson.row_credit(verdict.factors, verdict.kept)   # and `pack.relearn(credit)`
 
 The ratio of a trajectory is the product of its tokens' ratios trainer / engine (`sequence`), or their geometric mean
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treepo_mega.config import AlgoConfig
+from treepo_mega.tree.credit import Lesson
 from treepo_mega.tree.pack import Pack
 from treepo_mega.tree.segments import Bools, Floats, Segments
 
@@ -60,27 +61,27 @@ def gather_evidence(packs: Sequence[Pack], segments: int, algo: AlgoConfig) -> F
     return evidence
 
 
-def judge(segments: Segments, evidence: Floats, algo: AlgoConfig) -> Verdict:
+def judge(step: Segments | Lesson, evidence: Floats, algo: AlgoConfig) -> Verdict:
     """Weigh and reject trajectories by the `evidence` [2, S] of all rows of the step."""
-    log_product = segments.leaf_sums(evidence[0])
+    log_product = step.leaf_sums(evidence[0])
     factors: Floats | None = None
     ratios: Floats | None = None
     kept: Bools | None = None
     if algo.weighs_leaves:
-        ratios = _ratios(log_product, segments, algo.rollout_is)
+        ratios = _ratios(log_product, step, algo.rollout_is)
         factors = ratios.clip(algo.tis_clip_low, algo.tis_clip)
     if algo.rejects_leaves:
-        kept = segments.leaf_sums(evidence[1]) == 0
+        kept = step.leaf_sums(evidence[1]) == 0
     if algo.rollout_rs is not None:
         high = algo.rollout_rs_threshold
         low = algo.rollout_rs_threshold_lower or 1 / high
-        judged = _ratios(log_product, segments, algo.rollout_rs)
+        judged = _ratios(log_product, step, algo.rollout_rs)
         inside = (low <= judged) & (judged <= high)
         kept = inside if kept is None else kept & inside
     return Verdict(factors, kept, ratios)
 
 
-def _ratios(log_product: Floats, segments: Segments, level: str | None) -> Floats:
+def _ratios(log_product: Floats, step: Segments | Lesson, level: str | None) -> Floats:
     """[L] the ratio of each trajectory at `level`; 1 for one without tokens."""
-    size = np.maximum(segments.flat_lengths(), 1) if level == "geometric" else 1
+    size = np.maximum(step.flat_lengths(), 1) if level == "geometric" else 1
     return np.exp((log_product / size).clip(-LOG_BOUND, LOG_BOUND))

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from treepo_mega.tree.segments import Bools, Floats, Ints, Segments, path_sums
+from treepo_mega.tree.segments import Bools, Floats, Segments
+from treepo_mega.tree.sums import Ints, path_sums
 
 if TYPE_CHECKING:
     from treepo_mega.tree.merge import Merged
@@ -87,14 +88,12 @@ def fold(s: Segments, advantages: Floats, weights: Floats, factors: Floats | Non
     `factors` [L] weigh a trajectory in the masses alone, not in `n`: importance weights, which KL and entropy have none
     of. None: 1.
     """
-    advantage = advantages[s.leaf_number]
-    weight = weights[s.leaf_number]
-    mass = weight if factors is None else weight * factors[s.leaf_number]
+    mass = weights if factors is None else weights * factors
     return Credit(
-        _sum_below(s, mass * np.maximum(advantage, 0)),
-        _sum_below(s, mass * np.minimum(advantage, 0)),
-        _sum_below(s, weight),
-        s.leaf_hi - s.leaf_lo,
+        s.sum_below(mass * np.maximum(advantages, 0)),
+        s.sum_below(mass * np.minimum(advantages, 0)),
+        s.sum_below(weights),
+        s.count_below(),
     )
 
 
@@ -104,9 +103,9 @@ def fold_nodes(s: Segments, advantages: Floats, weights: Floats, factors: Floats
     `factors` as in `fold`.
     """
     advantage = advantages[s.node]
-    weight = _sum_below(s, weights[s.leaf_number])
-    mass = weight if factors is None else _sum_below(s, (weights * factors)[s.leaf_number])
-    return Credit(mass * np.maximum(advantage, 0), mass * np.minimum(advantage, 0), weight, s.leaf_hi - s.leaf_lo)
+    weight = s.sum_below(weights)
+    mass = weight if factors is None else s.sum_below(weights * factors)
+    return Credit(mass * np.maximum(advantage, 0), mass * np.minimum(advantage, 0), weight, s.count_below())
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +150,16 @@ class Lesson:
             weights = weights * kept
         folded = (fold_nodes if self.per_node else fold)(self.segments, self.advantages, weights, factors)
         if kept is not None:
-            folded.count = _sum_below(self.segments, kept[self.segments.leaf_number].astype(np.int64))
+            folded.count = self.segments.sum_below(kept.astype(np.int64))
         return folded
 
+    def leaf_sums(self, value: npt.NDArray) -> npt.NDArray:
+        """[L] sum over each trajectory of `value`, one a segment of `laid_out`; in the caller's order of leaves."""
+        return self.segments.leaf_sums(value) if self.merged is None else self.merged.leaf_sums(value)
 
-def _sum_below(s: Segments, value: npt.NDArray) -> npt.NDArray:
-    """[S] sum of `value` [L, depth-first] over the leaves at or below each segment."""
-    if not len(s):
-        return np.zeros(0, value.dtype)
-    # Sums of value[lo:hi]; every second one is of what lies between two intervals.
-    borders = np.stack([s.leaf_lo, s.leaf_hi], 1).reshape(-1)
-    # The 0 at the end: `reduceat` refuses a border one past the last value.
-    return np.add.reduceat(np.append(value, np.zeros(1, value.dtype)), borders)[::2]
+    def flat_lengths(self) -> Ints:
+        """[L] trained tokens of each trajectory, in the caller's order of leaves."""
+        return self.segments.flat_lengths()
 
 
 def credit_by_depth(s: Segments, c: Credit) -> list[float]:
@@ -173,11 +170,11 @@ def credit_by_depth(s: Segments, c: Credit) -> list[float]:
     Linear in (trajectory, segment) pairs.
     """
     size = np.where(s.trained, s.length, 0)
-    end = path_sums(s.parent, size)
-    total = end[s.leaf_segment]
+    before, segment = s.course
+    end = path_sums(before, size)
+    total = end[segment]
     net = np.abs(c.A_pos + c.A_neg) / np.maximum(c.n, 1e-30)
     share = np.zeros(QUARTERS)
-    segment = s.leaf_segment
     leaf_of_segment = np.arange(len(segment))
     while len(segment):
         unit = np.maximum(total[leaf_of_segment], 1) / QUARTERS
@@ -185,7 +182,7 @@ def credit_by_depth(s: Segments, c: Credit) -> list[float]:
         for quarter in range(QUARTERS):
             inside = np.minimum(end[segment], (quarter + 1) * unit) - np.maximum(begin, quarter * unit)
             share[quarter] += (np.maximum(inside, 0) * net[segment]).sum()
-        segment = s.parent[segment]
+        segment = before[segment]
         goes_on = segment >= 0
         leaf_of_segment = leaf_of_segment[goes_on]
         segment = segment[goes_on]

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from treepo_mega.runtime.balance import balance, deal, fill
-from treepo_mega.tree.segments import Bools, Ints, Segments, path_sums
+from treepo_mega.tree.segments import Bools, Segments
 from treepo_mega.tree.split import pieces as cut_pieces
+from treepo_mega.tree.sums import Ints, path_sums
 
 
 @dataclass(slots=True)
@@ -69,6 +70,9 @@ def cut_forest(segments: Segments, cuts: Ints) -> Pieces:
     length = segments.length[segment]
     pairs = length * segments.position[segment] + length * (length + 1) // 2
     length_of_leaf = (segments.position + segments.length)[segments.leaf_segment]
+    if segments.ends is not None:
+        # One by one, the hidden turns of a trajectory have contexts of their own.
+        length_of_leaf = segments.ends.flat[segments.leaf_number]
     length_before_leaf = np.concatenate([[0], np.cumsum(length_of_leaf)])
     return Pieces(
         piece_of_entry=piece,

@@ -32,8 +32,10 @@ from treepo_mega.errors import TreepoError
 from treepo_mega.tree.alike import Alike
 from treepo_mega.tree.credit import Credit
 from treepo_mega.tree.deal import ranges
+from treepo_mega.tree.history import count_parts
 from treepo_mega.tree.node import Tree
-from treepo_mega.tree.segments import Ints, Segments, arrange, path_sums
+from treepo_mega.tree.segments import Segments, arrange
+from treepo_mega.tree.sums import Ints, path_sums
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -76,6 +78,8 @@ class Merged:
     """[P] a segment from before, of each part of one that stayed whole."""
     target: Ints
     """[P] the segment of the trie that the part went into."""
+    origin: Segments
+    """The forest from before."""
 
     def credit(self, credit: Credit) -> Credit:
         """Of each segment of the trie, from that of the segments before: the sum over what was merged into it."""
@@ -85,6 +89,14 @@ class Merged:
 
         count = summed(credit.count).astype(np.int64)
         return Credit(summed(credit.A_pos), summed(credit.A_neg), summed(credit.n), count)
+
+    def leaf_sums(self, value: npt.NDArray) -> npt.NDArray:
+        """[L] sum of `value`, one a segment of the trie, over each trajectory; in the caller's order of leaves."""
+        if self.origin.ends is None:
+            return self.segments.leaf_sums(value)
+        # Behind unlike hidden turns equal contexts were merged: only the forest from before knows its trajectories.
+        of_origin = np.bincount(self.source, value[self.target], len(self.origin))
+        return self.origin.leaf_sums(of_origin)
 
 
 def merge_equal(segments: Segments, credit: Credit, alike: Alike | None = None) -> tuple[Segments, Credit]:
@@ -101,7 +113,7 @@ def merge(segments: Segments, alike: Alike | None = None) -> Merged:
     give the same. Raises MergeError where every hash collides, and where `alike` is of other nodes.
     """
     if not len(segments):
-        return Merged(segments, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return Merged(segments, np.zeros(0, np.int64), np.zeros(0, np.int64), segments)
     atoms = _compared(segments) if alike is None else _told(segments, alike)
     merged = np.bincount(atoms.first, minlength=len(atoms.first))
     begins = np.bincount(atoms.first, atoms.offset == 0, len(atoms.first)) > 0
@@ -133,14 +145,16 @@ def merge(segments: Segments, alike: Alike | None = None) -> Merged:
     speaks = opens[atoms.first]
     segment_of_run = np.empty(len(opening), np.int64)
     segment_of_run[run_of_segment] = np.arange(len(run_of_segment))
-    return Merged(built, atoms.segment[speaks], segment_of_run[run_of_atom[atoms.first[speaks]]])
+    # What trajectories say is no tree any more, where contexts behind unlike turns are one.
+    built.ends = segments.ends
+    return Merged(built, atoms.segment[speaks], segment_of_run[run_of_atom[atoms.first[speaks]]], segments)
 
 
 def compare(tree: Tree) -> Alike:
     """Compare the tokens of a tree, which are here. Raises MergeError."""
     segments = Segments.from_trees([tree], [0])
     if not len(segments):
-        return Alike(np.zeros(len(tree.nodes), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return Alike(np.zeros(count_parts(tree), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
     tokens = _compared(segments)
     merged = np.bincount(tokens.first, minlength=len(tokens.first))
     begins = np.bincount(tokens.first, tokens.offset == 0, len(tokens.first)) > 0
@@ -149,11 +163,11 @@ def compare(tree: Tree) -> Alike:
     opens = (tokens.offset == 0) | begins[tokens.first]
     opens |= merged[tokens.first] != merged[tokens.first[before]]
     opening = np.flatnonzero(opens)
-    node_of_atom = segments.node[tokens.segment[opening]]
+    part_of_atom = segments.part[tokens.segment[opening]]
     # By node, as the trees of a forest are told; within a node the order stays.
-    order = np.argsort(node_of_atom, kind="stable")
+    order = np.argsort(part_of_atom, kind="stable")
     return Alike(
-        atoms=np.bincount(node_of_atom, minlength=len(tree.nodes)).astype(np.int64),
+        atoms=np.bincount(part_of_atom, minlength=count_parts(tree)).astype(np.int64),
         length=np.diff(opening, append=len(opens))[order],
         name=np.unique(tokens.first[opening], return_inverse=True)[1].reshape(-1)[order],
     )
@@ -168,9 +182,10 @@ def told_alike(trees: Sequence[Tree]) -> Alike | None:
 
 def _told(segments: Segments, alike: Alike) -> Atoms:
     """The atoms of `segments`, whose nodes are numbered as in `alike`."""
-    count = alike.atoms[segments.node]
-    end_of_node = np.cumsum(alike.atoms)
-    index = ranges((end_of_node - alike.atoms)[segments.node], end_of_node[segments.node])
+    part = segments.part
+    count = alike.atoms[part]
+    end_of_part = np.cumsum(alike.atoms)
+    index = ranges((end_of_part - alike.atoms)[part], end_of_part[part])
     segment = np.repeat(np.arange(len(segments)), count)
     length = alike.length[index]
     held = np.bincount(segment, length, len(segments)).astype(np.int64)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from treepo_mega.tree.alike import Alike
+from treepo_mega.tree.history import context
 from treepo_mega.tree.routing import NONE_NOTED, Experts
 
 ROOT = 0
@@ -41,6 +42,8 @@ class Node:
     or one stands for siblings that were cut because they repeat it.
     `observation`: what an environment said, not the policy. Later tokens are conditioned on it, and it is neither
     trained nor counted as response; its logprobs are zeros, and its parent ended a turn.
+    `hidden`: tokens of the context before an observation, counted from its end, that a chat template hides from what
+    follows; `restated`: its own first tokens, which stand in their place (`tree/history.py`).
     `experts`: those that the engine sent its first tokens to, where `rollout.routing_replay` asks (`tree/routing.py`).
     """
 
@@ -60,6 +63,8 @@ class Node:
     weight: float = 1.0
     observation: bool = False
     experts: Experts = NONE_NOTED
+    hidden: int = 0
+    restated: int = 0
 
     @property
     def depth(self) -> int:
@@ -94,8 +99,10 @@ class Tree:
         """A tree that holds only its root."""
         return cls(prompt_id, [Node(ROOT, -1, (), list(prompt_tokens))])
 
-    def observe(self, parent: int, tokens: list[int]) -> Node:
-        """Append what an environment answered to the turn that ended at node `parent`.
+    def observe(self, parent: int, tokens: list[int], *, hidden: int = 0, restated: int = 0) -> Node:
+        """Append what an environment answered to the turn that ended at node `parent`; `hidden` and `restated`: `Node`.
+
+        Raises ValueError where nothing of the prompt would be seen any more.
 
         >>> tree = Tree.start("p", [1])
         >>> turn = tree.add_child(0)
@@ -105,8 +112,12 @@ class Tree:
         ([1, 5, 6, 7, 8, 9], 2)
         """
         up = self.nodes[parent]
+        if hidden and not context(self, parent, hidden):
+            raise ValueError(f"an observation behind node {parent} hides {hidden} tokens, which is all of its context")
         node = self.add_child(parent, policy_version=up.policy_version)
         node.observation = True
+        node.hidden = hidden
+        node.restated = restated
         node.tokens = list(tokens)
         node.logprobs = [0.0] * len(tokens)
         # Nothing was drawn there: it is as sure as can be, where that is noted.
@@ -179,16 +190,17 @@ class Tree:
         return second
 
     def noted(self, node_id: int) -> int:
-        """Tokens from the path's first one on whose experts are noted without a gap, up to and including `node_id`."""
+        """Tokens of `prefix(node_id)`, from its first one on, whose experts are noted without a gap."""
         total = 0
-        for node in (self.nodes[each] for each in self.ancestry(node_id)):
-            total += len(node.experts)
-            if len(node.experts) < len(node.tokens):
+        for each, seen in context(self, node_id):
+            noted = len(self.nodes[each].experts)
+            total += min(noted, seen)
+            if noted < seen:
                 break
         return total
 
     def note(self, node_id: int, experts: Experts | None, begin: int) -> None:
-        """Note experts, if any, of the path to `node_id` from its place `begin` on (prompt included).
+        """Note experts, if any, of `prefix(node_id)` from its place `begin` on (prompt included).
 
         What is noted stays.
 
@@ -202,12 +214,13 @@ class Tree:
         if experts is None:
             return
         start = 0
-        for node in (self.nodes[each] for each in self.ancestry(node_id)):
+        for each, seen in context(self, node_id):
+            node = self.nodes[each]
             first = start + len(node.experts) - begin
-            end = start + len(node.tokens) - begin
+            end = start + seen - begin
             if 0 <= first < min(end, len(experts)):
                 node.experts = node.experts.followed_by(experts[first:end])
-            start += len(node.tokens)
+            start += seen
 
     def ancestry(self, node_id: int) -> list[int]:
         """Node ids from the root to `node_id`, both included."""
@@ -218,8 +231,11 @@ class Tree:
         return out[::-1]
 
     def prefix(self, node_id: int) -> list[int]:
-        """Prompt and response tokens up to and including `node_id`: what its children are conditioned on."""
-        return [token for node in self.ancestry(node_id) for token in self.nodes[node].tokens]
+        """Prompt and response tokens up to and including `node_id`: what its children are conditioned on.
+
+        What a chat template hides from them is left out (`tree/history.py`).
+        """
+        return [token for node, seen in context(self, node_id) for token in self.nodes[node].tokens[:seen]]
 
     def response(self, node_id: int) -> list[int]:
         """What follows the prompt, up to and including `node_id`: sampled tokens, and observations between them."""
@@ -236,9 +252,9 @@ class Tree:
         return length
 
     def observed_length(self, node_id: int) -> int:
-        """Tokens of observations up to and including `node_id`, counted."""
+        """Tokens of observations up to and including `node_id`, counted; what they restate is left out."""
         above = [self.nodes[node] for node in self.ancestry(node_id)[1:]]
-        return sum(len(node.tokens) for node in above if node.observation)
+        return sum(len(node.tokens) - node.restated for node in above if node.observation)
 
     def turn(self, node_id: int) -> list[int]:
         """Sampled tokens since the last observation (or the prompt), up to and including `node_id`."""
@@ -344,8 +360,9 @@ class Tree:
         entries = {**_entries(self), "nodes": [_entries(node) for node in self.nodes]}
         # Nearly all nodes are sampled; text for each of them would outweigh short segments.
         for node in entries["nodes"]:
-            if not node["observation"]:
-                del node["observation"]
+            for name in ("observation", "hidden", "restated"):
+                if not node[name]:
+                    del node[name]
             experts: Experts = node.pop("experts")
             if len(experts):
                 node["experts"] = experts.to_dict()

@@ -233,7 +233,7 @@ def _pack(batch: Batch, pieces: Pieces, chosen: Sequence[int], length: int, pad_
         n=credit.n[segment_of_row],
         count=credit.count[segment_of_row].astype(np.float64),
         rollout_logprobs=batch.segments.logprobs[source_of_token[token_of_row]],
-        trajectory=batch.segments.leaf_number[batch.segments.leaf_lo[segment_of_row]],
+        trajectory=batch.segments.first_trajectory(segment_of_row),
         segment=segment_of_row,
         depth=pieces.depth_of_segment[segment_of_row],
         experts=_experts(batch.segments.experts, source_of_token, length),

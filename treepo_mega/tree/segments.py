@@ -2,7 +2,8 @@
 
 The segments of a tree are consecutive, in depth-first pre-order, and siblings keep the order they were added in. So
 the subtree of segment s is s .. s+below[s]-1, and the leaves below it are leaf_lo[s] .. leaf_hi[s]-1. Time is linear
-in segments and tokens: a handful of array passes, and one per level. An example of five segments (number: tokens):
+in segments and tokens: a handful of array passes, and one per level. Where a chat template hides turns from what comes
+later, the tree is that of contexts (`tree/history.py`). An example of five segments (number: tokens):
 
     0: 10 11 -+- 1: 20 21 -+- 2: 30
               |            `- 3: 40 41
@@ -14,7 +15,7 @@ in segments and tokens: a handful of array passes, and one per level. An example
 ...     child.tokens, child.logprobs = tokens, [-token / 100 for token in tokens]
 >>> tree.leaves = [2, 3, 4]
 >>> segments = Segments.from_trees([tree], prompts=[7])
->>> for name in Segments.__slots__[:-1]:
+>>> for name in Segments.__slots__[:-3]:
 ...     print(f"{name:<12}", *getattr(segments, name).tolist())
 group        0 0 0 0 0
 parent       -1 0 1 1 0
@@ -39,19 +40,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from operator import attrgetter
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from treepo_mega.tree.copies import Copies, Sharing, copies_of, ends_of
 from treepo_mega.tree.elsewhere import is_here
+from treepo_mega.tree.history import Ends, Parts, Trajectories, has_hidden, parts_of
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.routing import ExpertIds, ids_of, no_experts
+from treepo_mega.tree.sums import Ints, levels, path_sums, preorder, subtree_sums
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-Sharing = Literal["tree", "prompt", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,10 @@ class Segments:
     """Engine logprobs, as long as `tokens`; 0 for prompts and observations."""
     experts: ExpertIds = field(default_factory=no_experts)
     """[as long as `tokens`, layers, top_k] the engine's (`tree/routing.py`); [.., 0, 0] where none are noted."""
+    ends: Ends | None = None
+    """Where turns are hidden: what the numbers in `leaf_number` mean, which are those of `ends` then. L is E above."""
+    trajectories: Trajectories | None = None
+    """Where turns are hidden, and nothing was merged: what trajectories say."""
 
     def __len__(self) -> int:
         return len(self.parent)
@@ -142,13 +147,15 @@ class Segments:
             tree = int(tree_of_node[node])
             where = f"prompt {trees[tree].prompt_id!r}, node {node - int(first_node_of_tree[tree])}"
             raise ValueError(f"{where}: {scored_of_node[node]} logprobs for {length_of_node[node]} tokens")
+        parent_of_node = np.where(parent_of_node < 0, -1, parent_of_node + first_node_of_tree[tree_of_node])
         complete = all(map(is_here, tokens_of_node))
         # A root may carry logprobs in a hand-made tree; prompts are not trained, so they are left out here.
         scores = chain.from_iterable(compress(logprobs_of_node, (parent_of_node >= 0).tolist()))
         leaves_of_tree = [len(tree.leaves) for tree in trees]
         leaves = np.fromiter(chain.from_iterable(tree.leaves for tree in trees), np.int64, sum(leaves_of_tree))
         return _build(
-            parent_of_node=np.where(parent_of_node < 0, -1, parent_of_node + first_node_of_tree[tree_of_node]),
+            parent_of_node=parent_of_node,
+            parts=parts_of(trees, parent_of_node, length_of_node) if has_hidden(trees) else None,
             leaves=leaves + np.repeat(first_node_of_tree, leaves_of_tree),
             length_of_node=length_of_node,
             tokens=np.fromiter(chain.from_iterable(tokens_of_node), np.int64) if complete else np.zeros(0, np.int64),
@@ -172,6 +179,7 @@ class Segments:
         length_of_node = np.array([[path.prompt_len, path.response_len] for path in paths], np.int64).reshape(-1)
         return _build(
             parent_of_node=parent_of_node,
+            parts=None,
             leaves=node[1::2],
             length_of_node=length_of_node,
             tokens=np.fromiter(chain.from_iterable(path.tokens for path in paths), np.int64),
@@ -192,116 +200,59 @@ class Segments:
         """[L] trained tokens of each trajectory, in the caller's order of leaves."""
         return self.leaf_sums(np.where(self.trained, self.length, 0))
 
+    @property
+    def part(self) -> Ints:
+        """[S] the part of a node that each one is a copy of, numbered over all trees: the node, if it was not cut."""
+        return self.node if self.trajectories is None else self.trajectories.part
+
+    @property
+    def leaf_count(self) -> int:
+        """L: trajectories."""
+        return len(self.leaf_number) if self.ends is None else self.ends.leaves
+
+    @property
+    def course(self) -> tuple[Ints, Ints]:
+        """[S] the segment before each one in its trajectories, and [L] where they end, in any order.
+
+        Raises ValueError where equal tokens were merged that come behind unlike turns (`Merged.leaf_sums`).
+        """
+        if self.ends is None:
+            return self.parent, self.leaf_segment
+        if self.trajectories is None:
+            raise ValueError("turns are hidden, and equal tokens behind them were merged: ask Merged for sums")
+        return self.trajectories.before, self.trajectories.leaf
+
+    def first_trajectory(self, segment: Ints) -> Ints:
+        """[N] number of the first trajectory through each of the segments `segment` [N]."""
+        number = self.leaf_number[self.leaf_lo[segment]]
+        return number if self.ends is None else self.ends.trajectory[number]
+
+    def sum_below(self, value: npt.NDArray) -> npt.NDArray:
+        """[S] sum of `value` [L], in the caller's order of leaves, over the trajectories through each segment."""
+        if not len(self):
+            return np.zeros(0, value.dtype)
+        if self.ends is not None:
+            before, leaf = self.course
+            at_end = np.zeros(len(self), value.dtype)
+            at_end[leaf] = value
+            return subtree_sums(before, at_end, levels(before))
+        # Sums of value[lo:hi]; every second one is of what lies between two intervals.
+        borders = np.stack([self.leaf_lo, self.leaf_hi], 1).reshape(-1)
+        # The 0 at the end: `reduceat` refuses a border one past the last value.
+        return np.add.reduceat(np.append(value[self.leaf_number], np.zeros(1, value.dtype)), borders)[::2]
+
+    def count_below(self) -> Ints:
+        """[S] trajectories through each segment."""
+        return self.leaf_hi - self.leaf_lo if self.ends is None else self.sum_below(np.ones(self.leaf_count, np.int64))
+
     def leaf_sums(self, value: npt.NDArray) -> npt.NDArray:
         """[L] sum of `value` [S] over each trajectory's segments, in the caller's order of leaves."""
+        if self.ends is not None:
+            before, leaf = self.course
+            return path_sums(before, value)[leaf]
         of_leaf = np.empty(len(self.leaf_number), value.dtype)
         of_leaf[self.leaf_number] = path_sums(self.parent, value)[self.leaf_segment]
         return of_leaf
-
-
-@dataclass(slots=True)
-class _Copies:
-    """C segments, each a copy of a node; parents come before their children."""
-
-    node_of_copy: Ints
-    parent_of_copy: Ints
-    """[C] copy, -1 for a root."""
-    copy_of_leaf: Ints
-    """[L] the copy at which each leaf ends."""
-
-
-def _copies(parent_of_node: Ints, leaves: Ints, sharing: Sharing) -> _Copies:
-    if sharing == "tree":
-        return _Copies(np.arange(len(parent_of_node)), parent_of_node, leaves)
-    if sharing not in ("prompt", "none"):
-        raise ValueError(f"prefix sharing {sharing!r}: expected tree, prompt or none")
-    ancestors = _ancestors(parent_of_node, leaves)
-    size_of_leaf = (ancestors >= 0).sum(0)
-    first_of_leaf = np.cumsum(size_of_leaf) - size_of_leaf
-    # A copy for each (trajectory, node on it): one trajectory after the other, in each the root first, the leaf last.
-    leaf_of_copy = np.repeat(np.arange(len(leaves)), size_of_leaf)
-    depth_of_copy = np.arange(int(size_of_leaf.sum())) - first_of_leaf[leaf_of_copy]
-    node_of_copy = ancestors[size_of_leaf[leaf_of_copy] - 1 - depth_of_copy, leaf_of_copy]
-    parent_of_copy = np.where(depth_of_copy > 0, np.arange(len(node_of_copy)) - 1, -1)
-    copies = _Copies(node_of_copy, parent_of_copy, first_of_leaf + size_of_leaf - 1)
-    return _one_root_each(copies, len(parent_of_node)) if sharing == "prompt" else copies
-
-
-def _ancestors(parent_of_node: Ints, leaves: Ints) -> Ints:
-    """[D, L] the node d steps above each leaf (row 0: the leaf itself), -1 above its root."""
-    # Climb from all leaves at once, until every one is above its root.
-    rows = [leaves]
-    while (rows[-1] >= 0).any():
-        rows.append(np.where(rows[-1] >= 0, parent_of_node[rows[-1]], -1))
-    return np.stack(rows[:-1]) if len(leaves) else np.zeros((1, 0), np.int64)
-
-
-def _one_root_each(copies: _Copies, nodes: int) -> _Copies:
-    """The same copies with one root per tree: the first trajectory's, which the others' paths now hang from."""
-    copy = np.arange(len(copies.node_of_copy))
-    is_root = copies.parent_of_copy < 0
-    # Assigning from the last to the first leaves each root node with its first copy, which precedes all that use it.
-    first_copy_of_node = np.full(nodes, -1, np.int64)
-    first_copy_of_node[copies.node_of_copy[is_root][::-1]] = np.flatnonzero(is_root)[::-1]
-    stand_in_of_copy = np.where(is_root, first_copy_of_node[copies.node_of_copy], copy)
-    kept = stand_in_of_copy == copy
-    kept_of_copy = (np.cumsum(kept) - 1)[stand_in_of_copy]
-    parent = copies.parent_of_copy
-    return _Copies(
-        node_of_copy=copies.node_of_copy[kept],
-        parent_of_copy=np.where(parent >= 0, kept_of_copy[np.maximum(parent, 0)], -1)[kept],
-        copy_of_leaf=kept_of_copy[copies.copy_of_leaf],
-    )
-
-
-def levels(parent: Ints) -> list[Ints]:
-    """Indices by depth: roots, their children, and so on."""
-    # Pointer jumping: `depth` counts the steps to `ancestor`, and each pass doubles how far that one is.
-    depth = (parent >= 0).astype(np.int64)
-    ancestor = np.where(parent >= 0, parent, np.arange(len(parent)))
-    while depth[ancestor].any():
-        depth += depth[ancestor]
-        ancestor = ancestor[ancestor]
-    # Stable: within a level, indices stay ascending, and sums over them have one order.
-    by_depth = np.argsort(depth, kind="stable")
-    return np.split(by_depth, np.cumsum(np.bincount(depth, minlength=1))[:-1])
-
-
-def path_sums(parent: Ints, value: npt.NDArray) -> npt.NDArray:
-    """[S] sum of `value` from the root to each segment, itself included; of `value`'s dtype."""
-    # Pointer jumping, as in `levels`; entry S is an ancestor of the roots, of value 0, where everything ends.
-    above_roots = len(parent)
-    total = np.append(value, np.zeros(1, value.dtype))
-    ancestor = np.append(np.where(parent >= 0, parent, above_roots), above_roots)
-    while (ancestor < above_roots).any():
-        total = total + total[ancestor]
-        ancestor = ancestor[ancestor]
-    return total[:-1]
-
-
-def subtree_sums(parent: Ints, value: npt.NDArray, by_level: list[Ints]) -> npt.NDArray:
-    """[S] sum of `value` over each subtree, from the deepest level up."""
-    total = value.copy()
-    for level in by_level[:0:-1]:
-        # `total[parent[level]] += ...` would add one child of each parent only.
-        np.add.at(total, parent[level], total[level])
-    return total
-
-
-def _preorder(parent: Ints, below: Ints, by_level: list[Ints]) -> Ints:
-    """[S] rank of each segment in depth-first pre-order: roots in index order, and siblings in index order."""
-    # Sorted by parent, siblings stand together; what precedes a segment in its family is a difference of sums.
-    by_family = np.argsort(parent, kind="stable")
-    parent_by_family = parent[by_family]
-    sum_by_family = np.cumsum(below[by_family]) - below[by_family]
-    eldest_by_family = np.searchsorted(parent_by_family, parent_by_family)
-    elder = np.empty(len(parent), np.int64)
-    elder[by_family] = sum_by_family - sum_by_family[eldest_by_family]
-    rank = np.empty(len(parent), np.int64)
-    rank[by_level[0]] = elder[by_level[0]]
-    for level in by_level[1:]:
-        rank[level] = rank[parent[level]] + 1 + elder[level]
-    return rank
 
 
 def _scored(parent_of_node: Ints, length_of_node: Ints, scores: Iterable[float]) -> Floats:
@@ -315,6 +266,7 @@ def _scored(parent_of_node: Ints, length_of_node: Ints, scores: Iterable[float])
 def _build(
     *,
     parent_of_node: Ints,
+    parts: Parts | None,
     leaves: Ints,
     length_of_node: Ints,
     tokens: Ints,
@@ -326,17 +278,26 @@ def _build(
 ) -> Segments:
     """From nodes in any order with parents first: copy, leave out what has no leaf below it, sort.
 
-    A segment of no tokens is kept: it costs nothing.
+    `parts`: where turns are hidden. A segment of no tokens is kept: it costs nothing.
     """
     trained_of_node = (parent_of_node >= 0) & ~observed_of_node
     source_of_node = np.cumsum(length_of_node) - length_of_node
-    copies = _copies(parent_of_node, leaves, sharing)
-    node = copies.node_of_copy
-    built, _ = arrange(
+    if parts is None:
+        copies = copies_of(parent_of_node, parent_of_node, leaves, sharing)
+        node = copies.part_of_copy
+        length = length_of_node[node]
+        source = source_of_node[node]
+    else:
+        copies = copies_of(parts.context, parts.before, parts.last[leaves], sharing)
+        node = parts.node[copies.part_of_copy]
+        length = parts.length[copies.part_of_copy]
+        source = source_of_node[node] + parts.offset[copies.part_of_copy]
+    ends, first_trajectory = (copies.copy_of_leaf, None) if parts is None else ends_of(copies)
+    built, copy_of_segment = arrange(
         parent=copies.parent_of_copy,
-        leaves=copies.copy_of_leaf,
-        length=length_of_node[node],
-        source=source_of_node[node],
+        leaves=ends,
+        length=length,
+        source=source,
         node=node,
         trained=trained_of_node[node],
         prompt=prompt_of_node[node],
@@ -344,7 +305,29 @@ def _build(
         logprobs=logprobs,
         experts=experts,
     )
+    if first_trajectory is not None:
+        _follow(built, copies, copy_of_segment, first_trajectory)
     return built
+
+
+def _follow(built: Segments, copies: Copies, copy_of_segment: Ints, first_trajectory: Ints) -> None:
+    """Note in `built`, which is laid out by contexts, how trajectories go through it."""
+    segment_of_copy = np.full(len(copies.part_of_copy), -1, np.int64)
+    segment_of_copy[copy_of_segment] = np.arange(len(copy_of_segment))
+    before = copies.before_of_copy[copy_of_segment]
+    built.trajectories = Trajectories(
+        before=np.where(before >= 0, segment_of_copy[np.maximum(before, 0)], -1),
+        leaf=segment_of_copy[copies.copy_of_leaf],
+        part=copies.part_of_copy[copy_of_segment],
+    )
+    leaves = len(copies.copy_of_leaf)
+    flat = np.zeros(len(first_trajectory), np.int64)
+    built.ends = Ends(first_trajectory, flat, leaves)
+    length_of_context = built.position + built.length
+    # Where history is rewritten, a context ends and is one to compute.
+    leaves_it = (built.trajectories.before != built.parent) & (built.trajectories.before >= 0)
+    ended = np.where(leaves_it, length_of_context[np.maximum(built.trajectories.before, 0)], 0)
+    flat[:leaves] = built.leaf_sums(ended) + length_of_context[built.trajectories.leaf]
 
 
 def arrange(
@@ -411,7 +394,7 @@ def _depth_first(parent_of_copy: Ints, copy_of_leaf: Ints) -> tuple[Ints, Ints, 
     is_reached = subtree_sums(parent_of_copy, ends_of_copy, by_level) > 0
     by_level = [level[is_reached[level]] for level in by_level]
     size_of_copy = subtree_sums(parent_of_copy, is_reached.astype(np.int64), by_level)
-    segment_of_copy = np.where(is_reached, _preorder(parent_of_copy, size_of_copy, by_level), -1)
+    segment_of_copy = np.where(is_reached, preorder(parent_of_copy, size_of_copy, by_level), -1)
     copy = np.empty(int(is_reached.sum()), np.int64)
     copy[segment_of_copy[is_reached]] = np.flatnonzero(is_reached)
     parent = parent_of_copy[copy]
