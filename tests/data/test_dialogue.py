@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ def tokenizer(chat_template: str | None) -> Any:
     return made
 
 
+@cache
 def dialogue(chat_template: str | None, **options: Any) -> Dialogue:
     made = tokenizer(chat_template)
     ends = [made.convert_tokens_to_ids(mark) for mark in ("<|im_end|>", "<|endoftext|>")]
@@ -117,3 +119,59 @@ def test_templates_that_cannot_be_used_say_why(chat_template: str | None, said: 
 def test_a_rewriting_template_may_be_kept_by_choice() -> None:
     between = dialogue(template(assistant=DROPS_THINKING), history="keep")
     assert "<tool_response>\n4\n</tool_response>" in between.answer_text(["4"])
+
+
+THINKS = TAIL.replace("assistant\n", "assistant\n<think>\n")
+"""A generation prompt that opens a reasoning block, which no history shows."""
+REWRITING = {
+    "as it was said": template(),
+    "drops reasoning": template(assistant=DROPS_THINKING),
+    "trims": template(assistant="{{ m.content | trim }}"),
+    "opens the reasoning": template(assistant=DROPS_THINKING).replace(TAIL, THINKS),
+    "moves it": template(assistant="{{ ' ' ~ m.content }}"),
+}
+said = st.sampled_from(["", "<think>\nwhy\n</think>\n\n", "  ", "why\n</think>"])
+turns = st.tuples(said, st.text(st.characters(exclude_categories=["Cs"]), max_size=12), said).map("".join)
+
+
+@examples(150)
+@given(st.sampled_from(sorted(REWRITING)), st.lists(st.tuples(turns, texts), min_size=1, max_size=4))
+def test_a_fork_sees_what_a_server_shows_and_keeps_the_ids_that_it_may(name, rounds) -> None:
+    made = tokenizer(REWRITING[name])
+    between = dialogue(REWRITING[name], history="fork")
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "a question"}]
+    context = made(render(made, messages), add_special_tokens=False)["input_ids"]
+    for turn, answers in rounds:
+        ids = made(turn + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        seen = [*context, *ids]
+        behind = between.behind(seen, ids, answers)
+        context = [*seen[: len(seen) - behind.hidden], *behind.ids]
+        messages.append({"role": "assistant", "content": turn})
+        messages += [{"role": "tool", "content": answer} for answer in answers]
+        assert made.decode(context) == render(made, messages), "what a model behind a server with this template sees"
+        assert behind.ids[behind.restated :] == between.answer(answers)
+        untouched = name == "as it was said"
+        assert behind.hidden == behind.restated == 0 or not untouched
+        # No id is given up that could have stayed.
+        begin = len(seen) - behind.hidden
+        assert not behind.hidden or not behind.ids or behind.ids[0] != seen[begin]
+
+
+LATER = (
+    "{% if loop.index0 < messages | length - 3 and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+)
+
+
+def test_a_template_that_comes_back_to_a_turn_cannot_be_followed() -> None:
+    with pytest.raises(DialogueError, match=r"comes back to the turn '<think>.*keep"):
+        dialogue(template(assistant=LATER), history="fork")
+
+
+def test_a_context_that_does_not_end_as_the_template_says_is_named() -> None:
+    between = dialogue(REWRITING["opens the reasoning"], history="fork")
+    made = tokenizer(None)
+    turn = made("why</think>four<|im_end|>", add_special_tokens=False)["input_ids"]
+    other = made("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    with pytest.raises(DialogueError, match=r"rewrites '<think>.*from the generation prompt of a turn on"):
+        between.behind([*other, *turn], turn, ["4"])

@@ -238,6 +238,44 @@ def test_trees_are_the_same_in_any_order_of_segments_and_answers(tokenizer, over
     assert first[1] == again[1]
 
 
+@pytest.fixture
+def forgetful(tokenizer, tmp_path):
+    """Overrides: a template that shows no call of an earlier turn, but for its number; such a history is forked."""
+    path = tmp_path / "template.jinja"
+    shown = f"message.content | replace('{task.CALL}', '') | replace('{task.CALL_END}', '')"
+    path.write_text(tokenizer.chat_template.replace("message.content }}{{ eos", f"{shown} }}}}{{{{ eos"))
+    return f"data.chat_template={path}", "environment.history=fork"
+
+
+@pytest.mark.parametrize("shape", [("rollout.partial_rollout=4",), ("rollout.branching.at=fork",)])
+def test_a_rewritten_history_is_what_later_turns_see(tokenizer, forgetful, shape):
+    """A served model would see the same, turns stay as they were sampled, and no order of answers matters."""
+    cfg = allowed(*forgetful, *shape)
+    trees, rewards, _ = grow(cfg, tokenizer, order=1)
+    again = grow(cfg, tokenizer, order=2)
+    assert [names(tree) for tree in again[0]] == [names(tree) for tree in trees] and again[1] == rewards
+    secrets = [row["secret"] for row in map(json.loads, (AGENT / "train.jsonl").read_text().splitlines()[:4])]
+    hidden = 0
+    for tree, earned, secret in zip(trees, rewards, secrets, strict=True):
+        assert tree.counts["hidden_tokens"] >= sum(node.hidden for node in tree.nodes)
+        for leaf in tree.leaves:
+            assert earned[leaf] == pytest.approx(by_definition(tree, leaf, secret))
+        for node in tree.nodes:
+            if not node.observation:
+                continue
+            hidden += node.hidden
+            words = said(tree, node.id)
+            assert task.CALL not in words and task.CALL_END not in words
+            turn = [task.SYMBOLS[token] for token in tree.turn(node.parent)]
+            marks = (task.CALL, task.CALL_END)
+            assert not any(word in marks for word in turn) or node.hidden > node.restated > 0
+            # The call itself was sampled, and is trained. What stands for it is text that was encoded.
+            left = "".join(word for word in turn if word not in marks)
+            encoded = tokenizer(left, add_special_tokens=False)["input_ids"]
+            assert not node.hidden or node.tokens[: node.restated] == encoded
+    assert hidden > 0
+
+
 def test_states_beyond_the_limit_are_rebuilt_and_change_nothing(tokenizer):
     plain = grow(configured(), tokenizer)
     tight = grow(configured("environment.max_states=1"), tokenizer)

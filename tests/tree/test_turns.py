@@ -14,6 +14,7 @@ from tests.tree.test_search import EOS, config, decode, sample
 from treepo_mega.config import RolloutConfig
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.tree.advantage import leaf_advantages
+from treepo_mega.tree.history import Observation
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.search import Segment, TreeSearch
 from treepo_mega.tree.stop import STOP_REASONS, TURN_STOP_REASONS, StopRules, TurnRules
@@ -22,18 +23,31 @@ PROMPT = [7, 8, 9]
 RULES = TurnRules(max_turns=3, max_observation_len=12)
 
 
-def world(turn: list[int]) -> tuple[list[int] | None, bool]:
-    """(observation, lost) as a function of the turn: most turns are answered, some are the last, a few are lost."""
+def world(turn: list[int], rewrites: bool = False) -> tuple[Observation | None, bool]:
+    """(observation, lost) as a function of the turn: most turns are answered, some are the last, a few are lost.
+
+    `rewrites`: the observation hides some of the turn, and of what stands before it, and may restate some.
+    """
     rng = random.Random(derive_seed("world", *turn))
     draw = rng.random()
     if draw < 0.1:
         return None, True
     if draw < 0.3:
         return None, False
-    return [rng.randrange(3, 30) for _ in range(rng.randint(1, 6))], False
+    said = [rng.randrange(3, 30) for _ in range(rng.randint(1, 6))]
+    if not rewrites:
+        return Observation(said), False
+    return Observation(said, hidden=rng.randint(0, len(turn) + 1), restated=rng.randrange(len(said))), False
 
 
-def grow(cfg: RolloutConfig, rules: TurnRules | None = RULES, *, seed: int = 1, order: int | None = None) -> Tree:
+def grow(
+    cfg: RolloutConfig,
+    rules: TurnRules | None = RULES,
+    *,
+    seed: int = 1,
+    order: int | None = None,
+    rewrites: bool = False,
+) -> Tree:
     stop = StopRules.from_config(cfg, [EOS], decode, rules)
     search = TreeSearch("p", PROMPT, cfg, seed=seed, stop=stop, turns=rules)
     shuffler = random.Random(order)
@@ -54,8 +68,8 @@ def grow(cfg: RolloutConfig, rules: TurnRules | None = RULES, *, seed: int = 1, 
             shuffler.shuffle(pending)
         kind, what = pending.pop()
         if kind == "turn":
-            tokens, lost = world(search.tree.turn(what))
-            search.observe(what, tokens, lost=lost)
+            observation, lost = world(search.tree.turn(what), rewrites)
+            search.observe(what, observation, lost=lost)
             continue
         tokens = sample(what.prefix, what.seed, what.max_tokens, 0.2, 0.02)
         law = [-((what.prefix[-1] + k) % 7) / 3 for k in range(max(what.peek, what.top))]
@@ -90,15 +104,16 @@ configs = st.builds(
 
 
 @examples(150)
-@given(configs, st.integers(0, 10**6), st.integers(0, 10**6))
-def test_order_of_answers_does_not_matter_and_every_path_is_a_dialogue(cfg, seed, order):
-    tree = grow(cfg, seed=seed)
-    assert tree == grow(cfg, seed=seed, order=order)
+@given(configs, st.integers(0, 10**6), st.integers(0, 10**6), st.booleans())
+def test_order_of_answers_does_not_matter_and_every_path_is_a_dialogue(cfg, seed, order, rewrites):
+    tree = grow(cfg, seed=seed, rewrites=rewrites)
+    assert tree == grow(cfg, seed=seed, order=order, rewrites=rewrites)
     assert len(tree.leaves) == cfg.n_samples_per_prompt or tree.shortfall
     for node in tree.nodes[1:]:
         above = tree.nodes[node.parent]
         if node.observation:
-            assert (node.tokens, False) == world(tree.turn(above.id)), "it answers the turn above it"
+            said = Observation(node.tokens, node.hidden, node.restated)
+            assert (said, False) == world(tree.turn(above.id), rewrites), "it answers the turn above it"
             assert above.tokens[-1] == EOS and above.children == [node.id] and node.children
             continue
         assert EOS not in node.tokens[:-1]
@@ -107,7 +122,7 @@ def test_order_of_answers_does_not_matter_and_every_path_is_a_dialogue(cfg, seed
             continue
         # What it was sampled after: the prompt, turns with their EOS, and what was said between them.
         prefix = tree.prefix(node.parent)
-        assert len(prefix) == len(PROMPT) + tree.response_length(above.id) + tree.observed_length(above.id)
+        assert prefix == shown(tree, above.id)
         room = min(cfg.segment_tokens, cfg.max_response_len - tree.response_length(above.id))
         again = sample(prefix, derive_seed(seed, *node.path), room, 0.2, 0.02)
         assert node.tokens == again[: len(node.tokens)]
@@ -115,8 +130,17 @@ def test_order_of_answers_does_not_matter_and_every_path_is_a_dialogue(cfg, seed
         assert tree.nodes[leaf].stop in STOP_REASONS + TURN_STOP_REASONS
         assert tree.response_length(leaf) <= cfg.max_response_len
         assert tree.observed_length(leaf) <= RULES.max_observation_len
+        assert len(tree.prefix(leaf)) <= len(PROMPT) + cfg.max_response_len + RULES.max_observation_len
         assert tree.turns(leaf) <= RULES.max_turns
     assert tree.counts["turns"] >= sum(node.observation for node in tree.nodes)
+
+
+def shown(tree: Tree, node_id: int) -> list[int]:
+    """What a policy sees behind a node: all that was said in order, each observation taking away what it hides."""
+    seen: list[int] = []
+    for node in (tree.nodes[each] for each in tree.ancestry(node_id)):
+        seen = [*seen[: len(seen) - node.hidden], *node.tokens]
+    return seen
 
 
 @examples(40)
@@ -137,8 +161,8 @@ def test_answers_that_do_not_fit_end_the_path():
     assert not search.done
     for wrong, said in ((99, "only at"), (turn, "at least one token")):
         with pytest.raises(ValueError, match=said):
-            search.observe(wrong, [])
-    search.observe(turn, [1, 2, 3, 4])
+            search.observe(wrong, Observation([]))
+    search.observe(turn, Observation([1, 2, 3, 4]))
     assert search.done
     assert search.tree.nodes[search.tree.leaves[0]].stop == "context"
 
@@ -220,7 +244,7 @@ class Talker:
             tokens = [5, EOS] if ends else [5] * want.max_tokens
             self.search.take(want.node_id, Segment(tokens, [-1.0] * len(tokens), "length", [-1.0] * want.peek))
         for node_id in self.search.turns_ended():
-            self.search.observe(node_id, [6, 7])
+            self.search.observe(node_id, Observation([6, 7]))
         # Looks behind observations, where the budget asks for them.
         for want in self.search.wants() if laws is not None else []:
             assert tree.nodes[want.node_id].observation and want.max_tokens == 1

@@ -45,6 +45,7 @@ from treepo_mega.engine.stream import SegmentRequest  # noqa: E402
 from treepo_mega.runtime import dist  # noqa: E402
 from treepo_mega.runtime.seeding import derive_seed  # noqa: E402
 from treepo_mega.tree.credit import fold, leaf_weights  # noqa: E402
+from treepo_mega.tree.history import Observation  # noqa: E402
 from treepo_mega.tree.node import Tree  # noqa: E402
 from treepo_mega.tree.pack import Batch, Pack, plan_step  # noqa: E402
 from treepo_mega.tree.routing import unnoted  # noqa: E402
@@ -136,7 +137,7 @@ def sample(
                 )
                 search.take(asked[done.request_id], segment)
             for node_id in search.turns_ended():
-                search.observe(node_id, None if answer is None else answer(search.tree, node_id))
+                search.observe(node_id, None if answer is None else Observation(answer(search.tree, node_id)))
         trees.append(search.tree)
     return trees
 

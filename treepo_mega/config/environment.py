@@ -19,9 +19,10 @@ class EnvironmentConfig(Section):
     them more ends it. The engine's window is data.max_prompt_len + rollout.max_response_len + this."""
     tool_parser: str = "hermes"
     """How tool calls are written: a name of vLLM's tool parsers, such as hermes, llama3_json or qwen3_coder."""
-    history: Literal["refuse", "keep"] = "refuse"
-    """A chat template that rewrites earlier turns (drops their reasoning, say). refuse: the run does not start. keep:
-    trajectories go on from what was sampled, although a server with that template would show another history."""
+    history: Literal["refuse", "keep", "fork"] = "refuse"
+    """A chat template that rewrites earlier turns (drops their reasoning, say). refuse: the run does not start. fork:
+    what follows sees the rewritten history, as behind a server with that template; turns are trained as they were
+    sampled. keep: trajectories go on from what was sampled, which such a server would not show."""
     on_error: Literal["observe", "lose"] = "observe"
     """What a tool that hangs, dies or fills the memory means. observe: an observation that says so. lose: the
     trajectory has no reward and leaves its tree."""

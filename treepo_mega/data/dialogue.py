@@ -9,20 +9,27 @@ token, up to where the policy goes on, depends on the answers alone, so it is re
 
 Some templates rewrite history: they drop a reasoning block from earlier turns, or trim text. Then a model that is
 served by the template sees another history than it was trained on. That is found at the start and refused, unless
-`history="keep"` says that what was sampled stays.
+`history` says what to do: "keep" goes on from what was sampled, "fork" from what the template makes of it:
+
+    dialogue.behind(context, turn, ["4"])       # ids, and how many of the context they hide (`tree/history.py`)
+
+A fork keeps the ids of all that the template leaves alone, and encodes what it writes anew. The template may rewrite
+the turn that tools have just answered, and the generation prompt before it (`<think>`). One that goes further back, or
+comes back to a turn later, is refused.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from treepo_mega.config import DataConfig
 from treepo_mega.data.chat import read_template, template_text
 from treepo_mega.errors import TreepoError
 from treepo_mega.text.tokenizer import PromptTokenizer
 
-History = Literal["refuse", "keep"]
+History = Literal["refuse", "keep", "fork"]
 
 # Stand-ins for a turn. No template has a rule for them.
 FIRST = "STAND-IN ONE"
@@ -39,6 +46,16 @@ PROBES = (
 
 class DialogueError(TreepoError):
     """The chat template cannot be used for several turns; the message says what it does and what to do instead."""
+
+
+class Behind(NamedTuple):
+    """What comes behind a turn."""
+
+    ids: list[int]
+    hidden: int
+    """Last tokens of the context that are not shown any more."""
+    restated: int
+    """First ones of `ids`, which are shown in their place."""
 
 
 class Dialogue:
@@ -72,9 +89,15 @@ class Dialogue:
             )
         self._end = self._end_of_turn()
         self._check_answers()
+        self.rewrites = history == "fork"
+        """Whether what comes behind a turn may hide something of it (`behind`)."""
         if history == "refuse":
             for probe in PROBES:
                 self._check_history(probe)
+        if history == "fork":
+            for first in PROBES:
+                for second in PROBES:
+                    self._check_rewriting(first, second)
 
     def answer(self, texts: Sequence[str]) -> list[int]:
         """Ids from the end of a turn to where the policy goes on; `texts`: what its tool calls returned, in order."""
@@ -86,6 +109,65 @@ class Dialogue:
         # The first one is the stand-in's own: an answer may hold anything, and comes behind it.
         behind = rendered[rendered.index(FIRST) + len(FIRST) :]
         return behind.removeprefix(self._end)
+
+    def behind(self, context: Sequence[int], turn: Sequence[int], texts: Sequence[str]) -> Behind:
+        """What comes behind `turn`, the end of `context`, whose tools answered `texts`, if history may be rewritten.
+
+        Raises DialogueError where the template shows the turn in a way that this cannot follow.
+        """
+        written = self._decode(context)
+        kept, restated = self._rewritten(written, self._decode(turn), texts)
+        answer = self.answer(texts)
+        if len(kept) == len(written) and not restated:
+            return Behind(answer, 0, 0)
+        ids = list(context)
+        # The most ids whose text is kept whole. What is kept of the next one is written anew.
+        seen = bisect_right(range(len(ids) + 1), len(kept), key=lambda count: len(self._decode(ids[:count]))) - 1
+        while not kept.startswith(text := self._decode(ids[:seen])):
+            seen -= 1
+        anew = kept[len(text) :] + restated
+        stands_in = list(self._tokenizer([anew], add_special_tokens=False)["input_ids"][0]) if anew else []
+        return Behind([*stands_in, *answer], len(ids) - seen, len(stands_in))
+
+    def _rewritten(self, written: str, turn: str, texts: Sequence[str]) -> tuple[str, str]:
+        """What is left of the text `written`, which ends with `turn`, and what is shown in place of the rest."""
+        begun = self._render([])
+        end = next((end for end in self._ends if turn.endswith(end)), "")
+        rendered = self._render([_said(turn.removesuffix(end)), *_answered(texts)])
+        answer = self.answer_text(texts)
+        if not rendered.endswith(answer):
+            raise DialogueError(f"the chat template writes {rendered[-40:]!r} behind a turn, expected {answer[-40:]!r}")
+        shown = rendered.removesuffix(answer)
+        expected = begun + turn
+        same = _common_length(shown, expected)
+        dropped = expected[same:]
+        if not written.endswith(dropped):
+            raise DialogueError(
+                f"the chat template rewrites {dropped[:40]!r}, and what was sampled ends with {written[-40:]!r}: "
+                "history can be rewritten from the generation prompt of a turn on, not before it"
+            )
+        return written.removesuffix(dropped), shown[same:]
+
+    def _check_rewriting(self, first: str, second: str) -> None:
+        """Two turns, each rewritten as soon as it is answered: the template has to show just that, and no more."""
+        text = self._render([])
+        said: list[dict[str, Any]] = []
+        for turn, answer in ((first, "one"), (second, "two")):
+            said += [_said(turn), *_answered([answer])]
+            kept, restated = self._rewritten(text + turn + self._end, turn + self._end, [answer])
+            text = kept + restated + self.answer_text([answer])
+            rendered = self._render(said)
+            if rendered != text:
+                at = _common_length(rendered, text)
+                raise DialogueError(
+                    f"the chat template comes back to the turn {first!r} after {second!r}: it shows "
+                    f"{rendered[at : at + 40]!r} where {text[at : at + 40]!r} was expected. A fork can follow a "
+                    "template that rewrites the turn just answered and leaves earlier ones alone; use another one, or "
+                    'have what was sampled kept (environment.history="keep")'
+                )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids))
 
     def _check_answers(self) -> None:
         """What tools return has to appear as it is, each once, and in order."""
@@ -109,15 +191,13 @@ class Dialogue:
         ):
             rendered = self._render(said)
             if rendered != expected:
-                at = next(
-                    (index for index, (got, want) in enumerate(zip(rendered, expected, strict=False)) if got != want),
-                    min(len(rendered), len(expected)),
-                )
+                at = _common_length(rendered, expected)
                 raise DialogueError(
                     f"the chat template rewrites history: after the turn {probe!r} it shows "
                     f"{rendered[at : at + 40]!r} where {expected[at : at + 40]!r} was sampled. A model served by "
-                    "it would see another history than in training. Use a template that keeps turns as they are, or "
-                    'have what was sampled kept (history="keep")'
+                    "it would see another history than in training. Use a template that keeps turns as they are, have "
+                    'trajectories go on from the rewritten history (environment.history="fork"), or from what was '
+                    'sampled ("keep")'
                 )
 
     def _end_of_turn(self) -> str:
@@ -143,6 +223,12 @@ class Dialogue:
         except Exception as error:  # a template is a program: it fails in any way it likes
             roles = ", ".join(message["role"] for message in messages)
             raise DialogueError(f"the chat template refuses messages of {roles}: {error}") from None
+
+
+def _common_length(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (here, there) in pairs if here != there), min(len(one), len(other)))
 
 
 def _said(text: str) -> dict[str, Any]:

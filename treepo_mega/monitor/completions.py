@@ -56,7 +56,8 @@ def pieces(tree: Tree, leaf: int, decode: Decode) -> list[str]:
     tokens: list[int] = []
     shown = 0
     for node_id in tree.ancestry(leaf)[1:]:
-        tokens += tree.nodes[node_id].tokens
+        # What a template shows in place of a turn was said by nobody.
+        tokens += tree.nodes[node_id].tokens[tree.nodes[node_id].restated :]
         # Decoded from the beginning: a segment may end within a character, which then belongs to the next piece.
         text = decode(tokens)
         known = len(text) if node_id == leaf else len(text.rstrip(PARTIAL))

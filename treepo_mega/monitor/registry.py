@@ -255,6 +255,7 @@ _TREE = (
 _ENVIRONMENT = (
     Metric("env/turns", "count", "what the task needs", "turns of a trajectory that the environment answered, mean"),
     Metric("env/observation_tokens", "tokens", "below max_observation_len", "tokens of its answers, a trajectory"),
+    Metric("env/hidden_tokens", "tokens", "0 but for history: fork", "tokens that later turns do not see, a path"),
     Metric(
         "env/tool_calls", "count", "falls with useless calls", "calls of the step; one that paths share counts once"
     ),

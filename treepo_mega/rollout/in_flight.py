@@ -173,7 +173,7 @@ class TreesInFlight:
     def _hear(self, turns: TurnsInFlight, answered: Sequence[Answered]) -> None:
         """Hand what tools answered to the trees, and complete trees with their rewards to the watcher."""
         for each in answered:
-            self.searches[each.rank].observe(each.node_id, each.tokens, lost=each.lost)
+            self.searches[each.rank].observe(each.node_id, each.observation, lost=each.lost)
             self._ask(each.rank)
         for rank, rewards in turns.take_graded():
             if self.watcher is not None:

@@ -26,6 +26,7 @@ def turn_metrics(trees: Sequence[Tree], counts: Mapping[str, float], totals: Map
     return {
         "env/turns": sum(tree.turns(leaf) for tree, leaf in leaves) / max(1, len(leaves)),
         "env/observation_tokens": sum(tree.observed_length(leaf) for tree, leaf in leaves) / max(1, len(leaves)),
+        "env/hidden_tokens": sum(map(_hidden, leaves)) / max(1, len(leaves)),
         "env/tool_calls": counts.get("tool_calls", 0.0),
         "env/tool_errors": counts.get("tool_errors", 0.0) / calls,
         "env/latency_s": totals["env_s"] / answers,
@@ -37,3 +38,9 @@ def turn_metrics(trees: Sequence[Tree], counts: Mapping[str, float], totals: Map
         "tree/stop_context": counts["stop/context"],
         "tree/stop_lost": counts["stop/lost"],
     }
+
+
+def _hidden(leaf: tuple[Tree, int]) -> int:
+    """Tokens of a trajectory that a chat template hid from its later turns."""
+    tree, node_id = leaf
+    return sum(tree.nodes[node].hidden for node in tree.ancestry(node_id))

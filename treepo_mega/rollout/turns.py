@@ -30,13 +30,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treepo_mega.config import Config
-from treepo_mega.data.dialogue import Dialogue
+from treepo_mega.data.dialogue import Dialogue, DialogueError
 from treepo_mega.engine.tool_calls import Malformed, ToolCallReader
 from treepo_mega.environment import Reply, State, ToolCall
 from treepo_mega.environment.setup import Environment
 from treepo_mega.rollout.episodes import FIRST, Episode, Name, name_of
 from treepo_mega.runtime.seeding import derive_seed
 from treepo_mega.text.tokenizer import Tokenizer
+from treepo_mega.tree.history import Observation
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.stop import TurnRules
 
@@ -74,14 +75,21 @@ class Agent:
         tokens = [token for token in turn if token not in self._ends]
         return self.reader.read(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
+    def observation(self, tree: Tree, node_id: int, texts: Sequence[str]) -> Observation:
+        """What comes behind the turn that ended at `node_id`, whose tools answered `texts`. Raises DialogueError."""
+        if not self.dialogue.rewrites:
+            return Observation(self.dialogue.answer(texts))
+        behind = self.dialogue.behind(tree.prefix(node_id), tree.turn(node_id), texts)
+        return Observation(behind.ids, hidden=behind.hidden, restated=behind.restated)
+
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What came of a turn: the `tokens` of the observation, or that the trajectory is lost."""
+    """What came of a turn: the observation, or that the trajectory is lost."""
 
     rank: int
     node_id: int
-    tokens: list[int] | None
+    observation: Observation | None
     lost: bool = False
 
 
@@ -274,7 +282,7 @@ class TurnsInFlight:
         episode.states[replay.name] = replay.state
         if reply.lost:
             episode.broken[replay.name] = f"its calls cannot be made again: {reply.error}"
-        elif replay.seen is not None and self._tokens(replay.turn, reply.texts) != replay.seen:
+        elif replay.seen is not None and self._observation(replay.turn, reply.texts).tokens != replay.seen:
             called = ", ".join(call.name for call in replay.turn.calls)
             episode.broken[replay.name] = (
                 f"a replay differs: {called} answered otherwise than when turn {replay.name} was sampled, now "
@@ -361,13 +369,19 @@ class TurnsInFlight:
             self._answer(turn, reply.texts)
 
     def _answer(self, turn: _Turn, texts: Sequence[str]) -> None:
-        self._answered.append(Answered(turn.rank, turn.node_id, self._tokens(turn, texts)))
+        try:
+            observation = self._observation(turn, texts)
+        except DialogueError as error:
+            # The template is a program, and a turn may hold anything: one that it chokes on is no end of the run.
+            self._lose(self._episodes[turn.rank], turn, str(error))
+            return
+        self._answered.append(Answered(turn.rank, turn.node_id, observation))
 
-    def _tokens(self, turn: _Turn, texts: Sequence[str]) -> list[int]:
-        """The observation of a turn whose calls answered `texts`; those that could not be read say why."""
+    def _observation(self, turn: _Turn, texts: Sequence[str]) -> Observation:
+        """What comes behind a turn whose calls answered `texts`; those that could not be read say why."""
         made = iter(texts)
         every = [next(made) if said is None else said for said in turn.said]
-        return self.agent.dialogue.answer(every)
+        return self.agent.observation(turn.tree, turn.node_id, every)
 
     def _hand_over(self) -> list[Answered]:
         answered = self._answered

@@ -29,6 +29,7 @@ from treepo_mega.tree.budget import Split
 from treepo_mega.tree.carry import check_rule, generator_state, set_generator
 from treepo_mega.tree.fallback import CANDIDATES, cut
 from treepo_mega.tree.fork import Fork, decisions, followers, open_forks, weigh_branches
+from treepo_mega.tree.history import Observation
 from treepo_mega.tree.look_alikes import Families
 from treepo_mega.tree.node import ROOT, Node, Tree
 from treepo_mega.tree.regrow import ungraded
@@ -177,12 +178,12 @@ class TreeSearch:
         """Nodes that ended a turn since the last call; each waits for `observe`."""
         return self._turns.take_ended()
 
-    def observe(self, node_id: int, tokens: Sequence[int] | None, *, lost: bool = False) -> None:
+    def observe(self, node_id: int, observation: Observation | None, *, lost: bool = False) -> None:
         """What the environment answered to the turn that ended at `node_id`; None: nothing, so the path has ended.
 
         `lost`: the trajectory has no reward. Raises ValueError for a node that waits for no answer, or an empty one.
         """
-        node = self._turns.answer(self.tree, node_id, tokens, lost=lost)
+        node = self._turns.answer(self.tree, node_id, observation, lost=lost)
         if node.stop is None and self._cfg.peek and not (self._transfer.full or self._goes_on_alone(node)):
             want = look(self.tree, node, self._cfg.peek, self._seed_of(self.tree.nodes[self.tree.below(node_id)]))
             self._running[want.node_id] = 1

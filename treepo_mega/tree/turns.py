@@ -13,13 +13,12 @@ answer. So one token is wanted there, of which the law alone is kept (`look`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from treepo_mega.tree.history import Observation
 from treepo_mega.tree.node import Node, Tree
 from treepo_mega.tree.stop import StopRules, TurnRules, Verdict
 from treepo_mega.tree.wants import Segment, Want
 
-TURN_COUNTS = ("turns", "observation_tokens")
+TURN_COUNTS = ("turns", "observation_tokens", "hidden_tokens", "restated_tokens")
 """Names in `tree.counts` where an environment answers."""
 
 
@@ -66,7 +65,7 @@ class Turns:
         self._ended = []
         return ended
 
-    def answer(self, tree: Tree, node_id: int, tokens: Sequence[int] | None, *, lost: bool) -> Node:
+    def answer(self, tree: Tree, node_id: int, observation: Observation | None, *, lost: bool) -> Node:
         """The node of the turn, with the observation below it or with its stop reason.
 
         Raises ValueError for a node that waits for no answer, and for an empty observation.
@@ -74,23 +73,36 @@ class Turns:
         where = f"prompt {tree.prompt_id!r}, node {node_id}"
         if self._rules is None or node_id not in self.unanswered:
             raise ValueError(f"{where}: no observation is waited for, only at {sorted(self.unanswered)}")
-        if tokens is not None and not tokens:
+        if observation is not None and not observation.tokens:
             raise ValueError(f"{where}: an observation has at least one token")
         self.unanswered.remove(node_id)
         node = tree.nodes[node_id]
         if lost:
             node.stop = "lost"
-        elif tokens is None:
+        elif observation is None:
             node.stop = "eos"
-        elif tree.observed_length(node_id) + len(tokens) > self._rules.max_observation_len:
+        elif _tokens_not_sampled(tree, node_id, observation) > self._rules.max_observation_len:
             node.stop = "context"
         else:
-            tree.observe(node_id, list(tokens))
+            hidden = observation.hidden
+            tree.observe(node_id, list(observation.tokens), hidden=hidden, restated=observation.restated)
             tree.counts["turns"] += 1
-            tree.counts["observation_tokens"] += len(tokens)
+            tree.counts["observation_tokens"] += len(observation.tokens) - observation.restated
+            tree.counts["hidden_tokens"] += hidden
+            tree.counts["restated_tokens"] += observation.restated
         if node.stop is not None:
             tree.leaves.append(node_id)
         return node
+
+
+def _tokens_not_sampled(tree: Tree, node_id: int, observation: Observation) -> int:
+    """Tokens of observations behind the turn of a node: what tools said, or more if the context has more of them."""
+    said = tree.observed_length(node_id) + len(observation.tokens) - observation.restated
+    if not observation.hidden:
+        return said
+    # The engine's window has room for so many beside the prompt and all sampled tokens, whichever are seen.
+    context = len(tree.prefix(node_id)) - observation.hidden + len(observation.tokens)
+    return max(said, context - len(tree.prompt_tokens) - tree.response_length(node_id))
 
 
 def look(tree: Tree, turn: Node, likeliest: int, seed: int) -> Want:

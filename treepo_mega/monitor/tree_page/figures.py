@@ -70,6 +70,7 @@ def outline(tree: Tree, leaf_weight: str) -> Outline:
         "version": [node.policy_version for node in tree.nodes],
         "fallback": [node.id for node in tree.nodes if node.fallback],
         "observation": [node.id for node in tree.nodes if node.observation],
+        "hidden": {str(node.id): [node.hidden, node.restated] for node in tree.nodes if node.hidden},
         "fork": {str(node.id): node.fork for node in tree.nodes if node.fork},
         "value": _means(tree, tree.rewards, shares, below),
         "credit": [rounded(one) if below.get(node) else None for node, one in enumerate(tree.advantages)]

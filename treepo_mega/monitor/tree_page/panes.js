@@ -171,7 +171,7 @@ function leafLabel(tree, node) {
 
 // What there is to say of a node, one fact an item.
 function about(tree, node) {
-  const { size, value, credit, surprisal, version, stop, fallback, fork, observation } = tree.head;
+  const { size, value, credit, surprisal, version, stop, fallback, fork, observation, hidden } = tree.head;
   const begin = tree.begins[node];
   const facts = [`tokens ${begin + 1} to ${begin + size[node]}`];
   facts.push(`V ${show(value[node])}`, `advantage ${signed(credit[node])}`);
@@ -180,6 +180,10 @@ function about(tree, node) {
   if (surprisal[node] !== null) facts.push(`surprisal ${show(surprisal[node])} nats a token`);
   facts.push(`weights of step ${version[node]}`);
   if (observation.includes(node)) facts.push("said by the environment, not trained on");
+  if (hidden[node]) {
+    const [tokens, restated] = hidden[node];
+    facts.push(`the chat template hides ${tokens} tokens before it from what follows; its first ${restated} stand for them`);
+  }
   if (fallback.includes(node)) facts.push("made by fallback");
   if (fork[node]) facts.push(`forked by ${fork[node]}`);
   if (stop[node]) facts.push(`stopped: ${stop[node]}`);
