@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -15,7 +17,7 @@ from tests.properties import examples
 from treepo_mega.data.prompts import Prompt
 from treepo_mega.rollout.dealing import (
     DEADLINE_STEPS,
-    WORDS_KEPT,
+    WORDS_A_BLOCK,
     CostModel,
     DealingTimeout,
     LocalQueue,
@@ -144,10 +146,32 @@ def test_the_first_rank_decides_about_the_deadline_and_all_leave_at_the_same_ste
 
 def test_words_about_the_deadline_do_not_pile_up_in_the_store():
     store = dist.HashStore()
-    leader = SharedQueue(store, "r", [[0]], [1.0], 0, rank=0, ranks=2)
-    for _ in range(50 * DEADLINE_STEPS):
-        leader.deadline_passed(False)
-    assert store.num_keys() <= WORDS_KEPT
+    ranks = [SharedQueue(store, "r", [[0]], [1.0], 0, rank=rank, ranks=3, timeout_s=20) for rank in range(3)]
+
+    def ask(queue: SharedQueue) -> None:
+        for _ in range(20 * DEADLINE_STEPS * WORDS_A_BLOCK):
+            queue.deadline_passed(False)
+        assert store.num_keys() <= 2 * WORDS_A_BLOCK + 4
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(ask, queue) for queue in ranks]:
+            done.result(timeout=60)
+
+
+def test_a_first_rank_never_runs_ahead_of_what_the_others_have_read():
+    store = dist.HashStore()
+    leader, follower = (SharedQueue(store, "r", [[0]], [1.0], 0, rank=r, ranks=2, timeout_s=20) for r in (0, 1))
+    words = list(range(5 * WORDS_A_BLOCK))
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(lambda: [leader.agree(word, "count") for word in words])
+        time.sleep(0.2)
+        assert not told.done(), "it waits for the first block to be read"
+        assert [follower.agree(None, "count") for _ in words] == words == told.result(timeout=20)
+    alone = SharedQueue(dist.HashStore(), "r", [[0]], [1.0], 0, rank=0, ranks=2, timeout_s=0.2)
+    for word in words[: 2 * WORDS_A_BLOCK]:
+        alone.agree(word, "count")
+    with pytest.raises(DealingTimeout, match="waited 0 s for its other ranks to read older words"):
+        alone.agree(0, "count")
 
 
 def test_an_engine_of_one_rank_keeps_to_its_own_clock():

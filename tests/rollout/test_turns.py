@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 from transformers import AutoTokenizer
 
 from tests.rollout.fakes import FakeEngine
@@ -24,7 +27,7 @@ from treepo_mega.engine.stream import Finished, SegmentRequest
 from treepo_mega.environment import EnvironmentClassError, setup
 from treepo_mega.environment.contract import read_manifest
 from treepo_mega.environment.setup import Environment, open_environment
-from treepo_mega.rollout.dealing import LocalQueue
+from treepo_mega.rollout.dealing import LocalQueue, SharedQueue
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.in_flight import GenerationTimeout
 from treepo_mega.rollout.jobs import Job, Rewards, job_of, stored
@@ -238,6 +241,41 @@ def test_trees_are_the_same_in_any_order_of_segments_and_answers(tokenizer, over
     assert first[1] == again[1]
 
 
+@pytest.mark.parametrize("shape", [(), ("rollout.branching.at=fork", "environment.history=fork")])
+def test_ranks_that_share_an_engine_hear_what_the_first_one_is_told(tokenizer, shape):
+    """Three ranks, one of which asks tools: all come to the trees of a rank that has the engine for itself."""
+    cfg = configured(*shape, "rollout.engine.tensor_parallel_size=3")
+    prompts = prompts_of(cfg, tokenizer)
+    store = HashStore()
+    meeting = threading.Barrier(3, timeout=60)
+
+    def rank_of(place: int) -> tuple[dict[int, Tree], Watch, float]:
+        environment = open_environment(cfg)
+        assert environment is not None
+        try:
+            engine = Policy(random.Random(5))
+            engine.lockstep = meeting
+            generator = Generator(engine, cfg, tokenizer, environment=environment)
+            order = [list(range(len(prompts)))]
+            queue = SharedQueue(store, "r", order, [1.0] * len(prompts), 0, rank=place, ranks=3, timeout_s=60)
+            watch = Watch()
+            jobs = [Job(prompt) for prompt in prompts]
+            grown = generator.grow(jobs, queue, step=1, watcher=watch if place == 0 else None)
+            assert environment.pool.wait() == {} and environment.pool.alive == 0
+            return grown.trees, watch, environment.pool.counts["calls"]
+        finally:
+            environment.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = [each.result(timeout=120) for each in [pool.submit(rank_of, place) for place in range(3)]]
+    alone, earned, _ = grow(configured(*shape), tokenizer, order=5)
+    for trees, _, calls in (first, *others):
+        # Not what a rank's prefix cache counts.
+        assert [trees[index].to_dict() for index in range(len(prompts))] == [tree.to_dict() for tree in alone]
+        assert (calls > 0) == (trees is first[0]), "tools are asked once"
+    assert [first[1].rewards[index] for index in range(len(prompts))] == earned
+
+
 @pytest.fixture
 def forgetful(tokenizer, tmp_path):
     """Overrides: a template that shows no call of an earlier turn, but for its number; such a history is forked."""
@@ -431,14 +469,13 @@ def test_an_opening_stands_in_the_prompt_and_has_to_come_again(tokenizer, tmp_pa
             "data.environment=null rollout.branching.after_observation=3",
             r"rollout\.branching\.after_observation 3 has no effect without data\.environment",
         ),
-        ("rollout.engine.tensor_parallel_size=2", r"tensor_parallel_size 2: each rank of an engine"),
         ("data.apply_chat_template=false", r"data\.apply_chat_template false"),
         ("data.environment=null", r"reward\.functions\.1\.verifier environment .*set data\.environment"),
     ],
 )
 def test_what_turns_cannot_be_combined_with_is_refused_by_its_key(override, message):
     with pytest.raises(ConfigError, match=message):
-        check(configured(*override.split()), 2 if "tensor" in override else 1)
+        check(configured(*override.split()), 1)
 
 
 def test_a_reward_that_the_class_does_not_give_is_refused(tmp_path):

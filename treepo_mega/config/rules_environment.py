@@ -23,10 +23,6 @@ def check_environment(cfg: Config) -> list[str]:
             bad.append(f"data.environment with {key} {value}: {why}; set {key}={instead}")
 
     refuse(
-        rollout.engine.tensor_parallel_size > 1, "rollout.engine.tensor_parallel_size",
-        rollout.engine.tensor_parallel_size, "1", "each rank of an engine would ask tools of its own",
-    )  # fmt: skip
-    refuse(
         rollout.debug.schedule == "level", "debug.schedule", "level", "async",
         "levels have no time at which tools are asked",
     )  # fmt: skip

@@ -24,7 +24,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from treepo_mega.errors import RankLost
 from treepo_mega.rollout.refill import RefillRule
@@ -143,12 +143,25 @@ class Queue(Protocol):
         """What the engine's first rank says of its own `passed`. The ranks of an engine ask at the same steps."""
         ...
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the engine's first rank."""
+        ...
+
+    def agree(self, own: Any, what: str) -> Any:
+        """`own` of the engine's first rank, a JSON value. The ranks of an engine ask at the same steps.
+
+        `what` it is to do, for the message about a rank that does not.
+        """
+        ...
+
 
 DEADLINE_STEPS = 16
 """Engine steps between two words of an engine's first rank about the deadline, and about prompts that begin."""
 
-WORDS_KEPT = 4
-"""Words of a first rank that stay in the store: its engine keeps its ranks within fewer of each other."""
+WORDS_A_BLOCK = 16
+"""Words of a first rank between two moments at which it makes sure that its engine's other ranks have read older ones.
+At most two blocks stay in the store."""
 
 
 class LocalQueue:
@@ -181,6 +194,15 @@ class LocalQueue:
     def deadline_passed(self, passed: bool) -> bool:
         """`passed`: this process has the engine for itself."""
         return passed
+
+    @property
+    def leads(self) -> bool:
+        """This process has the engine for itself."""
+        return True
+
+    def agree(self, own: Any, what: str) -> Any:
+        """`own`."""
+        return own
 
 
 def await_news(granted: Sequence[int], settle: Callable[[], bool], late: Callable[[], bool]) -> News:
@@ -308,21 +330,46 @@ class SharedQueue:
             return False
         return self._word(LATE if passed else BEGIN, "say whether the deadline has passed") == LATE
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the engine's first rank."""
+        return self._rank == 0
+
+    def agree(self, own: Any, what: str) -> Any:
+        """`own` of the engine's first rank. Raises DealingTimeout when it says nothing in time."""
+        if self._ranks == 1:
+            return own
+        key = f"{self._name}/engine {self._engine}/word {{}}"
+        read = f"{self._name}/engine {self._engine}/read {{}}"
+        number = self._words
+        block, place = divmod(number, WORDS_A_BLOCK)
+        self._words += 1
+        if self.leads:
+            if place == 0 and block >= 2:
+                self._forget(key, read, block - 2)
+            self._store.set(key.format(number), json.dumps(own))
+            return own
+        said = json.loads(self._told(key.format(number), what))
+        # The last of them to come to the end of a block tells the first rank.
+        is_end = place == WORDS_A_BLOCK - 1
+        if is_end and self._store.add(read.format(f"{block}, ranks"), 1) == self._ranks - 1:
+            self._store.set(read.format(block), "all")
+        return said
+
+    def _forget(self, key: str, read: str, block: int) -> None:
+        """Delete a block of words, once all ranks have read it. Raises DealingTimeout where one does not."""
+        # While tools run there is no step of the engine that keeps its ranks together.
+        self._told(read.format(block), "read older words")
+        for number in range(block * WORDS_A_BLOCK, (block + 1) * WORDS_A_BLOCK):
+            self._store.delete_key(key.format(number))
+        self._store.delete_key(read.format(block))
+        self._store.delete_key(read.format(f"{block}, ranks"))
+
     def _word(self, news: News, what: str) -> News:
         """What the engine's first rank says, and which prompts begin with it; all its ranks ask in the same order."""
-        key = f"{self._name}/engine {self._engine}/word {{}}"
-        number = self._words
-        self._words += 1
-        if self._rank == 0:
-            self._granted.extend(self._staged)
-            self._store.set(key.format(number), json.dumps([news, self._staged]))
-            self._staged = []
-            # The engine keeps its ranks within a few steps of each other: all have read the older ones.
-            if number >= WORDS_KEPT:
-                self._store.delete_key(key.format(number - WORDS_KEPT))
-            return news
-        news, begin = json.loads(self._told(key.format(number), what))
+        news, begin = self.agree([news, self._staged], what)
         self._granted.extend(begin)
+        self._staged = []
         return news
 
     def _claim(self, key: str) -> int | None:
@@ -338,13 +385,14 @@ class SharedQueue:
         return None if text == "none" else int(text)
 
     def _told(self, key: str, what: str) -> str:
-        """What the engine's first rank set `key` to."""
+        """What another rank of the engine set `key` to."""
+        who = "its other ranks" if self.leads else "its first rank"
         try:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
         except RuntimeError as e:
             raise DealingTimeout(
-                f"engine {self._engine} waited {self._timeout_s:.0f} s for its first rank to {what} ({key}): {e}"
-                "; look at that rank's log, or raise rollout.timeout_s"
+                f"engine {self._engine} waited {self._timeout_s:.0f} s for {who} to {what} ({key}): {e}"
+                "; look at the log of such a rank, or raise rollout.timeout_s"
             ) from e
         return self._store.get(key).decode()
 

@@ -22,6 +22,7 @@ from treepo_mega.rollout.dealing import END, LATE, Queue
 from treepo_mega.rollout.engine_costs import EngineCosts
 from treepo_mega.rollout.jobs import Grown, Job, Watcher, leaves_of
 from treepo_mega.rollout.requests import SegmentRun, request_key, request_name, spans_of
+from treepo_mega.rollout.shared_turns import SharedTurns
 from treepo_mega.rollout.turns import COUNTS as TURN_COUNTS
 from treepo_mega.rollout.turns import Agent, Answered, TurnsInFlight
 from treepo_mega.runtime.garbage import collection_rarer
@@ -59,7 +60,11 @@ class TreesInFlight:
         self.temperature = temperature
         self.begin = begin
         self.watcher = watcher
-        self.turns = TurnsInFlight(agent, forks=rollout.forks) if agent is not None else None
+        self.turns: TurnsInFlight | SharedTurns | None = None
+        if agent is not None and rollout.engine.tensor_parallel_size > 1:
+            self.turns = SharedTurns(agent, queue, forks=rollout.forks)
+        elif agent is not None:
+            self.turns = TurnsInFlight(agent, forks=rollout.forks)
         self.borders = generator.borders(rollout)
         self.room = Admission(self.engine.kv_blocks, rollout.engine.block_size, rollout.engine.max_num_seqs)
         # By rank: the order in which they were begun. `taken` maps a rank to the index of its job.
@@ -156,12 +161,12 @@ class TreesInFlight:
             self.later = []
         self._submit()
 
-    def _wait_for_tools(self, turns: TurnsInFlight, late: Callable[[], bool]) -> None:
+    def _wait_for_tools(self, turns: TurnsInFlight | SharedTurns, late: Callable[[], bool]) -> None:
         """Nothing runs until a tool answers. Raises GenerationTimeout when all the time is gone."""
         begun = time.monotonic()
         answered = turns.wait()
         turns.counts["env_wait_s"] += time.monotonic() - begun
-        if late():
+        if self.queue.agree(late(), "say whether the deadline has passed"):
             raise GenerationTimeout(
                 f"generation passed its deadline of {self.rollout.timeout_s} s (rollout.timeout_s) while tools ran: "
                 "lower environment.timeout_s, raise environment.num_workers, or rollout.timeout_s"
@@ -170,7 +175,7 @@ class TreesInFlight:
             self.watcher.waited_for_tools()
         self._hear(turns, answered)
 
-    def _hear(self, turns: TurnsInFlight, answered: Sequence[Answered]) -> None:
+    def _hear(self, turns: TurnsInFlight | SharedTurns, answered: Sequence[Answered]) -> None:
         """Hand what tools answered to the trees, and complete trees with their rewards to the watcher."""
         for each in answered:
             self.searches[each.rank].observe(each.node_id, each.observation, lost=each.lost)

@@ -75,6 +75,13 @@ class Agent:
         tokens = [token for token in turn if token not in self._ends]
         return self.reader.read(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
+    def count_calls(self, tree: Tree, node_id: int) -> bool:
+        """Count the calls of the turn that ended at `node_id`, and those that cannot be read. False: it has none."""
+        calls = self.calls(tree.turn(node_id))
+        tree.counts["tool_calls"] += len(calls)
+        tree.counts["tool_errors"] += sum(isinstance(call, Malformed) for call in calls)
+        return bool(calls)
+
     def observation(self, tree: Tree, node_id: int, texts: Sequence[str]) -> Observation:
         """What comes behind the turn that ended at `node_id`, whose tools answered `texts`. Raises DialogueError."""
         if not self.dialogue.rewrites:
@@ -91,6 +98,8 @@ class Answered:
     node_id: int
     observation: Observation | None
     lost: bool = False
+    failed_calls: int = 0
+    """Calls that were answered with an error; `TurnsInFlight` has counted them."""
 
 
 @dataclass(slots=True)
@@ -153,12 +162,10 @@ class TurnsInFlight:
 
     def ask(self, rank: int, tree: Tree, node_id: int) -> bool:
         """Read the calls of the turn that ended at `node_id`, and make them. False: it has none, and is the last."""
+        if not self.agent.count_calls(tree, node_id):
+            return False
         episode = self._episodes[rank]
         turn = self._read(episode, tree, node_id)
-        if not turn.said:
-            return False
-        tree.counts["tool_calls"] += len(turn.said)
-        tree.counts["tool_errors"] += len(turn.said) - len(turn.calls)
         if turn.calls:
             self._with_state(episode, tree, node_id, lambda: self._act(turn))
         else:
@@ -300,9 +307,9 @@ class TurnsInFlight:
         turn.state = self._pool.branch(episode.states[episode.name_behind(turn.tree, turn.node_id)])
         self._turns[self._pool.act(turn.state, turn.calls, seed=turn.seed)] = turn
 
-    def _lose(self, episode: Episode, turn: _Turn, why: str) -> None:
+    def _lose(self, episode: Episode, turn: _Turn, why: str, failed_calls: int = 0) -> None:
         episode.broken[name_of(turn.tree, turn.node_id)] = why
-        self._answered.append(Answered(turn.rank, turn.node_id, None, lost=True))
+        self._answered.append(Answered(turn.rank, turn.node_id, None, lost=True, failed_calls=failed_calls))
 
     def _grade(self, episode: Episode, tree: Tree, leaves: list[int]) -> None:
         assert episode.rewards is not None
@@ -364,18 +371,18 @@ class TurnsInFlight:
         episode = self._episodes[turn.rank]
         episode.states[name_of(turn.tree, turn.node_id)] = turn.state
         if reply.lost:
-            self._lose(episode, turn, str(reply.error))
+            self._lose(episode, turn, str(reply.error), reply.failed_calls)
         else:
-            self._answer(turn, reply.texts)
+            self._answer(turn, reply.texts, reply.failed_calls)
 
-    def _answer(self, turn: _Turn, texts: Sequence[str]) -> None:
+    def _answer(self, turn: _Turn, texts: Sequence[str], failed_calls: int = 0) -> None:
         try:
             observation = self._observation(turn, texts)
         except DialogueError as error:
             # The template is a program, and a turn may hold anything: one that it chokes on is no end of the run.
-            self._lose(self._episodes[turn.rank], turn, str(error))
+            self._lose(self._episodes[turn.rank], turn, str(error), failed_calls)
             return
-        self._answered.append(Answered(turn.rank, turn.node_id, observation))
+        self._answered.append(Answered(turn.rank, turn.node_id, observation, failed_calls=failed_calls))
 
     def _observation(self, turn: _Turn, texts: Sequence[str]) -> Observation:
         """What comes behind a turn whose calls answered `texts`; those that could not be read say why."""
