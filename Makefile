@@ -1,6 +1,6 @@
 # Everything a newcomer types. Each target sets up .venv first, which takes minutes once and nothing afterwards.
 #
-#   make demo [TP=2 PP=1]   train the tiny model that ships with the project, on this machine, without a GPU
+#   make demo [TP=2 PP=1]   train the tiny model that ships with the project, on this machine, without a GPU (DP 2)
 #   make demo-agent         train a tiny policy that asks a tool over several turns
 #   make demo-moe           the same with a mixture of experts, two of its four experts a rank
 #   make test               the test suite, without the slow lane; says what it skipped and why
@@ -16,7 +16,7 @@
 #   make clean              remove caches and build leftovers (runs/ and .venv stay)
 #   make test PYTHON=python3.12     any of these on another Python, in .venv-3.12, with the Megatron-Core of that Python
 
-TP ?= 2
+TP ?= 1
 PP ?= 1
 # The first interpreter found; tools/setup_env.py refuses one that is too old or too new.
 FOUND_PYTHON := $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))

@@ -34,8 +34,10 @@ def test_it_is_small_and_splits_over_the_layouts_of_the_demo():
     spec = ModelSpec.from_hf(SHIPPED)
     assert spec.num_key_value_heads % 2 == 0
     assert spec.num_layers % 4 == 0
-    cfg = load_config(ROOT / "examples" / "tiny_cpu.yaml", ["parallel.tensor_model_parallel_size=2"])
-    assert any("world size 2" in note for note in check(cfg, 2, spec))
+    for recipe in ("demo_cpu.yaml", "tiny_cpu.yaml"):
+        for layout in ([], ["parallel.tensor_model_parallel_size=2"], ["parallel.pipeline_model_parallel_size=2"]):
+            cfg = load_config(ROOT / "examples" / recipe, layout)
+            assert any("world size 2" in note for note in check(cfg, 2, spec))
 
 
 def test_the_split_is_held_out_and_the_answers_are_right():

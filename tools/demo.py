@@ -1,9 +1,9 @@
 """`make demo`: TreePO on this machine, end to end, in minutes, without a GPU.
 
-    python tools/demo.py [--tp 2] [--pp 1] [--dp 1] [--seed 1] [--run-dir runs/demo] [a.b=c ...]
+    python tools/demo.py [--tp 1] [--pp 1] [--dp 2] [--seed 1] [--run-dir runs/demo] [a.b=c ...]
     python tools/demo.py --model moe [--tp 1] [--dp 2] [--ep 2] [...]              `make demo-moe`
 
-Trains the tiny reasoner that ships under examples/tiny_reasoner with examples/tiny_cpu.yaml: real
+Trains the tiny reasoner that ships under examples/tiny_reasoner with examples/demo_cpu.yaml: real
 Megatron-Core over gloo under torchrun, a real vLLM engine in each rank. `--model moe` first makes a mixture of
 experts of it (tools/make_tiny_moe.py) and trains that with examples/tiny_moe_cpu.yaml. Then it
 
@@ -49,7 +49,8 @@ class Demo:
 
 
 DEMOS = {
-    "dense": Demo("examples/tiny_cpu.yaml", "runs/demo", tp=2, dp=1, ep=1),
+    # Of the layouts of two ranks, the fastest: an engine and an actor each, and nothing to agree on within a layer.
+    "dense": Demo("examples/demo_cpu.yaml", "runs/demo", tp=1, dp=2, ep=1),
     "moe": Demo("examples/tiny_moe_cpu.yaml", "runs/demo_moe", tp=1, dp=2, ep=2),
 }
 
@@ -60,14 +61,16 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         description="The treepo_mega demo", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.add_argument("--model", choices=DEMOS, default="dense", help="the tiny reasoner, or one with experts")
-    p.add_argument("--tp", type=int, help="tensor-parallel size (default: 2; with experts 1)")
+    p.add_argument("--tp", type=int, help="tensor-parallel size (default: 1)")
     p.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
-    p.add_argument("--dp", type=int, help="data-parallel size (default: 1; with experts 2)")
+    p.add_argument("--dp", type=int, help="data-parallel size (default: 2; 1 where another size is given)")
     p.add_argument("--ep", type=int, help="expert-parallel size (default with experts: 2)")
     p.add_argument("--seed", type=int, default=1, help="train.seed")
     p.add_argument("--run-dir", help="where the run writes (default: runs/demo; with experts runs/demo_moe)")
     p.add_argument("--timeout", type=float, default=1800, help="deadline of the training, seconds")
     args, overrides = p.parse_known_args(argv)
+    if args.dp is None and args.ep is None and (args.tp or 1) * args.pp > 1:
+        args.dp = 1
     for name in ("tp", "dp", "ep", "run_dir"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(DEMOS[args.model], name))
