@@ -1,7 +1,8 @@
 """An agent's run: the same on one rank and on two, and when it is killed in the middle of a turn.
 
 The environment is the shipped one with a tool that, once, ends the whole run: a launcher and ranks that die while a
-tool works. The run that goes on samples what was in flight again, and ends as the others do.
+tool works. The run that goes on samples what was in flight again, and ends as the others do. The chat template
+hides earlier calls from later turns, which see it so (`environment.history: fork`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def command(run_dir: Path, *overrides: str) -> list[str]:
         *("train", "examples/agent_cpu.yaml", f"logging.run_dir={run_dir}", f"train.num_rollouts={STEPS}"),
         *("rollout.rollout_batch_size=8", "checkpoint.save_interval=1", "eval.at_start=false", "eval.max_prompts=16"),
         *("logging.trees_interval=1", "logging.trees_prompts=null", "checkpoint.save_hf=false"),
+        *("data.chat_template=examples/tiny_agent/forgets_calls.jinja", "environment.history=fork"),
         *overrides,
     ]
 
@@ -96,6 +98,8 @@ def test_two_ranks_and_a_run_killed_amid_a_turn_end_as_one_rank_does(tmp_path):
     run(1, tmp_path / "whole")
     whole = outcome(tmp_path / "whole")
     assert whole[0][-1]["env/tool_calls"] > 0
+    # The trainer's context of every token is the engine's, whatever was hidden before it.
+    assert all(row["rollout/logprob_abs_diff_max"] < 1e-4 and row["env/hidden_tokens"] > 0 for row in whole[0][1:])
     assert any(node.get("observation") for tree in whole[1][0] for node in tree["nodes"])
 
     run(2, tmp_path / "two")

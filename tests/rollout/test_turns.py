@@ -276,19 +276,14 @@ def test_ranks_that_share_an_engine_hear_what_the_first_one_is_told(tokenizer, s
     assert [first[1].rewards[index] for index in range(len(prompts))] == earned
 
 
-@pytest.fixture
-def forgetful(tokenizer, tmp_path):
-    """Overrides: a template that shows no call of an earlier turn, but for its number; such a history is forked."""
-    path = tmp_path / "template.jinja"
-    shown = f"message.content | replace('{task.CALL}', '') | replace('{task.CALL_END}', '')"
-    path.write_text(tokenizer.chat_template.replace("message.content }}{{ eos", f"{shown} }}}}{{{{ eos"))
-    return f"data.chat_template={path}", "environment.history=fork"
+FORGETFUL = (f"data.chat_template={AGENT}/forgets_calls.jinja", "environment.history=fork")
+"""A template that shows no call of an earlier turn, but for its number; such a history is forked."""
 
 
 @pytest.mark.parametrize("shape", [("rollout.partial_rollout=4",), ("rollout.branching.at=fork",)])
-def test_a_rewritten_history_is_what_later_turns_see(tokenizer, forgetful, shape):
+def test_a_rewritten_history_is_what_later_turns_see(tokenizer, shape):
     """A served model would see the same, turns stay as they were sampled, and no order of answers matters."""
-    cfg = allowed(*forgetful, *shape)
+    cfg = allowed(*FORGETFUL, *shape)
     trees, rewards, _ = grow(cfg, tokenizer, order=1)
     again = grow(cfg, tokenizer, order=2)
     assert [names(tree) for tree in again[0]] == [names(tree) for tree in trees] and again[1] == rewards
