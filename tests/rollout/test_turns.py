@@ -241,9 +241,13 @@ def test_trees_are_the_same_in_any_order_of_segments_and_answers(tokenizer, over
     assert first[1] == again[1]
 
 
-@pytest.mark.parametrize("shape", [(), ("rollout.branching.at=fork", "environment.history=fork")])
-def test_ranks_that_share_an_engine_hear_what_the_first_one_is_told(tokenizer, shape):
+FORGETFUL = (f"data.chat_template={AGENT}/forgets_calls.jinja", "environment.history=fork")
+"""A template that shows no call of an earlier turn, but for its number; such a history is forked."""
+
+
+def test_ranks_that_share_an_engine_hear_what_the_first_one_is_told(tokenizer):
     """Three ranks, one of which asks tools: all come to the trees of a rank that has the engine for itself."""
+    shape = ("rollout.branching.at=fork", "environment.num_workers=1", *FORGETFUL)
     cfg = configured(*shape, "rollout.engine.tensor_parallel_size=3")
     prompts = prompts_of(cfg, tokenizer)
     store = HashStore()
@@ -276,14 +280,10 @@ def test_ranks_that_share_an_engine_hear_what_the_first_one_is_told(tokenizer, s
     assert [first[1].rewards[index] for index in range(len(prompts))] == earned
 
 
-FORGETFUL = (f"data.chat_template={AGENT}/forgets_calls.jinja", "environment.history=fork")
-"""A template that shows no call of an earlier turn, but for its number; such a history is forked."""
-
-
 @pytest.mark.parametrize("shape", [("rollout.partial_rollout=4",), ("rollout.branching.at=fork",)])
 def test_a_rewritten_history_is_what_later_turns_see(tokenizer, shape):
     """A served model would see the same, turns stay as they were sampled, and no order of answers matters."""
-    cfg = allowed(*FORGETFUL, *shape)
+    cfg = allowed(*FORGETFUL, *shape, "environment.num_workers=1")
     trees, rewards, _ = grow(cfg, tokenizer, order=1)
     again = grow(cfg, tokenizer, order=2)
     assert [names(tree) for tree in again[0]] == [names(tree) for tree in trees] and again[1] == rewards
