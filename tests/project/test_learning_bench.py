@@ -72,13 +72,27 @@ def test_an_arm_at_half_the_price_reaches_the_baseline_at_half_of_its_tokens(ben
 def test_every_arm_is_a_configuration_and_every_stored_run_one_of_them(bench):
     import yaml
 
-    from treepo_mega.config import check, load_config
+    from treepo_mega.config import ConfigError, check, load_config
 
     plan = yaml.safe_load(bench.ARMS.read_text())
     root = BENCH.parents[2]
-    for task in plan["tasks"].values():
+    fits: dict[str, set[str]] = {name: set() for name in plan["arms"]}
+    refused: dict[tuple[str, str], str] = {}
+    for task_name, task in plan["tasks"].items():
         for name, arm in plan["arms"].items():
-            check(load_config(root / task["config"], [*task["overrides"], *arm]), 1), name
+            try:
+                check(load_config(root / task["config"], [*task["overrides"], *arm]), 1)
+            except ConfigError as error:
+                refused[task_name, name] = str(error)
+            else:
+                fits[name].add(task_name)
+    # Shapes of trees are for answers of a certain length; a key that is none fits nowhere.
+    assert all("out of reach" in message for message in refused.values()), refused
+    assert all(fits.values()), fits
+    for task_name, task in plan["tasks"].items():
+        ran = {path.name.partition(".seed")[0] for path in (bench.RESULTS / task_name).glob("*.json")}
+        needed = {task["baseline"], task["claim"], *(ran - set(plan["elsewhere"]))}
+        assert all(task_name in fits[name] for name in needed), task_name
     assert all((root / script).is_file() for script in plan["elsewhere"].values())
     for path in bench.RESULTS.glob("*/*.json"):
         arm, _, seed = path.name.removesuffix(".json").partition(".seed")
@@ -99,7 +113,8 @@ def test_trl_gets_the_recipe_s_batch_and_its_prompts(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCH.parent / "against_trl"))
     side_by_side = importlib.import_module("side_by_side")
     cfg = load_config(BENCH.parents[2] / "examples" / "tiny_cpu.yaml")
-    settings = side_by_side.settings_of(cfg, 7)
+    settings = side_by_side.settings_of(cfg, 7, micro_batch=16)
+    assert settings["micro_batch"] == 16 and settings["rows"][0]["extra"] == "{}"
     assert (settings["prompts"] * settings["samples"], settings["updates"], settings["seed"]) == (256, 2, 7)
     assert len(settings["rows"]) == 3072
     first = settings["rows"][0]
@@ -108,6 +123,17 @@ def test_trl_gets_the_recipe_s_batch_and_its_prompts(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["side_by_side.py", "--trl-python", "/nowhere/python"])
     assert side_by_side.main() == 2
     assert "requirements.txt says how to make it" in capsys.readouterr().err
+
+
+def test_steps_against_trl_are_as_many(bench):
+    """Later steps may cost less: a run that ended early is compared with as many steps of the other."""
+    theirs = [result([0.0, 0.5], 1, 10.0)]
+    ours = [result([0.0, 0.6, 0.7, 0.7], 1, 4.0)]
+    ours[0]["curve"][2]["cpu_s"] = ours[0]["curve"][3]["cpu_s"] = 4.5
+    found = bench.against_trl(theirs, ours)
+    assert found["step_ratio"] == 0.4 and found["cpu_ratio_at_equal_accuracy"] == pytest.approx(
+        4 * 5 / 6 / 10, abs=1e-3
+    )
 
 
 def test_differences_are_of_the_same_seeds(bench):

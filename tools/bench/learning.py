@@ -89,10 +89,12 @@ def export_accuracy(run_dir: Path, problems: int) -> float:
     """Share of right samples of the run's export at temperature 1, by transformers: the same for every arm."""
     from treepo_mega.config import load_config
 
+    if not (run_dir / "hf").is_dir():
+        raise RuntimeError("the run has no export to evaluate: give its task the override checkpoint.save_hf=true")
     return accuracy_of(run_dir / "hf", load_config(run_dir / "config.yaml"), problems)
 
 
-def accuracy_of(hf: Path, cfg: Config, problems: int) -> float:
+def accuracy_of(hf: Path, cfg: Config, problems: int, samples: int = SAMPLES) -> float:
     """Share of right samples of a checkpoint on the recipe's held-out prompts, graded by their own verifier."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,14 +123,14 @@ def accuracy_of(hf: Path, cfg: Config, problems: int) -> float:
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                num_return_sequences=SAMPLES,
+                num_return_sequences=samples,
             )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        asked = [prompt for prompt in batch for _ in range(SAMPLES)]
+        asked = [prompt for prompt in batch for _ in range(samples)]
         for prompt, text in zip(asked, texts, strict=True):
             found = load_verifier(prompt.verifier)(prompt.data_source, text, prompt.answer, prompt.extra)
             right += found["score"] if isinstance(found, dict) else found
-    return right / (len(prompts) * SAMPLES)
+    return right / (len(prompts) * samples)
 
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -191,7 +193,7 @@ def run(args: argparse.Namespace, plan: dict[str, Any], results: Path, extra: li
             if target.exists():
                 continue
             print(f"{args.task}: {arm}, seed {seed}", file=sys.stderr, flush=True)
-            result = one_run(task, plan["arms"][arm], seed, extra, problems)
+            result = one_run(task, plan["arms"][arm], seed, extra, min(problems, task.get("problems", problems)))
             keep(target, result)
             print(f"  accuracy {result['accuracy']:.3f}, {result['process_cpu_s']:.0f} CPU s", file=sys.stderr)
 
@@ -282,15 +284,22 @@ def compare(baseline: list[Result], arm: list[Result], rng: np.random.Generator)
 
 
 def against_trl(theirs: list[Result], ours: list[Result]) -> dict[str, Any] | None:
-    """CPU seconds of a step and to TRL's final accuracy, as shares of TRL's, on common seeds; None without any."""
+    """CPU seconds of the steps that both took, and to TRL's final accuracy, as shares of TRL's, on common seeds.
+
+    None without any.
+    """
     seeds = {r["seed"] for r in theirs} & {r["seed"] for r in ours}
     if not seeds:
         return None
     trl = [r for r in theirs if r["seed"] in seeds]
     arm = [r for r in ours if r["seed"] in seeds]
 
+    last = min(r["curve"][-1]["step"] for r in (*trl, *arm))
+
     def step_s(runs: list[Result]) -> float:
-        return float(np.mean([r["curve"][-1]["cpu_s"] / r["curve"][-1]["step"] for r in runs]))
+        # Steps get cheaper as answers get shorter: only equal numbers of them compare.
+        points = [([point["step"] for point in r["curve"]], [point["cpu_s"] for point in r["curve"]]) for r in runs]
+        return float(np.mean([np.interp(last, steps, cpu_s) / last for steps, cpu_s in points]))
 
     goal = float(np.mean([r["curve"][-1]["accuracy"] for r in trl]))
     spent = float(np.mean([r["curve"][-1]["cpu_s"] for r in trl]))
@@ -325,7 +334,11 @@ def report(
             raise SystemExit(f"task {task}: no finished run of its baseline {name} under {results / task}")
         rng = np.random.default_rng(0)
         arms = []
+        steps = finished[name][0]["curve"][-1]["step"]
         for arm, runs in finished.items():
+            if any(run["curve"][-1]["step"] != steps for run in runs):
+                print(f"{task}: {arm} ended before step {steps}, and is left out of the table", file=sys.stderr)
+                continue
             row = {"name": arm} | compare(finished[name], runs, rng)
             row |= learning_curves.paired(finished[name], runs, rng, BOOTSTRAPS)
             row |= {

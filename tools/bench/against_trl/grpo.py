@@ -93,16 +93,20 @@ def main() -> int:
 
     def reward(
         prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[str],
-        verifier: list[str], data_source: list[str], prompt_tokens: list[int], **_: Any,
+        verifier: list[str], data_source: list[str], extra: list[str], prompt_tokens: list[int], **_: Any,
     ) -> list[float]:  # fmt: skip
         scores = []
         for index, text in enumerate(completions):
             meter.count(prompt_tokens[index], len(completion_ids[index]))
-            found = load_verifier(verifier[index])(data_source[index], text, answer[index])
+            grade = load_verifier(verifier[index])
+            found = grade(data_source[index], text, answer[index], json.loads(extra[index]))
             scores.append(float(found["score"] if isinstance(found, dict) else found))
         return scores
 
     batch = settings["prompts"] * settings["samples"] // updates
+    # A large vocabulary's logits fill the memory; parts of a batch give the same gradients.
+    micro_batch = min(batch, settings["micro_batch"] or batch)
+    parts = batch // micro_batch
     config = GRPOConfig(
         output_dir=str(out / "trainer"),
         seed=settings["seed"],
@@ -114,9 +118,9 @@ def main() -> int:
         disable_tqdm=True,
         save_strategy="no",
         logging_steps=updates,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=1,
-        steps_per_generation=updates,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=parts,
+        steps_per_generation=updates * parts,
         num_iterations=1,
         num_generations=settings["samples"],
         max_completion_length=settings["response_tokens"],

@@ -38,18 +38,17 @@ ARM = learning.TRL
 DEFAULT_PYTHON = ROOT / "build" / "trl" / "bin" / "python"
 
 
-def settings_of(cfg: Config, seed: int) -> dict[str, Any]:
-    """What grpo.py needs of a recipe, with its prompts; ValueError for prompts that need `extra_info` to be graded."""
+def settings_of(cfg: Config, seed: int, micro_batch: int | None) -> dict[str, Any]:
+    """What grpo.py needs of a recipe, with its prompts. `micro_batch`: trajectories of a pass; None: a whole batch."""
     tokenizer = load_tokenizer(cfg.model.hf_checkpoint, cfg.data)
     prompts = load_prompts(cfg.data.train, cfg.data, tokenizer).prompts
-    if any(prompt.extra for prompt in prompts):
-        raise ValueError("TRL's arm grades by data_source and answer alone; these prompts have extra_info")
     rows = [
         {
             "prompt": prompt.text,
             "answer": prompt.answer,
             "verifier": prompt.verifier,
             "data_source": prompt.data_source,
+            "extra": json.dumps(prompt.extra),
             "prompt_tokens": len(prompt.tokens),
         }
         for prompt in prompts
@@ -60,6 +59,7 @@ def settings_of(cfg: Config, seed: int) -> dict[str, Any]:
         "seed": seed,
         "prompts": cfg.rollout.rollout_batch_size,
         "samples": cfg.rollout.n_samples_per_prompt,
+        "micro_batch": micro_batch,
         "response_tokens": cfg.rollout.max_response_len,
         "updates": cfg.train.num_steps_per_rollout,
         "rollouts": cfg.train.num_rollouts,
@@ -78,7 +78,9 @@ def run_trl(task: dict[str, Any], seed: int, python: str, problems: int, extra: 
     cfg = load_config(ROOT / task["config"], [*task["overrides"], *extra, f"train.seed={seed}"])
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        (folder / "settings.json").write_text(json.dumps(settings_of(cfg, seed)), encoding="utf-8")
+        (folder / "settings.json").write_text(
+            json.dumps(settings_of(cfg, seed, task.get("trl_micro_batch"))), encoding="utf-8"
+        )
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
         log = folder / "log.txt"
@@ -87,10 +89,12 @@ def run_trl(task: dict[str, Any], seed: int, python: str, problems: int, extra: 
         lines = (folder / "run" / "steps.jsonl").read_text(encoding="utf-8").splitlines()
         rows = {row["step"]: row for row in map(json.loads, lines)}
         start = {"step": 0, "tokens": 0.0, "cpu_s": 0.0, "wall_s": 0.0}
+        # As many problems and samples as our own runs evaluate between steps.
         held_out = min(problems, cfg.eval.max_prompts or problems)
-        points = [start | {"accuracy": learning.accuracy_of(ROOT / cfg.model.hf_checkpoint, cfg, held_out)}]
+        samples = cfg.eval.n_samples_per_prompt
+        points = [start | {"accuracy": learning.accuracy_of(ROOT / cfg.model.hf_checkpoint, cfg, held_out, samples)}]
         for step in range(cfg.eval.interval, cfg.train.num_rollouts + 1, cfg.eval.interval):
-            accuracy = learning.accuracy_of(folder / "run" / f"step_{step}", cfg, held_out)
+            accuracy = learning.accuracy_of(folder / "run" / f"step_{step}", cfg, held_out, samples)
             points.append(rows[step] | {"accuracy": accuracy})
         accuracy = learning.accuracy_of(folder / "run" / "hf", cfg, problems)
         versions = json.loads((folder / "run" / "versions.json").read_text(encoding="utf-8"))
@@ -129,10 +133,11 @@ def main() -> int:
             target = folder / f"{arm}.seed{seed}.json"
             if not target.exists():
                 print(f"{args.task}: {arm}, seed {seed}", file=sys.stderr, flush=True)
+                problems = min(learning.PROBLEMS, task.get("problems", learning.PROBLEMS))
                 if arm == ARM:
-                    result = run_trl(task, seed, str(args.trl_python), learning.PROBLEMS, extra)
+                    result = run_trl(task, seed, str(args.trl_python), problems, extra)
                 else:
-                    result = learning.one_run(task, plan["arms"][arm], seed, extra, learning.PROBLEMS)
+                    result = learning.one_run(task, plan["arms"][arm], seed, extra, problems)
                 learning.keep(target, result)
             result = json.loads(target.read_text(encoding="utf-8"))
             last = result["curve"][-1]
