@@ -49,6 +49,7 @@ from treepo_mega.environment.setup import Environment
 from treepo_mega.rollout.generator import Generator
 from treepo_mega.rollout.turns import Agent
 from treepo_mega.runtime import dist
+from treepo_mega.tree.history import Observation
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.stop import TurnRules
 
@@ -66,22 +67,17 @@ class NoText:
         return ""
 
 
-class Answers:
-    """Observations of a fixed length, a function of what the tool said."""
-
-    def answer(self, texts: Sequence[str]) -> list[int]:
-        """Token ids."""
-        drawn = random.Random(" ".join(texts))
-        return [drawn.randrange(EOS) for _ in range(OBSERVATION)]
-
-
 class EveryTurnCalls(Agent):
     """An agent whose every turn calls the calculator, whatever its tokens are."""
 
     def __init__(self, environment: Environment, turns: int) -> None:
         self.environment = environment
         self.rules = TurnRules(turns, turns * OBSERVATION)
-        self.dialogue = Answers()  # type: ignore[assignment]
+
+    def observation(self, tree: Tree, node_id: int, texts: Sequence[str]) -> Observation:
+        """A fixed number of tokens, a function of what the tool said."""
+        drawn = random.Random(" ".join(texts))
+        return Observation([drawn.randrange(EOS) for _ in range(OBSERVATION)])
 
     def calls(self, turn: Sequence[int]) -> list[Any]:
         """One call; its number is that of the turn's tokens."""
