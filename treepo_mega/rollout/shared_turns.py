@@ -62,7 +62,7 @@ class SharedTurns:
         if self._own is not None:
             asked = self._own.ask(rank, tree, node_id)
         else:
-            asked = self.agent.count_calls(tree, node_id)
+            asked = bool(self.agent.counted_calls(tree, node_id))
         self._asked += asked
         return asked
 

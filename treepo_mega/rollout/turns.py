@@ -75,12 +75,12 @@ class Agent:
         tokens = [token for token in turn if token not in self._ends]
         return self.reader.read(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
-    def count_calls(self, tree: Tree, node_id: int) -> bool:
-        """Count the calls of the turn that ended at `node_id`, and those that cannot be read. False: it has none."""
+    def counted_calls(self, tree: Tree, node_id: int) -> list[ToolCall | Malformed]:
+        """The calls of the turn that ended at `node_id`, counted in the tree with those that cannot be read."""
         calls = self.calls(tree.turn(node_id))
         tree.counts["tool_calls"] += len(calls)
         tree.counts["tool_errors"] += sum(isinstance(call, Malformed) for call in calls)
-        return bool(calls)
+        return calls
 
     def observation(self, tree: Tree, node_id: int, texts: Sequence[str]) -> Observation:
         """What comes behind the turn that ended at `node_id`, whose tools answered `texts`. Raises DialogueError."""
@@ -162,10 +162,11 @@ class TurnsInFlight:
 
     def ask(self, rank: int, tree: Tree, node_id: int) -> bool:
         """Read the calls of the turn that ended at `node_id`, and make them. False: it has none, and is the last."""
-        if not self.agent.count_calls(tree, node_id):
+        calls = self.agent.counted_calls(tree, node_id)
+        if not calls:
             return False
         episode = self._episodes[rank]
-        turn = self._read(episode, tree, node_id)
+        turn = self._turn_of(episode, tree, node_id, calls)
         if turn.calls:
             self._with_state(episode, tree, node_id, lambda: self._act(turn))
         else:
@@ -242,9 +243,8 @@ class TurnsInFlight:
             self._pool.free(state)
         self._pool.wait()
 
-    def _read(self, episode: Episode, tree: Tree, node_id: int) -> _Turn:
-        """The calls of the turn that ended at `node_id`, not made yet."""
-        read = self.agent.calls(tree.turn(node_id))
+    def _turn_of(self, episode: Episode, tree: Tree, node_id: int, read: Sequence[ToolCall | Malformed]) -> _Turn:
+        """The turn that ended at `node_id`, whose calls were `read` and are not made yet."""
         said = [f"Error: {call.reason}" if isinstance(call, Malformed) else None for call in read]
         path = name_of(tree, node_id) if self._forks else tree.nodes[node_id].path
         seed = derive_seed(episode.seed, "tools", *path)
@@ -272,7 +272,7 @@ class TurnsInFlight:
         if name in episode.replaying:
             episode.replaying[name].append(then)
             return
-        turn = self._read(episode, tree, node_id)
+        turn = self._turn_of(episode, tree, node_id, self.agent.calls(tree.turn(node_id)))
         if not turn.calls:
             episode.stateless.add(name)
             then()

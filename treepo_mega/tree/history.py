@@ -21,13 +21,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+
+from treepo_mega.tree.sums import Bools, Ints
 
 if TYPE_CHECKING:
     from treepo_mega.tree.node import Tree
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,10 +49,9 @@ from treepo_mega.tree.elsewhere import is_here
 from treepo_mega.tree.history import Ends, Parts, Trajectories, has_hidden, parts_of
 from treepo_mega.tree.node import Tree
 from treepo_mega.tree.routing import ExpertIds, ids_of, no_experts
-from treepo_mega.tree.sums import Ints, levels, path_sums, preorder, subtree_sums
+from treepo_mega.tree.sums import Bools, Ints, levels, path_sums, preorder, subtree_sums
 
 Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
